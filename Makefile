@@ -1,0 +1,48 @@
+# `make quickstart` and `make test` work on a fresh machine with Python 3.11 or newer, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: quickstart test test-all test-oldest check format clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/latentloom quickstart $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/lowest_versions.py > .venv-oldest/lowest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit('latentloom needs Python 3.11 or newer; found ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing latentloom and what it needs into $(VENV) (torch is large: minutes on a slow line)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable ".[dev]"
+	@touch $@

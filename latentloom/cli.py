@@ -1,0 +1,73 @@
+"""The command `latentloom`: a table of verbs, each imported only when it is called."""
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "quickstart": "train both stages on embedded images and sample, in a few minutes",
+    "train": "train both stages on your images, then sample: one command",
+    "train-tokenizer": "stage one: train a tokenizer on images",
+    "tokenize": "turn a data set's images into codes with a tokenizer",
+    "train-prior": "stage two: train a prior on codes",
+    "sample": "generate images with a pipeline",
+    "reconstruct": "pass images through a tokenizer and back, side by side",
+    "evaluate": "measure a pipeline or a tokenizer against reference images",
+    "push": "upload a pipeline to the Hugging Face Hub",
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, words in VERBS.items())
+    return (
+        f"usage: latentloom VERB [options]\n\nTwo-stage latent image generation on your own images.\n\n{verbs}\n\n"
+        "latentloom VERB --help lists a verb's options; --debug shows the traceback of an error; --version the version."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 0, or 2 after an error that the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from latentloom import __version__
+
+        print(f"latentloom {__version__}")
+        return 0
+    verb, rest = arguments[0], [argument for argument in arguments[1:] if argument != "--debug"]
+    from training_harness.configuration import nearest
+    from training_harness.errors import UserError
+
+    try:
+        if verb not in VERBS:
+            raise UserError(f"unknown verb '{verb}'; {nearest(verb, list(VERBS))}")
+        quiet_libraries()
+        importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(rest)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        if "--debug" in arguments or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; expected to read or write there", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Turns off other libraries' bars and advice; ours say what there is to say."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""latentloom push: a pipeline to the Hugging Face Hub, with its card, sample grid and figures."""
+
+import json
+from dataclasses import dataclass
+
+from PIL import Image
+
+from latentloom.arguments import parse
+from latentloom.stages import say
+from pipelines.hub import local_folder
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    pipeline: str
+    """Run folder or pipeline folder."""
+    repo_id: str
+    """Such as me/my-generator; made when there is none."""
+    private: bool = False
+    commit_message: str = "Upload latentloom pipeline"
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "push", words)
+    folder = local_folder(a.pipeline, INDEX, "pipeline")
+    metrics, samples = folder / "metrics.json", folder / "samples.png"
+    address = LatentGenerationPipeline.from_pretrained(folder).push_to_hub(
+        a.repo_id,
+        private=a.private or None,
+        commit_message=a.commit_message,
+        metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None,
+        samples=Image.open(samples) if samples.exists() else None,
+    )
+    say(f"pushed: {address}")

@@ -1,0 +1,50 @@
+"""latentloom reconstruct: images through a tokenizer and back, as PNG files and one sheet of both."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from latentloom.arguments import parse
+from latentloom.stages import load_source, load_tokenizer, say
+from pipelines.latent_generation import accelerated_device
+from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.pictures import before_and_after, save_picture
+from stage1_tokenizer.pixels import Pixels
+from training_harness.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tokenizer: str
+    """Run folder, model folder, pipeline folder or Hub repository."""
+    data: str
+    """Images: their test split where they have one, else the validation split."""
+    num_images: int = 20
+    output: Path = Path("reconstructions")
+    overwrite: bool = False
+    """Write into a folder that holds files already."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "reconstruct", words)
+    if a.output.exists() and any(a.output.iterdir()) and not a.overwrite:
+        raise UserError(f"{a.output} holds files already; choose another --output, or give --overwrite")
+    tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
+    processor = tokenizer.config.image_processor
+    split = load_source(a.data).held_out
+    pixels = Pixels(split.select(range(min(a.num_images, len(split)))), processor)
+    pixels.report_skipped()
+    images = pixels[range(len(pixels))]
+    with torch.inference_mode():
+        rebuilt = processor.postprocess(
+            tokenizer(processor.preprocess(images.to(tokenizer.device))).reconstruction
+        ).cpu()
+    for i, picture in enumerate(processor.to_pil(rebuilt)):
+        save_picture(picture, a.output / f"{i:05d}.png")
+    save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
+    say(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")

@@ -1,0 +1,65 @@
+"""latentloom sample: pictures from a pipeline, as PNG files and one grid."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from latentloom.arguments import parse
+from latentloom.stages import say
+from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device, to_uint8
+from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.pictures import image_grid, save_picture
+from training_harness.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    pipeline: str
+    """Run folder, pipeline folder or Hub repository."""
+    classes: tuple[str, ...] = ()
+    """Names or ids of classes; by default all of them in turn."""
+    num_images: int = 16
+    """Images in all, shared evenly among the classes."""
+    seed: int = 0
+    output: Path = Path("samples")
+    overwrite: bool = False
+    """Write into a folder that holds files already."""
+    guidance_scale: float | None = None
+    """1 is without guidance; by default what the pipeline was saved with, as for the next three."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "sample", words)
+    if a.output.exists() and any(a.output.iterdir()) and not a.overwrite:
+        raise UserError(f"{a.output} holds files already; choose another --output, or give --overwrite")
+    pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
+    classes = a.classes or tuple(str(i) for i in range(pipeline.prior.config.num_classes))
+    wanted = pipeline.label_ids(classes or None)
+    labels = sorted((wanted * a.num_images)[: a.num_images], key=wanted.index)
+    options = {name: getattr(a, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    generator = torch.Generator().manual_seed(a.seed)
+    images = to_uint8(pipeline.sample_pixels(torch.tensor(labels), generator, a.batch_size, **options))
+    names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
+    for name, picture in zip(names, to_pil(images), strict=True):
+        save_picture(picture, a.output / name)
+    save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
+    say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
+
+
+def _file_name(pipeline: LatentGenerationPipeline, number: int, label: int) -> str:
+    if label < 0:
+        return f"{number:05d}.png"
+    name = pipeline.label_names[label] if pipeline.label_names else str(label)
+    return f"{number:05d}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or label}.png"

@@ -1,0 +1,37 @@
+"""latentloom tokenize: images to a code cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentloom.arguments import parse
+from latentloom.stages import load_source, run_tokenize, say
+from stage1_tokenizer.code_cache import Contents
+from training_harness.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tokenizer: str
+    """Run folder, model folder or Hub repository of a tokenizer."""
+    data: str
+    """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
+    output: Path
+    """Folder of the code cache."""
+    contents: Contents = "indices"
+    """Codes for an autoregressive prior, continuous latents for a diffusion prior, or both."""
+    flip: bool = False
+    """Also encode each training image's mirror image."""
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "tokenize", words)
+    source = load_source(a.data)
+    codes = run_tokenize(
+        a.tokenizer, source, a.output, a.contents, ("original", "flip") if a.flip else ("original",), a.batch_size
+    )
+    say(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")

@@ -1,0 +1,84 @@
+"""latentloom train: the main job on one's own images, in one command."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from latentloom.arguments import parse, training_values
+from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
+from latentloom.main_job import run_main_job, summary
+from latentloom.stages import load_source, say
+from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
+from pipelines.latent_generation import accelerated_device
+from stage1_tokenizer.survey import ImageSurvey, survey
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
+from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.training_config import PriorTraining
+from training_harness.configuration import from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    data: str
+    """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
+    output: Path
+    """Folder for everything: tokenizer, codes, prior, pipeline, pictures and figures."""
+    recipe: str | None = None
+    """The prior's recipe; by default chosen from the images and the machine."""
+    tokenizer_recipe: str | None = None
+    """The tokenizer's recipe; by default chosen likewise."""
+    resolution: int | str | None = None
+    """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
+    image_channels: int | None = None
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
+    minutes: float | None = None
+    """Bounds the whole time: sets both stages' steps once, at the start, to what fits on this machine."""
+    max_steps: int | None = None
+    """Steps of each stage, in place of those chosen."""
+    batch_size: int | None = None
+    checkpoint_every: int | None = None
+    seed: int = 0
+    num_images: int = 2000
+    """Samples that the figures are measured on."""
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "train", words)
+    source = load_source(a.data)
+    seen = survey(source.train)
+    size = seen.commonest_size if a.resolution is None else parse_size(a.resolution)
+    choice = choose(seen, size, len(source.train), accelerated_device().type)
+    given = {
+        name: value
+        for name in ("max_steps", "batch_size", "checkpoint_every", "seed")
+        if (value := getattr(a, name)) is not None
+    }
+    of_images = {"data": a.data, "output": str(a.output / "tokenizer"), "resolution": a.resolution}
+    of_images["image_channels"] = a.image_channels
+    values = training_values("tokenizer", a.tokenizer_recipe or choice.tokenizer, None, given | of_images)
+    tokenizer = completed(from_mapping(TokenizerTraining, values), seen)
+    of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
+    prior = from_mapping(PriorTraining, training_values("prior", a.recipe or choice.prior, None, given | of_codes))
+    if a.max_steps is None:
+        images = len(source.train)
+        tokenizer = replace(
+            tokenizer, max_steps=steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
+        )
+        prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
+    for line in choice.reasons:
+        say(line)
+    if a.minutes is None:
+        announce(tokenizer, prior, seen, len(source.label_names or ()))
+    metrics = run_main_job(a.output, source, tokenizer, prior, minutes=a.minutes, num_images=a.num_images)
+    say(summary(a.output, metrics))
+
+
+def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurvey, num_classes: int) -> None:
+    """Says how long the training will take, from a few measured steps of each stage."""
+    model = model_config(tokenizer, seen)
+    spec = VQGAN(model).latent_spec()
+    first = tokenizer.max_steps * tokenizer_seconds_per_step(tokenizer, model)
+    second = prior.max_steps * prior_seconds_per_step(prior, spec, num_classes)
+    say(
+        f"training will take about {(first + second) / 60:.0f} minutes on this machine: {tokenizer.max_steps} steps of the "
+        f"tokenizer ({first / 60:.1f} min), {prior.max_steps} of the prior ({second / 60:.1f} min); --minutes N bounds it"
+    )

@@ -1,0 +1,32 @@
+"""latentloom train-prior: stage two."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from latentloom.arguments import parse, peek, training_values, with_required_missing
+from latentloom.stages import run_prior, say
+from stage2_prior.training_config import PriorTraining
+
+
+@dataclass(frozen=True)
+class Arguments:
+    training: Annotated[PriorTraining, tyro.conf.arg(name="")]
+    recipe: str = "ar-small"
+    """Named configuration to start from."""
+    config: Path | None = None
+    """YAML file whose fields replace the recipe's; a run folder's config.yaml repeats that run."""
+    minutes: float | None = None
+    """Sets --max-steps once, at the start, to what fits into this time on this machine."""
+
+
+def main(words: list[str]) -> None:
+    given = peek(words, "--recipe", "--config")
+    recipe = given.get("--recipe", None if "--config" in given else Arguments.recipe)
+    config = Path(given["--config"]) if "--config" in given else None
+    training = with_required_missing(PriorTraining, training_values("prior", recipe, config), ("codes", "output"))
+    arguments = parse(Arguments, "train-prior", words, Arguments(training))
+    pipeline = run_prior(arguments.training, arguments.minutes)
+    say(f"pipeline: {pipeline}\nnext: latentloom sample --pipeline {arguments.training.output} --num-images 16")

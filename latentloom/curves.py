@@ -1,0 +1,49 @@
+"""One picture of both stages' training: losses and the use of the codebook."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from training_harness.files import whole_file
+from training_harness.metric_log import read_metrics
+
+
+def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int, path: Path) -> None:
+    """Draws `curves.png` from two `metrics.jsonl`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stage1, stage2 = read_metrics(tokenizer_log), read_metrics(prior_log)
+    figure, (losses, quality, prior) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+
+    for name in ("l1", "l2", "commitment", "generator", "discriminator"):
+        steps, values = series(stage1, name)
+        if len(steps) and any(values):
+            losses.plot(steps, values, label=name, lw=1)
+    losses.set(title="Tokenizer: losses", xlabel="step", yscale="log")
+    losses.legend()
+
+    quality.plot(*series(stage1, "validation_psnr"), "o-", color="tab:blue", ms=3)
+    quality.set(title="Tokenizer: validation PSNR and codebook usage", xlabel="step", ylabel="PSNR, dB")
+    usage = quality.twinx()
+    usage.plot(*series(stage1, "perplexity"), "s--", color="tab:orange", ms=3, label="perplexity")
+    usage.plot(*series(stage1, "codes_used"), "^:", color="tab:green", ms=3, label="codes used")
+    usage.set(ylabel=f"codes of {codebook_size}", ylim=(0, codebook_size * 1.05))
+    usage.legend(loc="lower right")
+
+    prior.plot(*series(stage2, "nats_per_token"), lw=1, label="training")
+    prior.plot(*series(stage2, "validation_nats_per_token"), "o-", ms=3, label="validation (averaged weights)")
+    prior.axhline(math.log(codebook_size), color="grey", ls=":", label="log K: a uniform guess")
+    prior.set(title="Prior: nats a token", xlabel="step")
+    prior.legend()
+
+    with whole_file(path) as beside:
+        figure.savefig(beside, format="png", dpi=100)
+    pyplot.close(figure)
+
+
+def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]

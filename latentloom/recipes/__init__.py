@@ -1,0 +1,24 @@
+"""Recipes: YAML files of training configurations, one a stage, shipped with the package."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from training_harness.configuration import nearest, read_yaml
+from training_harness.errors import ConfigError
+
+PRIOR_PREFIXES = ("ar-", "diffusion-")
+
+
+def recipe_names(stage: str) -> list[str]:
+    """Names of the recipes of a stage, 'tokenizer' or 'prior'."""
+    names = sorted(Path(str(path)).stem for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
+    return [name for name in names if name.startswith(PRIOR_PREFIXES) == (stage == "prior")]
+
+
+def recipe_values(name: str, stage: str) -> dict[str, Any]:
+    """The fields of a recipe; raises ConfigError when the stage has none of that name."""
+    names = recipe_names(stage)
+    if name not in names:
+        raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
+    return read_yaml(Path(str(files(__name__) / f"{name}.yaml")))

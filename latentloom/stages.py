@@ -1,0 +1,128 @@
+"""The steps of the main job, each as the command line runs it: resolve names, check the folder, do the work."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL.Image import Image
+
+from latentloom.embedded import data_path
+from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
+from pipelines.hub import local_folder
+from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device, to_uint8
+from stage1_tokenizer.code_cache import Contents, View, write_code_cache
+from stage1_tokenizer.pictures import image_grid, save_picture
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import ImageSource, open_source
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.train import train_tokenizer
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.codes import CodeCache
+from stage2_prior.train import train_prior
+from stage2_prior.training_config import PriorTraining
+from training_harness.configuration import read_yaml
+from training_harness.errors import ConfigError
+from training_harness.run import RunConfig, check_folder
+
+Training = TypeVar("Training", bound=RunConfig)
+PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
+
+
+def say(line: str) -> None:
+    """Prints once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def load_source(data: str) -> ImageSource:
+    return open_source(data_path(data))
+
+
+def load_tokenizer(path: str | Path) -> tuple[VQGAN, Path]:
+    """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
+    root = Path(path)
+    nested = root / "tokenizer" if (root / "model_index.json").exists() else root
+    folder = local_folder(nested, "config.json", "tokenizer")
+    return VQGAN.from_pretrained(folder), folder
+
+
+def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float | None = None) -> Path:
+    """Trains a tokenizer on `source`, or goes on; returns its model folder."""
+    seen = survey(source.train)
+    config = completed(config, seen)
+    model = model_config(config, seen)
+    if minutes is not None:
+        config = bounded(config, minutes, lambda: tokenizer_seconds_per_step(config, model))
+    if (done := check_folder(config, "tokenizer")) is not None:
+        say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+        return config.output / "model"
+    train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
+    train.report_skipped()
+    return train_tokenizer(config, model, train, validation)
+
+
+def run_tokenize(
+    tokenizer: str | Path,
+    source: ImageSource,
+    output: Path,
+    contents: Contents = "indices",
+    views: tuple[View, ...] = ("original",),
+    batch_size: int = 128,
+) -> Path:
+    """Writes the code cache of `source`; returns its folder."""
+    model, folder = load_tokenizer(tokenizer)
+    model.to(accelerated_device())
+    return write_code_cache(model, folder, source, output, contents=contents, views=views, batch_size=batch_size)
+
+
+def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
+    """Trains a prior on its code cache, or goes on, and writes the whole pipeline; returns the pipeline's folder."""
+    codes = CodeCache(config.codes)
+    codes.verify()
+    if minutes is not None:
+        config = bounded(
+            config, minutes, lambda: prior_seconds_per_step(config, codes.spec, len(codes.label_names or ()))
+        )
+    folder = config.output / "pipeline"
+    if (done := check_folder(config, "prior")) is not None and (folder / "model_index.json").exists():
+        say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+        return folder
+    tokenizer = VQGAN.from_pretrained(codes.tokenizer_folder)
+
+    def preview(prior: AutoregressivePrior, path: Path) -> None:
+        tokenizer.to(prior.device)
+        pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
+        save_picture(sample_grid(pipeline, config.seed), path)
+
+    model = train_prior(config, codes, preview)
+    if os.environ.get("RANK", "0") == "0":
+        prior = AutoregressivePrior.from_pretrained(model)
+        pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
+        pipeline.save_pretrained(folder, samples=sample_grid(pipeline, config.seed))
+    return folder
+
+
+def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> Image:
+    """A labelled sheet, one row for each of at most ten classes, at a fixed seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    classes = list(range(min(PREVIEW_ROWS, pipeline.prior.config.num_classes))) or None
+    labels = torch.tensor(classes or [-1] * 4).repeat_interleave(columns)
+    pictures = pipeline.sample_pixels(labels, generator)
+    pipeline.set_progress_bar_config(disable=None)
+    names = [pipeline.label_names[i] for i in classes] if classes and pipeline.label_names else None
+    return image_grid(to_uint8(pictures), columns, names)
+
+
+def bounded(config: Training, minutes: float, seconds_per_step: Callable[[], float]) -> Training:
+    """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
+    if minutes <= 0:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
+    held = config.output / "config.yaml"
+    steps = read_yaml(held)["max_steps"] if held.exists() else max(1, int(60 * minutes / seconds_per_step()))
+    return dataclasses.replace(config, max_steps=steps)

@@ -1,0 +1,14 @@
+"""Both stages as one object: sampling, saving, loading, the Hub, and figures of whole sets."""
+
+from training_harness.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "LatentGenerationPipeline": "pipelines.latent_generation",
+        "ImagePipelineOutput": "pipelines.latent_generation",
+        "Judge": "pipelines.judge",
+        "frechet_distance": "pipelines.set_metrics",
+        "precision_recall": "pipelines.set_metrics",
+    },
+)

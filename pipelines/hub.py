@@ -1,0 +1,65 @@
+"""To the Hugging Face Hub and back. A name that is a folder here is that folder; any other is a repository."""
+
+from pathlib import Path
+
+from training_harness.errors import UserError
+
+
+def local_folder(
+    source: str | Path,
+    marker: str,
+    kind: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The folder with the file `marker` in it: `source` itself, its `pipeline/` or `model/`, or a downloaded snapshot.
+
+    Raises UserError when there is none; `kind` names what was looked for.
+    """
+    path = Path(source)
+    if path.exists():
+        for folder in (path, path / kind, path / "model"):
+            if (folder / marker).is_file():
+                return folder
+        raise UserError(f"{path} holds no {kind}; expected a folder with {marker}, or a run folder that has finished")
+    name = str(source)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"no {kind} at {name}; expected a folder with {marker}, or a Hub repository such as me/my-generator"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=["*.json", "*.safetensors", "*.md", "*.png"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} is neither a folder here nor a {kind} on the Hub ({type(error).__name__}); expected a folder or a "
+            "repository that you can read; for a private one run `hf auth login`"
+        ) from error
+    return local_folder(snapshot, marker, kind)
+
+
+def upload_folder(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:
+    """Creates the model repository if need be, uploads the folder as one commit, returns the commit's address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise UserError(
+            f"could not push to {repo_id} ({' '.join(str(error).split())[:200]}); expected a repository that you may "
+            "write to, such as me/my-generator; log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    return str(commit.commit_url)

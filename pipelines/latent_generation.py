@@ -1,0 +1,311 @@
+"""The pipeline: a tokenizer and a prior as one object that samples images, with the habits of diffusers' pipelines.
+
+    class labels → prior.sample → codes → tokenizer.decode_indices → pixels
+
+One generator yields one seed an image, drawn up front, so that image i has the same draws at any batch size.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pipelines.hub import local_folder, upload_folder
+from pipelines.model_card import pipeline_card
+from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.pictures import save_picture
+from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.sampling import SamplingOptions
+from training_harness.configuration import from_mapping, nearest
+from training_harness.errors import SpecMismatchError, UserError
+from training_harness.files import whole_folder, write_json, write_text
+
+INDEX = "model_index.json"
+TOKENIZERS = {"VQGAN": VQGAN}
+PRIORS = {"AutoregressivePrior": AutoregressivePrior}
+DEFAULT_BATCH_SIZE = 100
+
+Images = list[Image.Image] | np.ndarray | Tensor
+StepCallback = Callable[["LatentGenerationPipeline", int, int, dict[str, Any]], Any]
+
+
+class ImagePipelineOutput(NamedTuple):
+    images: Images  # list of PIL images; or (N, H, W, C) float32 in [0, 1]; or a tensor (N, C, H, W) in [0, 1]
+
+
+class LatentGenerationPipeline:
+    """Samples images.
+
+    Args:
+        tokenizer, prior: trained on one another's codes; SpecMismatchError if not.
+        label_names: names of the classes by id, or none.
+        sampling: what `__call__` uses for the options it is not given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VQGAN,
+        prior: AutoregressivePrior,
+        label_names: Sequence[str] | None = None,
+        sampling: SamplingOptions | None = None,
+    ) -> None:
+        prior.check_spec(tokenizer.latent_spec())
+        if label_names is not None and len(label_names) != prior.config.num_classes:
+            raise SpecMismatchError(
+                f"{len(label_names)} label names were given for a prior of {prior.config.num_classes} classes; "
+                "expected one name a class"
+            )
+        self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
+        self.label_names = tuple(label_names) if label_names is not None else None
+        self.sampling = sampling or SamplingOptions()
+        self._progress_bar_config: dict[str, Any] = {"disable": None}
+
+    # -- sampling -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images_per_label: int = 1,
+        batch_size: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """Samples `num_images_per_label` images of each label, label after label.
+
+        Args:
+            class_labels: one or several ids or names; none samples without a class.
+            batch_size: images a forward pass; the images do not depend on it.
+            generator: one, from which each image's seed is drawn; or one an image; none is random.
+            callback_on_step_end: called as f(pipeline, step, step, {"tokens": codes so far (B, step + 1)}).
+            options: those of the prior; for an autoregressive one guidance_scale, temperature, top_k, top_p.
+        Returns:
+            ImagePipelineOutput(images), or (images,) with return_dict=False.
+        Raises:
+            UserError for a class that does not exist, a count below 1, or an option that the prior does not take.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise UserError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected at least 1")
+        if num_images_per_label < 1:
+            raise UserError(f"num_images_per_label is {num_images_per_label}; expected at least 1")
+        labels = torch.tensor(self.label_ids(class_labels)).repeat_interleave(num_images_per_label)
+        pictures = self.sample_pixels(labels, generator, batch_size, callback_on_step_end, **options)
+        images = self._as(output_type, pictures)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def sample_pixels(
+        self,
+        labels: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """One image for each class id of (N,) int64, −1 for no class: float32 (N, C, h, w) in [0, 1], on the CPU."""
+        generators = image_generators(generator, len(labels))
+        chosen = self._sampling_options(options)
+        spec = self.tokenizer.latent_spec()
+        size = batch_size or DEFAULT_BATCH_SIZE
+        starts = range(0, len(labels), size)
+        pictures = []
+        with tqdm(total=len(starts) * spec.tokens, unit="step", **self._progress_bar_config) as bar:
+
+            def on_step(step: int, tokens: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, {"tokens": tokens})
+
+            for start in starts:
+                part = slice(start, start + size)
+                codes = self.prior.sample(spec, labels[part].to(self.device), chosen, generators[part], on_step)
+                pictures.append(self.decode(codes))
+        return torch.cat(pictures)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding."""
+        pixel_values = self.tokenizer.decode_indices(codes.to(self.tokenizer.device))
+        return self.tokenizer.config.image_processor.to_unit_range(pixel_values).cpu()
+
+    def label_ids(self, class_labels: int | str | Sequence[int | str] | None) -> list[int]:
+        """Ids of one or several classes given by id or name; −1, no class, for none."""
+        if class_labels is None:
+            return [-1]
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: int | str) -> int:
+        names, count = self.label_names or (), self.prior.config.num_classes
+        if label in names:
+            return names.index(label)
+        if count == 0:
+            raise UserError(f"class {label!r} was asked for, and this pipeline was trained without classes; give none")
+        number = int(label) if isinstance(label, int) or label.isdecimal() else None
+        if number is not None and 0 <= number < count:
+            return number
+        known = (
+            nearest(str(label), list(names)) if names and number is None else f"expected an id from 0 to {count - 1}"
+        )
+        raise UserError(f"no class {label!r}; {known}")
+
+    def _sampling_options(self, options: dict[str, Any]) -> SamplingOptions:
+        taken = [field.name for field in dataclasses.fields(SamplingOptions)]
+        for name in options:
+            if name not in taken:
+                raise UserError(
+                    f"{name} is no option of a {type(self.prior).__name__}; expected any of: {', '.join(taken)}"
+                )
+        return dataclasses.replace(self.sampling, **{k: v for k, v in options.items() if v is not None})
+
+    @staticmethod
+    def _as(output_type: str, pictures: Tensor) -> Images:
+        if output_type == "pt":
+            return pictures
+        if output_type == "np":
+            return pictures.permute(0, 2, 3, 1).numpy()
+        return to_pil(to_uint8(pictures))
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Arguments of tqdm, such as `disable=True`."""
+        self._progress_bar_config = config
+
+    # -- devices --------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves both models to a device, and to a dtype for both; returns itself."""
+        for model in (self.tokenizer, self.prior):
+            model.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        metrics: dict[str, Any] | None = None,
+        samples: Image.Image | None = None,
+        repo_id: str | None = None,
+    ) -> None:
+        """Writes model_index.json, tokenizer/, prior/ and README.md, with metrics and a sample grid in the card if given.
+
+        Raises UserError when the folder holds anything but an earlier pipeline.
+        """
+        folder = Path(save_directory)
+        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
+            raise UserError(f"{folder} is not empty and holds no pipeline; choose another folder")
+        index = {
+            "_class_name": type(self).__name__,
+            "tokenizer": type(self.tokenizer).__name__,
+            "prior": type(self.prior).__name__,
+            "label_names": list(self.label_names) if self.label_names else None,
+            "sampling": dataclasses.asdict(self.sampling),
+        }
+        with whole_folder(folder) as beside:
+            self.tokenizer.save_pretrained(beside / "tokenizer")
+            self.prior.save_pretrained(beside / "prior")
+            write_json(beside / INDEX, index)
+            if samples is not None:
+                save_picture(samples, beside / "samples.png")
+            if metrics is not None:
+                write_json(beside / "metrics.json", metrics)
+            write_text(beside / "README.md", pipeline_card(self, metrics, samples is not None, repo_id))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Self:
+        """Loads a pipeline folder, a run folder that holds one, or a Hub repository.
+
+        Args:
+            device_map: "auto" for the device that Accelerate finds, a device such as "cuda:0", or one for each part,
+                such as {"tokenizer": "cpu", "prior": "cuda:0"}.
+        Raises:
+            UserError when a file is missing, cut short or does not fit the others.
+        """
+        folder = local_folder(source, INDEX, "pipeline", revision=revision, token=token, cache_dir=cache_dir)
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            tokenizer_class, prior_class = TOKENIZERS[index["tokenizer"]], PRIORS[index["prior"]]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "
+                "save_pretrained; copy or save the folder again"
+            ) from None
+        tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
+        prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
+        sampling = from_mapping(SamplingOptions, index.get("sampling") or {}, "sampling.")
+        pipeline = cls(tokenizer, prior, index.get("label_names"), sampling)
+        if device_map is not None:
+            places = device_map if isinstance(device_map, dict) else dict.fromkeys(("tokenizer", "prior"), device_map)
+            for name, place in places.items():
+                getattr(pipeline, name).to(accelerated_device() if place == "auto" else place)
+        return pipeline
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload latentloom pipeline",
+        metrics: dict[str, Any] | None = None,
+        samples: Image.Image | None = None,
+    ) -> str:
+        """Creates the repository when there is none and uploads the pipeline; returns the commit's address."""
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "pipeline"
+            self.save_pretrained(folder, metrics=metrics, samples=samples, repo_id=repo_id)
+            return upload_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+
+
+def image_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> Sequence[torch.Generator]:
+    """One generator an image: those given, or new ones whose seeds the one given yields up front."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=generator.device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(generator) != count:
+        raise UserError(f"{len(generator)} generators were given for {count} images; expected one, or one an image")
+    return generator
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """[0, 1] → 0 … 255, rounded."""
+    return (pictures * 255).round().to(torch.uint8)
+
+
+def accelerated_device() -> torch.device:
+    """The device that Accelerate finds for this process."""
+    from accelerate import PartialState
+
+    return PartialState().device

@@ -1,0 +1,69 @@
+"""The README.md that a pipeline's folder carries to the Hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from training_harness.pretrained import count_parameters
+
+if TYPE_CHECKING:
+    from pipelines.latent_generation import LatentGenerationPipeline
+
+FIGURES = {
+    "psnr": ("reconstruction PSNR on held-out images, dB", ".2f"),
+    "codes_used": ("codes used", ".0f"),
+    "perplexity": ("codebook perplexity", ".0f"),
+    "class_agreement": ("samples given their own class by a classifier", ".1%"),
+    "frechet": ("Fréchet distance of samples to held-out images", ".2f"),
+    "recall": ("recall", ".3f"),
+    "precision": ("precision", ".3f"),
+}
+
+
+def pipeline_card(
+    pipeline: LatentGenerationPipeline, metrics: dict[str, Any] | None, has_samples: bool, repo_id: str | None
+) -> str:
+    spec, sampling = pipeline.tokenizer.latent_spec(), pipeline.sampling
+    height, width = pipeline.tokenizer.config.image_processor.content_size
+    example = repr(pipeline.label_names[0]) if pipeline.label_names else "None"
+    classes = ", ".join(pipeline.label_names) if pipeline.label_names else "none"
+    picture = "\n![samples](samples.png)\n" if has_samples else ""
+    figures = [
+        f"| {words} | {metrics[name]:{form}} |"
+        for name, (words, form) in FIGURES.items()
+        if metrics and metrics.get(name) is not None
+    ]
+    measured = ""
+    if metrics and figures:
+        measured = "\n".join(
+            [
+                "\n## Figures\n",
+                f"N = {metrics.get('num_images')}, seed {metrics.get('seed')}, features: {metrics.get('features')}.\n",
+                "| | |\n|---|---|",
+                *figures,
+                "",
+            ]
+        )
+    return f"""---
+library_name: latentloom
+pipeline_tag: {"unconditional-image-generation" if not pipeline.label_names else "image-feature-extraction"}
+tags: [image-generation, class-conditional, vqgan, autoregressive]
+---
+
+# Image generator
+
+Samples images of {height}×{width} pixels: an autoregressive prior ({count_parameters(pipeline.prior):,} parameters) draws
+{spec.height}×{spec.width} codes of {spec.codebook_size}, and a VQGAN ({count_parameters(pipeline.tokenizer):,} parameters) \
+turns them into pixels.
+{picture}
+```python
+import torch
+from pipelines import LatentGenerationPipeline
+
+pipeline = LatentGenerationPipeline.from_pretrained("{repo_id or "path/or/repo-id"}")
+images = pipeline({example}, num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
+images[0].save("sample.png")
+```
+
+Classes: {classes}. Defaults: {", ".join(f"{k} {v}" for k, v in vars(sampling).items())}.
+{measured}"""

@@ -1,0 +1,103 @@
+"""Makes the embedded image set: 10,000 + 2,000 images of Fashion-MNIST, equally many a class, as PNG in Parquet.
+
+    python scripts/make_embedded_data.py                    # needs the Debian package dataset-fashion-mnist
+
+The choice does not depend on any library's random numbers: of each class it takes the images whose
+SHA-256 of "SEED/source_id" is smallest, and keeps them in the order of the original file.
+Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, Image, Value
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from training_harness.files import whole_file
+
+SEED = 0
+CLASS_NAMES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES), "source_id": Value("string")})
+FILE_PREFIXES = {"train": "train", "test": "t10k"}
+IMAGES_PER_CLASS = {"train": 1000, "test": 200}
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-mini"
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An array from a gzipped IDX file: two zero bytes, type 8 (uint8), rank r, then r big-endian uint32 sizes."""
+    if not path.is_file():
+        raise SystemExit(
+            f"error: {path} is missing; expected the IDX files of Fashion-MNIST there. "
+            "Install the Debian package dataset-fashion-mnist, or name their folder with --source"
+        )
+    content = gzip.decompress(path.read_bytes())
+    if content[:3] != b"\0\0\x08":
+        raise SystemExit(
+            f"error: {path} starts with bytes {content[:3].hex(' ')}; expected 00 00 08, an IDX file of uint8"
+        )
+    rank = content[3]
+    shape = np.frombuffer(content, ">u4", count=rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def read_split(source: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images (N, 28, 28) uint8 and class ids (N,) uint8 of the original "train" or "test" split."""
+    prefix = FILE_PREFIXES[split]
+    return read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+
+
+def choose(labels: NDArray[np.uint8], source_ids: list[str], images_per_class: int) -> list[int]:
+    """Ascending indices of `images_per_class` images of each class."""
+
+    def rank(index: int) -> str:
+        return hashlib.sha256(f"{SEED}/{source_ids[index]}".encode()).hexdigest()
+
+    members = [np.flatnonzero(labels == label).tolist() for label in range(len(CLASS_NAMES))]
+    return sorted(index for indices in members for index in sorted(indices, key=rank)[:images_per_class])
+
+
+def png_bytes(image: NDArray[np.uint8]) -> bytes:
+    """An (H, W) uint8 image as an optimised grey PNG."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def make_split(source: Path, split: str, path: Path) -> int:
+    """Writes one split to `path`; returns how many images it holds."""
+    images, labels = read_split(source, split)
+    source_ids = [f"{split}/{index:05d}" for index in range(len(images))]
+    chosen = choose(labels, source_ids, IMAGES_PER_CLASS[split])
+    rows = [
+        {"image": {"bytes": png_bytes(images[i]), "path": None}, "label": int(labels[i]), "source_id": source_ids[i]}
+        for i in chosen
+    ]
+    table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)  # the schema carries the features of `datasets`
+    with whole_file(path) as beside:
+        pq.write_table(table, beside, compression="zstd", use_dictionary=False, row_group_size=1000)
+    return len(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded Fashion-MNIST subset.")
+    parser.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder with the four *.gz files")
+    parser.add_argument("--output", type=Path, default=EMBEDDED_FOLDER)
+    arguments = parser.parse_args()
+    for split in IMAGES_PER_CLASS:
+        path = arguments.output / f"{split}.parquet"
+        count = make_split(arguments.source, split, path)
+        print(f"{path}: {count} images, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

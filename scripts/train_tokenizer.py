@@ -1,0 +1,8 @@
+"""For `accelerate launch scripts/train_tokenizer.py --data … --output …`: the verb train-tokenizer."""
+
+import sys
+
+from latentloom.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train-tokenizer", *sys.argv[1:]]))

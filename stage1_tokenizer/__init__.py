@@ -1,0 +1,17 @@
+"""Stage one: pixels to codes and back."""
+
+from training_harness.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "VQGAN": "stage1_tokenizer.vqgan",
+        "VQGANConfig": "stage1_tokenizer.vqgan",
+        "LatentSpec": "stage1_tokenizer.latent_spec",
+        "ImageProcessor": "stage1_tokenizer.image_processor",
+        "open_source": "stage1_tokenizer.sources",
+        "train_tokenizer": "stage1_tokenizer.train",
+        "TokenizerTraining": "stage1_tokenizer.training_config",
+        "write_code_cache": "stage1_tokenizer.code_cache",
+    },
+)

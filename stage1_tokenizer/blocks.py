@@ -1,0 +1,62 @@
+"""The parts that encoder and decoder are made of. GroupNorm throughout: BatchNorm's statistics differ by rank under DDP."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of at least 4 channels, 32 groups at most."""
+    groups = max(g for g in (1, 2, 4, 8, 16, 32) if channels % g == 0 and (channels // g >= 4 or g == 1))
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), starting as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map, starting as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1).chunk(3, dim=-1)  # (B, 1, h·w, c)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.out(attended.squeeze(1).mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the resolution."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution, which leaves no checkerboard."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,142 @@
+"""The code cache: a data set's images as codes, written once, read memory-mapped by stage two.
+
+    codes/manifest.json            LatentSpec, source, label names, splits, views, shards with counts and sha256
+    codes/tokenizer/               the tokenizer, so that stage two can leave a whole pipeline
+    codes/train-00000.arrow        columns indices and/or latents, label, source_id; an Arrow stream of one record batch
+    codes/skipped.jsonl            images that could not be read, and why
+
+Codes are laid out flat, image by image: indices as uint16 where K allows, else int32; latents as float16.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import ImageSource
+from stage1_tokenizer.vqgan import VQGAN
+from training_harness.errors import UserError
+from training_harness.files import whole_folder, write_json
+
+View = Literal["original", "flip"]
+Contents = Literal["indices", "latents", "both"]
+SHARD_IMAGES = 100_000
+FORMAT = 1
+
+
+def write_code_cache(
+    tokenizer: VQGAN,
+    tokenizer_folder: Path,
+    source: ImageSource,
+    output: Path,
+    *,
+    contents: Contents = "indices",
+    views: tuple[View, ...] = ("original",),
+    batch_size: int = 128,
+) -> Path:
+    """Encodes train and validation images of `source` into `output`, which appears whole or not at all.
+
+    Args:
+        tokenizer_folder: the model folder that `tokenizer` was loaded from; it is copied into the cache.
+        views: what is encoded of each training image: itself, and its mirror image. Validation has the originals.
+    Raises:
+        UserError when `output` holds anything but an earlier cache of the same request.
+    """
+    spec = tokenizer.latent_spec()
+    request = {
+        "format": FORMAT,
+        "spec": spec.to_dict(),
+        "source": source.name,
+        "contents": contents,
+        "views": list(views),
+        "label_names": list(source.label_names) if source.label_names else None,
+    }
+    if (output / "manifest.json").exists():
+        held = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        differing = [name for name, value in request.items() if held.get(name) != value]
+        if differing:
+            raise UserError(
+                f"{output} holds a code cache with another {', '.join(differing)}; expected the same request; "
+                "choose another --output"
+            )
+        print(f"{output} holds these codes already")
+        return output
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty and holds no code cache; choose another --output")
+    with whole_folder(output) as folder:
+        shutil.copytree(tokenizer_folder, folder / "tokenizer")
+        splits, skipped = {}, []
+        for name, split in (("train", source.train), ("validation", source.validation)):
+            pixels = Pixels(split, tokenizer.config.image_processor)
+            shown = views if name == "train" else ("original",)
+            shards = [
+                _write_shard(folder / f"{name}-{number:05d}.arrow", rows)
+                for number, rows in enumerate(_shards(_encoded(tokenizer, pixels, contents, shown, batch_size, name)))
+            ]
+            splits[name] = {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
+            skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.skipped.values()]
+            pixels.report_skipped()
+        (folder / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
+        write_json(folder / "manifest.json", request | {"splits": splits})
+    return output
+
+
+@torch.no_grad()
+def _encoded(
+    tokenizer: VQGAN, pixels: Pixels, contents: Contents, views: tuple[View, ...], batch_size: int, name: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of each batch and view: indices (B, tokens), latents (B, c·h·w), label (B,), source_id (B,)."""
+    processor, spec = tokenizer.config.image_processor, tokenizer.latent_spec()
+    labels, ids = pixels.labels(), pixels.source_ids()
+    dtype = np.uint16 if (spec.codebook_size or 0) <= 2**16 else np.int32
+    with tqdm(total=len(pixels) * len(views), desc=f"tokenize {name}", unit="image", disable=None) as bar:
+        for positions, images in pixels.batches(batch_size):
+            for view in views:
+                shown = images.flip(-1) if view == "flip" else images
+                pixel_values = processor.preprocess(shown.to(tokenizer.device))
+                columns: dict[str, np.ndarray] = {}
+                if contents != "latents":
+                    columns["indices"] = tokenizer.encode_indices(pixel_values).flatten(1).cpu().numpy().astype(dtype)
+                if contents != "indices":
+                    columns["latents"] = tokenizer.encode_latents(pixel_values).flatten(1).half().cpu().numpy()
+                columns["label"] = np.array([-1 if labels is None else labels[i] for i in positions], np.int64)
+                columns["source_id"] = np.array([ids[i] for i in positions], object)
+                bar.update(len(positions))
+                yield columns
+
+
+def _shards(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Batches put together into shards of about `SHARD_IMAGES` rows."""
+    held: list[dict[str, np.ndarray]] = []
+    rows = 0
+    for batch in batches:
+        held.append(batch)
+        rows += len(batch["label"])
+        if rows >= SHARD_IMAGES:
+            yield {name: np.concatenate([part[name] for part in held]) for name in batch}
+            held, rows = [], 0
+    if held:
+        yield {name: np.concatenate([part[name] for part in held]) for name in held[0]}
+
+
+def _write_shard(path: Path, columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    arrays = {
+        name: pa.array(values)
+        if values.ndim == 1
+        else pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        for name, values in columns.items()
+    }
+    batch = pa.RecordBatch.from_pydict(arrays)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": digest}

@@ -1,0 +1,29 @@
+"""Latents to pixels: the encoder's pyramid the other way round."""
+
+from torch import Tensor, nn
+
+from stage1_tokenizer.blocks import Upsample, group_norm
+from stage1_tokenizer.encoder import level_blocks
+
+
+class Decoder(nn.Sequential):
+    """(B, c, h, w) → (B, C, h · f, w · f), unbounded; the processor clamps."""
+
+    def __init__(
+        self, image_channels: int, channels: list[int], blocks: list[int], attention: list[bool], latent_channels: int
+    ) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
+        for level in reversed(range(len(channels))):
+            layers += level_blocks(channels[level], blocks[level], attention[level])
+            if level:
+                layers.append(Upsample(channels[level], channels[level - 1]))
+        layers += [group_norm(channels[0]), nn.SiLU(), nn.Conv2d(channels[0], image_channels, 3, padding=1)]
+        super().__init__(*layers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return super().forward(latents)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight at which the adaptive adversarial weight takes its gradients."""
+        return self[-1].weight  # type: ignore[return-value]

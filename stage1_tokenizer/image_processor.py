@@ -1,0 +1,186 @@
+"""From any picture to a tensor and back: the only place that knows how uint8 becomes [-1, 1].
+
+    read        PIL, any mode and size  →  uint8   (C, h, w)      turned upright, converted, cropped, resized
+    preprocess  uint8   (B, C, h, w)    →  float32 (B, C, H, W)   x = v / 127.5 − 1, then padded by repeating edges
+    postprocess float   (B, C, H, W)    →  uint8   (B, C, h, w)   padding cropped off, v = round(127.5 (x + 1))
+
+`postprocess` undoes `preprocess` exactly. Content (h, w) is what users see; (H, W) is what the tokenizer sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from PIL.Image import Transpose
+from torch import Tensor
+from torch.nn import functional as F
+
+from training_harness.errors import ConfigError
+
+__all__ = ["ImageProcessor", "orientation_of", "padded_size", "to_pil", "upright", "with_eight_bits"]
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """How pictures become pixel values. Sizes are (height, width)."""
+
+    channels: int
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    content_size: tuple[int, int]
+    """The pictures, as users see them."""
+    image_size: tuple[int, int]
+    """What the tokenizer sees: the content and its padding."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in MODES:
+            raise ConfigError(f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA)")
+        for name in ("content_size", "image_size"):
+            object.__setattr__(self, name, _checked_size(name, getattr(self, name)))  # JSON gives lists
+        if any(whole < part for whole, part in zip(self.image_size, self.content_size, strict=True)):
+            raise ConfigError(
+                f"image_size {self.image_size} is smaller than content_size {self.content_size}; "
+                "expected it to be equal or larger. padded_size(content_size, multiple) gives one"
+            )
+
+    @property
+    def draft_size(self) -> tuple[int, int]:
+        """For `ImageSplit.image(i, at_least=…)`: the least size that `read` should be given to lose nothing visible.
+
+        Twice the content, so that the last halving is antialiased; square, since EXIF may still turn the picture."""
+        return (2 * max(self.content_size),) * 2
+
+    def read(self, image: PIL.Image.Image) -> Tensor:
+        """A picture of any mode and size as uint8 (C, h, w) of the content.
+
+        Turned upright by its EXIF orientation; 16 bits scaled to 8; transparency kept where this processor has an alpha
+        channel and laid on white where it has none; cropped at the centre to the content's aspect ratio, then resized
+        (Lanczos). A picture that has the size already is not resampled."""
+        image = _in_mode(with_eight_bits(upright(image)), MODES[self.channels])
+        height, width = self.content_size
+        if image.size != (width, height):
+            image = PIL.ImageOps.fit(image, (width, height), method=PIL.Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(image)).view(height, width, self.channels)
+        return pixels.permute(2, 0, 1).contiguous()
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, h, w) of the content → float32 (B, C, H, W) in [-1, 1], the padding centred, edges repeated."""
+        self._check("images", images, self.content_size)
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype}; expected torch.uint8 in 0..255, as `read` gives them")
+        top, left = self._offset
+        bottom = self.image_size[0] - self.content_size[0] - top
+        right = self.image_size[1] - self.content_size[1] - left
+        return F.pad(images.float() / 127.5 - 1, (left, right, top, bottom), mode="replicate")
+
+    def postprocess(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] → uint8 (B, C, h, w) of the content, clamped and rounded."""
+        return (self.to_unit_range(pixel_values) * 255).round().to(torch.uint8)
+
+    def to_unit_range(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] → float32 (B, C, h, w) of the content in [0, 1], clamped."""
+        self._check("pixel_values", pixel_values, self.image_size)
+        (top, left), (height, width) = self._offset, self.content_size
+        content = pixel_values[:, :, top : top + height, left : left + width]
+        return ((content.float() + 1) / 2).clamp(0, 1)
+
+    def to_pil(self, images: Tensor) -> list[PIL.Image.Image]:
+        """uint8 (B, C, h, w), of any size → one picture each, of the mode that has this processor's channels."""
+        self._check("images", images, tuple(images.shape[-2:]))
+        return to_pil(images)
+
+    @property
+    def _offset(self) -> tuple[int, int]:
+        """Rows above and columns left of the content; an odd one goes below or to the right."""
+        return (self.image_size[0] - self.content_size[0]) // 2, (self.image_size[1] - self.content_size[1]) // 2
+
+    def _check(self, name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
+        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != (self.channels, *size):
+            expected = ", ".join(map(str, (self.channels, *size)))
+            raise ValueError(f"{name} have the shape {tuple(tensor.shape)}; expected (B, {expected})")
+
+
+def to_pil(images: Tensor) -> list[PIL.Image.Image]:
+    """uint8 (B, C, h, w) with C from 1 to 4 → one picture each, of mode L, LA, RGB or RGBA."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in MODES:
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, h, w) with C from 1 to 4"
+        )
+    arrays = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, h, w, C)
+    return [PIL.Image.fromarray(array[..., 0] if images.shape[1] == 1 else array) for array in arrays]
+
+
+def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The smallest (height, width) of multiples that holds the content: (28, 30) in eights is (32, 32)."""
+    height, width = _checked_size("content_size", content_size)
+    if multiple < 1:
+        raise ConfigError(f"multiple is {multiple}; expected a positive number, the tokenizer's downsampling factor")
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def orientation_of(image: PIL.Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; from 5 on, height and width change places. Unreadable EXIF counts as none."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # cameras and editors write broken EXIF in many ways; the picture itself is fine
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as its EXIF orientation wants it seen."""
+    orientation = orientation_of(image)
+    if orientation == 1:
+        return image
+    turned = image.transpose(UPRIGHT[orientation])
+    if "transparency" in image.info:
+        turned.info["transparency"] = image.info["transparency"]
+    return turned
+
+
+def with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in mode L, LA, RGB or RGBA, whichever holds what it shows.
+
+    16-bit grey is scaled, v / 257, not clipped. 32-bit integers count as 16-bit ones, since Pillow opens some 16-bit
+    files so, and floats as 0..255, which is Pillow's own reading of them."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in MODES.values() and "transparency" not in image.info:
+        return image
+    grey = image.mode in ("1", "L", "F", "La", "LA")
+    if image.has_transparency_data:
+        return image.convert("LA" if grey else "RGBA")
+    return image.convert("L" if grey else "RGB")
+
+
+def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """L, LA, RGB or RGBA → another of them; what was transparent is laid on white where the alpha channel goes."""
+    if image.mode == mode:
+        return image
+    if image.mode in ("LA", "RGBA") and mode in ("L", "RGB"):
+        coloured = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+    return image.convert(mode)
+
+
+def _checked_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    sides = tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ConfigError(f"{name} is {size}; expected (height, width), two positive whole numbers")
+    return sides[0], sides[1]

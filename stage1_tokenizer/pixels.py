@@ -1,0 +1,123 @@
+"""A split's pictures as uint8 tensors: read once into memory when they fit, else decoded when asked for.
+
+A picture that cannot be read is left out, and listed with the reason.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.sources import ImageSplit, UnreadableImage
+from training_harness.batch_order import BatchOrder
+from training_harness.errors import UserError
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded pictures kept
+
+
+class Pixels:
+    """Indexed by position in the split: `pixels[indices]` is uint8 (B, C, height, width) of the content size.
+
+    Positions whose picture cannot be read give the next readable one; `readable` lists those that can.
+    """
+
+    def __init__(self, split: ImageSplit, processor: ImageProcessor, memory_limit: int = MEMORY_LIMIT) -> None:
+        self.split, self.processor = split, processor
+        self.skipped: dict[int, UnreadableImage] = {}
+        height, width = processor.content_size
+        self._images: Tensor | None = None
+        if len(split) * processor.channels * height * width <= memory_limit:
+            images, readable = [], []
+            for i, image in enumerate(self._read_all(range(len(split)), "reading images")):
+                if image is not None:
+                    images.append(image)
+                    readable.append(i)
+            self.readable: Sequence[int] = readable
+            self._images = torch.stack(images) if images else None
+        else:
+            self.readable = range(len(split))
+        if not self.readable:
+            raise none_readable(self.skipped, len(split))
+
+    def __len__(self) -> int:
+        return len(self.readable)
+
+    def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Tensor:
+        if self._images is not None:
+            return self._images[torch.as_tensor(positions)]
+        return torch.stack([self._readable_from(int(i)) for i in positions])
+
+    def labels(self) -> list[int] | None:
+        labels = self.split.labels
+        return None if labels is None else [labels[i] for i in self.readable]
+
+    def source_ids(self) -> list[str]:
+        return [self.split.source_id(i) for i in self.readable]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """(positions, pictures) in order, each picture once, those that cannot be read left out."""
+        if self._images is not None:
+            for start in range(0, len(self), batch_size):
+                positions = list(range(start, min(start + batch_size, len(self))))
+                yield positions, self._images[start : start + batch_size]
+            return
+        for start in range(0, len(self.split), batch_size):
+            block = range(start, min(start + batch_size, len(self.split)))
+            read = [
+                (i, image) for i, image in zip(block, self._read_all(block, None), strict=True) if image is not None
+            ]
+            if read:
+                yield [i for i, _ in read], torch.stack([image for _, image in read])
+
+    def random_batches(self, order: BatchOrder, first: int) -> Iterator[Tensor]:
+        """Batches of `order` from number `first` on, without end; the next two are decoded while one is used."""
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            ahead = deque(pool.submit(self.__getitem__, order.batch(first + i)) for i in range(3))
+            for number in count(first + 3):
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(self.__getitem__, order.batch(number)))
+
+    def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
+            read = pool.map(self._try_read, positions)
+            quiet = None if describe and len(positions) > 2000 else True
+            yield from tqdm(read, desc=describe, total=len(positions), unit="image", disable=quiet)
+
+    def _try_read(self, position: int) -> Tensor | None:
+        try:
+            return self.processor.read(self.split.image(position, at_least=self.processor.draft_size))
+        except UnreadableImage as error:
+            self.skipped[position] = error
+            return None
+
+    def _readable_from(self, position: int) -> Tensor:
+        for offset in range(len(self.split)):
+            image = self._try_read((position + offset) % len(self.split))
+            if image is not None:
+                return image
+        raise none_readable(self.skipped, len(self.split))
+
+    def report_skipped(self) -> None:
+        """One line on stderr when pictures were left out."""
+        if self.skipped:
+            first = self.skipped[min(self.skipped)]
+            print(
+                f"skipped {len(self.skipped)} of {len(self.split)} images that cannot be read, such as "
+                f"{first.source_id} ({first.reason})",
+                file=sys.stderr,
+            )
+
+
+def none_readable(skipped: dict[int, UnreadableImage], total: int) -> UserError:
+    first = skipped[min(skipped)]
+    return UserError(
+        f"none of {total} images can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
+        "pictures; check the folder"
+    )

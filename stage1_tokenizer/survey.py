@@ -1,0 +1,68 @@
+"""What a set of images looks like, from a sample of it: enough to choose sizes, channels and a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+from stage1_tokenizer.image_processor import orientation_of, with_eight_bits
+from stage1_tokenizer.sources import ImageSplit, UnreadableImage
+from training_harness.errors import UserError
+
+__all__ = ["ImageSurvey", "survey"]
+
+COLOUR_SAMPLE = (256, 256)  # large JPEGs are decoded down to about this size: colour and alpha show there as well
+
+
+@dataclass(frozen=True)
+class ImageSurvey:
+    """Sizes are (height, width) of upright pictures; smallest and largest by their number of pixels."""
+
+    looked_at: int
+    """Pictures that were read; the unreadable ones come on top."""
+    unreadable: int
+    commonest_size: tuple[int, int]
+    smallest_size: tuple[int, int]
+    largest_size: tuple[int, int]
+    channels: int
+    """1 when every picture shows greys only, whatever its file's mode, 4 when one uses transparency, else 3."""
+
+
+def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
+    """Looks at up to `limit` pictures, evenly spaced over the split.
+
+    Raises: UserError when none of them could be read; it names one."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    channels = 1
+    unreadable: list[UnreadableImage] = []
+    count = min(limit, len(split))
+    for index in (i * len(split) // count for i in range(count)):
+        try:
+            image = split.image(index, at_least=COLOUR_SAMPLE)
+            height, width = split.size(index)
+        except UnreadableImage as error:
+            unreadable.append(error)
+            continue
+        sizes[(width, height) if orientation_of(image) >= 5 else (height, width)] += 1
+        channels = max(channels, _channels_of(with_eight_bits(image)))
+    if not sizes:
+        example = f"for example {unreadable[0]}" if unreadable else "there is none"
+        raise UserError(
+            f"none of {count} images could be read ({example}); expected pictures. Check how the files were copied"
+        )
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    commonest = max(by_area, key=lambda size: (sizes[size], size[0] * size[1]))
+    return ImageSurvey(sizes.total(), len(unreadable), commonest, by_area[0], by_area[-1], channels)
+
+
+def _channels_of(image: PIL.Image.Image) -> int:
+    """1, 3 or 4 for a picture of mode L, LA, RGB or RGBA, by what it shows rather than by its mode."""
+    pixels = np.asarray(image)
+    if image.mode in ("LA", "RGBA") and (pixels[..., -1] < 255).any():
+        return 4
+    if image.mode in ("L", "LA"):
+        return 1
+    return 1 if (pixels[..., :1] == pixels[..., 1:3]).all() else 3

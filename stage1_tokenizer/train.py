@@ -1,0 +1,165 @@
+"""Stage one: trains a tokenizer on a source of images."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.losses import (
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_hinge,
+    reconstruction_terms,
+)
+from stage1_tokenizer.metrics import codebook_usage, psnr
+from stage1_tokenizer.model_card import tokenizer_card
+from stage1_tokenizer.pictures import before_and_after, save_picture
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
+from training_harness.batch_order import BatchOrder
+from training_harness.ema import EMA
+from training_harness.files import whole_folder, write_text
+from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.run import Run
+
+PREVIEW_IMAGES = 20
+STATISTICS_IMAGES = 50_000
+
+
+def train_tokenizer(
+    config: TokenizerTraining,
+    model_config: VQGANConfig,
+    train: Pixels,
+    validation: Pixels,
+    perceptual: PerceptualLoss | None = None,
+) -> Path:
+    """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
+
+    Args:
+        train, validation: pictures of the content size that `model_config` states.
+        perceptual: a distance between (B, C, H, W) batches in [-1, 1], added with `reconstruction.perceptual`.
+    """
+    run = Run(config)
+    accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
+    processor = model_config.image_processor
+    tokenizer = VQGAN(model_config)
+    discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
+    optimizer = build_optimizer(tokenizer, config.optimizer)
+    discriminator_optimizer = torch.optim.Adam(
+        discriminator.parameters(), lr=adversarial.learning_rate, betas=(0.5, 0.9)
+    )
+    model, critic, optimizer, discriminator_optimizer = accelerator.prepare(
+        tokenizer, discriminator, optimizer, discriminator_optimizer
+    )
+    model.to(memory_format=torch.channels_last)
+    tokenizer, discriminator = accelerator.unwrap_model(model), accelerator.unwrap_model(critic)
+    ema = EMA(tokenizer, config.ema)
+    run.track(
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        discriminator=critic,
+        discriminator_optimizer=discriminator_optimizer,
+    )
+    order = BatchOrder(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
+    batches = train.random_batches(order, run.step * config.accumulation_steps)
+    usage = torch.zeros(model_config.codebook_size, device=accelerator.device)
+
+    for step in run.steps(config.batch_size, "tokenizer"):
+        set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
+        share = adversarial.share(step, config.max_steps)
+        for _ in range(config.accumulation_steps):
+            pixel_values = processor.preprocess(next(batches).to(accelerator.device))
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            with accelerator.accumulate(model, critic):
+                output = model(pixel_values)
+                terms = reconstruction_terms(output.reconstruction, pixel_values, perceptual)
+                reconstruction = sum_weighted(terms, weights)
+                loss = reconstruction + output.losses["codebook"] + weights.commitment * output.losses["commitment"]
+                terms |= output.losses
+                if share > 0:
+                    discriminator.requires_grad_(False)  # the generator's loss leaves no gradient there
+                    terms["generator"] = generator_hinge(discriminator(output.reconstruction))
+                    discriminator.requires_grad_(True)
+                    terms["adaptive_weight"] = (
+                        adaptive_weight(reconstruction, terms["generator"], tokenizer.decoder.last_layer)
+                        if adversarial.adaptive
+                        else torch.ones_like(loss)
+                    )
+                    loss = loss + share * adversarial.weight * terms["adaptive_weight"] * terms["generator"]
+                accelerator.backward(loss)
+                run.optimizer_step(step, optimizer, model, terms, config.optimizer.max_grad_norm)
+
+                if adversarial.discriminating(step, config.max_steps):
+                    pair = torch.cat([pixel_values, output.reconstruction.detach()])  # one forward: DDP hooks it once
+                    real_logits, fake_logits = critic(pair).chunk(2)
+                    terms["discriminator"] = discriminator_hinge(real_logits, fake_logits)
+                    terms |= {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
+                    accelerator.backward(terms["discriminator"])
+                    discriminator_optimizer.step()
+                    discriminator_optimizer.zero_grad()
+            usage += torch.bincount(output.indices.flatten(), minlength=len(usage))
+        ema.update(step)
+        run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
+        if run.due(step, config.sample_every):
+            figures = preview(ema.model, validation, run.folder / "samples" / f"step_{step:06d}.png")
+            used = codebook_usage(usage)
+            usage.zero_()
+            run.log_row(step, figures | {"codes_used": used.codes_used, "perplexity": used.perplexity})
+        if run.due(step, config.checkpoint_every):
+            run.checkpoint(step)
+    return export(run, ema.model, train)
+
+
+def sum_weighted(terms: dict[str, Tensor], weights: object) -> Tensor:
+    """Σ w_i L_i, each weight being the field of the term's name."""
+    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+
+
+@torch.no_grad()
+def preview(tokenizer: VQGAN, validation: Pixels, path: Path) -> dict[str, float]:
+    """Saves originals over reconstructions; returns the validation PSNR (mean over images) on at most 1,000 images."""
+    processor, device = tokenizer.config.image_processor, tokenizer.device
+    values: list[Tensor] = []
+    for positions, images in validation.batches(250):
+        rebuilt = processor.postprocess(tokenizer(processor.preprocess(images.to(device))).reconstruction).cpu()
+        if not values:
+            save_picture(before_and_after(images[:PREVIEW_IMAGES], rebuilt[:PREVIEW_IMAGES]), path)
+        values.append(psnr(rebuilt, images))
+        if positions[-1] >= 999:
+            break
+    return {"validation_psnr": float(torch.cat(values).mean())}
+
+
+@torch.no_grad()
+def measure_latents(tokenizer: VQGAN, pixels: Pixels) -> None:
+    """Stores mean and standard deviation by channel of the raw latents, over at most 50,000 images."""
+    processor, device = tokenizer.config.image_processor, tokenizer.device
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for positions, images in pixels.batches(250):
+        latents = tokenizer.encoder(processor.preprocess(images.to(device))).double().cpu()
+        count += latents.numel() // latents.shape[1]
+        total = total + latents.sum((0, 2, 3))
+        squares = squares + latents.square().sum((0, 2, 3))
+        if positions[-1] + 1 >= STATISTICS_IMAGES:
+            break
+    mean = total / count
+    tokenizer.config.latent_mean = mean.tolist()
+    tokenizer.config.latent_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
+
+
+def export(run: Run, tokenizer: VQGAN, train: Pixels) -> Path:
+    """Writes `model/`: the averaged weights with the latents' statistics and the tokenizer's id."""
+    folder = run.folder / "model"
+    if run.accelerator.is_main_process:
+        measure_latents(tokenizer, train)
+        tokenizer.config.tokenizer_id = None
+        tokenizer.config.tokenizer_id = tokenizer.compute_id()
+        with whole_folder(folder) as beside:
+            tokenizer.save_pretrained(beside)
+            write_text(beside / "README.md", tokenizer_card(tokenizer, run.log_file.path))
+    run.accelerator.wait_for_everyone()
+    return folder

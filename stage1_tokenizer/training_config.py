@@ -1,0 +1,120 @@
+"""Configuration of a stage-one run, and how a set of pictures completes it."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from stage1_tokenizer.image_processor import padded_size
+from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
+from stage1_tokenizer.survey import ImageSurvey
+from stage1_tokenizer.vqgan import VQGANConfig
+from training_harness.ema import EMAConfig
+from training_harness.errors import ConfigError
+from training_harness.optimization import OptimizerConfig, ScheduleConfig
+from training_harness.run import RunConfig
+
+# Pictures that fall short of the resolution by at most this share are padded to it, not resampled.
+PAD_AT_MOST = 1 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModel:
+    """Widths and depths by level, from full resolution to the code grid; f = 2^(levels − 1)."""
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    blocks: tuple[int, ...] = (0, 1, 2)
+    """Residual blocks a level, in the encoder and in the decoder."""
+    attention: tuple[bool, ...] = (False, False, False)
+    """Levels whose blocks end in self-attention."""
+    latent_channels: int = 16
+    codebook_size: int = 512
+    quantizer: Literal["vq", "ema"] = "ema"
+    usage_decay: float = 0.95
+    """Of the moving average of how often each code is chosen, and of an `ema` codebook itself."""
+    restart_threshold: float = 0.3
+    """Codes chosen less often than this share of the uniform rate are restarted; 0 never."""
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.blocks) == len(self.attention):
+            raise ConfigError(
+                f"model.channels, model.blocks and model.attention have {len(self.channels)}, {len(self.blocks)} and "
+                f"{len(self.attention)} entries; expected one a level in each"
+            )
+        for name in ("latent_channels", "codebook_size", *(["channels"] if not self.channels else [])):
+            if not getattr(self, name) or getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
+
+    @property
+    def downsampling_factor(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining(RunConfig):
+    data: str
+    """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
+    resolution: int | str | None = None
+    """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
+    image_channels: int | None = None
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
+    padding: Literal["pad", "refuse"] = "pad"
+    """What happens to a size that the downsampling factor does not divide."""
+    model: TokenizerModel = field(default_factory=TokenizerModel)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+
+def parse_size(resolution: int | str) -> tuple[int, int]:
+    """(height, width) of `64` or `64x96`."""
+    parts = str(resolution).lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"--resolution is {resolution}; expected a size such as 64, or height and width such as 64x96"
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+def completed(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerTraining:
+    """`config` with resolution and channels filled in from the pictures where the user gave none."""
+    height, width = survey.commonest_size if config.resolution is None else parse_size(config.resolution)
+    return replace(
+        config,
+        resolution=f"{height}x{width}",
+        image_channels=survey.channels if config.image_channels is None else config.image_channels,
+    )
+
+
+def model_config(config: TokenizerTraining, survey: ImageSurvey) -> VQGANConfig:
+    """The model's configuration for a completed `config`.
+
+    Raises ConfigError when the downsampling factor does not divide the size and the recipe refuses to pad.
+    """
+    if config.resolution is None or config.image_channels is None:
+        raise ConfigError("resolution and image_channels are not set; complete the configuration from the data first")
+    wanted = parse_size(config.resolution)
+    factor = config.model.downsampling_factor
+    size = padded_size(wanted, factor)
+    if size != wanted and config.padding == "refuse":
+        raise ConfigError(
+            f"--resolution is {wanted[0]}x{wanted[1]}; expected multiples of the downsampling factor {factor}, "
+            f"such as {size[0]}x{size[1]}; give one, or --padding pad"
+        )
+    uniform = survey.smallest_size == survey.largest_size
+    near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, survey.smallest_size, strict=True))
+    content = survey.smallest_size if uniform and near else wanted
+    model = config.model
+    return VQGANConfig(
+        image_channels=config.image_channels,
+        image_size=size,
+        content_size=content,
+        channels=model.channels,
+        blocks=model.blocks,
+        attention=model.attention,
+        latent_channels=model.latent_channels,
+        codebook_size=model.codebook_size,
+        quantizer=model.quantizer,
+        usage_decay=model.usage_decay,
+        restart_threshold=model.restart_threshold,
+    )

@@ -1,0 +1,201 @@
+r"""The autoregressive prior: a decoder-only transformer over the codes in raster order.
+
+    p(k | y) = Π_i p(k_i | y, k_1 … k_{i−1}),     L = −mean_i log p(k_i | …)
+
+The sequence is the class prefix and then the codes; position i sees the prefix and codes before i and predicts code i, so
+the last code is never an input. Blocks are pre-norm with RMSNorm and SwiGLU as in Llama (Touvron et al. 2023, arXiv
+2302.13971), laid over image tokens as in LlamaGen (Sun et al. 2024, arXiv 2406.06525). log K is the loss of a uniform guess.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.autoregressive.kv_cache import KVCache
+from stage2_prior.autoregressive.rotary import rotary_angles, rotate
+from stage2_prior.autoregressive.sampling import SamplingOptions, decode
+from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.outputs import PriorLoss
+from training_harness.errors import ConfigError, SpecMismatchError
+from training_harness.pretrained import StrictConfig, StrictModel
+
+
+@strict
+class AutoregressivePriorConfig(StrictConfig):
+    model_type: ClassVar[str] = "latentloom-autoregressive"
+
+    codebook_size: int = 512
+    height: int = 8
+    width: int = 8
+    num_classes: int = 0
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 512
+    dropout: float = 0.0
+    class_dropout: float = 0.1
+    qk_norm: bool = True
+    positions: Literal["1d", "2d"] = "2d"
+    rope_theta: float | int = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tokenizer_id: str = ""
+    """Of the tokenizer whose codes the prior was trained on."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        axes = int(self.positions[0])
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
+            raise ConfigError(
+                f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of "
+                f"{2 * axes * self.num_heads}, for {self.positions} rotary positions"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; with a cache, over all tokens so far."""
+
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.dropout = config.num_heads, config.dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        causal = query.shape[2] > 1  # one new token sees everything
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(SiLU(gate x) · up x). Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class AutoregressivePrior(StrictModel):
+    config_class = AutoregressivePriorConfig
+    config: AutoregressivePriorConfig
+    end_layers = ("head",)  # read and written by other rules than hidden matrices
+
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__(config)
+        self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size, config.class_dropout)
+        self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self._draw_weights()
+        self.post_init()
+
+    def forward(self, codes: Tensor, conditioning: Tensor) -> PriorLoss:
+        """Loss of codes (B, h, w) int64 given class ids (B,) int64: nats a token."""
+        tokens = codes.flatten(1)
+        logits = self.logits(tokens, conditioning).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return PriorLoss(loss, {"nats_per_token": loss})
+
+    def logits(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        """(B, h·w) codes → (B, h·w, K); position i depends on the codes before i alone."""
+        prefix = self.class_embedding(conditioning)[:, None]
+        inputs = torch.cat([prefix, self.code_embedding(tokens[:, :-1])], dim=1)
+        return self.head(self.hidden_states(inputs))
+
+    def hidden_states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """Embedded inputs (B, tokens, hidden) → the same shape after all blocks and the last norm.
+
+        With caches, the inputs follow the tokens that the caches hold.
+        """
+        first = caches[0].tokens if caches else 0
+        angles = self.angles(inputs.device)[first : first + inputs.shape[1]]
+        for i, block in enumerate(self.blocks):
+            inputs = block(inputs, angles, caches[i] if caches else None)
+        return self.norm(inputs)
+
+    def angles(self, device: torch.device) -> Tensor:
+        config = self.config
+        axes = int(config.positions[0])
+        return rotary_angles(config.height, config.width, config.head_dim, axes, config.rope_theta).to(device)
+
+    def new_caches(self, batch: int) -> list[KVCache]:
+        config = self.config
+        tokens = config.height * config.width
+        like = self.head.weight
+        return [KVCache(batch, config.num_heads, tokens, config.head_dim, like) for _ in self.blocks]
+
+    def sample(
+        self,
+        spec: LatentSpec,
+        conditioning: Tensor,
+        options: SamplingOptions,
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Codes (B, h, w) int64 for class ids (B,), one generator an image.
+
+        Raises SpecMismatchError when `spec` is not that of the codes the prior was trained on.
+        """
+        self.check_spec(spec)
+        tokens = decode(self, conditioning, options, generators, on_step)
+        return tokens.view(-1, spec.height, spec.width)
+
+    def check_spec(self, spec: LatentSpec) -> None:
+        own = self.config
+        fields = ("codebook_size", "height", "width", "tokenizer_id")
+        wrong = [f"{f} {getattr(own, f)} ≠ {getattr(spec, f)}" for f in fields if getattr(own, f) != getattr(spec, f)]
+        if wrong:
+            raise SpecMismatchError(
+                f"the prior was trained on codes of another tokenizer ({'; '.join(wrong)}); expected those it was "
+                "trained on; use the tokenizer of its own pipeline, or train a prior on these codes"
+            )
+
+    def _draw_weights(self) -> None:
+        """Normal with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
+        depth = math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and "embedding" not in name:
+                std = parameter.shape[1] ** -0.5
+                small = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=std / depth if small else 0.02 if name == "head.weight" else std)
+        nn.init.normal_(self.code_embedding.weight, std=0.02)

@@ -1,0 +1,30 @@
+r"""Rotary positions (Su et al. 2021, arXiv 2104.09864), along one axis or along rows and columns.
+
+A pair (x_i, x_{i + d/2}) of a head's d channels is turned by the angle θ_i: in 1-D θ_i = p · b^(−2i/d) at sequence
+position p. In 2-D the first half of the pairs turns with the row, the second with the column, each with the frequencies of
+a head of half the width. The class prefix stands at row 0, column 0 and the grid begins at row 1, column 1, so that no
+code shares the prefix's place and each knows its own from its distance to the prefix.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: float) -> Tensor:
+    """Angles (1 + h·w, head_dim / 2) float32 of the prefix and the codes in raster order; axes is 1 or 2."""
+    if axes == 1:
+        positions = torch.arange(1 + height * width)[:, None]  # (tokens, 1)
+    else:
+        rows, columns = torch.meshgrid(torch.arange(height) + 1, torch.arange(width) + 1, indexing="ij")
+        grid = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+        positions = torch.cat([torch.zeros(1, 2, dtype=grid.dtype), grid])  # (tokens, 2)
+    pairs = head_dim // 2 // axes
+    frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
+    return (positions[:, :, None] * frequencies).flatten(1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x: (B, heads, tokens, d); angles: (tokens, d / 2). Computed in float32, returned in x's type."""
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

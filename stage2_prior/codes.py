@@ -1,0 +1,116 @@
+"""Reads the code cache that stage one wrote: Arrow files, memory-mapped, as views without a copy."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from training_harness.errors import UserError
+
+
+class CodeSplit:
+    """One split: `rows` images in the order of the shards."""
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], spec: LatentSpec) -> None:
+        self.spec = spec
+        columns = [_open_shard(folder / shard["file"], shard) for shard in shards]
+        self._columns = {name: [shard[name] for shard in columns] for name in (columns[0] if columns else ())}
+        self._starts = np.cumsum([0] + [len(shard["label"]) for shard in columns])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def indices(self, rows: np.ndarray) -> Tensor:
+        """(B, h, w) int64, or (B, levels, h, w) for residual codes."""
+        spec = self.spec
+        codes = torch.from_numpy(self._take("indices", rows).astype(np.int64))
+        levels = (spec.levels,) if spec.levels > 1 else ()
+        return codes.view(len(rows), *levels, spec.height, spec.width)
+
+    def latents(self, rows: np.ndarray) -> Tensor:
+        """(B, c, h, w) float32."""
+        latents = torch.from_numpy(self._take("latents", rows).astype(np.float32))
+        return latents.view(len(rows), self.spec.channels, self.spec.height, self.spec.width)
+
+    def labels(self, rows: np.ndarray) -> Tensor:
+        """(B,) int64; −1 for images without a label."""
+        return torch.from_numpy(self._take("label", rows))
+
+    def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
+        if name not in self._columns:
+            raise UserError(f"the code cache has no {name}; run: latentloom tokenize --contents {name} …")
+        parts = self._columns[name]
+        if len(parts) == 1:
+            return parts[0][rows]
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        out = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+        for number in np.unique(shard):
+            chosen = shard == number
+            out[chosen] = parts[number][rows[chosen] - self._starts[number]]
+        return out
+
+
+class CodeCache:
+    """A folder of codes with its spec, label names and splits."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError when the folder is no code cache, or a shard is missing or cut short."""
+        self.path = Path(path)
+        try:
+            self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            self.spec = LatentSpec.from_dict(self.manifest["spec"])
+            splits = self.manifest["splits"]
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"no code cache in {self.path} ({type(error).__name__}: {error}); expected a folder with a "
+                "manifest.json; run: latentloom tokenize --tokenizer … --data … --output …"
+            ) from None
+        names = self.manifest["label_names"]
+        self.label_names: tuple[str, ...] | None = tuple(names) if names else None
+        self.train = CodeSplit(self.path, splits["train"]["shards"], self.spec)
+        self.validation = CodeSplit(self.path, splits["validation"]["shards"], self.spec)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path / "tokenizer"
+
+    def verify(self) -> None:
+        """Compares every shard with its sha256; raises UserError that names the first that differs."""
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                with (self.path / shard["file"]).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != shard["sha256"]:
+                    raise UserError(
+                        f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "
+                        "the file was altered, write the cache again with `latentloom tokenize`"
+                    )
+
+
+def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:
+    import pyarrow as pa
+
+    size = path.stat().st_size if path.exists() else 0
+    if size != shard["bytes"]:
+        raise UserError(
+            f"{path} holds {size} bytes; expected {shard['bytes']}; it is missing or cut short, write the cache "
+            "again with `latentloom tokenize`"
+        )
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    columns = {}
+    for name in table.column_names:
+        if name == "source_id":
+            continue
+        array = table[name].chunk(0)
+        if pa.types.is_fixed_size_list(array.type):
+            values = array.flatten().to_numpy(zero_copy_only=True)
+            columns[name] = values.reshape(len(array), array.type.list_size)
+        else:
+            columns[name] = array.to_numpy(zero_copy_only=True)
+    return columns

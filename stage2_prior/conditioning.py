@@ -1,0 +1,34 @@
+"""What a prior is conditioned on: a class label, or the learned null class.
+
+The null class has the id `num_classes`, which follows from the data; a data set without labels has it alone. In training
+a label is replaced by it at the rate `class_dropout`, so that one model gives both halves of classifier-free guidance
+(Ho, Salimans 2022, arXiv 2207.12598): logits = null + scale · (conditional − null).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ClassEmbedding(nn.Embedding):
+    """(B,) int64 labels in [0, num_classes] → (B, hidden); −1 (no label) counts as the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout: float) -> None:
+        super().__init__(num_classes + 1, hidden_size)
+        self.class_dropout = class_dropout
+        nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def null_class(self) -> int:
+        return self.num_embeddings - 1
+
+    def forward(self, labels: Tensor) -> Tensor:
+        labels = torch.where(labels < 0, self.null_class, labels)
+        if self.training and self.class_dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.class_dropout
+            labels = torch.where(dropped, self.null_class, labels)
+        return super().forward(labels)
+
+
+def guided(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on logits or predictions; scale 1 is the conditional model, above 1 sharpens."""
+    return null + scale * (conditional - null)

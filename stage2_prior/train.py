@@ -1,0 +1,79 @@
+"""Stage two: trains a prior on a code cache."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.training_config import PriorTraining
+from training_harness.batch_order import BatchOrder
+from training_harness.ema import EMA
+from training_harness.errors import UserError
+from training_harness.files import whole_folder
+from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.run import Run
+
+Preview = Callable[[AutoregressivePrior, Path], None]
+"""Decodes samples of a prior and saves them at a path: this stage knows no pixels."""
+
+
+def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None = None) -> Path:
+    """Trains, or goes on training, in `config.output`; returns the folder of the finished model."""
+    if codes.spec.codebook_size is None:
+        raise UserError(
+            f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
+            "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan"
+        )
+    run = Run(config)
+    accelerator = run.accelerator
+    prior = AutoregressivePrior(config.model.for_spec(codes.spec, len(codes.label_names or ())))
+    optimizer = build_optimizer(prior, config.optimizer)
+    model, optimizer = accelerator.prepare(prior, optimizer)
+    ema = EMA(accelerator.unwrap_model(model), config.ema)
+    run.track(model=model, ema=ema, optimizer=optimizer)
+    order = BatchOrder(
+        len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+    )
+
+    for step in run.steps(config.batch_size, "prior"):
+        set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
+        for micro in range(config.accumulation_steps):
+            rows = order.batch((step - 1) * config.accumulation_steps + micro)
+            indices = codes.train.indices(rows).to(accelerator.device)
+            labels = codes.train.labels(rows).to(accelerator.device)
+            with accelerator.accumulate(model):
+                loss = model(indices, labels)  # through forward: DDP hooks nothing else
+                accelerator.backward(loss.total)
+                run.optimizer_step(step, optimizer, model, loss.terms, config.optimizer.max_grad_norm)
+        ema.update(step)
+        run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
+        if run.due(step, config.sample_every):
+            nats = validation_loss(ema.model, codes.validation, config.validation_images)
+            bits = nats / math.log(2) * codes.spec.tokens
+            run.log_row(step, {"validation_nats_per_token": nats, "validation_bits_per_image": bits})
+            if preview is not None and accelerator.is_main_process:
+                preview(ema.model, run.folder / "samples" / f"step_{step:06d}.png")
+        if run.due(step, config.checkpoint_every):
+            run.checkpoint(step)
+
+    folder = run.folder / "model"
+    if accelerator.is_main_process:
+        with whole_folder(folder) as beside:
+            ema.model.save_pretrained(beside)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+@torch.no_grad()
+def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
+    """Nats a token on the first `limit` images of a split."""
+    total, count = 0.0, min(limit, len(split))
+    for start in range(0, count, 250):
+        rows = np.arange(start, min(start + 250, count))
+        loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
+        total += float(loss.total) * len(rows)
+    return total / count

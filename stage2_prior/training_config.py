@@ -1,0 +1,59 @@
+"""Configuration of a stage-two run. What the codes determine (K, grid, classes) is taken from them and not asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.autoregressive.model import AutoregressivePriorConfig
+from stage2_prior.autoregressive.sampling import SamplingOptions
+from training_harness.ema import EMAConfig
+from training_harness.optimization import OptimizerConfig, ScheduleConfig
+from training_harness.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorModel:
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 512
+    """Width of SwiGLU; about 8 / 3 of the hidden size."""
+    dropout: float = 0.0
+    class_dropout: float = 0.1
+    """How often a label is replaced by the null class in training; guidance needs it above 0."""
+    qk_norm: bool = True
+    positions: Literal["1d", "2d"] = "2d"
+    rope_theta: float = 10_000.0
+
+    def for_spec(self, spec: LatentSpec, num_classes: int) -> AutoregressivePriorConfig:
+        return AutoregressivePriorConfig(
+            codebook_size=spec.codebook_size or 0,
+            height=spec.height,
+            width=spec.width,
+            num_classes=num_classes,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+            dropout=self.dropout,
+            class_dropout=self.class_dropout,
+            qk_norm=self.qk_norm,
+            positions=self.positions,
+            rope_theta=self.rope_theta,
+            tokenizer_id=spec.tokenizer_id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining(RunConfig):
+    codes: Path
+    """Code cache written by `latentloom tokenize`."""
+    validation_images: int = 1000
+    """Images of the validation split that each validation loss is measured on."""
+    model: PriorModel = field(default_factory=PriorModel)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """What the pipeline samples with when it is told nothing else."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)

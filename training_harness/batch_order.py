@@ -1,0 +1,35 @@
+"""Which examples make up which batch, as a function of seed and step alone.
+
+    epoch e is the permutation drawn from (seed, e); batch s of process r takes the next `batch_size` entries of it
+
+Nothing about the place in the data needs to be stored: a resumed run asks for the step it stands at. N processes at batch
+size B see together what one process sees at batch size N · B.
+"""
+
+import numpy as np
+
+
+class BatchOrder:
+    """Indices of every batch; the sequence goes on over the ends of epochs, so that no example is dropped."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.processes = rank, processes
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def batch(self, number: int) -> np.ndarray:
+        """Indices (batch_size,) int64 of this process's batch `number`, from 0."""
+        start = (number * self.processes + self.rank) * self.batch_size
+        places = np.arange(start, start + self.batch_size)
+        epochs = places // self.size
+        return np.concatenate([self._permutation(int(e))[places[epochs == e] % self.size] for e in np.unique(epochs)])
+
+    def epoch(self, number: int) -> float:
+        """Epochs finished once `number` batches have been taken by every process."""
+        return number * self.processes * self.batch_size / self.size
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        return self._epochs[epoch]

@@ -1,0 +1,72 @@
+"""What every model of the project adds to transformers' base classes: strictness.
+
+A configuration with a key that it does not know is refused, and so are weights that do not match the model name by name;
+transformers alone would keep the first and initialise what is missing at random.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from training_harness.configuration import nearest
+from training_harness.errors import ConfigError, UserError
+
+# Keys that transformers itself writes into a config.json or passes to a configuration.
+LIBRARY_KEYS = {"torch_dtype", "num_labels", "name_or_path", "attn_implementation", "model_type", "_name_or_path"}
+
+
+class StrictConfig(PreTrainedConfig):
+    """A `PreTrainedConfig` that refuses unknown keys. Subclasses are decorated with `huggingface_hub.dataclasses.strict`."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = type(self).__dataclass_fields__
+        for key in kwargs:
+            if key not in LIBRARY_KEYS and not key.startswith("_"):
+                own = [name for name in known if name not in PreTrainedConfig.__dataclass_fields__]
+                raise ConfigError(f"unknown field '{key}' in a {type(self).__name__}; {nearest(key, own)}")
+        super().__post_init__(**kwargs)
+
+
+class StrictModel(PreTrainedModel):
+    """A `PreTrainedModel` whose weights are safetensors and match by name and shape, or are refused."""
+
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: each module draws its weights where it is built, and loading leaves none to draw."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Loads a model folder or Hub repository; raises UserError when a file is missing, cut short or does not fit."""
+        try:
+            loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+        except UserError:
+            raise
+        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"no {cls.__name__} could be loaded from {source} ({reason[:200]}); expected config.json and an intact "
+                "model.safetensors; copy or save the folder again"
+            ) from error
+        model, found = loaded
+        wrong = {kind: sorted(map(str, found[kind])) for kind in found if found[kind]}
+        if wrong:
+            listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+            raise UserError(
+                f"the weights in {source} are not those of a {cls.__name__} ({listed}); save the model again"
+            )
+        return model.eval()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def parameter_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

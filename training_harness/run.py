@@ -1,0 +1,230 @@
+"""One training run: its folder, its processes, where it stands, what it logs and saves.
+
+    runs/NAME/config.yaml   metrics.jsonl   samples/   checkpoints/step_000500/   model/
+
+A step is an optimiser step, counted from 1; what a step draws at random is a function of (seed, step, process), so a
+resumed run needs no stored generator. A checkpoint holds the state of every object registered with `Run.track`.
+"""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from training_harness.configuration import read_yaml, to_mapping, write_yaml
+from training_harness.errors import ConfigError, UserError
+from training_harness.files import whole_folder
+from training_harness.guard import NonFiniteGuard
+from training_harness.metric_log import MetricLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The part of a training configuration that both stages have."""
+
+    output: Path
+    """Run folder."""
+    seed: int = 0
+    max_steps: int = 2000
+    """Optimiser steps; a larger number extends a finished run."""
+    batch_size: int = 64
+    """Images a process and step."""
+    accumulation_steps: int = 1
+    """Batches whose gradients make up one optimiser step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    log_every: int = 25
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulation_steps", "log_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {getattr(self, name)}; expected a whole number of at least 1")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"--keep-checkpoints is {self.keep_checkpoints}; expected at least 1, to resume from")
+
+
+# What may differ between a run folder and the command that goes on with it.
+CHANGEABLE = ("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Run:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = config.output
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation_steps,
+            step_scheduler_with_optimizer=False,
+        )
+        self.log_file = MetricLog(self.folder / "metrics.jsonl")
+        self.guard = NonFiniteGuard()
+        self.step = 0
+        self._tracked: dict[str, Stateful] = {}
+        self._bar: tqdm | None = None
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_yaml(self.folder / "config.yaml", config)
+        torch.manual_seed(config.seed)  # initial weights: the same on every process
+
+    # -- where the run stands -------------------------------------------------------------------------------------
+
+    def track(self, **objects: Stateful) -> None:
+        """Registers what a checkpoint holds, and loads the newest checkpoint when there is one."""
+        self._tracked = {
+            name: self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
+            for name, thing in objects.items()
+        }
+        for path in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
+            try:
+                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # a torn archive raises many types
+                print(f"passing over {path}: {type(error).__name__}", file=sys.stderr)
+                continue
+            for name, thing in self._tracked.items():
+                thing.load_state_dict(state["objects"][name])
+            self.step = state["step"]
+            break
+        if self.accelerator.is_main_process:
+            self.log_file.rewind(self.step)
+            if self.step:
+                self.log_file.append({"step": self.step, "resumed_from": self.step})
+
+    def steps(self, unit: int, describe: str) -> Iterator[int]:
+        """Steps left to do, with a progress bar in images; seeds torch for each from (seed, step, process)."""
+        config, processes = self.config, self.accelerator.num_processes
+        images = unit * config.accumulation_steps * processes
+        self._bar = tqdm(
+            total=config.max_steps * images,
+            initial=self.step * images,
+            desc=describe,
+            unit="image",
+            unit_scale=True,
+            disable=None if self.accelerator.is_main_process else True,
+            dynamic_ncols=True,
+        )
+        self._started, self._first, self._images = time.perf_counter(), self.step, images
+        with self._bar:
+            for step in range(self.step + 1, config.max_steps + 1):
+                torch.manual_seed(seed_of(config.seed, step, self.accelerator.process_index))
+                yield step
+                self.step = step
+                self._bar.update(images)
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.max_steps
+
+    # -- what it says and saves -------------------------------------------------------------------------------------
+
+    def optimizer_step(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        terms: Mapping[str, Tensor],
+        max_norm: float,
+    ) -> None:
+        """Clips and steps once gradients are complete, unless the loss or a gradient is not finite; clears them then."""
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+            if self.guard.allows(step, terms, norm if norm is not None else 0.0):
+                optimizer.step()
+        optimizer.zero_grad()
+
+    def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Averages the values over processes and appends them as one row, every `log_every` steps."""
+        if not self.due(step, self.config.log_every):
+            return
+        numbers = torch.tensor([float(torch.as_tensor(v).detach()) for v in values.values()], device=self.accelerator.device)
+        numbers = self.accelerator.reduce(numbers, reduction="mean")
+        row = dict(zip(values, numbers.tolist(), strict=True))
+        rate = (step - self._first) * self._images / (time.perf_counter() - self._started)
+        self.log_row(step, row | {"images_per_second": rate})
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]}, refresh=False)
+
+    def log_row(self, step: int, row: Mapping[str, float]) -> None:
+        """Appends figures that are the same on every process."""
+        if self.accelerator.is_main_process:
+            self.log_file.append({"step": step} | {name: float(f"{value:.6g}") for name, value in row.items()})
+
+    def checkpoint(self, step: int) -> None:
+        """Writes the state of every tracked object; keeps the newest `keep_checkpoints`."""
+        if self.accelerator.is_main_process:
+            checkpoints = self.folder / "checkpoints"
+            state = {"step": step, "objects": {name: thing.state_dict() for name, thing in self._tracked.items()}}
+            with whole_folder(checkpoints / f"step_{step:06d}") as folder:
+                torch.save(state, folder / "state.pt")
+            for old in sorted(checkpoints.glob("step_*"))[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+
+def seed_of(seed: int, step: int, process: int) -> int:
+    """A seed that differs for every (seed, step, process); the constants are 64-bit odd multipliers."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)
+
+
+def check_folder(config: RunConfig, kind: str) -> int | None:
+    """Whether `config` may write to its folder: refuses one that holds another configuration.
+
+    Returns the steps of the run that is there, when it is finished and `config` asks for no more; else None.
+    """
+    path = config.output / "config.yaml"
+    if not path.exists():
+        if config.output.exists() and any(config.output.iterdir()):
+            raise UserError(
+                f"{config.output} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
+            )
+        return None
+    held = read_yaml(path)
+    wanted = to_mapping(config)
+    differing = [
+        f"{name} is {old!r} there and {new!r} here"
+        for name, (old, new) in _differences(held, wanted).items()
+        if name not in CHANGEABLE
+    ]
+    if differing:
+        raise UserError(
+            f"{config.output} holds a run with another configuration ({'; '.join(differing[:4])}); "
+            "give the same values to go on with it, or choose another --output"
+        )
+    done = newest_step(config.output)
+    if done > config.max_steps or (done == config.max_steps and (config.output / "model" / "config.json").exists()):
+        return done
+    return None
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint in a run folder; 0 without one."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")), default=0)
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**held, **wanted}:
+        old, new = held.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= _differences(old, new, f"{where}{name}.")
+        elif old != new:
+            found[where + name] = (old, new)
+    return found
