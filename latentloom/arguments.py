@@ -3,13 +3,14 @@
 import contextlib
 import difflib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from latentloom.recipes import recipe_values
+from latentloom.recipes import recipe_names, recipe_values
 from training_harness.configuration import from_mapping, merged, read_yaml
 from training_harness.errors import ConfigError, UserError
 
@@ -25,15 +26,11 @@ def parse(cls: type[Arguments], verb: str, arguments: Sequence[str], default: Ar
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(cls, args=list(arguments), prog=prog, default=start, return_unknown_args=True)
-    except SystemExit:
-        raise UserError(f"{_first_paragraph(said.getvalue())}; see latentloom {verb} --help") from None
+    except SystemExit as refused:
+        reason = _own_error(refused) or _in_one_line(said.getvalue(), arguments, _options(cls, default))
+        raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        options = _options(cls, default)
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, options, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"see latentloom {verb} --help"
-        kind = "option" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {kind} '{name}'; {hint}")
+        raise UserError(f"{_unknown(unknown[0], _options(cls, default))}; see latentloom {verb} --help")
     return parsed
 
 
@@ -42,17 +39,49 @@ def _options(cls: type, default: object) -> list[str]:
     return [option for action in parser._actions for option in action.option_strings]
 
 
-def _first_paragraph(box: str) -> str:
-    """The text of tyro's framed message up to its first rule, as one line."""
-    lines = [line.strip().strip("│").strip() for line in box.splitlines()]
-    paragraph: list[str] = []
-    for line in lines:
-        if line.startswith("╭"):
-            continue
-        if line.startswith(("──", "╰")):
-            break
-        paragraph.append(line)
-    return " ".join(" ".join(paragraph).split())
+def _unknown(word: str, options: list[str]) -> str:
+    name = word.split("=")[0]
+    close = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"unknown {'option' if name.startswith('-') else 'argument'} '{name}'{hint}"
+
+
+def _own_error(error: BaseException) -> str:
+    """The message of the UserError that a dataclass's own check raised below `error`, or ""."""
+    below = error.__context__
+    while below is not None and not isinstance(below, UserError):
+        below = below.__context__
+    return "" if below is None else str(below)
+
+
+def _in_one_line(message: str, words: Sequence[str], options: list[str]) -> str:
+    """What tyro says in a framed box about `words`, as one line that names the option, the value and what was expected."""
+    blocks = _blocks(message)
+    text = " ".join(blocks[0])
+    for block in blocks:
+        if block[0].startswith("Unrecognized options") and len(block) > 1:
+            return _unknown(block[1].split()[0], options)
+    if text.startswith("Missing from"):
+        missing = [line.split()[0] for line in blocks[0][1:] if line.startswith("--")]
+        return f"{' and '.join(missing)} missing; expected a value after {'it' if len(missing) == 1 else 'each'}"
+    if wrong := re.match(r"Error parsing (--[\w.-]+):", text):
+        name = wrong[1]
+        kinds = [line.removeprefix(name).strip() for block in blocks[1:] for line in block if line.startswith(name)]
+        if kinds and (given := peek(words, name)):
+            return f"{name} is {given[name]!r}; expected {kinds[0]}"
+    return text.rstrip(".")
+
+
+def _blocks(message: str) -> list[list[str]]:
+    """The paragraphs between the rules of a box, drawn in Unicode or, where the output knows none, in ASCII."""
+    blocks: list[list[str]] = [[]]
+    for line in message.splitlines()[1:]:  # the first is the title
+        line = line.strip().strip("│|").strip()
+        if set(line) <= set("─╰╯+-"):
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    return [block for block in blocks if block] or [[""]]
 
 
 def training_values(
@@ -73,6 +102,11 @@ def with_required_missing(cls: type[Arguments], values: dict[str, object], requi
     for name in absent:
         object.__setattr__(instance, name, tyro.MISSING)
     return instance
+
+
+def recipe_help(what: str, stage: str) -> Any:
+    """What an option that takes a recipe says in --help: the names there are."""
+    return tyro.conf.arg(help=f"{what}: {', '.join(recipe_names(stage))}.")
 
 
 def peek(words: Sequence[str], *names: str) -> dict[str, str]:

@@ -1,51 +1,74 @@
-"""Chooses recipes for a set of images and a machine, and says why."""
+"""Chooses a size and recipes for a set of images and a machine, and says why."""
 
 from dataclasses import dataclass
 
 from stage1_tokenizer.survey import ImageSurvey
 
 # Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes.
-FACTORS = ((40, 4), (96, 8))
+FACTORS = ((40, 4), (96, 8), (256, 16))
+LARGEST_SIDE, LARGEST_FACTOR = FACTORS[-1]
 SMALL_PRIOR_IMAGES = 20_000
 TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 40
 LEAST_STEPS = 400
+KINDS = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
 class Choice:
+    size: tuple[int, int]
     tokenizer: str
     prior: str
     reasons: tuple[str, ...]
 
 
-def tokenizer_recipe(size: tuple[int, int]) -> str:
-    """The recipe for pictures of (height, width)."""
-    factor = next((f for limit, f in FACTORS if max(size) <= limit), 16)
-    return f"vqgan-f{factor}"
+def choose(
+    seen: ImageSurvey,
+    images: int,
+    device_type: str,
+    *,
+    size: tuple[int, int] | None = None,
+    tokenizer: str | None = None,
+    prior: str | None = None,
+) -> Choice:
+    """What to train on `images` training pictures with a "cpu", "cuda" or "mps" device.
+
+    `size` (height, width) and the recipes' names are the user's where given.
+    """
+    whole = seen.commonest_size
+    height, width = used = size or working_size(whole)
+    why_size = "as asked" if size else "the commonest size"
+    if used != whole and not size:
+        why_size = f"the commonest size {whole[0]}×{whole[1]}, reduced; --resolution sets another"
+    reasons = [f"{images} training images, {KINDS[seen.channels]}, used at {height}×{width}: {why_size}"]
+
+    factor = next((f for limit, f in FACTORS if max(used) <= limit), LARGEST_FACTOR)
+    codes = -(-height // factor) * -(-width // factor)
+    why_tokenizer = "as asked" if tokenizer else f"{codes} codes an image at a downsampling factor of {factor}"
+    tokenizer = tokenizer or f"vqgan-f{factor}"
+    reasons.append(f"tokenizer {tokenizer}: {why_tokenizer}")
+
+    if prior:
+        why_prior = "as asked"
+    elif device_type == "cpu":
+        prior, why_prior = "ar-tiny", "small, for a CPU"
+    elif images < SMALL_PRIOR_IMAGES:
+        prior, why_prior = "ar-tiny", f"small, for fewer than {SMALL_PRIOR_IMAGES} images"
+    else:
+        prior, why_prior = "ar-small", f"for {images} images on a {device_type} device"
+    reasons.append(f"prior {prior}: {why_prior}")
+    return Choice(used, tokenizer, prior, tuple(reasons))
 
 
-def choose(seen: ImageSurvey, size: tuple[int, int], images: int, device_type: str) -> Choice:
-    """Recipes of both stages for `images` training pictures of `size` on a "cpu", "cuda" or "mps" device."""
-    tokenizer = tokenizer_recipe(size)
-    factor = int(tokenizer.removeprefix("vqgan-f"))
-    small = device_type == "cpu" or images < SMALL_PRIOR_IMAGES
-    prior = "ar-tiny" if small else "ar-small"
-    kind = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}[seen.channels]
-    codes = -(-size[0] // factor) * -(-size[1] // factor)
-    return Choice(
-        tokenizer,
-        prior,
-        (
-            f"{images} training images, {kind}, used at {size[0]}×{size[1]}",
-            f"tokenizer {tokenizer}: {codes} codes an image at a downsampling factor of {factor}",
-            f"prior {prior}: "
-            + (
-                f"small, for {'a CPU' if device_type == 'cpu' else f'fewer than {SMALL_PRIOR_IMAGES} images'}"
-                if small
-                else f"for {images} images on a {device_type} device"
-            ),
-        ),
-    )
+def working_size(size: tuple[int, int]) -> tuple[int, int]:
+    """`size`, or where a side is longer than 256 the nearest shape within 256×256 in multiples of the factor.
+
+    Photographs come in thousands of pixels a side, which no prior of ours could learn as one grid of codes.
+    """
+    longest = max(size)
+    if longest <= LARGEST_SIDE:
+        return size
+    height, width = (max(1, round(side * LARGEST_SIDE / longest / LARGEST_FACTOR)) * LARGEST_FACTOR for side in size)
+    return height, width
 
 
 def steps_for(images: int, batch_size: int, epochs: int, most: int) -> int:

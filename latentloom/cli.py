@@ -28,16 +28,17 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, or 2 after an error that the user can mend."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    words = sys.argv[1:] if arguments is None else arguments
+    debug, words = "--debug" in words, [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if arguments[0] == "--version":
+    if words[0] == "--version":
         from latentloom import __version__
 
         print(f"latentloom {__version__}")
         return 0
-    verb, rest = arguments[0], [argument for argument in arguments[1:] if argument != "--debug"]
+    verb, *rest = words
     from training_harness.configuration import nearest
     from training_harness.errors import UserError
 
@@ -47,14 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         quiet_libraries()
         importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(rest)
     except UserError as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, a folder that may not be written
-        if "--debug" in arguments or error.filename is None:
+        if debug:
             raise
-        print(f"error: {error.filename}: {error.strerror}; expected to read or write there", file=sys.stderr)
+        place, reason = error.filename or "the system", error.strerror or type(error).__name__
+        print(f"error: {place}: {reason}; expected to read or write there; --debug shows where", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)

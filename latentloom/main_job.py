@@ -3,10 +3,13 @@
 DIR/tokenizer/  codes/  prior/  pipeline/   samples.png  reconstructions.png  curves.png  metrics.json
 """
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from latentloom import __version__
 from latentloom.curves import draw_curves
 from latentloom.embedded import FASHION_MNIST, judge_path
-from latentloom.stages import run_prior, run_tokenize, run_tokenizer
+from latentloom.stages import check_minutes, held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
 from pipelines.evaluation import (
     POOLED_PIXELS,
     FeatureExtractor,
@@ -28,19 +32,27 @@ from pipelines.evaluation import (
     reconstructions,
 )
 from pipelines.judge import Judge
-from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device
 from stage1_tokenizer.pictures import before_and_after, image_grid, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
-from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.training_config import TokenizerTraining, completed
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.run import newest_step
+from training_harness.run import RunConfig, check_folder, newest_step
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42
 GRID_COLUMNS, GRID_ROWS = 10, 10
+
+
+def check_bounds(minutes: float | None, num_images: int) -> None:
+    """What both commands refuse before they look at anything."""
+    check_minutes(minutes)
+    if num_images < 1:
+        raise UserError(f"--num-images is {num_images}; expected at least 1")
 
 
 def run_main_job(
@@ -54,41 +66,87 @@ def run_main_job(
 ) -> dict[str, Any]:
     """Trains what is not trained yet, and writes pictures and `metrics.json`; returns the figures.
 
-    `tokenizer` and `prior` write to `output`/tokenizer and `output`/prior.
+    `tokenizer` and `prior` write to `output`/tokenizer and `output`/prior. A finished job is left as it is.
     """
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").exists():
         raise UserError(f"{output} is not empty and holds no run of this command; choose another --output")
+    tokenizer = completed(tokenizer, survey(source.train))
+    if (held := finished_metrics(output, tokenizer, prior, minutes)) is not None:
+        done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
+        say(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
+        return held
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()
     first_steps = newest_step(tokenizer.output), newest_step(prior.output)  # of a run that goes on
     with timed(phases, "train_tokenizer") as phase:
         run_tokenizer(tokenizer, source, None if minutes is None else minutes * TOKENIZER_SHARE)
-        phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * tokenizer.batch_size
+        phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_a_step(tokenizer)
     with timed(phases, "tokenize") as phase:
+        remove_codes_of_another(tokenizer.output, prior)
         run_tokenize(tokenizer.output, source, prior.codes)
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
         folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
-        phase["images"] = (newest_step(prior.output) - first_steps[1]) * prior.batch_size
+        phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
-    figures, samples = write_results(output, source, pipeline, prior.seed, num_images, phases)
+    extractor = extractor_for(tokenizer.data)
+    figures, samples = write_results(output, source, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": phases,
+        "steps": {"tokenizer": newest_step(tokenizer.output), "prior": newest_step(prior.output)},
         "seed": prior.seed,
         "data": source.name,
-        "versions": {name: version(name) for name in ("latentloom", "torch", "transformers", "accelerate")},
+        "versions": {"latentloom": __version__}
+        | {name: version(name) for name in ("torch", "transformers", "accelerate")},
         "machine": {"device": str(accelerated_device()), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
-    write_json(output / "metrics.json", metrics)
     pipeline.to("cpu").save_pretrained(output / "pipeline", metrics=metrics, samples=samples)
+    write_json(output / "metrics.json", metrics)  # last: a folder that has it is complete
     return metrics
+
+
+def finished_metrics(
+    output: Path, tokenizer: TokenizerTraining, prior: PriorTraining, minutes: float | None
+) -> dict[str, Any] | None:
+    """The figures of a job that has nothing left to do; raises UserError when it was given another configuration."""
+    if minutes is not None:  # has set the steps when the job began
+        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer.output) or tokenizer.max_steps)
+        prior = replace(prior, max_steps=held_steps(prior.output) or prior.max_steps)
+    done = {"tokenizer": check_folder(tokenizer, "tokenizer"), "prior": check_folder(prior, "prior")}
+    path = output / "metrics.json"
+    if not path.exists() or not (output / "pipeline" / INDEX).exists():
+        return None
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return held if held["steps"] == done else None
+
+
+def remove_codes_of_another(tokenizer_run: Path, prior: PriorTraining) -> None:
+    """Removes this job's codes, and the prior trained on them, when its tokenizer has been trained further since."""
+    manifest = prior.codes / "manifest.json"
+    if not manifest.exists():
+        return
+    written_by = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["tokenizer_id"]
+    if written_by == load_tokenizer(tokenizer_run)[0].config.tokenizer_id:
+        return
+    say("the tokenizer has been trained further: its codes are written anew, and the prior starts again on them")
+    for folder in (prior.output, prior.codes):  # the prior first: none is left beside codes that are not its own
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            shutil.rmtree(old)
+
+
+def images_a_step(config: RunConfig) -> int:
+    return config.batch_size * config.accumulation_steps
 
 
 def write_results(
     output: Path,
     source: ImageSource,
     pipeline: LatentGenerationPipeline,
+    extractor: FeatureExtractor,
     seed: int,
     num_images: int,
     phases: dict[str, dict[str, float]],
@@ -96,7 +154,6 @@ def write_results(
     """Samples, the three pictures, and the figures on the source's held-out images."""
     processor = pipeline.tokenizer.config.image_processor
     held_out = Pixels(source.held_out, processor)
-    extractor = extractor_for(source)
     pipeline.set_progress_bar_config(disable=None, desc="sample")
     with timed(phases, "sample") as phase:
         images, labels = balanced_samples(pipeline, num_images, seed)
@@ -131,9 +188,9 @@ def first_of_each_class(pipeline: LatentGenerationPipeline, images: Tensor) -> I
     return image_grid(shown, columns, pipeline.label_names[:rows] if pipeline.label_names else None)
 
 
-def extractor_for(source: ImageSource) -> FeatureExtractor:
-    """The judge for the set that it was trained beside, pooled pixels for any other."""
-    if source.name == FASHION_MNIST:
+def extractor_for(data: str) -> FeatureExtractor:
+    """The judge for the embedded set, pooled pixels for any other."""
+    if data == FASHION_MNIST:
         return judge_features(Judge.from_pretrained(judge_path()))
     return POOLED_PIXELS
 
@@ -152,7 +209,8 @@ def timed(phases: dict[str, dict[str, float]], name: str) -> Iterator[dict[str, 
 def summary(output: Path, metrics: dict[str, Any]) -> str:
     """What the command closes with: where things are, the figures, what to do next."""
     folder = os.path.relpath(output)
-    agreement = metrics["class_agreement"]
+    agreement, frechet, recall = metrics["class_agreement"], metrics["frechet"], metrics["recall"]
+    distance = "too few images to compare" if recall is None else f"Fréchet distance {frechet:.3g}, recall {recall:.3f}"
     lines = [
         "",
         f"pictures  {folder}/samples.png  {folder}/reconstructions.png  {folder}/curves.png",
@@ -160,9 +218,12 @@ def summary(output: Path, metrics: dict[str, Any]) -> str:
         "",
         f"  reconstruction   PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']} codes used, "
         f"perplexity {metrics['perplexity']:.0f} ({metrics['num_reference_images']} held-out images)",
-        f"  samples          Fréchet distance {metrics['frechet']:.3g}, recall {metrics['recall']:.3f} "
-        f"({metrics['num_images']} images, features: {metrics['features']})",
-        *([f"  class agreement  {agreement:.1%} by a classifier that no generator has seen"] if agreement else []),
+        f"  samples          {distance} ({metrics['num_images']} images, features: {metrics['features']})",
+        *(
+            []
+            if agreement is None
+            else [f"  class agreement  {agreement:.1%} by a classifier that no generator has seen"]
+        ),
         f"  time             {metrics['seconds']:.0f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {phase['seconds']:.0f}" for name, phase in metrics["phases"].items()),
         "",

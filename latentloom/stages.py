@@ -1,18 +1,20 @@
 """The steps of the main job, each as the command line runs it: resolve names, check the folder, do the work."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL.Image import Image
 
 from latentloom.embedded import data_path
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
 from pipelines.hub import local_folder
-from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device, to_uint8
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device, to_uint8
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
 from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.pixels import Pixels
@@ -27,6 +29,7 @@ from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
+from training_harness.files import up_to_date
 from training_harness.run import RunConfig, check_folder
 
 Training = TypeVar("Training", bound=RunConfig)
@@ -45,14 +48,14 @@ def load_source(data: str) -> ImageSource:
 
 def load_tokenizer(path: str | Path) -> tuple[VQGAN, Path]:
     """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
-    root = Path(path)
-    nested = root / "tokenizer" if (root / "model_index.json").exists() else root
-    folder = local_folder(nested, "config.json", "tokenizer")
+    nested = Path(path) / "tokenizer"
+    folder = local_folder(nested if nested.is_dir() else path, "config.json", "tokenizer")
     return VQGAN.from_pretrained(folder), folder
 
 
 def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float | None = None) -> Path:
     """Trains a tokenizer on `source`, or goes on; returns its model folder."""
+    check_minutes(minutes)
     seen = survey(source.train)
     config = completed(config, seen)
     model = model_config(config, seen)
@@ -82,6 +85,7 @@ def run_tokenize(
 
 def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     """Trains a prior on its code cache, or goes on, and writes the whole pipeline; returns the pipeline's folder."""
+    check_minutes(minutes)
     codes = CodeCache(config.codes)
     codes.verify()
     if minutes is not None:
@@ -89,7 +93,8 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
             config, minutes, lambda: prior_seconds_per_step(config, codes.spec, len(codes.label_names or ()))
         )
     folder = config.output / "pipeline"
-    if (done := check_folder(config, "prior")) is not None and (folder / "model_index.json").exists():
+    whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
+    if (done := check_folder(config, "prior")) is not None and whole:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
         return folder
     tokenizer = VQGAN.from_pretrained(codes.tokenizer_folder)
@@ -121,8 +126,23 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
 
 def bounded(config: Training, minutes: float, seconds_per_step: Callable[[], float]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
-    if minutes <= 0:
-        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
-    held = config.output / "config.yaml"
-    steps = read_yaml(held)["max_steps"] if held.exists() else max(1, int(60 * minutes / seconds_per_step()))
+    if (steps := held_steps(config.output)) is None:
+        seconds = seconds_per_step()
+        measured = [max(1, int(60 * minutes / seconds))]
+        broadcast_object_list(measured)  # processes measure different times, and must take as many steps
+        steps = measured[0]
+        say(
+            f"{steps} steps of {config.batch_size} images, {seconds:.3g} s each, fit into {minutes:.2g} minutes: {config.output}"
+        )
     return dataclasses.replace(config, max_steps=steps)
+
+
+def check_minutes(minutes: float | None) -> None:
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
+
+
+def held_steps(run_folder: Path) -> int | None:
+    """The steps that a run has set out to do; none before it has begun."""
+    held = run_folder / "config.yaml"
+    return read_yaml(held)["max_steps"] if held.exists() else None

@@ -74,16 +74,18 @@ def evaluate_tokenizer(tokenizer: VQGAN, pixels: Pixels, extractor: FeatureExtra
 def evaluate_samples(images: Tensor, labels: Tensor, reference: Tensor, extractor: FeatureExtractor) -> dict[str, Any]:
     """class_agreement, frechet, precision, recall of samples against reference images, all (N, C, h, w) uint8.
 
-    class_agreement is none without a judge or without labels (−1).
+    class_agreement is none without a judge or without labels (−1), the others with three images or fewer on a side.
     """
-    figures: dict[str, Any] = {"class_agreement": None}
-    if extractor.logits is not None and bool((labels >= 0).all()):
-        figures["class_agreement"] = class_agreement(extractor.logits(images), labels)
     if images.shape[1:] != reference.shape[1:]:
         raise UserError(
             f"samples are {tuple(images.shape[1:])} and reference images {tuple(reference.shape[1:])}; "
             "expected one shape (channels, height, width)"
         )
+    figures: dict[str, Any] = {"class_agreement": None}
+    if extractor.logits is not None and bool((labels >= 0).all()):
+        figures["class_agreement"] = class_agreement(extractor.logits(images), labels)
+    if min(len(images), len(reference)) <= NEIGHBOURS:
+        return figures | dict.fromkeys(("frechet", "precision", "recall"))
     generated, real = extractor.features(images), extractor.features(reference)
     manifold = precision_recall(real, generated, k=NEIGHBOURS)
     return figures | {

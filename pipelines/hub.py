@@ -1,5 +1,7 @@
 """To the Hugging Face Hub and back. A name that is a folder here is that folder; any other is a repository."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training_harness.errors import UserError
@@ -48,18 +50,32 @@ def local_folder(
     return local_folder(snapshot, marker, kind)
 
 
-def upload_folder(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:
-    """Creates the model repository if need be, uploads the folder as one commit, returns the commit's address."""
+def create_repository(repo_id: str, *, private: bool | None, token: str | None) -> str:
+    """Creates a model repository when there is none; returns its whole name, owner/name."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    api = HfApi(token=token)
+    with _push_errors(repo_id):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:
+    """Uploads a folder's files as one commit to a repository that exists; returns the commit's address."""
+    from huggingface_hub import HfApi
+
+    with _push_errors(repo_id):
+        commit = HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _push_errors(repo_id: str) -> Iterator[None]:
+    """Turns what the Hub and the way to it refuse into one line."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        yield
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError) as error:  # HTTPError: no connection too
         raise UserError(
             f"could not push to {repo_id} ({' '.join(str(error).split())[:200]}); expected a repository that you may "
             "write to, such as me/my-generator; log in with `hf auth login` or set HF_TOKEN"
         ) from error
-    return str(commit.commit_url)

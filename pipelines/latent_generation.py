@@ -7,6 +7,7 @@ One generator yields one seed an image, drawn up front, so that image i has the 
 
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pipelines.hub import local_folder, upload_folder
+from pipelines.hub import create_repository, local_folder, upload_folder
 from pipelines.model_card import pipeline_card
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import save_picture
@@ -30,6 +31,7 @@ from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_json, write_text
 
 INDEX = "model_index.json"
+FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds
 TOKENIZERS = {"VQGAN": VQGAN}
 PRIORS = {"AutoregressivePrior": AutoregressivePrior}
 DEFAULT_BATCH_SIZE = 100
@@ -134,7 +136,7 @@ class LatentGenerationPipeline:
                 pictures.append(self.decode(codes))
         return torch.cat(pictures)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding."""
         pixel_values = self.tokenizer.decode_indices(codes.to(self.tokenizer.device))
@@ -146,10 +148,15 @@ class LatentGenerationPipeline:
             return [-1]
         if isinstance(class_labels, int | str):
             class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise UserError(
+                "class_labels is empty; expected ids or names of classes, or none to sample without a class"
+            )
         return [self._label_id(label) for label in class_labels]
 
     def _label_id(self, label: int | str) -> int:
         names, count = self.label_names or (), self.prior.config.num_classes
+        label = label if isinstance(label, str) else operator.index(label)  # NumPy's and torch's integers too
         if label in names:
             return names.index(label)
         if count == 0:
@@ -210,8 +217,15 @@ class LatentGenerationPipeline:
         Raises UserError when the folder holds anything but an earlier pipeline.
         """
         folder = Path(save_directory)
-        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
-            raise UserError(f"{folder} is not empty and holds no pipeline; choose another folder")
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; expected a new or empty folder, or that of an earlier pipeline")
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if held and (INDEX not in held or held - FILES):
+            found = ", ".join(sorted(held - FILES or held)[:3])
+            raise UserError(
+                f"{folder} holds {found}; expected a new or empty folder, or an earlier pipeline and nothing else, which "
+                "this one takes the place of; choose another folder"
+            )
         index = {
             "_class_name": type(self).__name__,
             "tokenizer": type(self.tokenizer).__name__,
@@ -252,11 +266,17 @@ class LatentGenerationPipeline:
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             tokenizer_class, prior_class = TOKENIZERS[index["tokenizer"]], PRIORS[index["prior"]]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "
                 "save_pretrained; copy or save the folder again"
             ) from None
+        for part in ("tokenizer", "prior"):
+            if not (folder / part / "config.json").is_file():  # or transformers would look for it on the Hub
+                raise UserError(
+                    f"{folder / part} holds no config.json; expected a pipeline written by save_pretrained; copy or save "
+                    "the folder again"
+                )
         tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
         prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
         sampling = from_mapping(SamplingOptions, index.get("sampling") or {}, "sampling.")
@@ -264,6 +284,8 @@ class LatentGenerationPipeline:
         if device_map is not None:
             places = device_map if isinstance(device_map, dict) else dict.fromkeys(("tokenizer", "prior"), device_map)
             for name, place in places.items():
+                if name not in ("tokenizer", "prior"):
+                    raise UserError(f"device_map names {name!r}; expected 'tokenizer' or 'prior'")
                 getattr(pipeline, name).to(accelerated_device() if place == "auto" else place)
         return pipeline
 
@@ -278,10 +300,11 @@ class LatentGenerationPipeline:
         samples: Image.Image | None = None,
     ) -> str:
         """Creates the repository when there is none and uploads the pipeline; returns the commit's address."""
+        repo_id = create_repository(repo_id, private=private, token=token)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder, metrics=metrics, samples=samples, repo_id=repo_id)
-            return upload_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+            return upload_folder(folder, repo_id, token=token, commit_message=commit_message)
 
 
 def image_generators(

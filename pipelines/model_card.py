@@ -26,7 +26,9 @@ def pipeline_card(
     spec, sampling = pipeline.tokenizer.latent_spec(), pipeline.sampling
     height, width = pipeline.tokenizer.config.image_processor.content_size
     example = repr(pipeline.label_names[0]) if pipeline.label_names else "None"
-    classes = ", ".join(pipeline.label_names) if pipeline.label_names else "none"
+    ids = f"ids 0 to {pipeline.prior.config.num_classes - 1}" if pipeline.prior.config.num_classes else "none"
+    classes = ", ".join(pipeline.label_names) if pipeline.label_names else ids
+    condition = "class-conditional" if pipeline.prior.config.num_classes else "unconditional"
     picture = "\n![samples](samples.png)\n" if has_samples else ""
     figures = [
         f"| {words} | {metrics[name]:{form}} |"
@@ -46,8 +48,8 @@ def pipeline_card(
         )
     return f"""---
 library_name: latentloom
-pipeline_tag: {"unconditional-image-generation" if not pipeline.label_names else "image-feature-extraction"}
-tags: [image-generation, class-conditional, vqgan, autoregressive]
+pipeline_tag: unconditional-image-generation
+tags: [image-generation, {condition}, vqgan, autoregressive]
 ---
 
 # Image generator

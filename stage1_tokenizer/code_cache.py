@@ -54,6 +54,7 @@ def write_code_cache(
         "format": FORMAT,
         "spec": spec.to_dict(),
         "source": source.name,
+        "images": {"train": len(source.train), "validation": len(source.validation)},
         "contents": contents,
         "views": list(views),
         "label_names": list(source.label_names) if source.label_names else None,

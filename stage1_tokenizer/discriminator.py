@@ -8,8 +8,13 @@ from torch import Tensor, nn
 from stage1_tokenizer.blocks import group_norm
 
 
+def smallest_judged(layers: int) -> int:
+    """Pixels a side that are left at 3 by `layers` halvings, as its last two convolutions need."""
+    return 3 * 2**layers
+
+
 class PatchDiscriminator(nn.Sequential):
-    """(B, C, H, W) in [-1, 1] → logits (B, 1, ~H / 2^layers, ~W / 2^layers), positive where a patch looks real."""
+    """(B, C, H, W) in [-1, 1] → logits (B, 1, H / 2^layers − 2, W / 2^layers − 2), positive where a patch looks real."""
 
     def __init__(self, image_channels: int, channels: int = 64, layers: int = 3) -> None:
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]

@@ -69,8 +69,9 @@ class AdversarialConfig:
                     f"adversarial.{name} is {value}; expected a share of the run in [0, 1], or a step as an int. "
                     "For step 20000 of 80000 write 20000 or 0.25"
                 )
-        if self.weight < 0:
-            raise ConfigError(f"adversarial.weight is {self.weight}; expected 0 or more")
+        for name, least in (("weight", 0), ("learning_rate", 0), ("channels", 1), ("layers", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"adversarial.{name} is {getattr(self, name)}; expected {least} or more")
 
     def discriminating(self, step: int, max_steps: int) -> bool:
         """Whether the discriminator learns at `step` of [1, max_steps]."""

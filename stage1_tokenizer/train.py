@@ -91,9 +91,9 @@ def train_tokenizer(
                     )
                     loss = loss + share * adversarial.weight * terms["adaptive_weight"] * terms["generator"]
                 accelerator.backward(loss)
-                run.optimizer_step(step, optimizer, model, terms, config.optimizer.max_grad_norm)
+                finite = run.optimizer_step(step, optimizer, model, terms, config.optimizer.max_grad_norm)
 
-                if adversarial.discriminating(step, config.max_steps):
+                if finite and adversarial.discriminating(step, config.max_steps):
                     pair = torch.cat([pixel_values, output.reconstruction.detach()])  # one forward: DDP hooks it once
                     real_logits, fake_logits = critic(pair).chunk(2)
                     terms["discriminator"] = discriminator_hinge(real_logits, fake_logits)
@@ -106,7 +106,7 @@ def train_tokenizer(
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
             figures = preview(ema.model, validation, run.folder / "samples" / f"step_{step:06d}.png")
-            used = codebook_usage(usage)
+            used = codebook_usage(accelerator.reduce(usage))
             usage.zero_()
             run.log_row(step, figures | {"codes_used": used.codes_used, "perplexity": used.perplexity})
         if run.due(step, config.checkpoint_every):

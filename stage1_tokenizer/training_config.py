@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from stage1_tokenizer.discriminator import smallest_judged
 from stage1_tokenizer.image_processor import padded_size
 from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
 from stage1_tokenizer.survey import ImageSurvey
@@ -42,6 +43,16 @@ class TokenizerModel:
         for name in ("latent_channels", "codebook_size", *(["channels"] if not self.channels else [])):
             if not getattr(self, name) or getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
+        if min(self.channels) < 1 or min(self.blocks) < 0:
+            raise ConfigError(
+                f"model.channels is {self.channels} and model.blocks {self.blocks}; expected channels of at least 1 and "
+                "no negative number of blocks"
+            )
+        if not 0 <= self.usage_decay < 1 or self.restart_threshold < 0:
+            raise ConfigError(
+                f"model.usage_decay is {self.usage_decay} and model.restart_threshold {self.restart_threshold}; expected "
+                "a share in [0, 1) and 0 or more"
+            )
 
     @property
     def downsampling_factor(self) -> int:
@@ -100,6 +111,12 @@ def model_config(config: TokenizerTraining, survey: ImageSurvey) -> VQGANConfig:
         raise ConfigError(
             f"--resolution is {wanted[0]}x{wanted[1]}; expected multiples of the downsampling factor {factor}, "
             f"such as {size[0]}x{size[1]}; give one, or --padding pad"
+        )
+    smallest = smallest_judged(config.adversarial.layers)
+    if config.adversarial.weight > 0 and min(size) < smallest:
+        raise ConfigError(
+            f"--adversarial.layers is {config.adversarial.layers} and the images are {size[0]}x{size[1]}; expected at least "
+            f"{smallest} pixels a side for as many halvings; lower --adversarial.layers"
         )
     uniform = survey.smallest_size == survey.largest_size
     near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, survey.smallest_size, strict=True))

@@ -22,9 +22,6 @@ from stage1_tokenizer.quantizers import QUANTIZERS
 from training_harness.errors import ConfigError, UserError
 from training_harness.pretrained import StrictConfig, StrictModel
 
-# Fields that say nothing about what the codes mean.
-NOT_IN_ID = {"tokenizer_id", "dtype", "transformers_version", "architectures", "_name_or_path"}
-
 
 @strict
 class VQGANConfig(StrictConfig):
@@ -97,6 +94,7 @@ class VQGAN(StrictModel):
         self.post_init()
 
     end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
+    embedding_tables = ("quantizer.codebook",)
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """pixel_values: (B, C, H, W) in [-1, 1]; in training mode the codebook learns from the batch."""
@@ -151,9 +149,10 @@ class VQGAN(StrictModel):
         )
 
     def compute_id(self) -> str:
-        """A hash of the float32 weights and the configuration: 16 hexadecimal digits."""
-        fields = {k: v for k, v in sorted(self.config.to_dict().items()) if k not in NOT_IN_ID}
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        """A hash of the float32 weights and the model's own fields: 16 hexadecimal digits."""
+        own = VQGANConfig.__dataclass_fields__.keys() - StrictConfig.__dataclass_fields__.keys() - {"tokenizer_id"}
+        fields = {name: value for name, value in self.config.to_dict().items() if name in own}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.float().cpu().numpy().tobytes())

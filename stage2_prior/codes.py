@@ -42,9 +42,13 @@ class CodeSplit:
         """(B,) int64; −1 for images without a label."""
         return torch.from_numpy(self._take("label", rows))
 
-    def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def require(self, name: str) -> None:
+        """Raises UserError when the cache was written without the column `name`."""
         if name not in self._columns:
             raise UserError(f"the code cache has no {name}; run: latentloom tokenize --contents {name} …")
+
+    def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
+        self.require(name)
         parts = self._columns[name]
         if len(parts) == 1:
             return parts[0][rows]
@@ -65,16 +69,16 @@ class CodeCache:
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             self.spec = LatentSpec.from_dict(self.manifest["spec"])
-            splits = self.manifest["splits"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+            train, validation = (self.manifest["splits"][name]["shards"] for name in ("train", "validation"))
+            names = self.manifest["label_names"]
+        except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"no code cache in {self.path} ({type(error).__name__}: {error}); expected a folder with a "
                 "manifest.json; run: latentloom tokenize --tokenizer … --data … --output …"
             ) from None
-        names = self.manifest["label_names"]
         self.label_names: tuple[str, ...] | None = tuple(names) if names else None
-        self.train = CodeSplit(self.path, splits["train"]["shards"], self.spec)
-        self.validation = CodeSplit(self.path, splits["validation"]["shards"], self.spec)
+        self.train = CodeSplit(self.path, train, self.spec)
+        self.validation = CodeSplit(self.path, validation, self.spec)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -102,7 +106,13 @@ def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:
             f"{path} holds {size} bytes; expected {shard['bytes']}; it is missing or cut short, write the cache "
             "again with `latentloom tokenize`"
         )
-    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is no Arrow stream ({type(error).__name__}); the file was altered, write the cache again with "
+            "`latentloom tokenize`"
+        ) from error
     columns = {}
     for name in table.column_names:
         if name == "source_id":

@@ -9,11 +9,12 @@ import torch
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.model_card import prior_card
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.files import whole_folder
+from training_harness.files import whole_folder, write_text
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
 
@@ -28,9 +29,11 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
             f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
             "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan"
         )
+    codes.train.require("indices")
+    model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made
     run = Run(config)
     accelerator = run.accelerator
-    prior = AutoregressivePrior(config.model.for_spec(codes.spec, len(codes.label_names or ())))
+    prior = AutoregressivePrior(model_config)
     optimizer = build_optimizer(prior, config.optimizer)
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema = EMA(accelerator.unwrap_model(model), config.ema)
@@ -64,6 +67,7 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     if accelerator.is_main_process:
         with whole_folder(folder) as beside:
             ema.model.save_pretrained(beside)
+            write_text(beside / "README.md", prior_card(ema.model, run.log_file.path))
     accelerator.wait_for_everyone()
     return folder
 

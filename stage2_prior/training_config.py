@@ -8,6 +8,7 @@ from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.model import AutoregressivePriorConfig
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from training_harness.ema import EMAConfig
+from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 from training_harness.run import RunConfig
 
@@ -57,3 +58,8 @@ class PriorTraining(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_images < 1:
+            raise ConfigError(f"--validation-images is {self.validation_images}; expected a number of at least 1")

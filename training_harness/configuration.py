@@ -1,8 +1,8 @@
 """Typed dataclasses as configuration: a strict loader from YAML mappings, and the way back.
 
-Each value is checked against its field's type. Two conversions are made, since YAML asks for them: an int where a float
-is expected, and a string such as `1e-4`, which YAML 1.1 does not read as a number. A key that no field has is an error
-that suggests the nearest one.
+Each value is checked against its field's type. Three conversions are made, since YAML asks for them: an int where a float
+is expected, a string such as `1e-4`, which YAML 1.1 does not read as a number, and false where the choice is `no`, which
+it reads as a truth value. A key that no field has is an error that suggests the nearest one.
 """
 
 import dataclasses
@@ -87,6 +87,7 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
                     continue
         raise _mismatch(hint, value, where)
     if origin is Literal:
+        value = "no" if value is False and "no" in options else value
         if value not in options or type(value) not in {type(option) for option in options}:
             raise ConfigError(f"{where} is {value!r}; {nearest(str(value), [str(option) for option in options])}")
         return value

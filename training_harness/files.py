@@ -46,7 +46,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 _sync(file)
         if path.exists():
             path.rename(old)
-        beside.rename(path)
+        try:
+            beside.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -60,3 +65,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def up_to_date(path: Path, made_from: Path) -> bool:
+    """Whether `path` exists and was written after what it is made from."""
+    return path.exists() and (not made_from.exists() or path.stat().st_mtime_ns >= made_from.stat().st_mtime_ns)

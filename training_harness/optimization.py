@@ -35,6 +35,9 @@ class OptimizerConfig:
         for name in ("learning_rate", "matrix_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; expected a positive rate such as 3e-4")
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; expected 0 or more")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas is {self.betas}; expected two numbers in [0, 1) such as (0.9, 0.95)")
 
@@ -48,7 +51,7 @@ class ScheduleConfig:
     """Where the decay ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.warmup, float) and not 0 <= self.warmup <= 1:
+        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
             raise ConfigError(
                 f"schedule.warmup is {self.warmup}; expected a share of the run in [0, 1], or steps as an int"
             )
@@ -70,8 +73,9 @@ def steps_of(amount: int | float, max_steps: int) -> int:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW or Muon over the parameters that train, each group remembering its peak rate as `peak_lr`."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings |= {id(p) for name, p in trained if name in getattr(model, "embedding_tables", ())}
     matrices = [p for _, p in trained if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for _, p in trained if p.ndim < 2 or id(p) in embeddings]
     adamw = {"lr": config.learning_rate, "betas": config.betas}

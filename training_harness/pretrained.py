@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,7 +49,7 @@ class StrictModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
         except UserError:
             raise
-        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (OSError, SafetensorError, StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"no {cls.__name__} could be loaded from {source} ({reason[:200]}); expected config.json and an intact "

@@ -17,12 +17,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from training_harness.configuration import read_yaml, to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
-from training_harness.files import whole_folder
+from training_harness.files import up_to_date, whole_folder
 from training_harness.guard import NonFiniteGuard
 from training_harness.metric_log import MetricLog
 
@@ -54,6 +55,8 @@ class RunConfig:
                 raise ConfigError(f"--{flag} is {getattr(self, name)}; expected a whole number of at least 1")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"--keep-checkpoints is {self.keep_checkpoints}; expected at least 1, to resume from")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
 
 
 # What may differ between a run folder and the command that goes on with it.
@@ -70,6 +73,7 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = config.output
+        AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation_steps,
@@ -80,6 +84,7 @@ class Run:
         self.step = 0
         self._tracked: dict[str, Stateful] = {}
         self._bar: tqdm | None = None
+        self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(self.folder / "config.yaml", config)
@@ -93,7 +98,7 @@ class Run:
             name: self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
             for name, thing in objects.items()
         }
-        for path in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
+        for path in reversed(checkpoints_in(self.folder)):
             try:
                 state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # a torn archive raises many types
@@ -141,13 +146,20 @@ class Run:
         model: nn.Module,
         terms: Mapping[str, Tensor],
         max_norm: float,
-    ) -> None:
-        """Clips and steps once gradients are complete, unless the loss or a gradient is not finite; clears them then."""
+    ) -> bool:
+        """Clips and steps once gradients are complete, unless the loss or a gradient is not finite; clears them then.
+
+        Returns whether all was finite, as far as was looked at.
+        """
+        finite = True
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            if self.guard.allows(step, terms, norm if norm is not None else 0.0):
+            scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
+            finite = self.guard.allows(step, terms, 0.0 if scaled or norm is None else norm)
+            if finite or scaled:
                 optimizer.step()
         optimizer.zero_grad()
+        return finite
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
@@ -169,11 +181,10 @@ class Run:
     def checkpoint(self, step: int) -> None:
         """Writes the state of every tracked object; keeps the newest `keep_checkpoints`."""
         if self.accelerator.is_main_process:
-            checkpoints = self.folder / "checkpoints"
             state = {"step": step, "objects": {name: thing.state_dict() for name, thing in self._tracked.items()}}
-            with whole_folder(checkpoints / f"step_{step:06d}") as folder:
+            with whole_folder(self.folder / "checkpoints" / f"step_{step:06d}") as folder:
                 torch.save(state, folder / "state.pt")
-            for old in sorted(checkpoints.glob("step_*"))[: -self.config.keep_checkpoints]:
+            for old in checkpoints_in(self.folder)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -188,6 +199,7 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
     """Whether `config` may write to its folder: refuses one that holds another configuration.
 
     Returns the steps of the run that is there, when it is finished and `config` asks for no more; else None.
+    Refuses fewer steps than an unfinished run has done.
     """
     path = config.output / "config.yaml"
     if not path.exists():
@@ -206,17 +218,32 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
     if differing:
         raise UserError(
             f"{config.output} holds a run with another configuration ({'; '.join(differing[:4])}); "
-            "give the same values to go on with it, or choose another --output"
+            "expected the same; give the same values to go on with it, or choose another --output"
         )
     done = newest_step(config.output)
-    if done > config.max_steps or (done == config.max_steps and (config.output / "model" / "config.json").exists()):
-        return done
+    checkpoint = config.output / "checkpoints" / f"step_{done:06d}" / "state.pt"
+    if done >= config.max_steps and up_to_date(config.output / "model" / "config.json", made_from=checkpoint):
+        return done  # a model older than its checkpoint is that of the run before it was extended
+    if done > config.max_steps:
+        raise UserError(
+            f"{config.output} holds an unfinished run that has done {done} steps and --max-steps is {config.max_steps}; "
+            f"expected at least {done}, to finish it"
+        )
     return None
 
 
 def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint in a run folder; 0 without one."""
-    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")), default=0)
+    return max(map(_step_of, checkpoints_in(folder)), default=0)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder by their step: names alone would put step_1000000 before step_999999."""
+    return sorted((folder / "checkpoints").glob("step_*"), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:

@@ -31,17 +31,25 @@ class Arguments:
     def __post_init__(self) -> None:
         if (self.pipeline is None) == (self.tokenizer is None):
             raise UserError("expected one of --pipeline and --tokenizer; give what is to be measured")
-        if self.num_images < 2:
-            raise UserError(f"--num-images is {self.num_images}; expected at least 2, for a distance between sets")
+        if self.output is not None and self.output.is_dir():
+            raise UserError(
+                f"--output is {self.output}, a folder; expected a JSON file, such as {self.output / 'figures.json'}"
+            )
+        if self.num_images < 1:
+            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
 
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "evaluate", words)
     source = load_source(a.reference)
-    extractor = extractor_for(source)
+    extractor = extractor_for(a.reference)
     if a.pipeline is not None:
         pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
         tokenizer = pipeline.tokenizer
+        if pipeline.label_names != source.label_names:  # its ids mean other classes than the judge's
+            extractor = extractor._replace(logits=None)
     else:
         tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
     held_out = Pixels(source.held_out, tokenizer.config.image_processor)

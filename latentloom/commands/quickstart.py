@@ -6,7 +6,7 @@ from typing import Literal
 
 from latentloom.arguments import parse, training_values
 from latentloom.embedded import FASHION_MNIST
-from latentloom.main_job import run_main_job, summary
+from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.stages import load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import PriorTraining
@@ -21,24 +21,25 @@ class Arguments:
     output: Path = Path("runs/quickstart")
     minutes: float | None = None
     """Scales the steps to what fits into this time on this machine; without it they are fixed, and a seed repeats."""
+    max_steps: int | None = None
+    """Steps of each stage, in place of the recipes'."""
     seed: int = 0
     num_images: int = 2000
     """Samples that the figures are measured on."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self.minutes, self.num_images)
+
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "quickstart", words)
-    values = training_values(
-        "tokenizer", "vqgan-f4", None, {"data": FASHION_MNIST, "output": str(a.output / "tokenizer"), "seed": a.seed}
-    )
-    tokenizer = from_mapping(TokenizerTraining, values)
-    values = training_values(
-        "prior",
-        RECIPES[a.prior],
-        None,
-        {"codes": str(a.output / "codes"), "output": str(a.output / "prior"), "seed": a.seed},
-    )
-    prior = from_mapping(PriorTraining, values)
+    given: dict[str, object] = {"seed": a.seed}
+    if a.max_steps is not None:
+        given["max_steps"] = a.max_steps
+    of_images = {"data": FASHION_MNIST, "output": str(a.output / "tokenizer")}
+    of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
+    tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", "vqgan-f4", None, given | of_images))
+    prior = from_mapping(PriorTraining, training_values("prior", RECIPES[a.prior], None, given | of_codes))
     metrics = run_main_job(
         a.output, load_source(FASHION_MNIST), tokenizer, prior, minutes=a.minutes, num_images=a.num_images
     )

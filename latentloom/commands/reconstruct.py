@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from latentloom.arguments import parse
 from latentloom.stages import load_source, load_tokenizer, say
+from pipelines.evaluation import reconstructions
 from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_picture
@@ -39,11 +38,7 @@ def main(words: list[str]) -> None:
     split = load_source(a.data).held_out
     pixels = Pixels(split.select(range(min(a.num_images, len(split)))), processor)
     pixels.report_skipped()
-    images = pixels[range(len(pixels))]
-    with torch.inference_mode():
-        rebuilt = processor.postprocess(
-            tokenizer(processor.preprocess(images.to(tokenizer.device))).reconstruction
-        ).cpu()
+    images, rebuilt, _ = reconstructions(tokenizer, pixels)
     for i, picture in enumerate(processor.to_pil(rebuilt)):
         save_picture(picture, a.output / f"{i:05d}.png")
     save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")

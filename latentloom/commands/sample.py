@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ class Arguments:
             raise UserError(f"--num-images is {self.num_images}; expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
 
 
 def main(words: list[str]) -> None:
@@ -45,9 +48,9 @@ def main(words: list[str]) -> None:
     if a.output.exists() and any(a.output.iterdir()) and not a.overwrite:
         raise UserError(f"{a.output} holds files already; choose another --output, or give --overwrite")
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    classes = a.classes or tuple(str(i) for i in range(pipeline.prior.config.num_classes))
-    wanted = pipeline.label_ids(classes or None)
-    labels = sorted((wanted * a.num_images)[: a.num_images], key=wanted.index)
+    every_class = range(pipeline.prior.config.num_classes)
+    wanted = pipeline.label_ids(a.classes or list(every_class) or None)
+    labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = {name: getattr(a, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     generator = torch.Generator().manual_seed(a.seed)
     images = to_uint8(pipeline.sample_pixels(torch.tensor(labels), generator, a.batch_size, **options))

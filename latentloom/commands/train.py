@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from latentloom.arguments import parse, training_values
+from latentloom.arguments import parse, recipe_help, training_values
 from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
-from latentloom.main_job import run_main_job, summary
+from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.stages import load_source, say
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
 from pipelines.latent_generation import accelerated_device
@@ -22,12 +23,10 @@ class Arguments:
     """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
     output: Path
     """Folder for everything: tokenizer, codes, prior, pipeline, pictures and figures."""
-    recipe: str | None = None
-    """The prior's recipe; by default chosen from the images and the machine."""
-    tokenizer_recipe: str | None = None
-    """The tokenizer's recipe; by default chosen likewise."""
+    recipe: Annotated[str | None, recipe_help("The prior's recipe", "prior")] = None
+    tokenizer_recipe: Annotated[str | None, recipe_help("The tokenizer's recipe", "tokenizer")] = None
     resolution: int | str | None = None
-    """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
+    """Height and width of the images: 64, or 64x96; by default the commonest size in the data, at most 256."""
     image_channels: int | None = None
     """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
     minutes: float | None = None
@@ -40,33 +39,39 @@ class Arguments:
     num_images: int = 2000
     """Samples that the figures are measured on."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self.minutes, self.num_images)
+
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "train", words)
     source = load_source(a.data)
-    seen = survey(source.train)
-    size = seen.commonest_size if a.resolution is None else parse_size(a.resolution)
-    choice = choose(seen, size, len(source.train), accelerated_device().type)
+    seen, images = survey(source.train), len(source.train)
+    size = None if a.resolution is None else parse_size(a.resolution)
+    device = accelerated_device().type
+    choice = choose(seen, images, device, size=size, tokenizer=a.tokenizer_recipe, prior=a.recipe)
     given = {
         name: value
         for name in ("max_steps", "batch_size", "checkpoint_every", "seed")
         if (value := getattr(a, name)) is not None
     }
-    of_images = {"data": a.data, "output": str(a.output / "tokenizer"), "resolution": a.resolution}
-    of_images["image_channels"] = a.image_channels
-    values = training_values("tokenizer", a.tokenizer_recipe or choice.tokenizer, None, given | of_images)
+    of_images = {
+        "data": a.data,
+        "output": str(a.output / "tokenizer"),
+        "resolution": f"{choice.size[0]}x{choice.size[1]}",
+        "image_channels": a.image_channels,
+    }
+    values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
     tokenizer = completed(from_mapping(TokenizerTraining, values), seen)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    prior = from_mapping(PriorTraining, training_values("prior", a.recipe or choice.prior, None, given | of_codes))
+    prior = from_mapping(PriorTraining, training_values("prior", choice.prior, None, given | of_codes))
     if a.max_steps is None:
-        images = len(source.train)
-        tokenizer = replace(
-            tokenizer, max_steps=steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
-        )
+        steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
+        tokenizer = replace(tokenizer, max_steps=steps)
         prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
     for line in choice.reasons:
         say(line)
-    if a.minutes is None:
+    if a.minutes is None and not a.output.exists():
         announce(tokenizer, prior, seen, len(source.label_names or ()))
     metrics = run_main_job(a.output, source, tokenizer, prior, minutes=a.minutes, num_images=a.num_images)
     say(summary(a.output, metrics))

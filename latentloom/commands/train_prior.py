@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.arguments import parse, peek, training_values, with_required_missing
+from latentloom.arguments import parse, peek, recipe_help, training_values, with_required_missing
 from latentloom.stages import run_prior, say
 from stage2_prior.training_config import PriorTraining
 
@@ -14,10 +14,9 @@ from stage2_prior.training_config import PriorTraining
 @dataclass(frozen=True)
 class Arguments:
     training: Annotated[PriorTraining, tyro.conf.arg(name="")]
-    recipe: str = "ar-small"
-    """Named configuration to start from."""
+    recipe: Annotated[str, recipe_help("Configuration to start from", "prior")] = "ar-small"
     config: Path | None = None
-    """YAML file whose fields replace the recipe's; a run folder's config.yaml repeats that run."""
+    """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
     """Sets --max-steps once, at the start, to what fits into this time on this machine."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.arguments import parse, peek, training_values, with_required_missing
+from latentloom.arguments import parse, peek, recipe_help, training_values, with_required_missing
 from latentloom.stages import load_source, run_tokenizer, say
 from stage1_tokenizer.training_config import TokenizerTraining
 
@@ -14,10 +14,9 @@ from stage1_tokenizer.training_config import TokenizerTraining
 @dataclass(frozen=True)
 class Arguments:
     training: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
-    recipe: str = "vqgan-f4"
-    """Named configuration to start from."""
+    recipe: Annotated[str, recipe_help("Configuration to start from", "tokenizer")] = "vqgan-f4"
     config: Path | None = None
-    """YAML file whose fields replace the recipe's; a run folder's config.yaml repeats that run."""
+    """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
     """Sets --max-steps once, at the start, to what fits into this time on this machine."""
 

@@ -100,7 +100,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _restart(self, vectors: Tensor) -> None:
         """Gives every dead entry a vector of the batch; all processes see the same usage and take the same vectors."""
-        uniform = float(summed(torch.tensor(float(len(vectors))))) / len(self.usage)
+        uniform = float(summed(vectors.new_tensor(len(vectors)))) / len(self.usage)
         dead = self.usage <= self.restart_threshold * uniform
         if self.restart_threshold == 0 and float(self.usage.sum()) > 0:
             return

@@ -49,6 +49,12 @@ class AutoregressivePriorConfig(StrictConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name in ("codebook_size", "height", "width", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1], such as 0.1")
         axes = int(self.positions[0])
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
             raise ConfigError(
@@ -81,9 +87,12 @@ class Attention(nn.Module):
         query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
         if cache is not None:
             key, value = cache.append(key, value)
-        causal = query.shape[2] > 1  # one new token sees everything
+        new, seen = query.shape[2], key.shape[2]
+        causal, mask = 1 < new == seen, None  # one new token sees everything
+        if 1 < new < seen:  # torch's `is_causal` would count from the first key, which is the oldest
+            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 

@@ -9,6 +9,7 @@ Top-p (nucleus) sampling: Holtzman et al. 2019, arXiv 1904.09751.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,9 +35,9 @@ class SamplingOptions:
     """Keeps the most probable codes that together reach this probability."""
 
     def __post_init__(self) -> None:
-        if self.guidance_scale < 0:
+        if not 0 <= self.guidance_scale < math.inf:  # not a number fails too
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected 0 or more; 1 is without guidance")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; expected a positive number; 1 leaves the distribution")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected a number of codes, or 0 for all")
@@ -44,7 +45,7 @@ class SamplingOptions:
             raise UserError(f"top_p is {self.top_p}; expected a probability in (0, 1]; 1 keeps all codes")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     prior: AutoregressivePrior,
     conditioning: Tensor,

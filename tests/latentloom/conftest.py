@@ -1,0 +1,36 @@
+"""A small set of real images, and the main job done on it once, for the tests of this folder to look at."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import CHECKOUT, latentloom
+
+from stage1_tokenizer.sources import open_source
+
+
+@pytest.fixture(scope="session")
+def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 of the embedded images as PNG files in a folder for each of the ten classes."""
+    folder = tmp_path_factory.mktemp("images") / "clothes"
+    split = open_source(CHECKOUT / "latentloom" / "data" / "fashion-mnist-mini").train
+    for i in range(200):
+        path = folder / f"class {split.label(i)}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        split.image(i).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_job(real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `latentloom train` leaves of the real images reduced to 16×16; tests may look and never change it."""
+    output = tmp_path_factory.mktemp("jobs") / "clothes"
+    small = ["--resolution", 16, "--batch-size", 8, "--max-steps", 4, "--num-images", 20]
+    assert latentloom("train", "--data", real_images, "--output", output, *small) == 0
+    return output
+
+
+@pytest.fixture
+def job(finished_job: Path, tmp_path: Path) -> Path:
+    """A copy of the finished job that a test may change."""
+    return shutil.copytree(finished_job, tmp_path / "job")

@@ -1,0 +1,292 @@
+"""Bad input: one line that names the value and what to do, exit status 2, and nothing that was there is touched."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import digests, latentloom
+
+PIECES = {
+    "invalid.yaml": "a: [",
+    "list.yaml": "[1, 2]",
+    "mistyped.yaml": "max_steps: ten",
+    "unknown.yaml": "max_stepz: 3",
+}
+PIECES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
+PIECES |= {"corrupt/a.png": "no picture", "corrupt/b.png": "nor this", "full/notes.txt": "mine", "notes.txt": "a file"}
+
+
+def furnish(folder: Path, job: Path, images: Path) -> Path:
+    """What users have lying about: images, a job, and folders and files that are none."""
+    for name, text in PIECES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "empty").mkdir()
+    (folder / "images").symlink_to(images)
+    shutil.copytree(job, folder / "job", ignore=shutil.ignore_patterns("checkpoints"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_place(finished_job: Path, real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnish(tmp_path_factory.mktemp("place"), finished_job, real_images)
+
+
+@pytest.fixture
+def furnished(shared_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, for commands that are refused and so leave it as it is."""
+    monkeypatch.chdir(shared_place)
+    return shared_place
+
+
+@pytest.fixture
+def place(finished_job: Path, real_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, for a test that damages something."""
+    monkeypatch.chdir(tmp_path)
+    return furnish(tmp_path, finished_job, real_images)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    """The line that a command is refused with, once all that a refusal promises was seen to hold."""
+    before = digests(Path.cwd())
+    capsys.readouterr()
+    status = latentloom(*command.split())
+    said = capsys.readouterr()
+    assert status == 2, said
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.endswith("\n")
+    assert digests(Path.cwd()) == before
+    return said.err.removeprefix("error: ")
+
+
+# what is wrong → the command, and words that its line must hold: the value that was found, and what to do
+TOKENIZER = "train-tokenizer --output new --data images"
+PRIOR = "train-prior --output new --codes job/codes --recipe ar-tiny"
+TRAIN = "train --output new --data images"
+SAMPLE = "sample --output new --pipeline job"
+CASES = {
+    "a folder that is missing": ("train --output new --data ./nowhere", "./nowhere", "expected a folder"),
+    "an empty folder": ("train --output new --data empty", "'empty' is empty", "Put images in it"),
+    "a folder without images": ("train --output new --data noimage", "'noimage' holds no image", "Put images in it"),
+    "corrupt images alone": ("train --output new --data corrupt", "a.png", "none of 1 images"),
+    "corrupt images alone, for one stage": ("train-tokenizer --output new --data corrupt", "a.png", "expected"),
+    "a file for a folder of images": ("train --output new --data notes.txt", "notes.txt", "expected a folder"),
+    "an unknown verb": ("trian", "unknown verb 'trian'", "did you mean 'train'?"),
+    "an option for a verb": ("--data images", "unknown verb '--data'", "expected one of: quickstart, train"),
+    "an unknown option": (f"{TRAIN} --max-step 3", "'--max-step'", "did you mean '--max-steps'?"),
+    "an unknown option instead of a required one": ("train --data images --outptu new", "'--outptu'", "'--output'"),
+    "an unknown nested option": (f"{TOKENIZER} --model.code-size 3", "--model.code-size", "'--model.codebook-size'"),
+    "a word too many": (f"{TRAIN} extra", "unknown argument 'extra'", "latentloom train --help"),
+    "a required option left out": ("train --data images", "--output missing", "expected a value"),
+    "two required options left out": ("train", "--data and --output missing", "latentloom train --help"),
+    "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
+    "a choice that is none": (f"{TOKENIZER} --model.quantizer fs", "'fs'", "Expected one of ('vq', 'ema')"),
+    "an unknown recipe": (f"{TOKENIZER} --recipe vqgan-f44", "'vqgan-f44'", "did you mean 'vqgan-f4'?"),
+    "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: vqgan-f16, vqgan-f4, vqgan-f8"),
+    "a prior's recipe for a tokenizer": (f"{TOKENIZER} --recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),
+    "a tokenizer's recipe for a prior": (f"{PRIOR} --recipe vqgan-f4", "no prior recipe 'vqgan-f4'", "ar-tiny"),
+    "an unknown recipe of both": (f"{TRAIN} --recipe ar-tini", "'ar-tini'", "did you mean 'ar-tiny'?"),
+    "a recipe of the other stage": (f"{TRAIN} --tokenizer-recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),
+    "an unknown field": (f"{TOKENIZER} --config unknown.yaml", "'max_stepz'", "did you mean 'max_steps'?"),
+    "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
+    "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
+    "a value for a section": (f"{TOKENIZER} --config section.yaml", "model is 5", "expected a section"),
+    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
+    "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
+    "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),
+    "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
+    "another stage's configuration": (
+        f"{PRIOR} --config job/tokenizer/config.yaml",
+        "'model.channels'",
+        "expected one of",
+    ),
+    "an empty codebook": (f"{TOKENIZER} --model.codebook-size 0", "model.codebook_size is 0", "expected at least 1"),
+    "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
+    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one a level"),
+    "channels that no picture has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
+    "a size that f does not divide": (
+        f"{TOKENIZER} --resolution 30x29 --padding refuse",
+        "30x29",
+        "such as 32x32; give one, or --padding pad",
+    ),
+    "a size that is none": (f"{TRAIN} --resolution 3x4x5", "--resolution is 3x4x5", "such as 64"),
+    "no size at all": (f"{TRAIN} --resolution 0", "--resolution is 0", "such as 64"),
+    "negative steps": (f"{TRAIN} --max-steps -1", "--max-steps is -1", "at least 1"),
+    "no steps": (f"{PRIOR} --max-steps 0", "--max-steps is 0", "at least 1"),
+    "an empty batch": (f"{TRAIN} --batch-size 0", "--batch-size is 0", "at least 1"),
+    "negative minutes": (f"{TRAIN} --minutes -2", "--minutes is -2", "expected a positive number"),
+    "no minutes": (f"{TOKENIZER} --minutes 0", "--minutes is 0", "expected a positive number"),
+    "minutes that are no number": (f"{PRIOR} --minutes nan", "--minutes is nan", "expected a positive number"),
+    "minutes without end": (f"{TRAIN} --minutes inf", "--minutes is inf", "expected a positive number"),
+    "negative minutes of a quickstart": ("quickstart --output new --minutes -1", "--minutes is -1", "positive"),
+    "a negative seed": (f"{TRAIN} --seed -1", "--seed is -1", "expected a whole number from 0"),
+    "no samples to measure": (f"{TRAIN} --num-images 0", "--num-images is 0", "expected at least 1"),
+    "a hidden size that heads do not divide": (
+        f"{PRIOR} --model.hidden-size 30",
+        "is 30 for 4 heads",
+        "multiple of 16",
+    ),
+    "no heads": (f"{PRIOR} --model.num-heads 0", "num_heads is 0", "at least 1"),
+    "a temperature of none": (f"{PRIOR} --sampling.temperature 0", "temperature is 0", "expected a positive number"),
+    "codes that are missing": ("train-prior --output new --codes nowhere", "nowhere", "run: latentloom tokenize"),
+    "codes that are images": ("train-prior --output new --codes images", "images", "run: latentloom tokenize"),
+    "a pipeline that is missing": ("sample --output new --pipeline ./nowhere", "./nowhere", "model_index.json"),
+    "a pipeline that is a folder of images": ("sample --output new --pipeline images", "images", "model_index.json"),
+    "a tokenizer that is missing": (
+        "tokenize --tokenizer ./nowhere --data images --output new",
+        "./nowhere",
+        "config.json",
+    ),
+    "a class name that does not exist": (f"{SAMPLE} --classes zebra", "no class 'zebra'", "expected one of: class 0"),
+    "a class id that does not exist": (f"{SAMPLE} --classes 10", "no class '10'", "expected an id from 0 to 9"),
+    "a negative class": (f"{SAMPLE} --classes -1", "no class '-1'", "expected"),
+    "a negative count": (f"{SAMPLE} --num-images -4", "--num-images is -4", "expected at least 1"),
+    "a batch of samples below one": (f"{SAMPLE} --batch-size -1", "--batch-size is -1", "expected at least 1"),
+    "a negative seed of samples": (f"{SAMPLE} --seed -1", "--seed is -1", "expected a whole number from 0"),
+    "a probability above one": (f"{SAMPLE} --top-p 1.5", "top_p is 1.5", "expected a probability"),
+    "nothing to reconstruct": ("reconstruct --tokenizer job --data images --num-images 0", "is 0", "at least 1"),
+    "nothing to evaluate": ("evaluate --reference images", "--pipeline and --tokenizer", "give what is to be measured"),
+    "two things to evaluate": ("evaluate --reference images --pipeline job --tokenizer job", "expected one of", "give"),
+    "a folder for a file": ("evaluate --reference images --pipeline job --output full", "--output is full", "JSON"),
+    "a repository's name that is none": ("push --pipeline job --repo-id a/b/c", "a/b/c", "such as me/my-generator"),
+    "a pipeline to push that is missing": ("push --pipeline ./nowhere --repo-id me/x", "./nowhere", "model_index.json"),
+    "samples into a full folder": (
+        "sample --pipeline job --output full",
+        "full holds files",
+        "choose another --output",
+    ),
+    "reconstructions into a full folder": (
+        "reconstruct --tokenizer job --data images --output full",
+        "full holds files",
+        "choose another --output",
+    ),
+    "a run into a full folder": (
+        "train-tokenizer --data images --output full",
+        "full is not empty",
+        "another --output",
+    ),
+    "a prior into a full folder": (f"{PRIOR} --output full", "full is not empty", "choose another --output"),
+    "a job into a full folder": ("train --data images --output full --max-steps 1", "full is not empty", "another"),
+    "a quickstart into a full folder": ("quickstart --output full", "full is not empty", "choose another --output"),
+    "codes into a full folder": (
+        "tokenize --tokenizer job --data images --output full",
+        "full is not empty",
+        "another",
+    ),
+    "a run into a file": ("train-tokenizer --data images --output notes.txt", "notes.txt", "expected"),
+    "a run below a file": ("train-tokenizer --data images --output notes.txt/run", "notes.txt", "expected"),
+    "a run folder of another configuration": (
+        "train-tokenizer --config job/tokenizer/config.yaml --output job/tokenizer --seed 3 --model.codebook-size 64",
+        "seed is 0 there and 3 here; model.codebook_size is 512 there and 64 here",
+        "choose another --output",
+    ),
+    "a job of another configuration": (
+        "train --data images --output job --resolution 16 --batch-size 8 --max-steps 4 --seed 3",
+        "seed is 0 there and 3 here",
+        "choose another --output",
+    ),
+    "a prior's folder for a tokenizer": (
+        "train-tokenizer --data images --output job/prior",
+        "job/prior holds a run with another configuration",
+        "choose another --output",
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "found", "remedy"), CASES.values(), ids=CASES.keys())
+def test_bad_input_is_refused_in_one_line_and_leaves_everything_as_it_was(
+    command: str, found: str, remedy: str, furnished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, command)
+    assert found in line
+    assert remedy in line
+
+
+def test_a_class_name_that_is_nearly_right_is_suggested(furnished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert latentloom("sample", "--pipeline", "job", "--output", "new", "--classes", "clas 3") == 2
+    assert "no class 'clas 3'; did you mean 'class 3'?" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "model_index.json": "model_index.json",
+    "prior/config.json": "config.json",
+    "prior/model.safetensors": "model.safetensors",
+    "tokenizer/config.json": "config.json",
+    "tokenizer/model.safetensors": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "empty"])
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_pipeline_with_a_file_missing_or_cut_short_is_refused(
+    file: str, how: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = place / "job" / "pipeline" / file
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut short" else b"")
+    line = refusal(capsys, "sample --pipeline job/pipeline --output new")
+    assert "job/pipeline" in line
+    assert DAMAGED[file] in line
+    path.write_bytes(content)
+    assert latentloom("sample", "--pipeline", "job/pipeline", "--output", "new", "--num-images", 1) == 0
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "altered"])
+def test_a_torn_shard_of_codes_is_refused_by_name(how: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = place / "job" / "codes" / "train-00000.arrow"
+    content = shard.read_bytes()
+    if how == "missing":
+        shard.unlink()
+    elif how == "cut short":
+        shard.write_bytes(content[:-100])
+    else:
+        shard.write_bytes(content[:-2000] + bytes(1) + content[-1999:])
+    line = refusal(capsys, PRIOR)
+    assert "job/codes/train-00000.arrow" in line
+    assert "latentloom tokenize" in line
+
+
+def test_codes_of_another_tokenizer_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways round: a cache that another tokenizer wrote is not overwritten, and a mixed pipeline does not load."""
+    config = "job/tokenizer/config.yaml"
+    assert latentloom("train-tokenizer", "--config", config, "--output", "other", "--seed", 1) == 0
+    line = refusal(capsys, "tokenize --tokenizer other --data images --output job/codes")
+    assert "job/codes holds a code cache with another spec" in line
+    assert "choose another --output" in line
+    shutil.rmtree(place / "job" / "pipeline" / "tokenizer")
+    shutil.copytree(place / "other" / "model", place / "job" / "pipeline" / "tokenizer")
+    line = refusal(capsys, "sample --pipeline job/pipeline --output new")
+    assert "tokenizer_id" in line
+    assert "train a prior on these codes" in line
+
+
+def test_a_refused_configuration_does_not_take_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the mended command would be told that the folder holds another configuration."""
+    refusal(capsys, f"{PRIOR} --model.hidden-size 30")
+    assert latentloom(*PRIOR.split(), "--max-steps", 1) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("command", [TOKENIZER, PRIOR, "tokenize --tokenizer job --data images --output new"])
+def test_a_place_that_may_not_be_written_is_named(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "locked").mkdir(mode=0o500)
+    line = refusal(capsys, f"{command} --output locked/new")
+    assert "locked" in line
+    assert "Permission denied" in line
+
+
+def test_a_disk_that_is_full_is_one_line_too(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("latentloom.commands.sample.save_picture", full)
+    assert "No space left on device" in refusal(capsys, SAMPLE)

@@ -1,0 +1,153 @@
+"""The command line: what it answers quickly, lists, prints once, and keeps to itself."""
+
+import importlib
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from command_line import CHECKOUT, in_new_process, latentloom
+
+from latentloom import __version__
+from latentloom.cli import VERBS
+from latentloom.recipes import recipe_names, recipe_values
+from training_harness.errors import UserError
+
+CLI = ("-m", "latentloom.cli")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy", "tyro")
+OPTIONS = {
+    "quickstart": "--prior --output --minutes --max-steps --seed --num-images",
+    "train": "--data --output --recipe --tokenizer-recipe --max-steps --checkpoint-every --seed --resolution "
+    "--image-channels --minutes",
+    "train-tokenizer": "--data --output --recipe --max-steps --checkpoint-every --seed --resolution --image-channels "
+    "--config --minutes --model.codebook-size --optimizer.learning-rate",
+    "tokenize": "--tokenizer --data --output --contents --flip",
+    "train-prior": "--codes --output --recipe --max-steps --checkpoint-every --seed --config --minutes "
+    "--model.hidden-size --optimizer.learning-rate --sampling.guidance-scale",
+    "sample": "--pipeline --classes --num-images --seed --output --guidance-scale --temperature --top-k --top-p",
+    "reconstruct": "--tokenizer --data --num-images --output",
+    "evaluate": "--pipeline --tokenizer --reference --num-images --output",
+    "push": "--pipeline --repo-id --private",
+}
+
+
+def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from latentloom.cli import main; status = main(['--help']); "
+        f"print(status, sorted(set({HEAVY}) & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):  # the fastest of three: the claim is about the command, not about what else runs here
+        begin = time.perf_counter()
+        done = in_new_process("-c", program)
+        seconds.append(time.perf_counter() - begin)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert all(verb in done.stdout for verb in VERBS)
+    assert min(seconds) < 1
+
+
+def test_importing_the_packages_imports_nothing_heavy() -> None:
+    packages = "latentloom, pipelines, stage2_prior, stage1_tokenizer, training_harness"
+    done = in_new_process("-c", f"import sys, {packages}; print(sorted(set({HEAVY}) & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_verb_imports_datasets_or_matplotlib_before_it_needs_them() -> None:
+    modules = [f"latentloom.commands.{verb.replace('-', '_')}" for verb in VERBS]
+    done = in_new_process(
+        "-c", f"import sys, {', '.join(modules)}; print(sorted({{'datasets', 'matplotlib'}} & set(sys.modules)))"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_table_of_verbs_is_that_of_the_modules() -> None:
+    folder = CHECKOUT / "latentloom" / "commands"
+    modules = {path.stem.replace("_", "-") for path in folder.glob("*.py")} - {"--init--"}
+    assert modules == set(VERBS) == set(OPTIONS)
+    for verb in VERBS:
+        module = importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}")
+        assert (module.__doc__ or "").startswith(f"latentloom {verb}: ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_lists_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        latentloom(verb, "--help")
+    assert ended.value.code == 0
+    listed = re.findall(r"--[\w.-]+", capsys.readouterr().out)
+    assert set(OPTIONS[verb].split()) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("verb", "stages"),
+    {"train": ("tokenizer", "prior"), "train-tokenizer": ("tokenizer",), "train-prior": ("prior",)}.items(),
+)
+def test_help_names_the_recipes(verb: str, stages: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        latentloom(verb, "--help")
+    listed = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().out).split())
+    for stage in stages:
+        assert ", ".join(recipe_names(stage)) in listed
+
+
+def test_help_shows_the_defaults_of_the_recipe_that_was_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in recipe_names("prior"):
+        with pytest.raises(SystemExit):
+            latentloom("train-prior", "--recipe", name, "--help")
+        listed = " ".join(re.sub(r"[│|]", " ", capsys.readouterr().out).split())
+        assert f"extends a finished run. (default: {recipe_values(name, 'prior')['max_steps']})" in listed
+
+
+def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert latentloom("--version") == 0
+    assert capsys.readouterr().out == f"latentloom {__version__}\n"
+    assert tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    """That nothing else does is part of every claim in test_bad_input."""
+    shown = in_new_process(*CLI, "sample", "--pipeline", "./nowhere", "--output", "./nowhere-either", "--debug")
+    assert shown.returncode != 0
+    assert "Traceback" in shown.stderr
+    assert "UserError: no pipeline at ./nowhere" in shown.stderr
+    with pytest.raises(UserError, match="unknown verb 'smaple'"):
+        latentloom("--debug", "smaple")
+
+
+def test_of_many_processes_one_speaks(
+    finished_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train-prior", "--config", finished_job / "prior" / "config.yaml")
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert latentloom(*words) == 0
+        assert bool(capsys.readouterr().out) == said
+
+
+def test_long_work_is_quiet_where_no_one_watches(real_images: Path, tmp_path: Path) -> None:
+    """Without a terminal neither our bars nor those, warnings and advice of the libraries below fill a log."""
+    words = ["train", "--data", real_images, "--output", tmp_path / "job", "--resolution", 16, "--batch-size", 8]
+    done = in_new_process(*CLI, *words, "--max-steps", 1, "--num-images", 20)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+
+
+def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentloom.commands.sample.main", interrupted)
+    assert latentloom("sample") == 130
+    assert capsys.readouterr().err.startswith("interrupted; run the same command again")
+
+
+def test_the_script_is_the_module() -> None:
+    script = Path(sys.executable).with_name("latentloom")
+    if not script.exists():
+        pytest.skip("latentloom is not installed beside this Python")
+    said = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert said == in_new_process(*CLI, "--help").stdout

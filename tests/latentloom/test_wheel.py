@@ -1,0 +1,107 @@
+"""The wheel: the five packages with recipes, embedded data and judge, at work far from the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from command_line import CHECKOUT
+
+from latentloom.recipes import recipe_names
+
+PACKAGES = {"latentloom", "pipelines", "stage1_tokenizer", "stage2_prior", "training_harness"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel; it comes with the dev extra")
+    folder = tmp_path_factory.mktemp("wheel")
+    words = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    built = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def away(unpacked: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in another folder, with the unpacked wheel in front of an installed checkout."""
+    environment = os.environ | {"PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_wheel_holds_the_five_packages_and_nothing_else(unpacked: Path) -> None:
+    folders = {path.name for path in unpacked.iterdir()}
+    assert {name for name in folders if not name.endswith(".dist-info")} == PACKAGES
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *sorted(PACKAGES)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    if tracked.returncode:
+        pytest.skip("no git checkout to compare the wheel with")
+    held = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    assert {path for path in held if ".dist-info/" not in path} == set(tracked.stdout.split())
+
+
+def test_the_wheel_holds_recipes_data_judge_and_licences(unpacked: Path) -> None:
+    data = unpacked / "latentloom" / "data"
+    assert {path.name for path in (data / "fashion-mnist-mini").iterdir()} >= {
+        "train.parquet",
+        "test.parquet",
+        "LICENSE",
+    }
+    assert {path.name for path in (data / "fashion-mnist-judge").iterdir()} >= {"config.json", "model.safetensors"}
+    recipes = {path.stem for path in (unpacked / "latentloom" / "recipes").glob("*.yaml")}
+    assert recipes == {*recipe_names("tokenizer"), *recipe_names("prior")}
+    (information,) = unpacked.glob("*.dist-info")
+    assert (information / "licenses" / "LICENSE").read_text() == (CHECKOUT / "LICENSE").read_text()
+    assert (information / "licenses" / "latentloom" / "data" / "fashion-mnist-mini" / "LICENSE").exists()
+    metadata = (information / "METADATA").read_text()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "latentloom = latentloom.cli:main" in (information / "entry_points.txt").read_text()
+
+
+def test_the_wheel_is_small_enough_to_download_without_a_thought(wheel: Path) -> None:
+    assert wheel.stat().st_size < 10e6  # 8 MB of images, 2 MB of judge at most
+
+
+def test_the_wheel_finds_its_own_data_from_another_folder(unpacked: Path, tmp_path: Path) -> None:
+    program = """
+import latentloom
+from latentloom.embedded import data_path, judge_path
+from latentloom import open_source
+from pipelines import Judge
+source = open_source(data_path("fashion-mnist-mini"))
+judge = Judge.from_pretrained(judge_path())
+print(latentloom.__file__, len(source.train) + len(source.validation), len(source.held_out), judge.config.num_labels, sep="\\n")
+"""
+    done = away(unpacked, tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    where, *counts = done.stdout.splitlines()
+    assert Path(where) == unpacked / "latentloom" / "__init__.py"
+    assert list(map(int, counts)) == [10_000, 2_000, 10]  # training images, test images, classes
+    helped = away(unpacked, tmp_path, "-m", "latentloom.cli", "quickstart", "--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "runs/quickstart" in helped.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_runs_from_the_wheel_in_another_folder(unpacked: Path, tmp_path: Path) -> None:
+    words = ["quickstart", "--max-steps", "2", "--num-images", "20", "--output", "quick"]
+    done = away(unpacked, tmp_path, "-m", "latentloom.cli", *words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "quick" / "metrics.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"quick"}

@@ -1,0 +1,148 @@
+"""Pushing a pipeline to the stand-in Hub and loading it by its name, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_stand_in import TOKEN, StandInHub
+from tiny_models import seeded, tiny_pipeline
+
+from pipelines.latent_generation import LatentGenerationPipeline
+
+BEGIN = """
+import json, sys, torch
+from PIL import Image
+from pipelines import LatentGenerationPipeline
+from training_harness.errors import UserError
+torch.set_num_threads(1)
+
+def error_of(call):
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+"""
+
+PUSH = """
+pipeline = LatentGenerationPipeline.from_pretrained("pipeline")
+grid = Image.new("L", (8, 8))
+print(json.dumps({
+    "first": pipeline.push_to_hub("stand-in/tiny", metrics={"psnr": 20.0}, samples=grid),
+    "unchanged": pipeline.push_to_hub("stand-in/tiny", metrics={"psnr": 20.0}, samples=grid),
+    "second": pipeline.push_to_hub("stand-in/tiny", metrics={"psnr": 21.0}, samples=grid, commit_message="Better"),
+    "private": pipeline.push_to_hub("stand-in/secret", private=True),
+    "nameless": pipeline.push_to_hub("plain"),
+    "bad name": error_of(lambda: pipeline.push_to_hub("a/b/c")),
+    "refused": error_of(lambda: pipeline.push_to_hub("stand-in/refused", token="hf_of_nobody")),
+    "no token": error_of(lambda: pipeline.push_to_hub("stand-in/refused", token=False)),
+}))
+"""
+
+PULL = """
+images = {}
+for name, token in (("stand-in/tiny", None), ("stand-in/secret", True), ("stand-in/plain", None)):
+    pipeline = LatentGenerationPipeline.from_pretrained(name, token=token)
+    images[name] = pipeline("dog", 3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+torch.save(images, "images.pt")
+load = LatentGenerationPipeline.from_pretrained
+first = sys.argv[1]
+load("stand-in/tiny", revision=first, cache_dir="another cache")
+print(json.dumps({
+    "missing": error_of(lambda: load("stand-in/nothing")),
+    "secret": error_of(lambda: load("stand-in/secret", token="hf_of_nobody", cache_dir="third cache")),
+    "revision": error_of(lambda: load("stand-in/tiny", revision="nowhere")),
+}))
+"""
+
+
+class Story:
+    """What was pushed, then pulled; told once for all the claims."""
+
+    def __init__(self, hub: StandInHub, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+        tiny_pipeline().save_pretrained(folder / "pipeline")
+        self.pushed = self.told(PUSH)
+        self.pulled = self.told(PULL, self.pushed["first"].rpartition("/")[2])
+
+    def told(self, program: str, *arguments: str) -> dict[str, Any]:
+        environment = self.hub.environment(self.folder / "home")
+        command = [sys.executable, "-c", BEGIN + program, *arguments]
+        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    with StandInHub() as hub:
+        yield Story(hub, tmp_path_factory.mktemp("hub"))
+
+
+@pytest.mark.parametrize("name", ["stand-in/tiny", "stand-in/secret", "stand-in/plain"])
+def test_what_was_pushed_samples_the_same_images_by_its_name_elsewhere(story: Story, name: str) -> None:
+    there = torch.load(story.folder / "images.pt", weights_only=True)[name]
+    here = tiny_pipeline()("dog", 3, generator=seeded(0), output_type="pt").images
+    assert torch.equal(there, here)
+
+
+def test_the_repository_holds_the_pipelines_folder_and_a_card_that_names_it(story: Story) -> None:
+    files = story.hub.repos["stand-in/tiny"].files
+    parts = {f"{part}/{file}" for part in ("tokenizer", "prior") for file in ("config.json", "model.safetensors")}
+    assert set(files) == parts | {"model_index.json", "README.md", "metrics.json", "samples.png"}
+    assert 'from_pretrained("stand-in/tiny")' in files["README.md"].decode()
+
+
+def test_a_name_without_an_owner_is_the_users_and_the_card_gives_it_in_full(story: Story) -> None:
+    assert 'from_pretrained("stand-in/plain")' in story.hub.repos["stand-in/plain"].files["README.md"].decode()
+
+
+def test_pushing_again_commits_what_changed_and_an_unchanged_pipeline_commits_nothing(story: Story) -> None:
+    first, unchanged, second = (story.pushed[name] for name in ("first", "unchanged", "second"))
+    assert first == unchanged != second
+    repo = story.hub.repos["stand-in/tiny"]
+    assert len(repo.commits) == 3  # the empty one, the first, the second
+    assert first.endswith(list(repo.commits)[1])
+    assert json.loads(repo.files["metrics.json"]) == {"psnr": 21.0}
+
+
+def test_a_private_repository_is_private(story: Story) -> None:
+    assert story.hub.repos["stand-in/secret"].private
+    assert not story.hub.repos["stand-in/tiny"].private
+    assert "stand-in/secret is neither a folder here nor a pipeline on the Hub" in story.pulled["secret"]
+
+
+@pytest.mark.parametrize("case", ["missing", "secret", "revision"])
+def test_what_cannot_be_read_is_one_line_with_what_to_do(story: Story, case: str) -> None:
+    message = story.pulled[case]
+    assert message is not None
+    assert "\n" not in message
+    assert "expected a folder or a repository that you can read; for a private one run `hf auth login`" in message
+
+
+@pytest.mark.parametrize("case", ["bad name", "refused", "no token"])
+def test_a_push_that_is_refused_is_one_line_with_what_to_do(story: Story, case: str) -> None:
+    message = story.pushed[case]
+    assert message is not None
+    assert message.startswith("could not push to ")
+    assert "\n" not in message
+    assert "log in with `hf auth login` or set HF_TOKEN" in message
+    assert TOKEN not in message
+    assert "stand-in/refused" not in story.hub.repos
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    from training_harness.errors import UserError
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(UserError, match="could not push to me/tiny") as pushing:
+        tiny_pipeline().push_to_hub("me/tiny", token="hf_x")
+    with pytest.raises(UserError, match="me/tiny is neither a folder here nor a pipeline on the Hub") as pulling:
+        LatentGenerationPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
+    assert "\n" not in f"{pushing.value}{pulling.value}"

@@ -1,0 +1,64 @@
+"""What the tests of stage one and the harness share: a small tokenizer that has every part, and folders of pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny_models import seeded
+
+from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
+
+
+def whole_config(**changes: Any) -> VQGANConfig:
+    """16×16 RGB to 4×4 codes of 16, with residual blocks and attention."""
+    fields: dict[str, Any] = {
+        "image_size": (16, 16),
+        "channels": (8, 8, 16),
+        "blocks": (0, 1, 1),
+        "attention": (False, False, True),
+        "latent_channels": 4,
+        "codebook_size": 16,
+        "latent_mean": [0.5, -1.0, 0.0, 2.0],
+        "latent_std": [1.0, 2.0, 0.5, 0.25],
+    }
+    return VQGANConfig(**fields | changes)
+
+
+def some_pixels(batch: int = 6, channels: int = 3, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, channels, height, width, generator=seeded(seed)) * 2 - 1
+
+
+def whole_tokenizer(**changes: Any) -> VQGAN:
+    """In evaluation mode, its codebook taken from a batch so that many codes are in use."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = VQGAN(whole_config(**changes)).train()
+        with torch.no_grad():
+            tokenizer(some_pixels(channels=tokenizer.config.image_channels, seed=1))
+    return tokenizer.eval()
+
+
+def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:
+    """`folder/class/NN.png`: discs of many sizes and colours on a shaded ground; `size` is (height, width)."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
+    for i in range(count):
+        colour, ground = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
+        inside = (rows - rng.uniform(4, 12)) ** 2 + (columns - rng.uniform(4, 12)) ** 2 < rng.uniform(4, 30)
+        shade = (columns / size[1])[..., None] * ground
+        pixels = np.where(inside[..., None], colour, shade).astype(np.uint8)
+        path = folder / "abcdefgh"[i % classes] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).save(path)
+    return folder
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of a failure that a user can cause, after checking its form: one line that says what was expected."""
+    message = str(error.value)
+    assert "\n" not in message
+    assert "expected" in message or "did you mean" in message, message
+    return message

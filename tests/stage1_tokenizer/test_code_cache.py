@@ -1,0 +1,198 @@
+"""The code cache holds what the tokenizer gives, opens as an Arrow data set, and is never written over."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from small_parts import one_line, whole_tokenizer, write_pictures
+
+from stage1_tokenizer import code_cache
+from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.sources import ImageSource, open_source
+from stage1_tokenizer.vqgan import VQGAN
+from training_harness.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> ImageSource:
+    folder = write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+    (folder / "b" / "01.png").write_bytes(b"a letter")
+    return open_source(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[VQGAN, Path]:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    tokenizer = whole_tokenizer()
+    tokenizer.config.tokenizer_id = tokenizer.compute_id()
+    tokenizer.save_pretrained(folder)
+    return tokenizer, folder
+
+
+def written(model, source, output: Path, **options) -> Path:
+    return write_code_cache(*model, source, output, batch_size=7, **options)
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def rows_of(folder: Path, split: str = "train") -> datasets.Dataset:
+    shards = [
+        datasets.Dataset.from_file(str(folder / s["file"])) for s in manifest_of(folder)["splits"][split]["shards"]
+    ]
+    return datasets.concatenate_datasets(shards).with_format("numpy")
+
+
+def readable(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
+    """Source id → pixel values (1, C, H, W), read without the code cache."""
+    processor = tokenizer.config.image_processor
+    return {
+        split.source_id(i): processor.preprocess(processor.read(split.image(i))[None])
+        for i in range(len(split))
+        if split.source_id(i) != "b/01.png"
+    }
+
+
+@torch.no_grad()
+def test_the_rows_are_the_codes_latents_labels_and_ids_of_the_pictures(tmp_path, model, source):
+    tokenizer = model[0]
+    folder = written(model, source, tmp_path / "codes", contents="both")
+    for name, split in (("train", source.train), ("validation", source.validation)):
+        rows, expected = rows_of(folder, name), readable(split, tokenizer)
+        assert rows["source_id"][:].tolist() == list(expected)
+        labels = {split.source_id(i): split.label(i) for i in range(len(split))}
+        for row in rows:
+            x = expected[row["source_id"]]
+            assert row["indices"].tolist() == tokenizer.encode_indices(x).flatten().tolist()
+            latents = torch.from_numpy(row["latents"].astype(np.float32))
+            assert torch.allclose(latents, tokenizer.encode_latents(x).flatten(), atol=2e-3, rtol=2e-3)
+            assert row["label"] == labels[row["source_id"]]
+
+
+def test_indices_are_uint16_and_latents_float16_in_lists_of_fixed_size(tmp_path, model, source):
+    folder = written(model, source, tmp_path / "codes", contents="both")
+    features = rows_of(folder).features
+    assert (features["indices"].feature.dtype, features["indices"].length) == ("uint16", 16)
+    assert (features["latents"].feature.dtype, features["latents"].length) == ("float16", 4 * 16)
+    assert features["label"].dtype == "int64"
+    assert features["source_id"].dtype == "string"
+
+
+@pytest.mark.parametrize(("contents", "columns"), [("indices", ["indices"]), ("latents", ["latents"])])
+def test_only_what_was_asked_for_is_written(tmp_path, model, source, contents, columns):
+    rows = rows_of(written(model, source, tmp_path / "codes", contents=contents))
+    assert rows.column_names == [*columns, "label", "source_id"]
+
+
+def test_a_codebook_beyond_uint16_is_written_as_int32(tmp_path, source):
+    tokenizer = whole_tokenizer(codebook_size=2**16 + 1)
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = rows_of(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
+    assert rows.features["indices"].feature.dtype == "int32"
+
+
+@torch.no_grad()
+def test_the_mirror_view_doubles_the_training_rows_and_leaves_validation_alone(tmp_path, model, source):
+    once = rows_of(written(model, source, tmp_path / "once"))
+    both = written(model, source, tmp_path / "both", views=("original", "flip"))
+    rows, tokenizer = rows_of(both), model[0]
+    assert len(rows) == 2 * len(once)
+    assert len(rows_of(both, "validation")) == len(readable(source.validation, tokenizer))
+    expected = readable(source.train, tokenizer)
+    for name in expected:
+        codes = [row["indices"].tolist() for row in rows if row["source_id"] == name]
+        views = [tokenizer.encode_indices(x).flatten().tolist() for x in (expected[name], expected[name].flip(-1))]
+        assert codes == views
+
+
+def test_the_manifest_states_spec_counts_and_checksums_and_the_tokenizer_lies_beside_it(tmp_path, model, source):
+    folder = written(model, source, tmp_path / "codes")
+    manifest, tokenizer = manifest_of(folder), model[0]
+    assert manifest["spec"] == tokenizer.latent_spec().to_dict()
+    assert manifest["label_names"] == ["a", "b"]
+    assert manifest["source"] == "pictures"
+    for name, split in manifest["splits"].items():
+        assert split["rows"] == len(rows_of(folder, name))
+        for shard in split["shards"]:
+            content = (folder / shard["file"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+            assert len(content) == shard["bytes"]
+    assert VQGAN.from_pretrained(folder / "tokenizer").compute_id() == tokenizer.config.tokenizer_id
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [row["source_id"] for row in skipped] == ["b/01.png"]
+    assert skipped[0]["reason"]
+    assert len(source.train) + len(source.validation) == 24 == sum(s["rows"] for s in manifest["splits"].values()) + 1
+
+
+def test_many_shards_hold_the_rows_of_one(tmp_path, model, source, monkeypatch):
+    one = rows_of(written(model, source, tmp_path / "one"))
+    monkeypatch.setattr(code_cache, "SHARD_IMAGES", 10)
+    folder = written(model, source, tmp_path / "many")
+    many = rows_of(folder)
+    assert len(manifest_of(folder)["splits"]["train"]["shards"]) > 1
+    assert one["indices"][:].tolist() == many["indices"][:].tolist()
+    assert one["source_id"][:].tolist() == many["source_id"][:].tolist()
+
+
+def test_a_shard_is_one_record_batch_that_maps_without_a_copy(tmp_path, model, source):
+    folder = written(model, source, tmp_path / "codes")
+    table = pa.ipc.open_stream(pa.memory_map(str(folder / "train-00000.arrow"))).read_all()
+    assert table["indices"].num_chunks == 1
+    values = table["indices"].chunk(0).flatten().to_numpy(zero_copy_only=True)
+    assert values.dtype == np.uint16
+
+
+# What lies there already
+
+
+def test_the_same_request_again_says_so_and_writes_nothing(tmp_path, model, source, capsys):
+    folder = written(model, source, tmp_path / "codes")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert written(model, source, folder) == folder
+    assert "holds these codes already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("change", ["contents", "views", "spec", "images"])
+def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp_path, model, source, change):
+    folder = written(model, source, tmp_path / "codes")
+    before = (folder / "manifest.json").read_bytes()
+    options, other, pictures = {}, model, source
+    if change == "contents":
+        options = {"contents": "both"}
+    elif change == "views":
+        options = {"views": ("flip",)}
+    elif change == "spec":
+        tokenizer = whole_tokenizer()
+        tokenizer.config.tokenizer_id = "another"
+        other = tokenizer, model[1]
+    else:
+        pictures = open_source(write_pictures(tmp_path / "pictures", count=30))
+    with pytest.raises(UserError) as caught:
+        written(other, pictures, folder, **options)
+    assert f"another {change}" in one_line(caught)
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, model, source):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError) as caught:
+        written(model, source, tmp_path / "codes")
+    assert "holds no code cache" in str(caught.value)
+
+
+def test_an_interrupted_write_leaves_no_folder(tmp_path, model, source, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(code_cache, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(model, source, tmp_path / "codes")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,156 @@
+"""The stage-two loop: its folder, its loss, and that a stopped run goes on as if it had not been stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_models import tiny_source, tiny_tokenizer
+
+from stage1_tokenizer.code_cache import write_code_cache
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.codes import CodeCache
+from stage2_prior.train import train_prior, validation_loss
+from stage2_prior.training_config import PriorModel, PriorTraining
+from training_harness.ema import EMAConfig
+from training_harness.errors import ConfigError, UserError
+from training_harness.optimization import OptimizerConfig
+
+MODEL = PriorModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeCache:
+    folder = tmp_path_factory.mktemp("stage-two")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return CodeCache(write_code_cache(tokenizer, folder / "tokenizer", tiny_source(), folder / "codes"))
+
+
+def configuration(codes: CodeCache, output: Path, **fields: Any) -> PriorTraining:
+    steps = {"max_steps": 6, "batch_size": 8, "log_every": 1, "sample_every": 3, "checkpoint_every": 3}
+    return PriorTraining(output=output, codes=codes.path, **{"model": MODEL} | steps | fields)
+
+
+def rows(folder: Path, *names: str) -> list[tuple[Any, ...]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [tuple(row.get(name) for name in names) for row in map(json.loads, lines) if names[-1] in row]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCache, tmp_path: Path) -> None:
+    def preview(prior: AutoregressivePrior, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"a picture")
+
+    folder = train_prior(configuration(codes, tmp_path / "run"), codes, preview)
+    assert folder == tmp_path / "run" / "model"
+    assert files(tmp_path / "run") == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples/step_000003.png",
+        "samples/step_000006.png",
+        "checkpoints/step_000003/state.pt",
+        "checkpoints/step_000006/state.pt",
+        "model/config.json",
+        "model/model.safetensors",
+    }
+    prior = AutoregressivePrior.from_pretrained(folder)
+    prior.check_spec(codes.spec)
+    assert prior.config.num_classes == 3
+    held = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert held["model"]["hidden_size"] == 32
+    logged = rows(tmp_path / "run", "step", "nats_per_token")
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    for _, nats, bits in rows(tmp_path / "run", "step", "validation_nats_per_token", "validation_bits_per_image"):
+        assert bits == pytest.approx(16 * nats / np.log(2), rel=1e-4)  # h·w codes an image
+
+
+def test_the_loss_falls_well_below_a_uniform_guess(codes: CodeCache, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(learning_rate=5e-3)
+    train_prior(configuration(codes, tmp_path, max_steps=60, sample_every=60, optimizer=optimizer), codes)
+    losses = [nats for _, nats in rows(tmp_path, "step", "nats_per_token")]
+    assert losses[0] == pytest.approx(np.log(16), abs=0.3)
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bit_by_bit(codes: CodeCache, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_prior(configuration(codes, whole, accumulation_steps=2), codes)
+    # As a kill after step 3 leaves it: one checkpoint, and a log that ran on.
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_000006")
+    shutil.rmtree(stopped / "model")
+    started: list[str] = []
+
+    def preview(prior: AutoregressivePrior, path: Path) -> None:
+        started.append(path.name)
+        torch.rand(3)  # a preview that draws from the global generator changes nothing either
+
+    train_prior(configuration(codes, stopped, accumulation_steps=2), codes, preview)
+    assert started == ["step_000006.png"]
+    assert weights(stopped) == weights(whole)
+    assert rows(stopped, "step", "learning_rate", "nats_per_token") == rows(
+        whole, "step", "learning_rate", "nats_per_token"
+    )
+    other = tmp_path / "other"
+    train_prior(configuration(codes, other, accumulation_steps=2, seed=1), codes)
+    assert weights(other) != weights(whole)
+
+
+def test_previews_and_the_saved_model_are_the_averaged_weights(codes: CodeCache, tmp_path: Path) -> None:
+    shown: dict[str, dict[str, torch.Tensor]] = {}
+
+    def preview(prior: AutoregressivePrior, path: Path) -> None:
+        assert not prior.training
+        shown[path.name] = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+
+    config = configuration(codes, tmp_path, ema=EMAConfig(decay=0.5))
+    saved = AutoregressivePrior.from_pretrained(train_prior(config, codes, preview)).state_dict()
+    state = torch.load(tmp_path / "checkpoints" / "step_000006" / "state.pt", weights_only=True)["objects"]
+    assert list(shown) == ["step_000003.png", "step_000006.png"]
+    for name, tensor in shown["step_000006.png"].items():
+        assert torch.equal(tensor, saved[name])
+        assert torch.equal(tensor, state["ema"][name])
+    assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in saved)
+
+
+def test_the_validation_loss_is_the_mean_over_the_images_without_dropout(codes: CodeCache, tmp_path: Path) -> None:
+    prior = AutoregressivePrior.from_pretrained(train_prior(configuration(codes, tmp_path), codes))
+    everything = np.arange(10)
+    with torch.no_grad():
+        direct = float(prior(codes.validation.indices(everything), codes.validation.labels(everything)).total)
+    assert validation_loss(prior, codes.validation, limit=1000) == pytest.approx(direct, rel=1e-5)
+    _, (step, logged) = rows(tmp_path, "step", "validation_nats_per_token")
+    assert step == 6
+    assert logged == pytest.approx(direct, rel=1e-4)
+    with torch.no_grad():
+        of_three = float(prior(codes.validation.indices(np.arange(3)), codes.validation.labels(np.arange(3))).total)
+    assert of_three != pytest.approx(direct, rel=1e-4)
+    assert validation_loss(prior, codes.validation, limit=3) == pytest.approx(of_three, rel=1e-5)
+
+
+def test_codes_that_hold_latents_alone_are_refused_with_the_command_to_run(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = tiny_source(8, 2)
+    folder = write_code_cache(tokenizer, tmp_path / "tokenizer", source, tmp_path / "codes", contents="latents")
+    latents = CodeCache(folder)
+    with pytest.raises(UserError, match="no indices; run: latentloom tokenize"):
+        train_prior(configuration(latents, tmp_path / "run"), latents)
+
+
+def test_a_validation_loss_on_no_images_is_refused(codes: CodeCache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--validation-images is 0"):
+        configuration(codes, tmp_path, validation_images=0)

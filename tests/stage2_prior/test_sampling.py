@@ -1,0 +1,236 @@
+"""Sampling: drawing, truncation, guidance, the cached decode loop."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from tiny_models import seeded, tiny_prior, tiny_tokenizer
+from torch import Tensor
+from torch.testing import assert_close
+
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.sampling import SamplingOptions, decode, draw, truncated
+from training_harness.errors import SpecMismatchError, UserError
+
+LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=24, unique=True)
+ALMOST_ONE = 1 - 2**-24  # the largest float32 below 1
+
+
+def decoded(prior: AutoregressivePrior, labels: list[int], seeds: list[int], **options: float) -> Tensor:
+    return decode(prior, torch.tensor(labels), SamplingOptions(**options), [seeded(seed) for seed in seeds])  # type: ignore[arg-type]
+
+
+def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> set[int]:
+    return set(truncated(torch.tensor([logits]), top_k, top_p).isfinite()[0].nonzero().flatten().tolist())
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.05, 0.3, 0.01, 0.24, 0.4])
+    count = 20_000
+    uniform = torch.rand(count, generator=seeded(0))
+    drawn = torch.bincount(draw(probabilities.log().expand(count, 5), uniform), minlength=5)
+
+    def statistic(expected: Tensor) -> float:
+        return float(((drawn - count * expected) ** 2 / (count * expected)).sum())
+
+    # By chance above this threshold for one seed in 10⁹.
+    assert statistic(probabilities) < chi2.isf(1e-9, df=4)
+    assert statistic(probabilities.flip(0)) > chi2.isf(1e-9, df=4)
+
+
+def test_evenly_spaced_uniform_numbers_draw_each_code_its_share_of_times() -> None:
+    probabilities = torch.rand(7, generator=seeded(1)).double()
+    probabilities /= probabilities.sum()
+    count = 5_000
+    uniform = (torch.arange(count) + 0.5) / count
+    drawn = torch.bincount(draw(probabilities.log().expand(count, 7), uniform), minlength=7)
+    assert (drawn - count * probabilities).abs().max() < 1.01
+
+
+@given(LOGITS, st.lists(st.floats(0, ALMOST_ONE, width=32), min_size=2, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_a_larger_uniform_number_never_draws_an_earlier_code(logits: list[float], uniform: list[float]) -> None:
+    ordered = torch.tensor(sorted(uniform))
+    drawn = draw(torch.tensor(logits).expand(len(uniform), -1), ordered).tolist()
+    assert all(a <= b for a, b in pairwise(drawn))
+    assert drawn[0] >= 0
+    assert drawn[-1] < len(logits)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_a_masked_code_is_never_drawn_whatever_the_uniform_number(allowed: list[bool], seed: int) -> None:
+    assume(any(allowed))
+    mask = torch.tensor(allowed)
+    logits = (8 * torch.randn(len(allowed), generator=seeded(seed))).masked_fill(~mask, -torch.inf)
+    uniform = torch.tensor([0.0, 1e-38, 0.3, 0.5, 1 - 2**-12, ALMOST_ONE, 1.0])  # 1 itself lies outside the contract
+    drawn = draw(logits.expand(len(uniform), -1), uniform)
+    assert mask[drawn].all()
+
+
+# -- truncation -------------------------------------------------------------------------------------------------------
+
+
+@given(LOGITS, st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_top_k_keeps_the_k_largest(logits: list[float], k: int) -> None:
+    by_size = sorted(range(len(logits)), key=lambda i: -logits[i])
+    assert kept(logits, top_k=k) == set(by_size[:k] if k else by_size)
+
+
+def test_codes_as_probable_as_the_k_th_all_stay() -> None:
+    assert kept([1.0, 3.0, 2.0, 2.0, 0.0], top_k=2) == {1, 2, 3}
+
+
+@given(LOGITS, st.floats(0.01, 0.999))
+@settings(max_examples=100, deadline=None)
+def test_top_p_keeps_the_fewest_codes_that_reach_p(logits: list[float], p: float) -> None:
+    total = sum(map(math.exp, logits))
+    expected, reached = set(), 0.0
+    for i in sorted(range(len(logits)), key=lambda i: -logits[i]):
+        assume(abs(reached - p) > 1e-5)  # there float32 may decide otherwise
+        if reached >= p:
+            break
+        expected.add(i)
+        reached += math.exp(logits[i]) / total
+    assert kept(logits, top_p=p) == expected
+
+
+def test_top_p_looks_at_what_top_k_left() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
+    assert kept(logits, top_p=0.75) == {0, 1, 2}
+    assert kept(logits, top_k=2, top_p=0.55) == {0}  # 4 / 7 of what is left reaches it
+    assert kept(logits, top_k=2, top_p=0.75) == {0, 1}
+
+
+def test_what_is_kept_keeps_its_logits_and_rows_do_not_mix() -> None:
+    logits = torch.randn(4, 16, generator=seeded(0))
+    result = truncated(logits, 5, 0.9)
+    assert torch.equal(result[result.isfinite()], logits[result.isfinite()])
+    for row in range(4):
+        assert torch.equal(truncated(logits[row : row + 1], 5, 0.9), result[row : row + 1])
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance_scale", -1.0),
+        ("guidance_scale", float("nan")),
+        ("guidance_scale", float("inf")),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+    ],
+)
+def test_an_option_out_of_its_range_is_named_with_its_value(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}; expected"):
+        SamplingOptions(**{name: value})  # type: ignore[arg-type]
+
+
+# -- the decode loop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_cached_logits_equal_uncached_ones_at_every_step(scale: float) -> None:
+    prior, labels = tiny_prior(), [0, 2, -1]
+    steps: list[Tensor] = []
+    hook = prior.head.register_forward_hook(lambda module, inputs, output: steps.append(output))
+    tokens = decoded(prior, labels, [1, 2, 3], guidance_scale=scale)
+    hook.remove()
+    cached = torch.stack(steps, dim=1)  # (B or 2 B, h·w, K)
+    assert cached.shape == (3 if scale == 1 else 6, 16, 16)
+    halves = [labels] if scale == 1 else [labels, [3, 3, 3]]
+    for half, own in zip(cached.split(3), halves, strict=True):
+        assert_close(half, prior.logits(tokens, torch.tensor(own)), rtol=0, atol=1e-4)
+
+
+def test_the_tokens_are_those_of_a_slow_loop_without_cache() -> None:
+    prior, labels = tiny_prior(), torch.tensor([0, 1])
+    options = {"guidance_scale": 2.0, "temperature": 0.8, "top_k": 9, "top_p": 0.9}
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    uniform = torch.stack([torch.rand(16, generator=seeded(seed)) for seed in (5, 6)])
+    null = torch.full_like(labels, 3)
+    with torch.no_grad():
+        for i in range(16):
+            without, conditional = (prior.logits(tokens, y)[:, i] for y in (null, labels))
+            logits = truncated((without + 2.0 * (conditional - without)) / 0.8, 9, 0.9)
+            tokens[:, i] = draw(logits, uniform[:, i])
+    assert torch.equal(decoded(prior, [0, 1], [5, 6], **options), tokens)
+
+
+def test_guidance_1_samples_the_conditional_model_and_0_the_null_one() -> None:
+    prior, seeds = tiny_prior(), list(range(8))
+    conditional, null = decoded(prior, [1] * 8, seeds), decoded(prior, [-1] * 8, seeds)
+    assert torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=0.0), null)
+    # Beside 1 the null half is computed, at 1 it is left out: the same tokens.
+    assert torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=1.0 + 1e-7), conditional)
+    assert not torch.equal(conditional, null)
+    assert not torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=3.0), conditional)
+
+
+def test_a_low_temperature_and_top_1_both_take_the_most_probable_code() -> None:
+    prior = tiny_prior()
+    best = decoded(prior, [0, 1], [1, 2], top_k=1)
+    assert torch.equal(best, decoded(prior, [0, 1], [3, 4], temperature=1e-6))
+    with torch.no_grad():
+        assert torch.equal(prior.logits(best, torch.tensor([0, 1])).argmax(2), best)
+    assert not torch.equal(best, decoded(prior, [0, 1], [1, 2]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_image_i_is_the_same_alone_and_among_eight(scale: float) -> None:
+    # A product's rounding may differ by batch; that it moves a draw over a code's edge has odds of some 10⁻⁵ here.
+    prior, labels = tiny_prior(), [i % 3 for i in range(8)]
+    together = decoded(prior, labels, list(range(8)), guidance_scale=scale)
+    apart = [decoded(prior, [labels[i]], [i], guidance_scale=scale) for i in range(8)]
+    assert torch.equal(together, torch.cat(apart))
+    assert len({tuple(row.tolist()) for row in together}) == 8
+
+
+def test_nothing_is_drawn_from_the_global_generator_and_each_image_takes_h_w_numbers_of_its_own() -> None:
+    state, generator, reference = torch.get_rng_state(), seeded(4), seeded(4)
+    decode(tiny_prior(), torch.tensor([0]), SamplingOptions(), [generator])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(16, generator=reference)
+    assert torch.equal(generator.get_state(), reference.get_state())
+
+
+def test_every_step_is_reported_with_the_codes_so_far() -> None:
+    seen: list[tuple[int, Tensor]] = []
+    prior = tiny_prior()
+    generators = [seeded(0), seeded(1)]
+    tokens = decode(
+        prior, torch.tensor([0, 1]), SamplingOptions(), generators, lambda i, t: seen.append((i, t.clone()))
+    )
+    assert [i for i, _ in seen] == list(range(16))
+    assert all(torch.equal(codes, tokens[:, : i + 1]) for i, codes in seen)
+
+
+def test_sample_gives_the_grid_in_raster_order_and_refuses_another_spec() -> None:
+    tokenizer = tiny_tokenizer()
+    prior = tiny_prior(tokenizer_id=tokenizer.config.tokenizer_id)
+    labels, options = torch.tensor([0, 1]), SamplingOptions()
+    grid = prior.sample(tokenizer.latent_spec(), labels, options, [seeded(0), seeded(1)])
+    assert grid.shape == (2, 4, 4)
+    assert torch.equal(grid.flatten(1), decode(prior, labels, options, [seeded(0), seeded(1)]))
+    with pytest.raises(SpecMismatchError, match="tokenizer_id"):
+        prior.sample(tiny_tokenizer(seed=1).latent_spec(), labels, options, [seeded(0), seeded(1)])
+
+
+def test_sampled_codes_can_enter_a_computation_with_gradients() -> None:
+    # Tensors made in inference mode could not: a vector quantizer's codebook is a parameter.
+    prior = tiny_prior()
+    prior(decoded(prior, [0], [0]).view(1, 4, 4), torch.tensor([0])).total.backward()
+    assert prior.code_embedding.weight.grad is not None

@@ -1,0 +1,102 @@
+"""Imports point one way, packages stand without optional libraries, and the front door opens quickly."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSE = ("scripts", "latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
+PACKAGES = HOUSE[1:]
+NEVER_IMPORTED = {"scripts", "tests", "benchmarks"}
+LATE = ("datasets", "matplotlib", "tyro", "diffusers", "tensorboard", "wandb", "trackio", "torchmetrics")
+
+
+def imported(text: str) -> set[str]:
+    """Top-level names that a module imports anywhere in it, in functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else (node.module or "").split(".")[0])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # lazy names are strings
+            first = node.value.split(".")[0]
+            names |= (
+                {first}
+                if first in HOUSE and node.value.replace(".", "").isidentifier() and "." in node.value
+                else set()
+            )
+    return names
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, package
+    return found
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_no_module_imports_from_a_package_above_its_own(package):
+    above = set(HOUSE[: HOUSE.index(package)]) | (NEVER_IMPORTED - {package})
+    for path in modules(package):
+        wrong = imported(path.read_text(encoding="utf-8")) & (above | {"."})
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_an_import_against_the_rule_would_be_seen():
+    late = "def f():\n    from pipelines.hub import push\n"
+    assert imported(late) == {"pipelines"}
+    assert imported("import stage2_prior.codes as c, os") == {"stage2_prior", "os"}
+    assert imported("from . import x") == {"."}
+    assert imported("NAMES = {'Pipeline': 'pipelines.latent_generation'}") == {"pipelines"}
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+REPORT = f"; import sys; print(*[name for name in {LATE!r} if name in sys.modules])"
+
+
+def test_importing_every_package_brings_none_of_the_libraries_that_are_needed_late():
+    names = python("".join(f"import {package}; " for package in PACKAGES).rstrip("; ") + REPORT)
+    assert names == ""
+    assert python("import tyro" + REPORT) == "tyro"
+
+
+def test_models_loops_and_pipelines_import_and_a_model_runs_where_optional_libraries_cannot_be_imported():
+    blocked = "import sys\nfor name in ('datasets', 'tyro', 'matplotlib', 'diffusers'): sys.modules[name] = None\n"
+    use = """
+import torch
+import stage1_tokenizer.train, stage1_tokenizer.code_cache, stage1_tokenizer.pixels, stage1_tokenizer.survey
+import stage2_prior.train, stage2_prior.codes, stage2_prior.autoregressive.sampling
+import pipelines.latent_generation, pipelines.evaluation
+from latentloom import VQGAN, VQGANConfig
+from stage1_tokenizer import open_source, train_tokenizer
+tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0), attention=(False, False)))
+print(tuple(tokenizer.encode_indices(torch.zeros(1, 3, 16, 16)).shape))
+"""
+    assert python(blocked + use) == "(1, 8, 8)"
+
+
+def test_the_help_of_the_command_loads_no_large_library():
+    code = "import sys\nfrom latentloom.cli import main\nmain(['--help'])\nprint('loaded:', *sorted(sys.modules))"
+    usage, loaded = python(code).split("loaded: ")
+    assert "train-tokenizer" in usage
+    assert not {"torch", "transformers", "numpy", "accelerate", "datasets", "tyro", "matplotlib"} & set(loaded.split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_lazy_name_of_a_package_is_there(package):
+    module = __import__(package)
+    for name in [] if not hasattr(module, "__getattr__") else dir(module):
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018

@@ -1,0 +1,87 @@
+"""The smallest models, sources and pipelines that still show what a claim is about; all of them untrained."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.sources import ImageSource, ImageSplit
+from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
+from stage2_prior.autoregressive.model import AutoregressivePrior, AutoregressivePriorConfig
+
+NAMES = ("cat", "dog", "7")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_tokenizer(seed: int = 0, **fields: Any) -> VQGAN:
+    """Grey 14×14 pictures padded to 16×16, f = 4, so 4×4 codes of K = 16; with latent statistics and an id."""
+    sizes = {"image_channels": 1, "image_size": (16, 16), "content_size": (14, 14), "channels": (8, 8, 8)}
+    parts = {"blocks": (0, 0, 1), "attention": (False,) * 3, "latent_channels": 4, "codebook_size": 16}
+    statistics = {"latent_mean": [0.1, -0.2, 0.3, 0.0], "latent_std": [0.5, 1.0, 1.5, 2.0]}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = VQGAN(VQGANConfig(**sizes | parts | statistics | fields))
+    tokenizer.config.tokenizer_id = tokenizer.compute_id()
+    return tokenizer.eval()
+
+
+def tiny_prior(seed: int = 0, sharpness: float = 20.0, **fields: Any) -> AutoregressivePrior:
+    """4×4 codes of K = 16, three classes; `sharpness` scales the head, or an untrained prior would be near uniform."""
+    sizes = {"codebook_size": 16, "height": 4, "width": 4, "num_classes": len(NAMES)}
+    parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        prior = AutoregressivePrior(AutoregressivePriorConfig(**sizes | parts | fields))
+    with torch.no_grad():
+        prior.head.weight.mul_(sharpness)
+    return prior.eval()
+
+
+def tiny_pipeline(label_names: Sequence[str] | None = NAMES, **tokenizer_fields: Any) -> LatentGenerationPipeline:
+    tokenizer = tiny_tokenizer(**tokenizer_fields)
+    spec = tokenizer.latent_spec()
+    grid = {"height": spec.height, "width": spec.width, "tokenizer_id": spec.tokenizer_id}
+    pipeline = LatentGenerationPipeline(tokenizer, tiny_prior(**grid), label_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class PictureList:
+    """A store of (C, h, w) uint8 pictures as PNG files in memory."""
+
+    def __init__(self, images: Tensor, prefix: str) -> None:
+        self._images, self._prefix = images, prefix
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def source_id(self, i: int) -> str:
+        return f"{self._prefix}/{i:05d}"
+
+    def encoded(self, i: int) -> bytes:
+        buffer = io.BytesIO()
+        picture = self._images[i].permute(1, 2, 0).numpy()
+        Image.fromarray(np.squeeze(picture)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def tiny_split(count: int, seed: int = 0, size: tuple[int, int] = (14, 14), labelled: bool = True) -> ImageSplit:
+    """Grey noise whose brightness tells its class, i mod 3."""
+    labels = torch.arange(count) % len(NAMES)
+    noise = torch.randint(60, (count, 1, *size), generator=seeded(seed))
+    images = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    return ImageSplit(PictureList(images, f"seed{seed}"), labels.tolist() if labelled else None)
+
+
+def tiny_source(train: int = 40, validation: int = 10, labelled: bool = True) -> ImageSource:
+    names = NAMES if labelled else None
+    splits = tiny_split(train, 0, labelled=labelled), tiny_split(validation, 1, labelled=labelled)
+    return ImageSource("tiny", names, *splits, None)

@@ -1,0 +1,49 @@
+"""The order of the data is a function of seed and step alone, and many processes see what one would."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training_harness.batch_order import BatchOrder
+
+sizes, batches, seeds = st.integers(1, 40), st.integers(1, 17), st.integers(0, 2**63 - 1)
+
+
+@given(sizes, batches, seeds)
+@settings(deadline=None)
+def test_every_epoch_is_a_permutation_and_drops_nothing(size, batch_size, seed):
+    order = BatchOrder(size, batch_size, seed)
+    needed = -(-3 * size // batch_size)
+    seen = np.concatenate([order.batch(i) for i in range(needed)])
+    for epoch in range(3):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(sizes, batches, seeds, st.integers(1, 5))
+@settings(deadline=None)
+def test_n_processes_see_together_what_one_sees_at_n_times_the_batch(size, batch_size, seed, processes):
+    ranks = [BatchOrder(size, batch_size, seed, rank, processes) for rank in range(processes)]
+    alone = BatchOrder(size, batch_size * processes, seed)
+    for number in range(5):
+        together = np.concatenate([order.batch(number) for order in ranks])
+        assert together.tolist() == alone.batch(number).tolist()
+
+
+@given(sizes, batches, seeds, st.integers(0, 30))
+@settings(deadline=None)
+def test_a_resumed_run_needs_only_its_step(size, batch_size, seed, start):
+    uninterrupted, resumed = (BatchOrder(size, batch_size, seed) for _ in range(2))
+    expected = [uninterrupted.batch(i).tolist() for i in range(start + 3)][start:]
+    assert [resumed.batch(start + i).tolist() for i in range(3)] == expected
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    order = BatchOrder(50, 50, seed=0)
+    assert order.batch(0).tolist() != order.batch(1).tolist()
+    assert order.batch(0).tolist() != BatchOrder(50, 50, seed=1).batch(0).tolist()
+    assert order.batch(0).tolist() != list(range(50))
+
+
+def test_epochs_are_counted_over_all_processes():
+    assert BatchOrder(100, 5, 0, processes=4).epoch(10) == pytest.approx(2)

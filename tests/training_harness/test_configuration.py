@@ -1,0 +1,190 @@
+"""A configuration comes back from its own file unchanged, and each value that does not fit is one line with its place."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_parts import one_line
+
+from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
+from training_harness.configuration import from_mapping, merged, nearest, read_yaml, to_mapping, write_yaml
+from training_harness.errors import ConfigError
+from training_harness.optimization import OptimizerConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    folder: Path
+    count: int = 3
+    amount: int | float = 0.25
+    kind: Literal["no", "bf16"] = "no"
+    flag: bool = False
+    pair: tuple[float, float] = (0.0, 1.0)
+    size: int | str | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def outer(**values) -> Outer:
+    return from_mapping(Outer, {"folder": "runs/a", **values})
+
+
+# Values that fit
+
+
+def test_only_what_has_no_default_must_be_given():
+    assert outer() == Outer(folder=Path("runs/a"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("inner: {rate: 1e-4}", "inner", Inner(rate=1e-4)),  # YAML 1.1 reads the string '1e-4'
+        ("inner: {rate: 2}", "inner", Inner(rate=2.0)),
+        ("inner: {sizes: [4, 5, 6]}", "inner", Inner(sizes=(4, 5, 6))),
+        ("amount: 3", "amount", 3),
+        ("amount: 0.5", "amount", 0.5),
+        ("amount: 1e-2", "amount", 0.01),
+        ("kind: no", "kind", "no"),  # YAML 1.1 reads false
+        ("kind: bf16", "kind", "bf16"),
+        ("flag: no", "flag", False),
+        ("pair: [1, 2.5]", "pair", (1.0, 2.5)),
+        ("size: 64x96", "size", "64x96"),
+        ("size: 64", "size", 64),
+        ("size: ~", "size", None),
+    ],
+)
+def test_yaml_reads_as_the_field_s_type(text, name, value):
+    found = getattr(outer(**yaml.safe_load(text)), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_step_and_a_share_stay_what_they_were_written_as():
+    assert type(outer(amount=1).amount) is int
+    assert type(outer(amount=1.0).amount) is float
+
+
+# Values that do not
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cuont": 1}, ["'cuont'", "did you mean 'count'?"]),
+        ({"inner": {"rat": 1}}, ["'inner.rat'", "did you mean 'rate'?"]),
+        ({"zzz": 1}, ["'zzz'", "folder, count, amount"]),
+        ({"count": "three"}, ["count is 'three'", "int"]),
+        ({"count": 2.0}, ["count is 2.0", "int"]),
+        ({"count": True}, ["count is True", "int"]),
+        ({"flag": 1}, ["flag is 1", "bool"]),
+        ({"amount": "much"}, ["amount is 'much'", "int | float"]),
+        ({"amount": True}, ["amount is True"]),
+        ({"kind": "bf61"}, ["kind is 'bf61'", "did you mean 'bf16'?"]),
+        ({"kind": True}, ["kind is True", "no, bf16"]),
+        ({"pair": [1.0]}, ["pair is [1.0]"]),
+        ({"pair": 3}, ["pair is 3"]),
+        ({"inner": {"sizes": [1, "b"]}}, ["inner.sizes[1] is 'b'", "int"]),
+        ({"inner": 3}, ["inner is 3", "section"]),
+        ({"inner": None}, ["inner is None", "section"]),
+        ({"size": 2.5}, ["size is 2.5", "int | str | none"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_its_place_and_what_would(values, words):
+    with pytest.raises(ConfigError) as caught:
+        outer(**values)
+    for word in words:
+        assert word in one_line(caught)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Outer, {})
+    assert "'folder'" in one_line(caught)
+
+
+def test_the_nearest_of_many_is_suggested_and_without_a_near_one_all_are_listed():
+    assert nearest("learnign", ["learning", "yearning"]) == "did you mean 'learning'?"
+    assert nearest("xyz", ["a", "b"]) == "expected one of: a, b"
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "just words"])
+def test_a_file_that_holds_no_mapping_is_one_line_with_its_path(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(tmp_path / "c.yaml")
+    assert str(tmp_path / "c.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_has_no_fields_and_a_missing_one_is_an_error(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "c.yaml") == {}
+    with pytest.raises(ConfigError, match=r"no configuration file"):
+        read_yaml(tmp_path / "d.yaml")
+
+
+# There and back
+
+
+def test_an_overlay_replaces_values_section_by_section_and_leaves_its_base_alone():
+    base = {"a": 1, "b": {"c": 2, "d": 3}}
+    assert merged(base, {"b": {"d": 4}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
+    assert merged(base, {"b": 7}) == {"a": 1, "b": 7}
+    assert base == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+shares = st.floats(0, 1)
+rates = st.floats(1e-9, 1e3)
+trainings = st.builds(
+    TokenizerTraining,
+    output=st.text("abcäö/ -:", min_size=1).map(Path),
+    data=st.text(min_size=1),
+    seed=st.integers(0, 2**63 - 1),
+    max_steps=st.integers(1, 10**9),
+    mixed_precision=st.sampled_from(["no", "bf16", "fp16"]),
+    resolution=st.none() | st.integers(1, 4096) | st.sampled_from(["64", "64x96", "1e3"]),
+    image_channels=st.none() | st.integers(1, 4),
+    model=st.integers(1, 5).flatmap(
+        lambda levels: st.builds(
+            TokenizerModel,
+            channels=st.tuples(*[st.integers(1, 512)] * levels),
+            blocks=st.tuples(*[st.integers(0, 4)] * levels),
+            attention=st.tuples(*[st.booleans()] * levels),
+            quantizer=st.sampled_from(["vq", "ema"]),
+            restart_threshold=shares,
+        )
+    ),
+    optimizer=st.builds(
+        OptimizerConfig, name=st.sampled_from(["adamw", "muon"]), learning_rate=rates, weight_decay=shares
+    ),
+    schedule=st.builds(ScheduleConfig, warmup=shares | st.integers(0, 10**6), final=shares),
+)
+
+
+@given(trainings)
+@settings(max_examples=60, deadline=None)
+def test_every_training_configuration_comes_back_from_its_yaml_unchanged(training):
+    text = yaml.safe_dump(to_mapping(training), sort_keys=False, allow_unicode=True)
+    back = from_mapping(TokenizerTraining, yaml.safe_load(text))
+    assert back == training
+    assert type(back.schedule.warmup) is type(training.schedule.warmup)
+    assert type(back.resolution) is type(training.resolution)
+
+
+def test_a_written_file_reads_back_and_a_changed_field_shows(tmp_path):
+    training = TokenizerTraining(output=tmp_path / "run", data="pictures")
+    write_yaml(tmp_path / "config.yaml", training)
+    assert from_mapping(TokenizerTraining, read_yaml(tmp_path / "config.yaml")) == training
+    write_yaml(tmp_path / "config.yaml", dataclasses.replace(training, seed=1))
+    assert from_mapping(TokenizerTraining, read_yaml(tmp_path / "config.yaml")) != training

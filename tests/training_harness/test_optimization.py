@@ -1,0 +1,263 @@
+"""Learning rates against hand values, and the optimisers against PyTorch's own."""
+
+import math
+
+import pytest
+import torch
+from small_parts import one_line, whole_config
+from tiny_models import seeded
+from torch import nn
+
+from stage1_tokenizer.vqgan import VQGAN
+from training_harness.ema import EMA, EMAConfig
+from training_harness.errors import ConfigError
+from training_harness.muon import Muon, orthogonalized
+from training_harness.optimization import OptimizerConfig, ScheduleConfig, build_optimizer, set_learning_rate, steps_of
+
+# The schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        # of 100 steps: half-way up, at the peak, half-way down, at the end
+        (ScheduleConfig(warmup=20, decay="constant"), {10: 0.5, 20: 1, 60: 1, 100: 1}),
+        (ScheduleConfig(warmup=0.2, decay="linear"), {1: 0.05, 10: 0.5, 20: 1, 60: 0.5, 100: 0}),
+        (ScheduleConfig(warmup=0.2, decay="linear", final=0.1), {10: 0.5, 60: 0.55, 100: 0.1}),
+        (ScheduleConfig(warmup=20, decay="cosine"), {20: 1, 40: (1 + math.sqrt(0.5)) / 2, 60: 0.5, 100: 0}),
+        (ScheduleConfig(warmup=0, decay="linear"), {1: 0.99, 50: 0.5}),
+        (ScheduleConfig(warmup=1.0, decay="cosine"), {50: 0.5, 100: 1}),
+    ],
+    ids=str,
+)
+def test_the_rate_follows_the_schedule_by_hand(schedule, values):
+    assert {step: schedule.at(step, 100) for step in values} == pytest.approx(values)
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_the_rate_rises_to_the_peak_and_never_again(decay):
+    rates = [ScheduleConfig(warmup=7, decay=decay).at(step, 50) for step in range(1, 51)]
+    assert rates[:7] == sorted(rates[:7])
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert max(rates) == 1
+    assert min(rates) >= 0
+
+
+def test_an_int_is_steps_and_a_float_a_share():
+    assert (steps_of(3, 200), steps_of(0.25, 200), steps_of(1, 200), steps_of(1.0, 200)) == (3, 50, 1, 200)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (ScheduleConfig, {"warmup": 1.5}),
+        (ScheduleConfig, {"warmup": -3}),
+        (OptimizerConfig, {"learning_rate": 0.0}),
+        (OptimizerConfig, {"matrix_learning_rate": -1.0}),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}),
+        (OptimizerConfig, {"max_grad_norm": -1.0}),
+        (OptimizerConfig, {"weight_decay": -0.1}),
+        (EMAConfig, {"decay": 1.0}),
+    ],
+)
+def test_values_that_make_no_sense_are_one_line_with_the_field_and_the_value(cls, fields):
+    with pytest.raises(ConfigError) as caught:
+        cls(**fields)
+    ((name, value),) = fields.items()
+    assert name in one_line(caught)
+    assert str(value) in str(caught.value)
+
+
+# Which parameter goes where
+
+
+class Small(nn.Module):
+    end_layers = ("first",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.hidden = nn.Embedding(5, 4), nn.Linear(4, 6), nn.Conv2d(6, 6, 3)
+        self.norm, self.frozen = nn.LayerNorm(6), nn.Linear(2, 2).requires_grad_(False)
+
+
+def groups_of(model: nn.Module, config: OptimizerConfig) -> dict[str, dict]:
+    """Parameter's name → its group."""
+    optimizer = build_optimizer(model, config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_and_gains_biases_and_embeddings_never(name):
+    groups = groups_of(Small(), OptimizerConfig(name=name, weight_decay=0.1))
+    decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.1}
+    assert decayed == {"first.weight", "hidden.weight"}
+    undecayed = {"table.weight", "first.bias", "hidden.bias", "norm.weight", "norm.bias"}
+    assert set(groups) - decayed == undecayed  # and what is frozen is in no group
+
+
+def test_muon_takes_hidden_matrices_alone():
+    groups = groups_of(Small(), OptimizerConfig(name="muon", learning_rate=0.1, matrix_learning_rate=0.2))
+    assert {name for name, group in groups.items() if group["orthogonalize"]} == {"hidden.weight"}
+    assert {name: group["peak_lr"] for name, group in groups.items()} == {
+        name: 0.2 if name == "hidden.weight" else 0.1 for name in groups
+    }
+
+
+def test_a_learnt_codebook_is_a_table_and_no_matrix():
+    groups = groups_of(VQGAN(whole_config(quantizer="vq")), OptimizerConfig(name="muon", weight_decay=0.1))
+    assert not groups["quantizer.codebook"]["orthogonalize"]
+    assert groups["quantizer.codebook"]["weight_decay"] == 0
+
+
+def test_the_rate_is_a_share_of_each_group_s_own_peak():
+    optimizer = build_optimizer(Small(), OptimizerConfig(name="muon", learning_rate=0.1, matrix_learning_rate=0.2))
+    for share in (0.5, 1.0, 0.25):
+        set_learning_rate(optimizer, share)
+        assert all(group["lr"] == group["peak_lr"] * share for group in optimizer.param_groups)
+
+
+# Against PyTorch's optimisers
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> list[torch.Tensor]:
+    return [torch.randn(shape, generator=seeded(step)) for step in range(steps)]
+
+
+def stepped(optimizer: torch.optim.Optimizer, p: nn.Parameter, grads: list[torch.Tensor]) -> torch.Tensor:
+    for gradient in grads:
+        p.grad = gradient.clone()
+        optimizer.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 40), (64, 64)])
+def test_orthogonalized_matrices_have_singular_values_near_one_and_their_old_directions(shape):
+    matrix = torch.randn(2, *shape, generator=seeded(0))
+    result = orthogonalized(matrix)
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.median() < values.max() < 1.25
+    if shape[0] != shape[1]:  # the smallest of a square matrix begin near 0, and five steps do not bring them up
+        assert values.min() > 0.6
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    diagonal = left.mT @ result @ right.mT
+    assert (diagonal - torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
+    assert torch.allclose(orthogonalized(matrix[1:]), result[1:], atol=1e-5)  # alone or among others
+    assert torch.linalg.svdvals(matrix).max() > 2
+
+
+@pytest.mark.parametrize("shape", [(32, 16), (16, 48), (24, 24)])
+def test_muon_moves_a_matrix_as_pytorch_s_muon_does(shape):
+    # Theirs iterates in bfloat16 and averages its momentum, which changes the size of what is orthogonalised alone.
+    start = torch.randn(shape, generator=seeded(99))
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    grads = gradients(shape, 5)
+    mine = stepped(Muon([{"params": [ours], **settings}]), ours, grads) - start
+    reference = stepped(torch.optim.Muon([theirs], nesterov=True, **settings), theirs, grads) - start
+    assert torch.cosine_similarity(mine.flatten(), reference.flatten(), dim=0) > 0.995
+    assert mine.norm() / reference.norm() == pytest.approx(1, abs=0.03)
+
+
+def test_muon_sees_a_kernel_as_a_matrix_of_its_output_channels():
+    start = torch.randn(6, 4, 3, 3, generator=seeded(1))
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    grads = gradients((6, 4, 3, 3), 3)
+    by_kernel = stepped(Muon([{"params": [kernel]}]), kernel, grads)
+    by_matrix = stepped(Muon([{"params": [matrix]}]), matrix, [g.flatten(1) for g in grads])
+    assert torch.allclose(by_kernel.flatten(1), by_matrix, atol=1e-6)
+
+
+def test_muon_takes_channels_last_kernels_as_any_other():
+    start = torch.randn(6, 4, 3, 3, generator=seeded(1))
+    grads = gradients((6, 4, 3, 3), 3)
+    plain, last = nn.Parameter(start.clone()), nn.Parameter(start.contiguous(memory_format=torch.channels_last))
+    expected = stepped(Muon([{"params": [plain]}]), plain, grads)
+    found = stepped(Muon([{"params": [last]}]), last, [g.contiguous(memory_format=torch.channels_last) for g in grads])
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_adamw_part_equals_pytorch_s_adamw():
+    start = torch.randn(7, 5, generator=seeded(2))
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    grads = gradients((7, 5), 10)
+    mine = stepped(Muon([{"params": [ours], "orthogonalize": False, **settings}]), ours, grads)
+    assert torch.allclose(mine, stepped(torch.optim.AdamW([theirs], **settings), theirs, grads), atol=1e-6)
+    assert not torch.allclose(mine, start, atol=0.05)
+
+
+def test_muon_goes_on_bitwise_from_its_saved_state(tmp_path):
+    grads = gradients((6, 6), 6)
+
+    def fresh(value: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter, Muon]:
+        matrix, bias = nn.Parameter(value.clone()), nn.Parameter(value[0].clone())
+        return matrix, bias, Muon([{"params": [matrix]}, {"params": [bias], "orthogonalize": False}])
+
+    def advance(matrix: nn.Parameter, bias: nn.Parameter, optimizer: Muon, some: list[torch.Tensor]) -> None:
+        for gradient in some:
+            matrix.grad, bias.grad = gradient.clone(), gradient[0].clone()
+            optimizer.step()
+
+    whole = fresh(torch.ones(6, 6))
+    advance(*whole, grads)
+    part = fresh(torch.ones(6, 6))
+    advance(*part, grads[:3])
+    torch.save(part[2].state_dict(), tmp_path / "state.pt")
+    resumed = fresh(torch.zeros(6, 6))
+    with torch.no_grad():
+        resumed[0].copy_(part[0])
+        resumed[1].copy_(part[1])
+    resumed[2].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    advance(*resumed, grads[3:])
+    assert torch.equal(resumed[0], whole[0])
+    assert torch.equal(resumed[1], whole[1])
+
+
+# The average
+
+
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.register_buffer("codebook", torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_the_average_warms_up_and_then_keeps_its_share_with_buffers_and_whole_numbers():
+    model = Averaged()
+    ema = EMA(model, EMAConfig(decay=0.3))
+    expected = 0.0
+    for step in range(1, 6):
+        with torch.no_grad():
+            model.weight.fill_(step)
+            model.codebook.fill_(2 * step)
+            model.count.fill_(step)
+        ema.update(step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert torch.allclose(ema.model.weight, torch.full((3,), expected))
+        assert torch.allclose(ema.model.codebook, torch.full((2,), 2 * expected))
+        assert int(ema.model.count) == step
+    assert (1 + 1) / (10 + 1) < 0.3 < (1 + 5) / (10 + 5)  # both branches were met
+
+
+def test_the_average_is_a_model_of_its_own_without_gradients_in_evaluation_mode():
+    model = Averaged().train()
+    ema = EMA(model, EMAConfig(decay=0.9))
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())
+    with torch.no_grad():
+        model.weight.fill_(5)
+    assert not ema.model.weight.any()
+    assert model.weight.requires_grad
+
+
+def test_a_decay_of_nought_follows_the_weights():
+    model = Averaged()
+    ema = EMA(model, EMAConfig(decay=0.0))
+    with torch.no_grad():
+        model.weight.fill_(5)
+    ema.update(1)
+    assert torch.equal(ema.model.weight, model.weight)
