@@ -26,8 +26,8 @@ from pipelines.evaluation import (
     POOLED_PIXELS,
     FeatureExtractor,
     balanced_samples,
+    evaluate_reconstructions,
     evaluate_samples,
-    evaluate_tokenizer,
     judge_features,
     reconstructions,
 )
@@ -159,8 +159,8 @@ def write_results(
         images, labels = balanced_samples(pipeline, num_images, seed)
         phase["images"] = len(images)
     with timed(phases, "evaluate") as phase:
-        originals, rebuilt, _ = reconstructions(pipeline.tokenizer, held_out)
-        figures = evaluate_tokenizer(pipeline.tokenizer, held_out, extractor)
+        originals, rebuilt, code_counts = reconstructions(pipeline.tokenizer, held_out)
+        figures = evaluate_reconstructions(originals, rebuilt, code_counts, extractor)
         figures |= evaluate_samples(images, labels, originals, extractor)
         phase["images"] = len(images) + len(originals)
     save_picture(before_and_after(originals[:20], rebuilt[:20]), output / "reconstructions.png")

@@ -61,7 +61,13 @@ def reconstructions(tokenizer: VQGAN, pixels: Pixels, batch_size: int = 250) -> 
 
 def evaluate_tokenizer(tokenizer: VQGAN, pixels: Pixels, extractor: FeatureExtractor) -> dict[str, Any]:
     """psnr (mean over images, dB), codes_used, perplexity, reconstruction_frechet."""
-    originals, rebuilt, counts = reconstructions(tokenizer, pixels)
+    return evaluate_reconstructions(*reconstructions(tokenizer, pixels), extractor)
+
+
+def evaluate_reconstructions(
+    originals: Tensor, rebuilt: Tensor, counts: Tensor, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """The figures of `evaluate_tokenizer`, of what `reconstructions` gave."""
     used = codebook_usage(counts)
     return {
         "psnr": float(psnr(rebuilt, originals).mean()),

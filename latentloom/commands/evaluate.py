@@ -7,7 +7,7 @@ from pathlib import Path
 from latentloom.arguments import parse
 from latentloom.main_job import extractor_for
 from latentloom.stages import load_source, load_tokenizer, say
-from pipelines.evaluation import balanced_samples, evaluate_samples, evaluate_tokenizer, reconstructions
+from pipelines.evaluation import balanced_samples, evaluate_reconstructions, evaluate_samples, reconstructions
 from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device
 from stage1_tokenizer.pixels import Pixels
 from training_harness.errors import UserError
@@ -54,10 +54,10 @@ def main(words: list[str]) -> None:
         tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
     held_out = Pixels(source.held_out, tokenizer.config.image_processor)
     held_out.report_skipped()
-    figures = evaluate_tokenizer(tokenizer, held_out, extractor)
+    originals, rebuilt, code_counts = reconstructions(tokenizer, held_out)
+    figures = evaluate_reconstructions(originals, rebuilt, code_counts, extractor)
     if a.pipeline is not None:
         images, labels = balanced_samples(pipeline, a.num_images, a.seed)
-        originals, _, _ = reconstructions(tokenizer, held_out)
         figures |= evaluate_samples(images, labels, originals, extractor)
         figures |= {"num_images": len(images), "sampling": vars(pipeline.sampling)}
     figures |= {

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from small_parts import write_pictures
 
 from latentloom import main_job
 from latentloom.choice import choose, working_size
+from latentloom.commands import quickstart
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.survey import ImageSurvey
 from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.autoregressive.model import AutoregressivePrior
 
 STEPS = 4  # of the finished job
 JOB = {"tokenizer", "codes", "prior", "pipeline", "samples.png", "reconstructions.png", "curves.png", "metrics.json"}
@@ -150,6 +153,27 @@ def test_a_job_interrupted_before_its_figures_goes_on_there(
     assert names(tmp_path / "job") == JOB
 
 
+@pytest.mark.parametrize("saved", [AutoregressivePrior, LatentGenerationPipeline], ids=["model", "pipeline"])
+def test_an_extension_interrupted_while_it_saves_is_not_taken_for_finished(
+    saved: type, finished_job: Path, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["train-prior", "--config", finished_job / "prior" / "config.yaml"]
+    words += ["--output", job / "prior", "--max-steps", STEPS + 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "save_pretrained", interrupted)
+        assert latentloom(*words) == 130
+    assert latentloom(*words) == 0
+    weights = [
+        (run / "model.safetensors").read_bytes()
+        for run in (job / "prior" / "model", job / "prior" / "pipeline" / "prior")
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != (finished_job / "prior" / "model" / "model.safetensors").read_bytes()
+
+
 def test_a_run_repeats_bitwise_from_its_own_config_in_another_folder(finished_job: Path, tmp_path: Path) -> None:
     for stage, verb in (("tokenizer", "train-tokenizer"), ("prior", "train-prior")):
         assert latentloom(verb, "--config", finished_job / stage / "config.yaml", "--output", tmp_path / stage) == 0
@@ -237,14 +261,18 @@ def test_a_pushed_pipeline_samples_by_its_repository_name(finished_job: Path, tm
 
 
 def test_quickstart_does_the_whole_job_in_the_minutes_it_is_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a few of the embedded images; the slow test in test_wheel takes them all."""
+    whole = quickstart.load_source("fashion-mnist-mini")
+    parts = {name: getattr(whole, name).select(range(190)) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(quickstart, "load_source", lambda _: replace(whole, **parts))
     output = tmp_path / "quickstart"
     assert latentloom("quickstart", "--output", output, "--minutes", 0.02, "--num-images", 40) == 0
     said = capsys.readouterr().out
     assert names(output) == JOB
     assert 0 <= metrics_of(output)["class_agreement"] <= 1
-    assert metrics_of(output)["num_reference_images"] == 2000
+    assert metrics_of(output)["num_reference_images"] == 190
     for what in ("samples.png", "reconstructions.png", "curves.png", "PSNR", "class agreement"):
         assert what in said
     commands = [line.split()[:2] for line in said.split("next:")[1].strip().splitlines()]
@@ -267,7 +295,7 @@ def test_train_takes_colour_pictures_that_are_not_square(tmp_path: Path, capsys:
         == 0
     )
     said = capsys.readouterr().out
-    assert "38 training images, RGB, used at 64×96: the commonest size" in said
+    assert "37 training images, RGB, used at 64×96: the commonest size" in said
     assert "tokenizer vqgan-f8: 96 codes an image at a downsampling factor of 8" in said
     assert "prior ar-tiny: small, for " in said
     assert re.search(r"training will take about \d+ minutes on this machine: 1 steps of the tokenizer", said)

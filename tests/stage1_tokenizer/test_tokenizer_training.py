@@ -262,7 +262,10 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ema codebook, discriminator": {"adversarial": ADVERSARIAL},
+    "ema codebook that restarts, discriminator": {
+        "adversarial": ADVERSARIAL,
+        "model": replace(MODEL, codebook_size=64, usage_decay=0.5),
+    },
     "learnt codebook, muon, discriminator": {
         "adversarial": ADVERSARIAL,
         "model": replace(MODEL, quantizer="vq"),

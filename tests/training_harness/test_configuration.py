@@ -28,6 +28,7 @@ class Outer:
     folder: Path
     count: int = 3
     amount: int | float = 0.25
+    share: float | int = 0.25
     kind: Literal["no", "bf16"] = "no"
     flag: bool = False
     pair: tuple[float, float] = (0.0, 1.0)
@@ -73,6 +74,8 @@ def test_yaml_reads_as_the_field_s_type(text, name, value):
 def test_a_step_and_a_share_stay_what_they_were_written_as():
     assert type(outer(amount=1).amount) is int
     assert type(outer(amount=1.0).amount) is float
+    assert type(outer(share=1).share) is int
+    assert type(outer(share=1.0).share) is float
 
 
 # Values that do not

@@ -62,6 +62,26 @@ def test_an_error_while_filling_a_folder_leaves_the_old_one_or_none(tmp_path):
     assert names(tmp_path / "f") == ["kept"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("no space left")
+        return rename(self, target)
+
+    def fill() -> None:
+        with whole_folder(tmp_path / "f") as beside:
+            write_text(beside / "content", "content")
+
+    fill()
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space"):
+        fill()
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["content"]
+
+
 def test_json_is_readable_and_ends_its_last_line(tmp_path):
     write_json(tmp_path / "a.json", {"größe": [1, 2]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
