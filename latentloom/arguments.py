@@ -35,8 +35,11 @@ def parse(cls: type[Arguments], verb: str, arguments: Sequence[str], default: Ar
 
 
 def _options(cls: type, default: object) -> list[str]:
-    parser = tyro.extras.get_parser(cls, default=tyro.MISSING_NONPROP if default is None else default)
-    return [option for action in parser._actions for option in action.option_strings]
+    """The options that --help lists."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=["--help"], prog="", default=tyro.MISSING_NONPROP if default is None else default)
+    return re.findall(r"--[\w.-]+", said.getvalue())
 
 
 def _unknown(word: str, options: list[str]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,30 @@ from stage2_prior.model_card import prior_card
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.errors import UserError
+from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_text
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
 
 Preview = Callable[[AutoregressivePrior, Path], None]
 """Decodes samples of a prior and saves them at a path: this stage knows no pixels."""
+
+
+class TrainedOn:
+    """Goes into each checkpoint, so that no run goes on with another tokenizer's codes."""
+
+    def __init__(self, codes: CodeCache) -> None:
+        self.path, self.tokenizer_id = codes.path, codes.spec.tokenizer_id
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokenizer_id": self.tokenizer_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["tokenizer_id"] != self.tokenizer_id:
+            raise SpecMismatchError(
+                f"{self.path} holds codes of the tokenizer {self.tokenizer_id} and the run was trained on those of "
+                f"{state['tokenizer_id']}; expected the same; choose another --output to train on these"
+            )
 
 
 def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None = None) -> Path:
@@ -37,7 +55,7 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     optimizer = build_optimizer(prior, config.optimizer)
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema = EMA(accelerator.unwrap_model(model), config.ema)
-    run.track(model=model, ema=ema, optimizer=optimizer)
+    run.track(model=model, ema=ema, optimizer=optimizer, codes=TrainedOn(codes))
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )

@@ -165,7 +165,9 @@ class Run:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
         if not self.due(step, self.config.log_every):
             return
-        numbers = torch.tensor([float(torch.as_tensor(v).detach()) for v in values.values()], device=self.accelerator.device)
+        numbers = torch.tensor(
+            [float(torch.as_tensor(v).detach()) for v in values.values()], device=self.accelerator.device
+        )
         numbers = self.accelerator.reduce(numbers, reduction="mean")
         row = dict(zip(values, numbers.tolist(), strict=True))
         rate = (step - self._first) * self._images / (time.perf_counter() - self._started)

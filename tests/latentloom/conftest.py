@@ -1,12 +1,23 @@
 """A small set of real images, and the main job done on it once, for the tests of this folder to look at."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import CHECKOUT, latentloom
 
+from latentloom import timing
 from stage1_tokenizer.sources import open_source
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rough_timing() -> Iterator[None]:
+    """How long a step takes is measured on one step in place of ten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WARM_UP", 0)
+        patch.setattr(timing, "MEASURED", 1)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +33,7 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_job(real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_job(rough_timing: None, real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `latentloom train` leaves of the real images reduced to 16×16; tests may look and never change it."""
     output = tmp_path_factory.mktemp("jobs") / "clothes"
     small = ["--resolution", 16, "--batch-size", 8, "--max-steps", 4, "--num-images", 20]

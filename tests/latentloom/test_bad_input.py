@@ -265,6 +265,21 @@ def test_codes_of_another_tokenizer_are_refused(place: Path, capsys: pytest.Capt
     assert "train a prior on these codes" in line
 
 
+def test_a_prior_does_not_go_on_with_the_codes_of_another_tokenizer(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of codes is the same by name, and so is the configuration."""
+    assert latentloom(*PRIOR.split(), "--max-steps", 1) == 0
+    assert latentloom("train-tokenizer", "--config", "job/tokenizer/config.yaml", "--output", "other", "--seed", 1) == 0
+    shutil.rmtree(place / "job" / "codes")
+    assert latentloom("tokenize", "--tokenizer", "other", "--data", "images", "--output", "job/codes") == 0
+    capsys.readouterr()
+    before = digests(place / "new" / "model")
+    assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
+    assert "job/codes holds codes of the tokenizer" in capsys.readouterr().err
+    assert digests(place / "new" / "model") == before
+
+
 def test_a_refused_configuration_does_not_take_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Else the mended command would be told that the folder holds another configuration."""
     refusal(capsys, f"{PRIOR} --model.hidden-size 30")

@@ -63,6 +63,7 @@ def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCac
         "samples/step_000006.png",
         "checkpoints/step_000003/state.pt",
         "checkpoints/step_000006/state.pt",
+        "model/README.md",
         "model/config.json",
         "model/model.safetensors",
     }
