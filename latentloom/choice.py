@@ -8,7 +8,7 @@ from stage1_tokenizer.survey import ImageSurvey
 FACTORS = ((40, 4), (96, 8), (256, 16))
 LARGEST_SIDE, LARGEST_FACTOR = FACTORS[-1]
 SMALL_PRIOR_IMAGES = 20_000
-TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 40
+TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 20
 LEAST_STEPS = 400
 KINDS = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
 

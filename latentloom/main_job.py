@@ -208,7 +208,7 @@ def timed(phases: dict[str, dict[str, float]], name: str) -> Iterator[dict[str, 
 
 def summary(output: Path, metrics: dict[str, Any]) -> str:
     """What the command closes with: where things are, the figures, what to do next."""
-    folder = os.path.relpath(output)
+    folder = output
     agreement, frechet, recall = metrics["class_agreement"], metrics["frechet"], metrics["recall"]
     distance = "too few images to compare" if recall is None else f"Fréchet distance {frechet:.3g}, recall {recall:.3f}"
     lines = [

@@ -1,0 +1,88 @@
+"""Every command of the README runs as it stands there, the long ones with fewer steps."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import CHECKOUT, in_new_process, latentloom
+from hub_stand_in import StandInHub
+
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+SMALL = ["--resolution", "16", "--batch-size", "8", "--max-steps", "2"]
+SHORTER = {
+    "train": [*SMALL, "--num-images", "20"],
+    "train-tokenizer": SMALL,
+    "train-prior": ["--batch-size", "8", "--max-steps", "2"],
+    "evaluate": ["--num-images", "20"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_readmes_latentloom_commands_run_one_after_another(
+    real_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(real_images, tmp_path / "my_images")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    with StandInHub() as hub:
+        for _, verb, *words in (command for command in commands() if command[0] == "latentloom"):
+            ran.append(verb)
+            if verb == "push":  # the Hub's address is read when its client is imported
+                words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
+                environment = hub.environment(tmp_path / "home")
+                done = in_new_process("-m", "latentloom.cli", verb, *words, **environment)
+                assert done.returncode == 0, done.stderr
+            else:
+                assert latentloom(verb, *words, *SHORTER.get(verb, [])) == 0, verb
+        assert set(hub.repos) == {"me/my-generator"}
+    assert set(ran) == {
+        "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push"
+    }  # fmt: skip
+
+
+def test_the_readmes_python_runs(finished_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    for written, here in (
+        ("runs/quickstart/pipeline", str(finished_job / "pipeline")),
+        ("Sneaker", "class 7"),
+        ("Dress", "class 3"),
+    ):
+        assert written in code
+        code = code.replace(written, here)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "sneaker.png").is_file()
+
+
+def test_the_readmes_make_targets_exist_and_no_other_command_is_left_untested() -> None:
+    targets = {command[1] for command in commands() if command[0] == "make"}
+    assert targets == {"quickstart", "test"}
+    assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE) for target in targets)
+    others = [command for command in commands() if command[0] not in ("make", "latentloom")]
+    assert others == [["pip", "install", "."]]  # test_wheel.py builds and uses what this installs
+
+
+@pytest.mark.slow
+def test_make_quickstart_works_in_a_fresh_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "latentloom"
+    subprocess.run(["git", "clone", "--quiet", str(CHECKOUT), str(clone)], check=True)
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    done = subprocess.run(
+        ["make", "quickstart", f"PYTHON={python}"], cwd=clone, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (clone / "runs" / "quickstart" / "samples.png").is_file()
+    assert "next:" in done.stdout
