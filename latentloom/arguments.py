@@ -107,6 +107,12 @@ def with_required_missing(cls: type[Arguments], values: dict[str, object], requi
     return instance
 
 
+def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:
+    """What --recipe and --config name: they decide the defaults of the other options, so they are looked at first."""
+    given = peek(words, "--recipe", "--config")
+    return given.get("--recipe"), Path(given["--config"]) if "--config" in given else None
+
+
 def recipe_help(what: str, stage: str) -> Any:
     """What an option that takes a recipe says in --help: the names there are."""
     return tyro.conf.arg(help=f"{what}: {', '.join(recipe_names(stage))}.")

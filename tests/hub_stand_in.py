@@ -164,7 +164,7 @@ class StandInHub:
         key = f"{prefix}{asked['organization'] or USER}/{asked['name']}"
         exists = key in self.repos
         if not exists:
-            self.repos[key] = Repo(private=asked.get("visibility") == "private")
+            self.repos[key] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
         return Reply.json({"url": f"{self.endpoint}/{key}"}, 409 if exists else 200)
 
     def info(self, request: Request, key: str, revision: str) -> Reply:

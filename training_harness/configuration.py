@@ -133,4 +133,5 @@ def _plain(value: Any) -> Any:
 
 
 def write_yaml(path: Path, config: Any) -> None:
-    write_text(path, yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+    # Not allow_unicode: what is written raw, such as U+0085, does not always come back.
+    write_text(path, yaml.safe_dump(to_mapping(config), sort_keys=False))

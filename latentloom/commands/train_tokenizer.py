@@ -2,19 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from latentloom.arguments import parse, peek, recipe_help, training_values, with_required_missing
+from latentloom.arguments import parse, peek, recipe_and_config, recipe_help, training_values, with_required_missing
+from latentloom.choice import choose
 from latentloom.stages import load_source, run_tokenizer, say
-from stage1_tokenizer.training_config import TokenizerTraining
+from pipelines.latent_generation import accelerated_device
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 
 
 @dataclass(frozen=True)
 class Arguments:
     training: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
-    recipe: Annotated[str, recipe_help("Configuration to start from", "tokenizer")] = "vqgan-f4"
+    recipe: Annotated[
+        str | None, recipe_help("Configuration to start from, by default chosen from the images' size", "tokenizer")
+    ] = None
     config: Path | None = None
     """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
@@ -22,15 +27,32 @@ class Arguments:
 
 
 def main(words: list[str]) -> None:
-    given = peek(words, "--recipe", "--config")
-    recipe = given.get("--recipe", None if "--config" in given else Arguments.recipe)
-    config = Path(given["--config"]) if "--config" in given else None
-    training = with_required_missing(
-        TokenizerTraining, training_values("tokenizer", recipe, config), ("data", "output")
-    )
+    recipe, config = recipe_and_config(words)
+    values = training_values("tokenizer", recipe, config)
+    if "resolution" not in values:
+        values = chosen_for_images(words, values, recipe, config)
+    training = with_required_missing(TokenizerTraining, values, ("data", "output"))
     arguments = parse(Arguments, "train-tokenizer", words, Arguments(training))
     model = run_tokenizer(arguments.training, load_source(arguments.training.data), arguments.minutes)
     say(
         f"tokenizer: {model}\nnext: latentloom tokenize --tokenizer {arguments.training.output} "
         f"--data {arguments.training.data} --output codes"
     )
+
+
+def chosen_for_images(
+    words: list[str], values: dict[str, Any], recipe: str | None, config: Path | None
+) -> dict[str, Any]:
+    """`values` with a size, and a recipe where none was given, that suit the images of --data."""
+    given = peek(words, "--data", "--resolution")
+    data = given.get("--data", values.get("data"))
+    if data is None:  # --help, or an error that the parser words better
+        return values
+    source = load_source(data)
+    size = parse_size(given["--resolution"]) if "--resolution" in given else None
+    choice = choose(survey(source.train), len(source.train), accelerated_device().type, size=size, tokenizer=recipe)
+    if recipe is None and config is None:
+        values = training_values("tokenizer", choice.tokenizer, None)
+    size_line, recipe_line, _ = choice.reasons
+    say(f"{size_line}\n{recipe_line}" if config is None else size_line)
+    return values | {"resolution": f"{choice.size[0]}x{choice.size[1]}"}

@@ -170,7 +170,8 @@ def test_a_wide_picture_is_cropped_in_the_middle_and_not_squeezed():
     whole, middle = processor(3, (10, 30)).read(wide), processor(3, (10, 10)).read(wide)
     assert torch.equal(middle, whole[:, :, 10:20])
     tall = wide.transpose(PIL.Image.Transpose.TRANSPOSE)
-    assert torch.equal(processor(3, (10, 10)).read(tall), middle.mT)
+    turned = processor(3, (10, 10)).read(tall).mT  # Pillow resizes along one axis first and rounds in between
+    assert (turned.int() - middle.int()).abs().max() <= 1
 
 
 def test_resizing_averages_a_fine_pattern_instead_of_sampling_it():
