@@ -249,10 +249,22 @@ class StandInHub:
     # Pull
 
     def tree(self, request: Request, key: str, revision: str, folder: str) -> Reply:
+        entries = self._entries(request, key, revision)
+        if folder and not any(e["type"] == "directory" and e["path"] == folder for e in entries):
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        prefix = f"{folder}/" if folder else ""
+        deep = request.query["recursive"] == ["true"]
+        below = (entry for entry in entries if entry["path"].startswith(prefix))
+        listed = [entry for entry in below if deep or "/" not in entry["path"].removeprefix(prefix)]
+        return Reply.json(sorted(listed, key=lambda entry: entry["path"]))
+
+    def paths_info(self, request: Request, key: str, revision: str) -> Reply:
+        asked = parse_qs(request.body.decode()).get("paths", [])
+        return Reply.json([entry for entry in self._entries(request, key, revision) if entry["path"] in asked])
+
+    def _entries(self, request: Request, key: str, revision: str) -> list[dict[str, Any]]:
         _, blobs = self._checkout(request, key, revision)
         folders = {str(parent) for path in blobs for parent in PurePosixPath(path).parents} - {"."}
-        if folder and folder not in folders:
-            raise HubError(404, "Entry not found", "EntryNotFound")
         entries: list[dict[str, Any]] = [
             {"type": "directory", "path": path, "oid": sha1(path.encode()).hexdigest()} for path in folders
         ]
@@ -260,11 +272,7 @@ class StandInHub:
             size = len(blob.content)
             lfs = {"lfs": {"oid": blob.oid, "size": size, "pointerSize": 134}} if blob.lfs else {}
             entries.append({"type": "file", "path": path, "oid": blob.oid, "size": size, **lfs})
-        prefix = f"{folder}/" if folder else ""
-        deep = request.query["recursive"] == ["true"]
-        below = (entry for entry in entries if entry["path"].startswith(prefix))
-        listed = [entry for entry in below if deep or "/" not in entry["path"].removeprefix(prefix)]
-        return Reply.json(sorted(listed, key=lambda entry: entry["path"]))
+        return entries
 
     def resolve(self, request: Request, key: str, revision: str, path: str) -> Reply:
         commit, blobs = self._checkout(request, key, revision)
@@ -292,6 +300,7 @@ ROUTES: list[tuple[str, str, bool, Callable[..., Reply]]] = [
     ("POST", "/lfs/verify", True, StandInHub.lfs_verify),
     ("POST", f"{API}/commit/(?P<revision>[^/]+)", True, StandInHub.commit),
     ("GET", f"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", False, StandInHub.tree),
+    ("POST", f"{API}/paths-info/(?P<revision>[^/]+)", False, StandInHub.paths_info),
     ("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", False, StandInHub.resolve),
 ]
 
