@@ -77,7 +77,9 @@ class Pixels:
                 yield [i for i, _ in read], torch.stack([image for _, image in read])
 
     def random_batches(self, order: BatchOrder, first: int) -> Iterator[Tensor]:
-        """Batches of `order` from number `first` on, without end; the next two are decoded while one is used."""
+        """Batches of `order` from number `first` on, without end; what must be decoded is, while others are used."""
+        if self._images is not None:
+            yield from (self[order.batch(number)] for number in count(first))
         with ThreadPoolExecutor(max_workers=2) as pool:
             ahead = deque(pool.submit(self.__getitem__, order.batch(first + i)) for i in range(3))
             for number in count(first + 3):
