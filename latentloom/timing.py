@@ -10,6 +10,7 @@ from accelerate import PartialState
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.losses import discriminator_hinge, generator_hinge, reconstruction_terms
+from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.train import sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
@@ -33,8 +34,10 @@ def median_seconds(step: Callable[[], object]) -> float:
 
 
 def tokenizer_seconds_per_step(config: TokenizerTraining, model_config: VQGANConfig) -> float:
-    """With the discriminator at work where the recipe has one: the slower part of the run."""
+    """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run."""
     device = PartialState().device
+    perceptual = perceptual_loss(config.perceptual)
+    perceptual = perceptual and perceptual.to(device)
     model = VQGAN(model_config).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.optimizer)
     adversarial = config.adversarial
@@ -44,7 +47,7 @@ def tokenizer_seconds_per_step(config: TokenizerTraining, model_config: VQGANCon
 
     def step() -> None:
         output = model(images)
-        loss = sum_weighted(reconstruction_terms(output.reconstruction, images, None), config.reconstruction)
+        loss = sum_weighted(reconstruction_terms(output.reconstruction, images, perceptual), config.reconstruction)
         loss = loss + sum(output.losses.values())
         if adversarial.weight > 0:
             loss = loss + generator_hinge(critic(output.reconstruction))

