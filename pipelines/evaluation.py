@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pipelines.judge import Judge
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
@@ -51,11 +52,13 @@ def reconstructions(tokenizer: VQGAN, pixels: Pixels, batch_size: int = 250) -> 
     processor = tokenizer.config.image_processor
     counts = torch.zeros(tokenizer.config.codebook_size)
     originals, rebuilt = [], []
-    for _, images in pixels.batches(batch_size):
-        output = tokenizer(processor.preprocess(images.to(tokenizer.device)))
-        counts += torch.bincount(output.indices.flatten().cpu(), minlength=len(counts))
-        originals.append(images)
-        rebuilt.append(processor.postprocess(output.reconstruction).cpu())
+    with tqdm(total=len(pixels), desc="reconstruct", unit="image", disable=None) as bar:
+        for _, images in pixels.batches(batch_size):
+            output = tokenizer(processor.preprocess(images.to(tokenizer.device)))
+            counts += torch.bincount(output.indices.flatten().cpu(), minlength=len(counts))
+            originals.append(images)
+            rebuilt.append(processor.postprocess(output.reconstruction).cpu())
+            bar.update(len(images))
     return torch.cat(originals), torch.cat(rebuilt), counts
 
 

@@ -45,7 +45,7 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     if codes.spec.codebook_size is None:
         raise UserError(
             f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
-            "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan"
+            "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4"
         )
     codes.train.require("indices")
     model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made
