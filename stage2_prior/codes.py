@@ -93,7 +93,7 @@ class CodeCache:
                 if found != shard["sha256"]:
                     raise UserError(
                         f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "
-                        "the file was altered, write the cache again with `latentloom tokenize`"
+                        "the file was altered: remove the folder and write it again with `latentloom tokenize`"
                     )
 
 
@@ -103,15 +103,15 @@ def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:
     size = path.stat().st_size if path.exists() else 0
     if size != shard["bytes"]:
         raise UserError(
-            f"{path} holds {size} bytes; expected {shard['bytes']}; it is missing or cut short, write the cache "
-            "again with `latentloom tokenize`"
+            f"{path} holds {size} bytes; expected {shard['bytes']}; it is missing or cut short: remove the "
+            "folder and write it again with `latentloom tokenize`"
         )
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{path} is no Arrow stream ({type(error).__name__}); the file was altered, write the cache again with "
-            "`latentloom tokenize`"
+            f"{path} is no Arrow stream ({type(error).__name__}); the file was altered: remove the folder and write "
+            "it again with `latentloom tokenize`"
         ) from error
     columns = {}
     for name in table.column_names:
