@@ -128,3 +128,19 @@ def peek(words: Sequence[str], *names: str) -> dict[str, str]:
             if not found[name] or found[name].startswith("--"):
                 raise ConfigError(f"{name} has no value; expected one after it")
     return found
+
+
+def check_count(option: str, count: int) -> None:
+    if count < 1:
+        raise UserError(f"{option} is {count}; expected at least 1")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; expected a whole number from 0 to 2^63 − 1")
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder with files in it, unless they may be written over."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder} holds files already; choose another --output, or give --overwrite")

@@ -19,6 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from latentloom import __version__
+from latentloom.arguments import check_count
 from latentloom.curves import draw_curves
 from latentloom.embedded import FASHION_MNIST, judge_path
 from latentloom.stages import check_minutes, held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
@@ -51,8 +52,7 @@ GRID_COLUMNS, GRID_ROWS = 10, 10
 def check_bounds(minutes: float | None, num_images: int) -> None:
     """What both commands refuse before they look at anything."""
     check_minutes(minutes)
-    if num_images < 1:
-        raise UserError(f"--num-images is {num_images}; expected at least 1")
+    check_count("--num-images", num_images)
 
 
 def run_main_job(

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import parse
+from latentloom.arguments import check_count, check_seed, parse
 from latentloom.main_job import extractor_for
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation import balanced_samples, evaluate_reconstructions, evaluate_samples, reconstructions
@@ -35,10 +35,8 @@ class Arguments:
             raise UserError(
                 f"--output is {self.output}, a folder; expected a JSON file, such as {self.output / 'figures.json'}"
             )
-        if self.num_images < 1:
-            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
+        check_count("--num-images", self.num_images)
+        check_seed(self.seed)
 
 
 def main(words: list[str]) -> None:

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import parse
+from latentloom.arguments import check_count, check_output, parse
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation import reconstructions
 from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
-from training_harness.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +24,12 @@ class Arguments:
     """Write into a folder that holds files already."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
+        check_count("--num-images", self.num_images)
 
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "reconstruct", words)
-    if a.output.exists() and any(a.output.iterdir()) and not a.overwrite:
-        raise UserError(f"{a.output} holds files already; choose another --output, or give --overwrite")
+    check_output(a.output, a.overwrite)
     tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
     split = load_source(a.data).held_out

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from latentloom.arguments import parse
+from latentloom.arguments import check_count, check_output, check_seed, parse
 from latentloom.stages import say
 from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device, to_uint8
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import image_grid, save_picture
-from training_harness.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +34,15 @@ class Arguments:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+        check_count("--num-images", self.num_images)
+        check_seed(self.seed)
+        if self.batch_size is not None:
+            check_count("--batch-size", self.batch_size)
 
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "sample", words)
-    if a.output.exists() and any(a.output.iterdir()) and not a.overwrite:
-        raise UserError(f"{a.output} holds files already; choose another --output, or give --overwrite")
+    check_output(a.output, a.overwrite)
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
     every_class = range(pipeline.prior.config.num_classes)
     wanted = pipeline.label_ids(a.classes or list(every_class) or None)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import parse
+from latentloom.arguments import check_count, parse
 from latentloom.stages import load_source, run_tokenize, say
 from stage1_tokenizer.code_cache import Contents
-from training_harness.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +23,7 @@ class Arguments:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+        check_count("--batch-size", self.batch_size)
 
 
 def main(words: list[str]) -> None:
