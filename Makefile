@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-all test-oldest check format clean
+.PHONY: quickstart test test-all test-oldest check format bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/latentloom quickstart $(ARGS)
@@ -31,6 +31,10 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Peers side by side; QUICK=1 ends within five minutes and writes nothing. ARGS names single ones.
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
+
 clean:
 	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache
 
@@ -45,4 +49,8 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(PIP) --editable ".[bench]"
 	@touch $@

@@ -4,37 +4,32 @@ DIR/tokenizer/  codes/  prior/  pipeline/   samples.png  reconstructions.png  cu
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom import __version__
 from latentloom.arguments import check_count
 from latentloom.curves import draw_curves
-from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.stages import check_minutes, held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
-from pipelines.evaluation import (
-    POOLED_PIXELS,
-    FeatureExtractor,
-    balanced_samples,
-    evaluate_reconstructions,
-    evaluate_samples,
-    judge_features,
-    reconstructions,
+from pipelines.evaluation.features import FeatureExtractor
+from pipelines.evaluation.report import (
+    Evaluator,
+    balanced_labels,
+    keeping_first,
+    pipeline_figures,
+    reconstruct,
+    sampled_batches,
 )
-from pipelines.judge import Judge
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device
-from stage1_tokenizer.pictures import before_and_after, image_grid, save_picture
+from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import survey
@@ -46,7 +41,6 @@ from training_harness.run import RunConfig, check_folder, newest_step
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42
-GRID_COLUMNS, GRID_ROWS = 10, 10
 
 
 def check_bounds(minutes: float | None, num_images: int) -> None:
@@ -89,17 +83,13 @@ def run_main_job(
         folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
-    extractor = extractor_for(tokenizer.data)
+    extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
     figures, samples = write_results(output, source, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": phases,
         "steps": {"tokenizer": newest_step(tokenizer.output), "prior": newest_step(prior.output)},
-        "seed": prior.seed,
         "data": source.name,
-        "versions": {"latentloom": __version__}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "machine": {"device": str(accelerated_device()), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
     pipeline.to("cpu").save_pretrained(output / "pipeline", metrics=metrics, samples=samples)
     write_json(output / "metrics.json", metrics)  # last: a folder that has it is complete
@@ -153,46 +143,24 @@ def write_results(
 ) -> tuple[dict[str, Any], Image]:
     """Samples, the three pictures, and the figures on the source's held-out images."""
     processor = pipeline.tokenizer.config.image_processor
-    held_out = Pixels(source.held_out, processor)
-    pipeline.set_progress_bar_config(disable=None, desc="sample")
-    with timed(phases, "sample") as phase:
-        images, labels = balanced_samples(pipeline, num_images, seed)
-        phase["images"] = len(images)
-    with timed(phases, "evaluate") as phase:
-        originals, rebuilt, code_counts = reconstructions(pipeline.tokenizer, held_out)
-        figures = evaluate_reconstructions(originals, rebuilt, code_counts, extractor)
-        figures |= evaluate_samples(images, labels, originals, extractor)
-        phase["images"] = len(images) + len(originals)
-    save_picture(before_and_after(originals[:20], rebuilt[:20]), output / "reconstructions.png")
-    samples = first_of_each_class(pipeline, images)
-    save_picture(samples, output / "samples.png")
+    held_out, train = (Pixels(split, processor) for split in (source.held_out, source.train))
+    pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
+    labels, kept = balanced_labels(pipeline, num_images), dict[int, list[Tensor]]()
+    batches = keeping_first(sampled_batches(pipeline, labels, seed), labels, kept, GRID_ROWS, GRID_COLUMNS)
+    with Evaluator(extractor, features_folder(), seed) as evaluator:
+        with timed(phases, "sample") as phase:
+            samples = evaluator.measure_stream(batches, labels, "sample")
+            phase["images"] = len(samples)
+        with timed(phases, "evaluate") as phase:
+            figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, source.label_names or ())
+            phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
+    shown = held_out[range(min(20, len(held_out)))]
+    save_picture(before_and_after(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
+    picture = sheet(kept, pipeline.label_names)
+    save_picture(picture, output / "samples.png")
     tokenizer_log, prior_log = (output / stage / "metrics.jsonl" for stage in ("tokenizer", "prior"))
     draw_curves(tokenizer_log, prior_log, pipeline.tokenizer.config.codebook_size, output / "curves.png")
-    figures |= {
-        "num_images": len(images),
-        "num_reference_images": len(originals),
-        "features": extractor.name,
-        "sampling": vars(pipeline.sampling),
-    }
-    return figures, samples
-
-
-def first_of_each_class(pipeline: LatentGenerationPipeline, images: Tensor) -> Image:
-    """A labelled sheet, a row a class, of images that come class by class."""
-    classes = max(1, pipeline.prior.config.num_classes)
-    per_class = len(images) // classes
-    rows, columns = min(GRID_ROWS, classes), min(GRID_COLUMNS, per_class)
-    if classes == 1:  # no rows of their own: a square
-        return image_grid(images[: GRID_ROWS * columns], columns)
-    shown = torch.cat([images[row * per_class : row * per_class + columns] for row in range(rows)])
-    return image_grid(shown, columns, pipeline.label_names[:rows] if pipeline.label_names else None)
-
-
-def extractor_for(data: str) -> FeatureExtractor:
-    """The judge for the embedded set, pooled pixels for any other."""
-    if data == FASHION_MNIST:
-        return judge_features(Judge.from_pretrained(judge_path()))
-    return POOLED_PIXELS
+    return figures | settings_of(extractor, processor, pipeline, seed), picture
 
 
 @contextmanager

@@ -8,7 +8,5 @@ __getattr__, __dir__ = lazy_names(
         "LatentGenerationPipeline": "pipelines.latent_generation",
         "ImagePipelineOutput": "pipelines.latent_generation",
         "Judge": "pipelines.judge",
-        "frechet_distance": "pipelines.set_metrics",
-        "precision_recall": "pipelines.set_metrics",
     },
 )

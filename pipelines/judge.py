@@ -3,7 +3,7 @@
     pixels in [0, 1] → convolution → (half size → two convolutions) for each further width → mean over places → logits
 
 Every convolution is followed by BatchNorm and ReLU. The logits give class agreement, the activations before the last
-layer give the Fréchet distance and the recall of `set_metrics`. The judge is trained on real images alone and takes no
+layer give the Fréchet distance and the recall of `evaluation`. The judge is trained on real images alone and takes no
 part in training a generator. Its features are not Inception's: a distance in them compares with no published FID.
 """
 

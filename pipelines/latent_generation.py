@@ -118,7 +118,7 @@ class LatentGenerationPipeline:
     ) -> Tensor:
         """One image for each class id of (N,) int64, −1 for no class: float32 (N, C, h, w) in [0, 1], on the CPU."""
         generators = image_generators(generator, len(labels))
-        chosen = self._sampling_options(options)
+        chosen = self.sampling_options(options)
         spec = self.tokenizer.latent_spec()
         size = batch_size or DEFAULT_BATCH_SIZE
         starts = range(0, len(labels), size)
@@ -169,7 +169,7 @@ class LatentGenerationPipeline:
         )
         raise UserError(f"no class {label!r}; {known}")
 
-    def _sampling_options(self, options: dict[str, Any]) -> SamplingOptions:
+    def sampling_options(self, options: dict[str, Any]) -> SamplingOptions:
         taken = [field.name for field in dataclasses.fields(SamplingOptions)]
         for name in options:
             if name not in taken:

@@ -17,8 +17,8 @@ from make_embedded_data import CLASS_NAMES, DEBIAN_FOLDER, read_split
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.judge import Judge, JudgeConfig
-from pipelines.set_metrics import class_agreement
 from training_harness.files import whole_folder
 
 JUDGE_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-judge"

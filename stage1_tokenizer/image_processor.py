@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from training_harness.errors import ConfigError
 
-__all__ = ["ImageProcessor", "orientation_of", "padded_size", "to_pil", "upright", "with_eight_bits"]
+__all__ = ["ImageProcessor", "as_rgb", "orientation_of", "padded_size", "to_pil", "upright", "with_eight_bits"]
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
 ORIENTATION_TAG = 0x0112
@@ -123,6 +123,11 @@ def to_pil(images: Tensor) -> list[PIL.Image.Image]:
         )
     arrays = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, h, w, C)
     return [PIL.Image.fromarray(array[..., 0] if images.shape[1] == 1 else array) for array in arrays]
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """(B, C, h, w) with C from 1 to 4 → (B, 3, h, w), for networks that know RGB alone: grey is repeated, alpha left out."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]:

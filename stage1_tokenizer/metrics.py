@@ -1,9 +1,20 @@
 """Figures of a tokenizer: how near its reconstructions are, and how much of its codebook it uses."""
 
+import math
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from stage1_tokenizer.image_processor import as_rgb
+
+WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
+LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
@@ -16,6 +27,64 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     return (10 * torch.log10(255**2 / error.clamp(min=1e-30))).clamp(max=100.0)
 
 
+def ssim(images: Tensor, references: Tensor) -> Tensor:
+    """Structural similarity of each image, in [-1, 1]; 1 for equal ones.
+
+    Means, variances and covariance under a Gaussian window of 11×11 (σ = 1.5) at each place where it fits, averaged over
+    places and channels.
+
+    Args:     images, references (B, C, H, W) uint8, H and W at least 11.
+    Returns:  (B,) float64.
+    Source:   Wang et al. 2004, IEEE Transactions on Image Processing 13(4), eq. 13.
+    """
+    x, y = (batch.double().flatten(0, 1)[:, None] for batch in (images, references))
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
+    line = torch.exp(-offsets.square() / (2 * SIGMA**2))
+    line = line / line.sum()
+
+    def blur(planes: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(planes, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similarity.flatten(1).mean(1).view(len(images), -1).mean(1)
+
+
+def lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS v0.1 on AlexNet, from (B, C, H, W) uint8 pairs to (B,); none unless `lpips` and the backbone's weights are here.
+
+    H and W are at least 31.
+
+    The package brings its linear heads; torchvision's AlexNet is a download that this does not start:
+    `python -c "import torchvision; torchvision.models.alexnet(weights='DEFAULT')"` does.
+    Source: Zhang et al. 2018, arXiv 1801.03924.
+    """
+    if find_spec("lpips") is None:
+        return None
+    from torchvision.models import AlexNet_Weights
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    if not file.exists():
+        return None
+    import lpips
+
+    torch.load(file, map_location="cpu", weights_only=True)  # the library would unpickle whatever lies there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision by names of the past
+        network = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
+
+    @torch.inference_mode()
+    def distance(images: Tensor, references: Tensor) -> Tensor:
+        pair = (as_rgb(batch).to(device).float() / 127.5 - 1 for batch in (images, references))
+        return network(*pair).flatten()
+
+    return distance
+
+
 class CodebookUsage(NamedTuple):
     codes_used: int  # entries chosen at least once
     perplexity: float  # exp of the entropy of the entries' shares; K when all are chosen equally often
@@ -25,4 +94,4 @@ def codebook_usage(counts: Tensor) -> CodebookUsage:
     """counts: (K,) how often each entry was chosen over a whole set (a batch's perplexity misleads)."""
     shares = counts.double() / counts.sum().clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum()
-    return CodebookUsage(int((counts > 0).sum()), float(entropy.exp()))
+    return CodebookUsage(int((counts > 0).sum()), math.exp(float(entropy)))

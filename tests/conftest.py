@@ -1,6 +1,7 @@
 """Puts this folder on the import path, so that tests in any folder can use its helpers (`tiny_models`, `hub_stand_in`)."""
 
 import os
+import tempfile
 
 import torch
 from hypothesis import settings
@@ -9,6 +10,7 @@ from latentloom.cli import quiet_libraries
 
 # On models this small two threads wait for one another longer than they compute: thirty times as long beside other work.
 torch.set_num_threads(1)
+os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # not the user's own
 quiet_libraries()  # before a test module imports them; the command does the same
 
 settings.register_profile("CI", derandomize=True)  # a run that decides anything draws the same examples every time

@@ -11,7 +11,18 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ("scripts", "latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
 PACKAGES = HOUSE[1:]
 NEVER_IMPORTED = {"scripts", "tests", "benchmarks"}
-LATE = ("datasets", "matplotlib", "tyro", "diffusers", "tensorboard", "wandb", "trackio", "torchmetrics")
+LATE = (
+    "datasets",
+    "matplotlib",
+    "tyro",
+    "diffusers",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "torchmetrics",
+    "torch_fidelity",
+    "lpips",
+)
 
 
 def imported(text: str) -> set[str]:
@@ -77,7 +88,7 @@ def test_models_loops_and_pipelines_import_and_a_model_runs_where_optional_libra
 import torch
 import stage1_tokenizer.train, stage1_tokenizer.code_cache, stage1_tokenizer.pixels, stage1_tokenizer.survey
 import stage2_prior.train, stage2_prior.codes, stage2_prior.autoregressive.sampling
-import pipelines.latent_generation, pipelines.evaluation
+import pipelines.latent_generation, pipelines.evaluation.report, pipelines.evaluation.features
 from latentloom import VQGAN, VQGANConfig
 from stage1_tokenizer import open_source, train_tokenizer
 tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0), attention=(False, False)))

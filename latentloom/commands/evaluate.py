@@ -1,15 +1,39 @@
-"""latentloom evaluate: figures of a pipeline, or of a tokenizer, on held-out images."""
+"""latentloom evaluate: figures of a pipeline, of a tokenizer, or of images from elsewhere, on held-out images."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from latentloom.arguments import check_count, check_seed, parse
-from latentloom.main_job import extractor_for
+from latentloom.embedded import data_path
+from latentloom.evaluation_pictures import draw_by_class
+from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.stages import load_source, load_tokenizer, say
-from pipelines.evaluation import balanced_samples, evaluate_reconstructions, evaluate_samples, reconstructions
+from pipelines.evaluation.features import FeatureExtractor, FeatureName
+from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
+from pipelines.evaluation.report import (
+    BATCH,
+    Evaluator,
+    ImageSet,
+    balanced_labels,
+    check_enough,
+    keeping_first,
+    pipeline_figures,
+    sampled_batches,
+    warnings_for,
+)
 from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device
+from stage1_tokenizer.image_processor import ImageProcessor, as_rgb
+from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
+from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
 from training_harness.files import write_json
 
@@ -17,53 +41,232 @@ from training_harness.files import write_json
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     reference: str
-    """Images to compare with: their test split where they have one, else the validation split."""
+    """Images to compare with: their test split where they have one, else the validation split; or an ADM .npz."""
     pipeline: str | None = None
-    """Run folder, pipeline folder or Hub repository; or give --tokenizer."""
+    """Run folder, pipeline folder or Hub repository; or give --tokenizer or --samples."""
     tokenizer: str | None = None
     """Run folder, model folder or Hub repository: reconstruction alone."""
+    samples: str | None = None
+    """Images that something else generated: a folder, or an .npz with arr_0."""
+    features: FeatureName | None = None
+    """What images are compared by; by default the embedded set's judge, else efficientnet-lite0 if installed, else pixels."""
     num_images: int = 2000
     """Samples drawn, as many of each class."""
+    max_training_images: int = 50_000
+    """Training images looked at, for the noise floor, the probe and the memorisation."""
     seed: int = 0
+    guidance_scale: float | None = None
+    """By default what the pipeline was saved with, as for the next three."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     output: Path | None = None
-    """JSON file for the figures."""
+    """JSON file for the figures; a sheet of samples and the figures by class go beside it as pictures."""
+    save_samples: Path | None = None
+    """Writes the samples as an .npz that published evaluators read."""
 
     def __post_init__(self) -> None:
-        if (self.pipeline is None) == (self.tokenizer is None):
-            raise UserError("expected one of --pipeline and --tokenizer; give what is to be measured")
-        if self.output is not None and self.output.is_dir():
-            raise UserError(
-                f"--output is {self.output}, a folder; expected a JSON file, such as {self.output / 'figures.json'}"
-            )
+        if [self.pipeline, self.tokenizer, self.samples].count(None) != 2:
+            raise UserError("expected one of --pipeline, --tokenizer and --samples; give what is to be measured")
+        for option, path, ending in (("--output", self.output, ".json"), ("--save-samples", self.save_samples, ".npz")):
+            if path is not None and (path.is_dir() or path.suffix != ending):
+                raise UserError(f"{option} is {path}; expected a {ending} file, such as {path.with_suffix(ending)}")
         check_count("--num-images", self.num_images)
+        check_count("--max-training-images", self.max_training_images)
         check_seed(self.seed)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+
+
+class Samples(NamedTuple):
+    """Images to be measured, as they come."""
+
+    batches: Iterator[Tensor]
+    labels: Tensor
+    label_names: tuple[str, ...] | None
+    processor: ImageProcessor
 
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "evaluate", words)
-    source = load_source(a.reference)
-    extractor = extractor_for(a.reference)
-    if a.pipeline is not None:
-        pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-        tokenizer = pipeline.tokenizer
-        if pipeline.label_names != source.label_names:  # its ids mean other classes than the judge's
-            extractor = extractor._replace(logits=None)
+    if a.tokenizer is not None:
+        figures = of_tokenizer(a)
+    elif a.reference.endswith(".npz"):
+        figures = against_arrays(a)
     else:
-        tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
-    held_out = Pixels(source.held_out, tokenizer.config.image_processor)
-    held_out.report_skipped()
-    originals, rebuilt, code_counts = reconstructions(tokenizer, held_out)
-    figures = evaluate_reconstructions(originals, rebuilt, code_counts, extractor)
-    if a.pipeline is not None:
-        images, labels = balanced_samples(pipeline, a.num_images, a.seed)
-        figures |= evaluate_samples(images, labels, originals, extractor)
-        figures |= {"num_images": len(images), "sampling": vars(pipeline.sampling)}
-    figures |= {
-        "num_reference_images": len(held_out),
-        "reference": source.name,
-        "features": extractor.name,
-        "seed": a.seed,
-    }
+        figures = against_images(a)
     if a.output is not None:
         write_json(a.output, figures)
-    say(json.dumps(figures, indent=2))
+        if figures.get("by_class"):
+            draw_by_class(figures, a.output.with_suffix(".by_class.png"))
+    say(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
+def of_tokenizer(a: Arguments) -> dict[str, Any]:
+    tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
+    processor = tokenizer.config.image_processor
+    if a.reference.endswith(".npz"):
+        raise UserError(f"--reference is {a.reference}; a tokenizer is measured on images; expected a folder of them")
+    source = load_source(a.reference)
+    held_out = readable(source.held_out, processor)
+    extractor = extractor_for(a.reference, processor, a.features)
+    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+        real = evaluator.measure(held_out, "held-out images")
+        few = readable(some(source.train, min(len(real), a.max_training_images), a.seed), processor)
+        figures = evaluator.tokenizer_figures(tokenizer, held_out, real, evaluator.measure(few, "training images"))
+    return (
+        figures
+        | {"num_reference_images": len(real), "reference": source.name, "reference_hash": real.hash}
+        | settings_of(extractor, processor, None, a.seed)
+        | {"notes": warnings_for(len(real), len(real))}
+    )
+
+
+def against_images(a: Arguments) -> dict[str, Any]:
+    """Figures of samples on a source's held-out images, with its training images for what needs them."""
+    source = load_source(a.reference)
+    check_enough(len(source.held_out), f"held-out images in {a.reference}")
+    pipeline, samples = load_samples(a)
+    if pipeline is None:
+        check_size(source, a.reference, samples.processor)
+    names = source.label_names if samples.label_names == source.label_names else None
+    extractor = extractor_for(a.reference, samples.processor, a.features)
+    held_out = readable(source.held_out, samples.processor)
+    train = readable(some(source.train, a.max_training_images, a.seed), samples.processor)
+    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+        measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
+        if pipeline is not None:
+            figures = pipeline_figures(evaluator, pipeline, measured, held_out, train, names or ())
+        else:
+            real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
+            figures = evaluator.sample_figures(measured, real, trained, names or ())
+            figures |= {"num_images": len(measured), "num_reference_images": len(real), "reference_hash": real.hash}
+    return (
+        figures
+        | {"reference": source.name}
+        | settings_of(extractor, samples.processor, pipeline, a.seed)
+        | {"notes": warnings_for(figures["num_images"], figures["num_reference_images"])}
+    )
+
+
+def against_arrays(a: Arguments) -> dict[str, Any]:
+    """Figures of samples against an `.npz` of images, or of moments of Inception's features."""
+    reference = read_reference(Path(a.reference))
+    pipeline, samples = load_samples(a)
+    processor = samples.processor
+    if reference.images is not None:
+        check_enough(len(reference.images), f"images in {a.reference}")
+        if reference.images.image_shape[1:] != processor.content_size:
+            raise other_size(a.reference, reference.images.image_shape[1:], processor)
+    features = a.features or ("inception" if reference.moments else None)
+    extractor = in_rgb(extractor_for("", processor, features))
+    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+        measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
+        figures: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
+        if reference.images is not None:
+            real = evaluator.measure(reference.images, "reference images")
+            figures |= evaluator.sample_figures(measured, real)
+            figures |= {"num_reference_images": len(real), "reference_hash": real.hash}
+        if reference.moments and (extractor.name == "inception" or reference.images is None):
+            figures |= evaluator.moments_figures(measured, reference.moments)
+    return (
+        figures
+        | {"reference": Path(a.reference).name}
+        | settings_of(extractor, processor, pipeline, a.seed)
+        | {"notes": warnings_for(len(measured), figures["num_reference_images"] or len(measured))}
+    )
+
+
+def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples]:
+    """The pipeline, if there is one, and its samples, or those that something else generated."""
+    pipeline = None
+    if a.pipeline is not None:
+        pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
+        pipeline.sampling = pipeline.sampling_options(a.sampling)
+        pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
+        labels = balanced_labels(pipeline, a.num_images)
+        batches = sampled_batches(pipeline, labels, a.seed)
+        samples = Samples(batches, labels, pipeline.label_names, pipeline.tokenizer.config.image_processor)
+    else:
+        samples = read_samples(a.samples or "")
+    check_enough(len(samples.labels), "samples")
+    return pipeline, samples._replace(batches=passed_on(a, samples))
+
+
+def read_samples(path: str) -> Samples:
+    """Samples from an `.npz` or a folder, all of one size."""
+    images: ImageSet
+    names = None
+    if path.endswith(".npz"):
+        array = ImageArray(Path(path))
+        images, processor = array, processor_of(array.image_shape[0], array.image_shape[1:])
+    else:
+        source = open_source(data_path(path), hold_out=False)
+        names = source.label_names
+        processor = processor_of(survey(source.train).channels, one_size(source.train, path))
+        images = readable(source.train, processor)
+    labels = images.labels()
+    chosen = torch.tensor([-1] * len(images) if labels is None else labels)
+    return Samples((batch for _, batch in images.batches(BATCH)), chosen, names, processor)
+
+
+def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
+    """The samples, written and drawn on their way as `--save-samples` and `--output` ask."""
+    batches = samples.batches
+    if a.save_samples is not None:
+        batches = written(a.save_samples, batches, len(samples.labels))
+    if a.output is None:
+        yield from batches
+        return
+    kept: dict[int, list[Tensor]] = {}
+    yield from keeping_first(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
+    save_picture(sheet(kept, samples.label_names), a.output.with_suffix(".samples.png"))
+
+
+def readable(split: ImageSplit, processor: ImageProcessor) -> Pixels:
+    """Pictures decoded each time they are asked for, so that a large set takes no memory."""
+    return Pixels(split, processor, memory_limit=0)
+
+
+def some(split: ImageSplit, most: int, seed: int) -> ImageSplit:
+    """At most that many pictures of a split, drawn at random."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most]
+    return split.select(order.sort().values.tolist())
+
+
+def processor_of(channels: int, size: tuple[int, int]) -> ImageProcessor:
+    return ImageProcessor(channels=channels, content_size=size, image_size=size)
+
+
+def one_size(split: ImageSplit, path: str) -> tuple[int, int]:
+    """The (height, width) that all pictures of a split have."""
+    sizes = Counter(split.size(i) for i in range(len(split)))
+    if len(sizes) > 1:
+        (first, many), (second, _) = sizes.most_common(2)
+        raise UserError(
+            f"{path} holds images of {len(sizes)} sizes, such as {first[0]}×{first[1]} ({many}) and {second[0]}×{second[1]}; "
+            "expected one; bring them to the size that was generated"
+        )
+    return next(iter(sizes))
+
+
+def check_size(source: ImageSource, name: str, processor: ImageProcessor) -> None:
+    """Raises UserError unless the source's held-out images have the samples' size: nothing says how to resize them."""
+    size = one_size(source.held_out, name)
+    if size != processor.content_size:
+        raise other_size(name, size, processor)
+
+
+def other_size(name: str, size: tuple[int, ...], processor: ImageProcessor) -> UserError:
+    height, width = processor.content_size
+    return UserError(
+        f"{name} holds images of {size[0]}×{size[1]} and the samples are {height}×{width}; expected one size; compare with "
+        "images of that size"
+    )
+
+
+def in_rgb(extractor: FeatureExtractor) -> FeatureExtractor:
+    """For an `.npz`, which holds RGB alone: samples of other channels are compared as published evaluators would."""
+    return extractor._replace(extract=lambda images: extractor.extract(as_rgb(images)))

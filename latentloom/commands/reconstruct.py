@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from tqdm.auto import tqdm
+
 from latentloom.arguments import check_count, check_output, parse
 from latentloom.stages import load_source, load_tokenizer, say
-from pipelines.evaluation import reconstructions
+from pipelines.evaluation.report import BATCH, reconstruct
 from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_picture
@@ -35,7 +38,10 @@ def main(words: list[str]) -> None:
     split = load_source(a.data).held_out
     pixels = Pixels(split.select(range(min(a.num_images, len(split)))), processor)
     pixels.report_skipped()
-    images, rebuilt, _ = reconstructions(tokenizer, pixels)
+    images = torch.cat([batch for _, batch in pixels.batches(BATCH)])
+    rebuilt = torch.cat(
+        [reconstruct(tokenizer, batch)[0] for batch in tqdm(images.split(BATCH), desc="reconstruct", disable=None)]
+    )
     for i, picture in enumerate(processor.to_pil(rebuilt)):
         save_picture(picture, a.output / f"{i:05d}.png")
     save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")

@@ -4,10 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import digests, latentloom
+from PIL import Image
 
 PIECES = {
+    "text.npz": "no archive",
     "invalid.yaml": "a: [",
     "list.yaml": "[1, 2]",
     "mistyped.yaml": "max_steps: ten",
@@ -16,6 +19,15 @@ PIECES = {
 PIECES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
 PIECES |= {"corrupt/a.png": "no picture", "corrupt/b.png": "nor this", "full/notes.txt": "mine", "notes.txt": "a file"}
 
+ARRAYS = {
+    "floats.npz": {"arr_0": np.zeros((8, 16, 16, 3), np.float32)},
+    "few.npz": {"arr_0": np.zeros((5, 16, 16, 3), np.uint8)},
+    "large.npz": {"arr_0": np.zeros((8, 32, 32, 3), np.uint8)},
+    "other.npz": {"weights": np.zeros(3)},
+    "moments.npz": {"mu": np.zeros(4), "sigma": np.eye(4)},
+    "flat.npz": {"mu": np.zeros(4), "sigma": np.zeros((4, 3))},
+}
+
 
 def furnish(folder: Path, job: Path, images: Path) -> Path:
     """What users have lying about: images, a job, and folders and files that are none."""
@@ -23,6 +35,11 @@ def furnish(folder: Path, job: Path, images: Path) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
+    for name, array in ARRAYS.items():
+        np.savez(folder / name, **array)
+    for i, size in enumerate((16, 16, 20)):
+        (folder / "mixed").mkdir(exist_ok=True)
+        Image.new("L", (size, size)).save(folder / "mixed" / f"{i}.png")
     (folder / "images").symlink_to(images)
     shutil.copytree(job, folder / "job", ignore=shutil.ignore_patterns("checkpoints"))
     return folder
@@ -66,6 +83,7 @@ TOKENIZER = "train-tokenizer --output new --data images"
 PRIOR = "train-prior --output new --codes job/codes --recipe ar-tiny"
 TRAIN = "train --output new --data images"
 SAMPLE = "sample --output new --pipeline job"
+EVALUATE = "evaluate --reference images --pipeline job"
 CASES = {
     "a folder that is missing": ("train --output new --data ./nowhere", "./nowhere", "expected a folder"),
     "an empty folder": ("train --output new --data empty", "'empty' is empty", "Put images in it"),
@@ -147,9 +165,31 @@ CASES = {
     "a negative seed of samples": (f"{SAMPLE} --seed -1", "--seed is -1", "expected a whole number from 0"),
     "a probability above one": (f"{SAMPLE} --top-p 1.5", "top_p is 1.5", "expected a probability"),
     "nothing to reconstruct": ("reconstruct --tokenizer job --data images --num-images 0", "is 0", "at least 1"),
-    "nothing to evaluate": ("evaluate --reference images", "--pipeline and --tokenizer", "give what is to be measured"),
+    "nothing to evaluate": ("evaluate --reference images", "--pipeline, --tokenizer and --samples", "give what is"),
     "two things to evaluate": ("evaluate --reference images --pipeline job --tokenizer job", "expected one of", "give"),
-    "a folder for a file": ("evaluate --reference images --pipeline job --output full", "--output is full", "JSON"),
+    "a folder for a file": ("evaluate --reference images --pipeline job --output full", "--output is full", ".json"),
+    "another ending for the figures": (f"{EVALUATE} --output figures.txt", "--output is figures.txt", "figures.json"),
+    "another ending for the samples": (f"{EVALUATE} --save-samples a.png", "--save-samples is a.png", "a.npz"),
+    "features that are none": (f"{EVALUATE} --features vgg", "'vgg'", "efficientnet-lite0"),
+    "a judge for other images": (f"{EVALUATE} --features judge", "no judge for these images", "efficientnet-lite0"),
+    "fewer samples than figures need": ("evaluate --samples few.npz --reference images", "samples: 5", "at least 6"),
+    "fewer reference images than figures need": ("evaluate --pipeline job --reference mixed", "mixed: 1", "at least 6"),
+    "samples of mixed sizes": ("evaluate --samples mixed --reference images", "2 sizes", "expected one"),
+    "samples of another size": ("evaluate --samples large.npz --reference images", "28×28", "32×32"),
+    "samples that are no images": ("evaluate --samples other.npz --reference images", "other.npz", "arr_0"),
+    "a reference of another size": ("evaluate --pipeline job --reference large.npz", "32×32", "16×16"),
+    "a reference of another range": ("evaluate --pipeline job --reference floats.npz", "float32", "uint8"),
+    "a reference of too few images": ("evaluate --pipeline job --reference few.npz", "few.npz: 5", "at least 6"),
+    "a reference that is none": ("evaluate --pipeline job --reference other.npz", "weights", "expected arr_0"),
+    "a reference that is missing": ("evaluate --pipeline job --reference no.npz", "no.npz", "expected"),
+    "a reference that is no archive": ("evaluate --pipeline job --reference text.npz", "text.npz", "expected an .npz"),
+    "moments that do not belong together": ("evaluate --pipeline job --reference flat.npz", "(4, 3)", "expected"),
+    "moments of another network": (
+        "evaluate --pipeline job --reference moments.npz --features pixels-8x8",
+        "Inception",
+        "--features inception",
+    ),
+    "an array for a tokenizer": ("evaluate --tokenizer job --reference few.npz", "few.npz", "expected a folder"),
     "a repository's name that is none": ("push --pipeline job --repo-id a/b/c", "a/b/c", "such as me/my-generator"),
     "a pipeline to push that is missing": ("push --pipeline ./nowhere --repo-id me/x", "./nowhere", "model_index.json"),
     "samples into a full folder": (

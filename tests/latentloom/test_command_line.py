@@ -29,7 +29,7 @@ OPTIONS = {
     "--model.hidden-size --optimizer.learning-rate --sampling.guidance-scale",
     "sample": "--pipeline --classes --num-images --seed --output --guidance-scale --temperature --top-k --top-p",
     "reconstruct": "--tokenizer --data --num-images --output",
-    "evaluate": "--pipeline --tokenizer --reference --num-images --output",
+    "evaluate": "--pipeline --tokenizer --samples --reference --features --num-images --save-samples --output",
     "push": "--pipeline --repo-id --private",
 }
 

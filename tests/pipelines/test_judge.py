@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.judge import Judge, JudgeConfig
-from pipelines.set_metrics import class_agreement
 from training_harness.errors import ConfigError, UserError
 
 DATA = Path(str(files("latentloom") / "data"))

@@ -1,0 +1,125 @@
+"""What every benchmark stands on: contenders take turns, and each is compared with ours round by round.
+
+    ratio_r = seconds of the peer in round r / our seconds in round r        above 1: ours is faster
+
+A round runs each contender once, each time in another order, so that what a shared machine does to one it does to all; the
+median of the ratios and their quartiles are what is reported. Results go to docs/benchmarks/NAME.json, their table and
+chart into the section of that name in docs/benchmarks.md.
+"""
+
+import gc
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentloom.provenance import machine, versions
+
+ROOT = Path(__file__).parents[1]
+PAGE, FOLDER = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
+OURS = "latentloom"
+
+
+@dataclass
+class Report:
+    """What one benchmark found: its JSON, and its section of the page as Markdown."""
+
+    name: str
+    title: str
+    text: str
+    figures: dict[str, Any]
+    peers: Sequence[str] = ()
+    """Packages whose versions belong beside the figures."""
+    chart: Callable[[Path], None] | None = None
+    made: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
+
+    def described(self) -> dict[str, Any]:
+        peers = {name: version(name) for name in self.peers}
+        return self.made | {"versions": versions() | peers, "figures": self.figures}
+
+    def section(self) -> str:
+        where, known = self.made["machine"], versions() | {name: version(name) for name in self.peers}
+        libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", *self.peers))
+        device = "" if where["device"] == "cpu" else f"{where['device']}, "
+        threads = f"{where['threads']} threads of {where['cores']} cores"
+        setting = f"*{self.made['date']}: {device}{where['processor']}, {threads}; {libraries}.*"
+        chart = "" if self.chart is None else f"\n\n![{self.title}](benchmarks/{self.name}.png)"
+        return f"## {self.title}\n\n{setting}\n\n{self.text.strip()}{chart}"
+
+    def publish(self) -> None:
+        """Writes the JSON, the chart, and the section of the page, and leaves all other sections as they are."""
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / f"{self.name}.json").write_text(json.dumps(self.described(), indent=2, ensure_ascii=False) + "\n")
+        if self.chart is not None:
+            self.chart(FOLDER / f"{self.name}.png")
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), self.name, self.section()), encoding="utf-8")
+
+
+def with_section(page: str, name: str, section: str) -> str:
+    """The page with what stands between the marks of `name` exchanged, or with a new section at its end."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    block = f"{begin}\n{section}\n{end}"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{block}\n"
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL)
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each of `rounds` rounds, after `warm_up` rounds that do not count."""
+    names, seconds = list(contenders), {name: list[float]() for name in contenders}
+    for number in range(-warm_up, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            begin = time.perf_counter()
+            contenders[name]()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def compared(seconds: Mapping[str, Sequence[float]], ours: str = OURS) -> dict[str, dict[str, Any]]:
+    """For each contender its median seconds, and the median and quartiles of its ratios to ours."""
+    found = {}
+    for name, theirs in seconds.items():
+        ratios = [other / own for other, own in zip(theirs, seconds[ours], strict=True)]
+        low, middle, high = quartiles(ratios)
+        found[name] = {"seconds": statistics.median(theirs), "ratio": middle, "quartiles": [low, high]}
+    return found
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers with three significant digits."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)])
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,218 @@
+"""latentloom's quickstart against the stack that a user would glue together, for the same seconds, by the same judge.
+
+At each budget both are trained anew, their learning rates decaying over it, one after the other: first ours, at a share of
+the quickstart's steps, then the glue stack (`glue_stack`) for exactly the seconds that our tokenizer, tokenizing and prior
+took. The judge is a classifier of real images that neither has seen; figures are on 2,000 samples, 200 a class, against the
+2,000 test images. Each side samples with its own best guidance.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import glue_stack
+import torch
+from frame import OURS, Report, table
+from torch import Tensor
+
+from latentloom.arguments import training_values
+from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from pipelines.evaluation.features import FeatureExtractor, judge_features
+from pipelines.evaluation.frechet import frechet_distance
+from pipelines.evaluation.linear_probe import class_agreement
+from pipelines.evaluation.manifolds import precision_recall
+from pipelines.evaluation.report import balanced_labels, reconstruct, sampled_batches
+from pipelines.judge import Judge
+from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.metrics import codebook_usage, psnr
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.training_config import PriorTraining
+from training_harness.configuration import from_mapping
+
+GLUE = "diffusers VQModel + transformers Llama"
+SHARES = (0.125, 0.25, 0.5, 1.0)
+FIGURES = {
+    "psnr": "PSNR, dB",
+    "perplexity": "perplexity",
+    "reconstruction_frechet": "Fréchet distance, reconstructions",
+    "frechet": "Fréchet distance, samples",
+    "agreement": "agreement",
+    "recall": "recall",
+    "precision": "precision",
+    "tokenizer_rate": "tokenizer, images/s",
+    "prior_rate": "prior, images/s",
+    "sampling_rate": "sampling, images/s",
+}
+
+
+class Bench:
+    """The embedded images, and the judge."""
+
+    def __init__(self) -> None:
+        self.source = load_source(FASHION_MNIST)
+        self.processor = ImageProcessor(channels=1, content_size=(28, 28), image_size=(28, 28))
+        train, test = (Pixels(split, self.processor) for split in (self.source.train, self.source.held_out))
+        self.train, self.test = train[range(len(train))], test[range(len(test))]
+        self.labels = torch.tensor(train.labels())
+        self.extractor: FeatureExtractor = judge_features(Judge.from_pretrained(judge_path()))
+        self.real = self.extractor.extract(self.test).features
+
+    def reconstruction_figures(self, rebuilt: Tensor, indices: Tensor) -> dict[str, float]:
+        counts = torch.bincount(indices.flatten(), minlength=glue_stack.CODES)
+        return {
+            "psnr": psnr(rebuilt, self.test).mean().item(),
+            "perplexity": codebook_usage(counts).perplexity,
+            "reconstruction_frechet": frechet_distance(self.extractor.extract(rebuilt).features, self.real),
+        }
+
+    def sample_figures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        seen = self.extractor.extract(images)
+        assert seen.class_logits is not None
+        return {
+            "frechet": frechet_distance(seen.features, self.real),
+            "agreement": class_agreement(seen.class_logits, labels),
+        } | precision_recall(self.real, seen.features)._asdict()
+
+
+def ours(bench: Bench, share: float, seed: int) -> dict[str, float]:
+    """A share of the quickstart's steps; the seconds of everything up to the first sample, pictures and saving included."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = recipe(
+            TokenizerTraining, "tokenizer", "vqgan-f4", share, seed, data=FASHION_MNIST, output=folder / "t"
+        )
+        prior = recipe(PriorTraining, "prior", "ar-tiny", share, seed, codes=folder / "codes", output=folder / "p")
+        first = timed(lambda: run_tokenizer(tokenizer, bench.source))
+        middle = timed(lambda: run_tokenize(tokenizer.output, bench.source, prior.codes))
+        last = timed(lambda: run_prior(prior))
+        pipeline = LatentGenerationPipeline.from_pretrained(prior.output)
+        rebuilt, indices = reconstruct(pipeline.tokenizer, bench.test)
+        pipeline.set_progress_bar_config(disable=True)
+        labels, images = balanced_labels(pipeline, 2000), list[Tensor]()
+        sampling = timed(lambda: images.extend(sampled_batches(pipeline, labels, seed)))
+        return (
+            {"seconds": first + middle + last}
+            | bench.reconstruction_figures(rebuilt, indices)
+            | bench.sample_figures(torch.cat(images), labels)
+            | {
+                "tokenizer_rate": tokenizer.max_steps * tokenizer.batch_size / first,
+                "prior_rate": prior.max_steps * prior.batch_size / last,
+                "sampling_rate": len(labels) / sampling,
+            }
+        )
+
+
+def theirs(bench: Bench, seconds: float, seed: int, tuning: glue_stack.Tuning) -> dict[str, float]:
+    """The glue stack for as many seconds; its guidance is the best of those that were tried at the full budget."""
+    pixels, share = bench.processor.preprocess(bench.train), tuning.tokenizer_share
+    tokenizer = glue_stack.train_tokenizer(pixels, seconds * share, tuning, seed)
+    encoding = time.perf_counter()
+    tokens = glue_stack.encode(tokenizer.model, pixels)
+    encoding = time.perf_counter() - encoding
+    prior = glue_stack.train_prior(tokens, bench.labels, seconds * (1 - share) - encoding, tuning, seed)
+    indices = glue_stack.encode(tokenizer.model, bench.processor.preprocess(bench.test))
+    figures = bench.reconstruction_figures(glue_stack.decode(tokenizer.model, indices), indices)
+    labels = torch.arange(glue_stack.CLASSES).repeat_interleave(200)
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    drawn = glue_stack.sample(prior.model, labels, tokens.shape[1], tuning.guidance_scale)
+    images = glue_stack.decode(tokenizer.model, drawn)
+    sampling = time.perf_counter() - begin
+    return (
+        {"seconds": seconds}
+        | figures
+        | bench.sample_figures(images, labels)
+        | {
+            "tokenizer_rate": tokenizer.images_per_second,
+            "prior_rate": prior.images_per_second,
+            "sampling_rate": len(labels) / sampling,
+        }
+    )
+
+
+def recipe(kind: type, stage: str, name: str, share: float, seed: int, **given: object) -> Any:
+    values = training_values(stage, name, None, {key: str(value) for key, value in given.items()} | {"seed": seed})
+    config = from_mapping(kind, values)
+    steps = round(config.max_steps * share)
+    return dataclasses.replace(config, max_steps=steps, sample_every=max(1, steps // 5))
+
+
+def timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def run(quick: bool) -> Report:
+    bench, tuning, seed = Bench(), glue_stack.Tuning(), 0
+    curves: dict[str, list[dict[str, float]]] = {OURS: [], GLUE: []}
+    for share in SHARES[:1] if quick else SHARES:
+        curves[OURS].append(ours(bench, share, seed))
+        curves[GLUE].append(theirs(bench, curves[OURS][-1]["seconds"], seed, tuning))
+        print({name: {k: round(v, 3) for k, v in points[-1].items()} for name, points in curves.items()}, flush=True)
+    return Report(
+        name="glue",
+        title="The quickstart against a glued stack, second for second",
+        text=words(curves),
+        figures={"seed": seed, "num_images": 2000, "tuning": dataclasses.asdict(tuning), "curves": curves},
+        peers=("diffusers", "transformers"),
+        chart=lambda path: draw(curves, path),
+    )
+
+
+def words(curves: dict[str, list[dict[str, float]]]) -> str:
+    own, glue = curves[OURS], curves[GLUE]
+    full = table(
+        ["", OURS, GLUE],
+        [["seconds of training", own[-1]["seconds"], glue[-1]["seconds"]]]
+        + [[name, own[-1][key], glue[-1][key]] for key, name in FIGURES.items()],
+    )
+    budgets = table(
+        ["seconds", "", "PSNR, dB", "Fréchet distance", "agreement", "recall"],
+        [
+            [point["seconds"], name, *(point[key] for key in ("psnr", "frechet", "agreement", "recall"))]
+            for pair in zip(own, glue, strict=True)
+            for name, point in zip(curves, pair, strict=True)
+        ],
+    )
+    ratio = own[-1]["frechet"] / glue[-1]["frechet"]
+    reached = next((p["seconds"] for p in own if p["frechet"] <= glue[-1]["frechet"]), None)
+    reached_words = (
+        f"the glued stack's final distance is reached in {reached / glue[-1]['seconds']:.0%} of its time"
+        if reached
+        else "the glued stack's final distance is not reached"
+    )
+    return "\n\n".join(
+        [
+            (__doc__ or "").partition("\n\n")[2].strip(),
+            full,
+            f"Our Fréchet distance is {ratio:.0%} of the glued stack's at the full budget, and {reached_words}. "
+            "At every budget both train anew:",
+            budgets,
+        ]
+    )
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    for axis, key in zip(axes, ("psnr", "frechet", "agreement", "recall"), strict=True):
+        for name, points in curves.items():
+            axis.plot([p["seconds"] for p in points], [p[key] for p in points], "o-", label=name)
+        axis.set(title=FIGURES[key], xlabel="seconds of training, both stages", xscale="log")
+        if key == "frechet":
+            axis.axhline(curves[GLUE][-1][key], color="grey", ls=":", lw=1)
+            axis.set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,183 @@
+"""What a user would glue together without latentloom: diffusers' VQModel, then transformers' LlamaForCausalLM.
+
+Everything comes from the two libraries' public interfaces and plain torch, on pixels in [-1, 1] that stay in memory. Each
+stage is given a number of seconds: warm-up and cosine decay run over them, so that a short run is a whole run.
+
+What was tuned, in which order and with which figures, stands in docs/LOG.md; `Tuning` holds what came out best.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+CODES, CLASSES = 512, 10
+NULL = CODES + CLASSES  # the class token of guidance's other half
+WARMUP = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    channels: tuple[int, ...] = (32, 64, 64)
+    layers_per_block: int = 1
+    attention: bool = False
+    latent_channels: int = 16
+    codebook_weight: float = 1.0
+    tokenizer_rate: float = 1e-3
+    tokenizer_batch: int = 32
+    hidden_size: int = 192
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 512
+    prior_rate: float = 2e-3
+    prior_batch: int = 64
+    class_dropout: float = 0.1
+    ema_decay: float = 0.99
+    tokenizer_share: float = 0.45
+    guidance_scale: float = 1.5
+
+
+class Trained(NamedTuple):
+    model: VQModel | LlamaForCausalLM
+    steps: int
+    images_per_second: float
+
+
+def train_tokenizer(pixel_values: Tensor, seconds: float, tuning: Tuning, seed: int) -> Trained:
+    """VQModel on (N, 1, H, W) in [-1, 1]: mean squared error and the library's codebook loss."""
+    torch.manual_seed(seed)
+    levels = len(tuning.channels)
+    model = VQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuning.channels,
+        layers_per_block=tuning.layers_per_block,
+        latent_channels=tuning.latent_channels,
+        num_vq_embeddings=CODES,
+        norm_num_groups=16,
+        mid_block_add_attention=tuning.attention,
+    ).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=tuning.tokenizer_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    ema = EMAModel(model.parameters(), decay=tuning.ema_decay)
+    begin, steps = time.perf_counter(), 0
+    for rows in batches(len(pixel_values), tuning.tokenizer_batch, seed):
+        done = (time.perf_counter() - begin) / seconds
+        if done >= 1:
+            break
+        output = model(pixel_values[rows].contiguous(memory_format=torch.channels_last))
+        loss = F.mse_loss(output.sample, pixel_values[rows]) + tuning.codebook_weight * output.commit_loss
+        take_step(model, optimizer, loss, tuning.tokenizer_rate * rate(done))
+        ema.step(model.parameters())
+        steps += 1
+    elapsed = time.perf_counter() - begin
+    ema.copy_to(model.parameters())
+    return Trained(model.eval(), steps, steps * tuning.tokenizer_batch / elapsed)
+
+
+def train_prior(tokens: Tensor, labels: Tensor, seconds: float, tuning: Tuning, seed: int) -> Trained:
+    """Llama on sequences of a class token and (N, T) codes, with the class left out now and then for guidance."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=NULL + 1,
+        hidden_size=tuning.hidden_size,
+        num_hidden_layers=tuning.layers,
+        num_attention_heads=tuning.heads,
+        intermediate_size=tuning.intermediate_size,
+        max_position_embeddings=tokens.shape[1] + 1,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=tuning.prior_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    ema = EMAModel(model.parameters(), decay=tuning.ema_decay)
+    begin, steps = time.perf_counter(), 0
+    for rows in batches(len(tokens), tuning.prior_batch, seed):
+        done = (time.perf_counter() - begin) / seconds
+        if done >= 1:
+            break
+        classes = CODES + labels[rows]
+        classes = classes.masked_fill(torch.rand(len(rows)) < tuning.class_dropout, NULL)
+        sequence = torch.cat([classes[:, None], tokens[rows]], dim=1)
+        loss = model(input_ids=sequence[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(loss.flatten(0, 1), sequence[:, 1:].flatten())
+        take_step(model, optimizer, loss, tuning.prior_rate * rate(done))
+        ema.step(model.parameters())
+        steps += 1
+    elapsed = time.perf_counter() - begin
+    ema.copy_to(model.parameters())
+    return Trained(model.eval(), steps, steps * tuning.prior_batch / elapsed)
+
+
+@torch.no_grad()
+def encode(model: VQModel, pixel_values: Tensor, batch_size: int = 250) -> Tensor:
+    """(N, 1, H, W) in [-1, 1] → (N, h·w) codes."""
+    latents = (model.encode(batch).latents for batch in pixel_values.split(batch_size))
+    # the quantizer's third output holds the indices of all positions in one row
+    return torch.cat([model.quantize(z)[2][2].view(len(z), -1) for z in latents])
+
+
+@torch.no_grad()
+def decode(model: VQModel, tokens: Tensor, batch_size: int = 250) -> Tensor:
+    """(N, h·w) codes of a square grid → (N, 1, H, W) uint8."""
+    side = math.isqrt(tokens.shape[1])
+    pictures = []
+    for batch in tokens.split(batch_size):
+        shape = (len(batch), side, side, model.config.latent_channels)
+        quantized = model.quantize.get_codebook_entry(batch.flatten(), shape)
+        pictures.append(model.decode(quantized, force_not_quantize=True).sample)
+    return (torch.cat(pictures) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM, labels: Tensor, tokens: int, guidance_scale: float, batch_size: int = 100
+) -> Tensor:
+    """Codes (N, tokens) for class ids (N,), drawn by `generate` with its key-value cache and its guidance."""
+    drawn = []
+    for classes in labels.split(batch_size):
+        prompt = (CODES + classes)[:, None]
+        config = GenerationConfig(
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            guidance_scale=guidance_scale if guidance_scale != 1 else None,
+            suppress_tokens=list(range(CODES, NULL + 1)),
+            pad_token_id=NULL,
+        )
+        null = torch.full_like(prompt, NULL)
+        output = model.generate(prompt, generation_config=config, negative_prompt_ids=null)
+        drawn.append(output[:, 1:])
+    return torch.cat(drawn)
+
+
+def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def rate(done: float) -> float:
+    """Share of the full learning rate once `done` of the time has passed: linear warm-up, then cosine to zero."""
+    return min(1.0, done / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Rows of full batches, shuffled anew each epoch, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)

@@ -1,0 +1,77 @@
+"""Distances between two sets of features against torch-fidelity's, on the same arrays.
+
+Two sets of N rows of F numbers, the second a little off the first. The kernel distance is one draw of whole sets, so that
+both compute the same number; precision and recall are at k = 3.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from frame import OURS, Report, compared, interleaved, table
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from pipelines.evaluation.frechet import frechet_distance
+from pipelines.evaluation.kernel_distance import kernel_distance
+from pipelines.evaluation.manifolds import precision_recall
+
+PEER = "torch-fidelity"
+SIZES = ((2_000, 1280), (10_000, 1280), (2_000, 2048))
+
+
+def pair(count: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Non-negative and of falling variance, as pooled activations are."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(1, 0.05, columns)
+    first, second = (torch.randn(count, columns, generator=generator).relu() * scales for _ in range(2))
+    return first, second + 0.02
+
+
+def contenders(a: Tensor, b: Tensor) -> dict[str, dict[str, Callable[[], float]]]:
+    quiet: dict[str, Any] = {"verbose": False}
+
+    def their_kid() -> float:
+        size = {"kid_subsets": 1, "kid_subset_size": len(a), "kid_kernel": "poly", "kid_kernel_poly_degree": 3}
+        rest = {"kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1, "rng_seed": 0}
+        return kid_features_to_metric(a, b, **size, **rest, **quiet)["kernel_inception_distance_mean"]
+
+    def their_fid() -> float:
+        statistics = fid_features_to_statistics(a), fid_features_to_statistics(b)
+        return fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+
+    def their_prc() -> float:
+        found = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False, **quiet)
+        return found["precision"] + found["recall"]
+
+    return {
+        "Fréchet distance": {OURS: lambda: frechet_distance(a, b), PEER: their_fid},
+        "kernel distance": {OURS: lambda: kernel_distance(a, b, subsets=1, subset_size=len(a)).mean, PEER: their_kid},
+        "precision and recall": {OURS: lambda: sum(precision_recall(b, a)), PEER: their_prc},
+    }
+
+
+def run(quick: bool) -> Report:
+    rows, figures = [], []
+    for count, columns in SIZES[:1] if quick else SIZES:
+        for name, both in contenders(*pair(count, columns)).items():
+            values = {who: work() for who, work in both.items()}
+            found = compared(interleaved(both, rounds=2 if quick else 5, warm_up=0))
+            low, high = found[PEER]["quartiles"]
+            difference = abs(values[OURS] / values[PEER] - 1)
+            rows.append(
+                [
+                    name,
+                    f"{count:,} × {columns:,}",
+                    found[OURS]["seconds"],
+                    found[PEER]["seconds"],
+                    f"{found[PEER]['ratio']:.2f} ({low:.2f} … {high:.2f})",
+                    f"{difference:.0e}",
+                ]
+            )
+            figures.append({"metric": name, "count": count, "columns": columns, "values": values, "timing": found})
+    head = ["", "N × F", "ours, s", "torch-fidelity, s", "ratio (quartiles)", "relative difference"]
+    text = f"{(__doc__ or '').partition(chr(10) * 2)[2].strip()}\n\n{table(head, rows)}"
+    return Report("set_metrics", "Distances between sets of features", text, {"rows": figures}, ["torch-fidelity"])

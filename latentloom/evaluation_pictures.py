@@ -1,0 +1,47 @@
+"""The figures by class as bars, which a table of numbers hides."""
+
+from pathlib import Path
+from typing import Any
+
+from training_harness.files import whole_file
+
+FIGURES = {
+    "frechet": "Fréchet distance",
+    "class_agreement": "class agreement",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+
+def draw_by_class(figures: dict[str, Any], path: Path) -> bool:
+    """Bars by class for each figure that is there, with the value over all classes as a line; false when there is none."""
+    rows = figures["by_class"]
+    shown = {key: name for key, name in FIGURES.items() if any(row.get(key) is not None for row in rows.values())}
+    if not shown:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = 1.0 + 0.24 * len(rows)
+    picture, axes = pyplot.subplots(
+        1, len(shown), figsize=(1.5 + 2.4 * len(shown), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    names = list(rows)
+    for axis, (key, name) in zip(axes[0], shown.items(), strict=True):
+        axis.barh(names, [rows[label].get(key) or 0.0 for label in names], color="tab:blue")
+        if figures.get(key) is not None:
+            axis.axvline(figures[key], color="black", lw=1, label="all classes")
+        if (floor := (figures.get("floor") or {}).get(key)) is not None:
+            axis.axvline(floor, color="tab:green", ls="--", lw=1, label="real images, all classes")
+        axis.set_title(name, fontsize=10)
+    axes[0][0].invert_yaxis()  # shared by all: the first class on top
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    with whole_file(path) as beside:
+        picture.savefig(beside, format="png", dpi=100)
+    pyplot.close(picture)
+    return True

@@ -1,0 +1,38 @@
+"""Where figures were measured: versions and the machine's kind."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentloom import __version__
+from pipelines.latent_generation import accelerated_device
+
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "numpy")
+
+
+def versions() -> dict[str, str]:
+    return {"latentloom": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in LIBRARIES
+    }
+
+
+def machine() -> dict[str, Any]:
+    device = accelerated_device()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,139 @@
+"""`latentloom evaluate`: what its JSON holds, the pictures and arrays beside it, and images from elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import CHECKOUT, latentloom
+from PIL import Image
+
+from latentloom.evaluation_pictures import draw_by_class
+from stage1_tokenizer.sources import open_source
+
+
+def evaluated(output: Path, *words: object) -> dict[str, Any]:
+    assert latentloom("evaluate", *words, "--output", output) == 0
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and test folders of 28×28 pictures in three classes, 24 and 18 images."""
+    folder = tmp_path_factory.mktemp("clothes")
+    source = open_source(CHECKOUT / "latentloom" / "data" / "fashion-mnist-mini")
+    for name, split, count in (("train", source.train, 8), ("test", source.held_out, 6)):
+        for label in (0, 1, 8):
+            for i in [i for i in range(400) if split.label(i) == label][:count]:
+                path = folder / name / f"kind {label}" / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                split.image(i).save(path)
+    return folder
+
+
+def test_the_figures_of_a_pipeline_say_every_setting_and_come_with_two_pictures(
+    finished_job: Path, real_images: Path, tmp_path: Path
+) -> None:
+    output, words = tmp_path / "figures.json", ["--pipeline", finished_job, "--reference", real_images]
+    figures = evaluated(output, *words, "--num-images", 30, "--features", "pixels-8x8", "--seed", 3, "--top-k", 7)
+    settings = {
+        "features": "pixels-8x8",
+        "feature_weights": "none",
+        "num_images": 30,
+        "num_reference_images": 11,
+        "num_training_images": 189,
+        "seed": 3,
+        "sampler": "AutoregressivePrior",
+        "num_inference_steps": 16,
+        "image_size": [16, 16],
+    }
+    assert {name: figures[name] for name in settings} == settings
+    assert figures["sampling"] == {"guidance_scale": 1.7, "temperature": 1.0, "top_k": 7, "top_p": 1.0}
+    assert len(figures["classes"]) == 10
+    assert {"torch", "python", "latentloom"} <= figures["versions"].keys()
+    assert {"processor", "threads", "device"} <= figures["machine"].keys()
+    assert figures["reference_hash"] != figures["training_hash"]
+    assert "11 images: distances grow as N falls" in figures["notes"][0]
+    assert 0 < figures["floor"]["frechet"] < figures["frechet"]
+    assert 0 <= figures["class_agreement"] <= 1
+    assert figures["bits_per_token"] > 0
+    assert len(figures["by_class"]) == 10
+    assert {path.name for path in tmp_path.iterdir()} >= {"figures.json", "figures.samples.png"}
+    assert Image.open(tmp_path / "figures.samples.png").size[0] > 3 * 16
+
+
+def test_the_same_evaluation_gives_the_same_figures(finished_job: Path, real_images: Path, tmp_path: Path) -> None:
+    words = ["--pipeline", finished_job, "--reference", real_images, "--num-images", 20, "--features", "pixels-8x8"]
+    first, again = (evaluated(tmp_path / name, *words) for name in ("a.json", "b.json"))
+    assert first == again
+    assert evaluated(tmp_path / "c.json", *words, "--seed", 1)["frechet"] != first["frechet"]
+
+
+def test_real_test_images_as_samples_are_at_distance_zero_and_training_images_are_seen_as_copies(
+    clothes: Path, tmp_path: Path
+) -> None:
+    words = ["--reference", clothes, "--features", "pixels-8x8"]
+    same = evaluated(tmp_path / "same.json", "--samples", clothes / "test", *words)
+    assert same["frechet"] == pytest.approx(0, abs=1e-6)
+    assert same["recall"] == same["precision"] == 1
+    assert same["memorisation"]["ratio"] == 1
+    assert same["class_agreement"] > 0.8
+    assert list(same["by_class"]) == ["kind 0", "kind 1", "kind 8"]
+    assert (tmp_path / "same.by_class.png").exists()
+    copies = evaluated(tmp_path / "copies.json", "--samples", clothes / "train", *words)
+    assert copies["memorisation"]["nearest_training_image"] == 0
+    assert copies["frechet"] > 0.1
+
+
+def test_saved_samples_give_the_same_figures_when_they_are_read_again(
+    finished_job: Path, clothes: Path, tmp_path: Path
+) -> None:
+    """Written as published evaluators read them, RGB, and compared with arrays of the reference."""
+    reference = tmp_path / "reference.npz"
+    generator = np.random.default_rng(0)
+    np.savez(reference, arr_0=generator.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    saved = tmp_path / "samples.npz"
+    words = ["--reference", reference, "--features", "pixels-8x8"]
+    direct = evaluated(
+        tmp_path / "a.json", "--pipeline", finished_job, "--num-images", 20, "--save-samples", saved, *words
+    )
+    with np.load(saved) as file:
+        assert file["arr_0"].shape == (20, 16, 16, 3)
+        assert file["arr_0"].dtype == np.uint8
+    again = evaluated(tmp_path / "b.json", "--samples", saved, *words)
+    for name in ("frechet", "kid", "precision", "recall", "density", "coverage", "reference_hash"):
+        assert again[name] == direct[name]
+
+
+def test_a_tokenizer_alone_is_measured_without_samples(finished_job: Path, clothes: Path, tmp_path: Path) -> None:
+    figures = evaluated(
+        tmp_path / "t.json", "--tokenizer", finished_job, "--reference", clothes, "--features", "efficientnet-lite0"
+    )
+    assert {"psnr", "ssim", "bits_per_pixel", "perplexity", "reconstruction_frechet_floor"} <= figures.keys()
+    assert figures["features"] == "efficientnet-lite0"
+    assert len(figures["feature_weights"]) == 16
+    assert "224×224" in figures["feature_resize"]
+    assert figures["num_reference_images"] == 18
+    assert "frechet" not in figures
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_samples_of_which_one_is_broken_are_refused_with_their_number(
+    clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "samples"
+    for i, path in enumerate(sorted((clothes / "test").rglob("*.png"))):
+        data = path.read_bytes()
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.png").write_bytes(data if i else data[: len(data) // 2])
+    assert latentloom("evaluate", "--samples", folder, "--reference", clothes, "--features", "pixels-8x8") == 2
+    assert "17 of 18 samples could be read" in capsys.readouterr().err
+
+
+def test_figures_by_class_are_drawn_only_where_there_are_some(tmp_path: Path) -> None:
+    rows = {"cat": {"frechet": 3.0, "recall": None}, "dog": {"frechet": 1.0, "recall": None}}
+    assert draw_by_class({"by_class": rows, "frechet": 2.0, "floor": {"frechet": 0.5}}, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 200
+    assert not draw_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
