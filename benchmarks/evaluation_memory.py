@@ -22,7 +22,7 @@ PEAK = "import resource, sys; from latentloom.cli import main; status = main(sys
 )
 
 
-def peak_mib(count: int, features: str, folder: Path) -> float:
+def peak_mib(count: int, folder: Path) -> float:
     path, generator = folder / f"{count}.npz", torch.Generator().manual_seed(0)
     batches = (
         torch.randint(256, (size, 1, 28, 28), dtype=torch.uint8, generator=generator)
@@ -30,7 +30,7 @@ def peak_mib(count: int, features: str, folder: Path) -> float:
     )
     for _ in written(path, batches, count):
         pass
-    command = ["evaluate", "--samples", path, "--reference", FASHION_MNIST, "--features", features]
+    command = ["evaluate", "--samples", path, "--reference", FASHION_MNIST]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, command)],
         capture_output=True,
@@ -45,8 +45,8 @@ def peak_mib(count: int, features: str, folder: Path) -> float:
 def run(quick: bool) -> Report:
     counts = (1_000, 4_000) if quick else COUNTS
     with TemporaryDirectory() as temporary:
-        peak_mib(1_000, "pixels-8x8", Path(temporary))  # the features of the reference are there from here on
-        peaks = {count: peak_mib(count, "pixels-8x8", Path(temporary)) for count in counts}
+        peak_mib(1_000, Path(temporary))  # the features of the reference are there from here on
+        peaks = {count: peak_mib(count, Path(temporary)) for count in counts}
     small, large = peaks.values()
     text = "\n\n".join(
         [

@@ -31,18 +31,18 @@ class Tuning:
     attention: bool = False
     latent_channels: int = 16
     codebook_weight: float = 1.0
-    tokenizer_rate: float = 1e-3
+    tokenizer_rate: float = 4e-3
     tokenizer_batch: int = 32
     hidden_size: int = 192
     layers: int = 4
     heads: int = 4
     intermediate_size: int = 512
     prior_rate: float = 2e-3
-    prior_batch: int = 64
+    prior_batch: int = 32
     class_dropout: float = 0.1
     ema_decay: float = 0.99
     tokenizer_share: float = 0.45
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.5
 
 
 class Trained(NamedTuple):

@@ -236,9 +236,9 @@ def run(quick: bool) -> Report:
             config = recipe(PriorTraining, "prior", PRIOR, 1.0, 0, codes=folder / "codes", output=folder / "p")
             return run_prior(replaced(config, n))
 
-        jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 32)", STAGE_ONE, tokenizer, steps, speed))
+        jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 16)", STAGE_ONE, tokenizer, steps, speed))
         run_tokenize(folder / "t", source, folder / "codes")
-        jobs.append(training_job(f"stage-two step ({PRIOR}, batch 64)", STAGE_TWO, prior, steps, speed))
+        jobs.append(training_job(f"stage-two step ({PRIOR}, batch 32)", STAGE_TWO, prior, steps, speed))
         pipeline = LatentGenerationPipeline.from_pretrained(folder / "p").to(accelerated_device())
     pixels = torch.rand(128, 1, 28, 28, device=accelerated_device()) * 2 - 1
     with torch.inference_mode():

@@ -8,5 +8,9 @@ __getattr__, __dir__ = lazy_names(
         "LatentGenerationPipeline": "pipelines.latent_generation",
         "ImagePipelineOutput": "pipelines.latent_generation",
         "Judge": "pipelines.judge",
+        "Evaluator": "pipelines.evaluation.report",
+        "FeatureExtractor": "pipelines.evaluation.features",
+        "frechet_distance": "pipelines.evaluation.frechet",
+        "precision_recall": "pipelines.evaluation.manifolds",
     },
 )

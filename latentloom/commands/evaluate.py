@@ -1,5 +1,6 @@
 """latentloom evaluate: figures of a pipeline, of a tokenizer, or of images from elsewhere, on held-out images."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pipelines.evaluation.report import (
     ImageSet,
     balanced_labels,
     check_enough,
+    check_inception,
     keeping_first,
     pipeline_figures,
     sampled_batches,
@@ -162,13 +164,16 @@ def against_arrays(a: Arguments) -> dict[str, Any]:
             raise other_size(a.reference, reference.images.image_shape[1:], processor)
     features = a.features or ("inception" if reference.moments else None)
     extractor = in_rgb(extractor_for("", processor, features))
+    if reference.images is None:
+        check_inception(extractor)  # before samples are drawn
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         figures: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
+        figures["reference_hash"] = hash_of_file(Path(a.reference))
         if reference.images is not None:
             real = evaluator.measure(reference.images, "reference images")
             figures |= evaluator.sample_figures(measured, real)
-            figures |= {"num_reference_images": len(real), "reference_hash": real.hash}
+            figures["num_reference_images"] = len(real)
         if reference.moments and (extractor.name == "inception" or reference.images is None):
             figures |= evaluator.moments_figures(measured, reference.moments)
     return (
@@ -200,8 +205,10 @@ def read_samples(path: str) -> Samples:
     images: ImageSet
     names = None
     if path.endswith(".npz"):
-        array = ImageArray(Path(path))
-        images, processor = array, processor_of(array.image_shape[0], array.image_shape[1:])
+        images = array = ImageArray(Path(path))
+        _, first = next(array.batches(BATCH))
+        grey = bool((first == first[:, :1]).all())  # written as RGB, since published evaluators know nothing else
+        processor = processor_of(1 if grey else len(first[0]), array.image_shape[1:])
     else:
         source = open_source(data_path(path), hold_out=False)
         names = source.label_names
@@ -209,7 +216,8 @@ def read_samples(path: str) -> Samples:
         images = readable(source.train, processor)
     labels = images.labels()
     chosen = torch.tensor([-1] * len(images) if labels is None else labels)
-    return Samples((batch for _, batch in images.batches(BATCH)), chosen, names, processor)
+    batches = (batch[:, : processor.channels] for _, batch in images.batches(BATCH))
+    return Samples(batches, chosen, names, processor)
 
 
 def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
@@ -265,6 +273,11 @@ def other_size(name: str, size: tuple[int, ...], processor: ImageProcessor) -> U
         f"{name} holds images of {size[0]}×{size[1]} and the samples are {height}×{width}; expected one size; compare with "
         "images of that size"
     )
+
+
+def hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def in_rgb(extractor: FeatureExtractor) -> FeatureExtractor:

@@ -19,7 +19,7 @@ from pipelines.evaluation.features import ImageFeatures
 from training_harness.errors import UserError
 
 HEADER = np.dtype("<i8")
-SLICE = 2_000  # rows in memory at once
+SLICE = 1_000  # rows in memory at once
 
 
 class FeatureFile:

@@ -52,7 +52,7 @@ class ImageFeatures(NamedTuple):
 class FeatureExtractor(NamedTuple):
     name: str
     extract: Callable[[Tensor], ImageFeatures]  # of (N, C, h, w) uint8
-    weights: str = "none"  # hash of the network
+    weights: str = ""  # hash of the network; features of an extractor without one are not kept for the next evaluation
     resize: str = "none"  # how images are brought to the network's size
 
 
@@ -85,7 +85,7 @@ def pooled_pixels(images: Tensor) -> ImageFeatures:
     return ImageFeatures(F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1))
 
 
-POOLED_PIXELS = FeatureExtractor("pixels-8x8", pooled_pixels, resize="means over an 8×8 grid")
+POOLED_PIXELS = FeatureExtractor("pixels-8x8", pooled_pixels, weights="none", resize="means over an 8×8 grid")
 
 
 def has_efficientnet() -> bool:

@@ -6,6 +6,7 @@ Averaged over random subsets, whose spread says how sure the figure is. Unlike t
 but for noise, and can be negative. Bińkowski et al. 2018, arXiv 1801.01401.
 """
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,14 @@ def kernel_distance(
     check_pair(features_a, features_b, at_least=2, needed_for="a kernel distance")
     size = min(subset_size, len(features_a), len(features_b))
     generator = torch.Generator().manual_seed(seed)
+    kernel = torch.empty(size, size, dtype=torch.float64)  # one for all: large blocks that come and go scatter the heap
     values = []
     for _ in range(subsets):
         a, b = (_subset(features, size, generator) for features in (features_a, features_b))
-        values.append(_mmd2(a, b))
+        values.append(_mmd2(a, b, kernel))
         if size == len(features_a) == len(features_b):  # every draw is the whole of both
             break
-    found = torch.stack(values)
-    return KernelDistance(found.mean().item(), found.std(correction=0).item())
+    return KernelDistance(statistics.fmean(values), statistics.pstdev(values))
 
 
 def _subset(features: Rows, size: int, generator: torch.Generator) -> Tensor:
@@ -44,12 +45,15 @@ def _subset(features: Rows, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat(list(slices(chosen(features, positions))))
 
 
-def _mmd2(a: Tensor, b: Tensor) -> Tensor:
-    """Of (n, F) and (n, F) float64."""
-    n = len(a)
-    within = sum((kernel.sum() - kernel.diagonal().sum()) / (n * (n - 1)) for kernel in (_kernel(a, a), _kernel(b, b)))
-    return within - 2 * _kernel(a, b).mean()
+def _mmd2(a: Tensor, b: Tensor, kernel: Tensor) -> float:
+    """Of (n, F) and (n, F) float64; `kernel` (n, n) is written over."""
+    n, within = len(a), 0.0
+    for rows in (a, b):
+        _fill(kernel, rows, rows)
+        within += (kernel.sum() - kernel.trace()).item() / (n * (n - 1))
+    _fill(kernel, a, b)
+    return within - 2 * kernel.mean().item()
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+def _fill(kernel: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b.T, out=kernel).div_(a.shape[1]).add_(1).pow_(3)

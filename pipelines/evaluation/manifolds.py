@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, check_pair, slices
+from pipelines.evaluation.feature_files import SLICE, Rows, check_pair, slices
 from training_harness.errors import UserError
 
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -82,7 +82,11 @@ def _radii(features: Rows, k: int, centre: Tensor) -> Tensor:
 
 
 def _pairs(points: Rows, support: Rows, centre: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows of points, rows of support, their squared distances), one slice of each after another."""
+    """(rows of points, rows of support, their squared distances), one slice of each after another.
+
+    The distances are written over by the next ones: large blocks that come and go scatter the heap.
+    """
+    room = torch.empty(2, SLICE * SLICE, dtype=torch.float64)
     row = 0
     for part in slices(points):
         part = part - centre
@@ -90,9 +94,11 @@ def _pairs(points: Rows, support: Rows, centre: Tensor) -> Iterator[tuple[slice,
         column = 0
         for other in slices(support):
             other = other - centre
-            both = norms + other.square().sum(1)
-            distances = torch.addmm(both, part, other.T, alpha=-2)
-            distances.masked_fill_(distances < SAME * both, 0.0)
+            shape = len(part), len(other)
+            both, distances = (block[: shape[0] * shape[1]].view(shape) for block in room)
+            torch.add(norms, other.square().sum(1), out=both)
+            torch.addmm(both, part, other.T, alpha=-2, out=distances)
+            distances.masked_fill_(distances < both.mul_(SAME), 0.0)
             yield slice(row, row + len(part)), slice(column, column + len(other)), distances
             column += len(other)
         row += len(part)

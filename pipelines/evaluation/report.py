@@ -89,13 +89,15 @@ class Evaluator:
         self._passing.cleanup()
 
     def measure(self, images: ImageSet, describe: str) -> Measured:
-        """Features of real images; taken from an earlier call for the same images by the same network."""
+        """Features of real images; taken from an earlier call for the same images by a network of the same weights."""
         digest, positions = hashlib.sha256(), list[int]()
         for part, batch in images.batches(BATCH):
             digest.update(str(tuple(batch.shape)).encode() + batch.contiguous().numpy().tobytes())
             positions += part
         found = digest.hexdigest()[:16]
-        folder = self.cache / f"{self.extractor.name}-{self.extractor.weights}-{found}"
+        # what cannot be told from another network's is not kept
+        kept = self.cache if self.extractor.weights else Path(self._passing.name)
+        folder = kept / f"{self.extractor.name}-{self.extractor.weights}-{found}"
         if not folder.exists():
             with whole_folder(folder) as beside:
                 self._write(beside, (batch for _, batch in images.batches(BATCH)), len(images), describe)
@@ -147,7 +149,7 @@ class Evaluator:
                     by_image["lpips"].append(lpips(reconstruction, originals).cpu())
                 yield reconstruction
 
-        reconstructions = self.measure_stream(rebuilt(), real.labels, "reconstruct")
+        reconstructions = self.measure_stream(rebuilt(), real.labels, "reconstructions")
         used, processor = codebook_usage(counts), tokenizer.config.image_processor
         bits = tokenizer.latent_spec().tokens * math.log2(tokenizer.config.codebook_size)
         figures: dict[str, Any] = {
@@ -155,18 +157,15 @@ class Evaluator:
         }
         figures |= {"codes_used": used.codes_used, "perplexity": used.perplexity}
         figures["bits_per_pixel"] = bits / math.prod(processor.content_size)
-        distances: dict[str, Any] = {"frechet": None, "frechet_interval": None}
-        if len(real) >= 2:
-            distances["frechet"] = frechet_distance(reconstructions.features, real.features)
-            distances["frechet_interval"] = bootstrap_interval(
-                reconstructions.features, real.features, self.seed, paired=True
-            )
-        figures |= {f"reconstruction_{name}": value for name, value in distances.items()}
-        floor = None if train is None else self._floor(train, len(real))
-        figures["reconstruction_frechet_floor"] = (
-            None if floor is None or min(len(floor), len(real)) < 2 else frechet_distance(floor.features, real.features)
-        )
-        return figures
+        rebuilt_rows, real_rows = reconstructions.features, real.features
+        floor = real_rows if train is None else self._floor(train, len(real)).features
+        enough, floor_exists = len(real) >= 2, train is not None and min(len(floor), len(real)) >= 2
+        interval = bootstrap_interval(rebuilt_rows, real_rows, self.seed, paired=True) if enough else None
+        return figures | {
+            "reconstruction_frechet": frechet_distance(rebuilt_rows, real_rows) if enough else None,
+            "reconstruction_frechet_interval": interval,
+            "reconstruction_frechet_floor": frechet_distance(floor, real_rows) if floor_exists else None,
+        }
 
     def sample_figures(
         self,
@@ -213,11 +212,7 @@ class Evaluator:
 
         Raises:   UserError when the images were measured by another network.
         """
-        if self.extractor.name != "inception":
-            raise UserError(
-                f"the reference holds moments of Inception's features and the images were measured by {self.extractor.name}; "
-                "expected the same; give --features inception, or a reference of images"
-            )
+        check_inception(self.extractor)
         distance = distance_between(fit_gaussian(samples.features), moments["features"])
         figures = {"frechet": distance, "fid": distance, "sfid": None}
         if "spatial" in moments:
@@ -392,6 +387,14 @@ def warnings_for(num_images: int, num_reference_images: int) -> list[str]:
             "and with figures of the same N alone"
         )
     return found
+
+
+def check_inception(extractor: FeatureExtractor) -> None:
+    if extractor.name != "inception":
+        raise UserError(
+            f"the reference holds moments of Inception's features and images are to be measured by {extractor.name}; "
+            "expected the same; give --features inception, or a reference of images"
+        )
 
 
 def check_enough(count: int, what: str) -> None:

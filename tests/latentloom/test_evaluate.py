@@ -49,7 +49,7 @@ def test_the_figures_of_a_pipeline_say_every_setting_and_come_with_two_pictures(
         "image_size": [16, 16],
     }
     assert {name: figures[name] for name in settings} == settings
-    assert figures["sampling"] == {"guidance_scale": 1.7, "temperature": 1.0, "top_k": 7, "top_p": 1.0}
+    assert figures["sampling"] == {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 7, "top_p": 1.0}
     assert len(figures["classes"]) == 10
     assert {"torch", "python", "latentloom"} <= figures["versions"].keys()
     assert {"processor", "threads", "device"} <= figures["machine"].keys()
@@ -137,3 +137,16 @@ def test_figures_by_class_are_drawn_only_where_there_are_some(tmp_path: Path) ->
     assert Image.open(tmp_path / "a.png").size[0] > 200
     assert not draw_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_grey_samples_from_an_array_are_grey_again_so_that_the_judge_can_look_at_them(tmp_path: Path) -> None:
+    source = open_source(CHECKOUT / "latentloom" / "data" / "fashion-mnist-mini")
+    images = np.stack([np.asarray(source.held_out.image(i)) for i in range(30)])
+    samples = tmp_path / "samples.npz"
+    np.savez(samples, arr_0=np.repeat(images[..., None], 3, axis=3))
+    figures = evaluated(
+        tmp_path / "a.json", "--samples", samples, "--reference", "fashion-mnist-mini", "--max-training-images", 100
+    )
+    assert figures["features"] == "fashion-mnist-judge"
+    assert figures["precision"] == 1  # they are among the reference
+    assert figures["memorisation"]["ratio"] == pytest.approx(1, abs=0.2)

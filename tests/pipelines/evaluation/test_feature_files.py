@@ -136,7 +136,7 @@ def test_rows_that_are_not_finite_are_refused_with_their_count_and_nothing_stays
         features[(images[:, 0, 0, 0] == 23) | (images[:, 0, 0, 0] == 27)] = math.nan
         return ImageFeatures(features)
 
-    with Evaluator(FeatureExtractor("broken", extract), tmp_path) as evaluator:
+    with Evaluator(FeatureExtractor("broken", extract, weights="a"), tmp_path) as evaluator:
         with pytest.raises(UserError, match="2 of 10 rows") as error:
             evaluator.measure(Pictures(40), "images")
         one_line(error)

@@ -1,0 +1,59 @@
+"""The stack that ours is compared with does what it is said to do: a fair opponent is a working one."""
+
+from dataclasses import replace
+
+import glue_stack
+import pytest
+import torch
+from glue_stack import Tuning
+from tiny_models import seeded
+from torch import Tensor
+
+TINY = replace(Tuning(), channels=(16, 16, 16), hidden_size=32, layers=1, heads=2, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def pixel_values() -> Tensor:
+    """Bright and dark squares, of two classes."""
+    shade = (torch.arange(64) % 2).view(-1, 1, 1, 1) * 1.6 - 0.8
+    return shade + 0.1 * torch.randn(64, 1, 16, 16, generator=seeded(0))
+
+
+@pytest.fixture(scope="module")
+def trained(pixel_values: Tensor) -> glue_stack.Trained:
+    return glue_stack.train_tokenizer(pixel_values, 4.0, TINY, seed=0)
+
+
+def test_its_codes_are_those_that_its_own_forward_decodes(trained: glue_stack.Trained, pixel_values: Tensor) -> None:
+    tokens = glue_stack.encode(trained.model, pixel_values, batch_size=24)
+    assert tokens.shape == (64, 16)
+    assert 0 <= tokens.min() <= tokens.max() < glue_stack.CODES
+    with torch.no_grad():
+        forward = trained.model(pixel_values).sample
+    rebuilt = glue_stack.decode(trained.model, tokens, batch_size=24)
+    expected = (forward * 127.5 + 127.5).round().clamp(0, 255)
+    assert (rebuilt.float() - expected).abs().max() <= 1
+
+
+def test_its_tokenizer_learns(trained: glue_stack.Trained, pixel_values: Tensor) -> None:
+    rebuilt = glue_stack.decode(trained.model, glue_stack.encode(trained.model, pixel_values)).float() / 127.5 - 1
+    assert trained.steps > 3
+    assert (rebuilt - pixel_values).square().mean() < 0.5 * pixel_values.var()
+
+
+def test_its_prior_learns_the_class_and_never_draws_a_class_token() -> None:
+    labels = torch.arange(64) % 2
+    tokens = (labels[:, None] * 7 + 3).expand(-1, 6)
+    prior = glue_stack.train_prior(tokens, labels, 4.0, replace(TINY, prior_rate=1e-2), seed=0)
+    for scale in (1.0, 2.0):
+        drawn = glue_stack.sample(prior.model, torch.tensor([0, 1, 1, 5]), 6, scale, batch_size=3)
+        assert drawn.shape == (4, 6)
+        assert drawn.max() < glue_stack.CODES
+        assert (drawn[:3] == tokens[[0, 1, 1]]).double().mean() > 0.8
+
+
+def test_its_learning_rate_warms_up_and_ends_at_zero() -> None:
+    assert glue_stack.rate(0.0) == 0
+    assert glue_stack.rate(0.03) == pytest.approx(1, abs=0.01)
+    assert glue_stack.rate(0.5) == pytest.approx(0.5)
+    assert glue_stack.rate(1.0) == pytest.approx(0)
