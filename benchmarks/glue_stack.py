@@ -42,7 +42,6 @@ class Tuning:
     class_dropout: float = 0.1
     ema_decay: float = 0.99
     tokenizer_share: float = 0.45
-    guidance_scale: float = 2.5
 
 
 class Trained(NamedTuple):

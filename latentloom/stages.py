@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL.Image import Image
 
 from latentloom.embedded import data_path
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
@@ -31,7 +31,7 @@ from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
-from training_harness.run import RunConfig, check_folder
+from training_harness.run import RunConfig, check_folder, newest_step
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
@@ -110,11 +110,14 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     if os.environ.get("RANK", "0") == "0":
         prior = AutoregressivePrior.from_pretrained(model)
         pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
-        pipeline.save_pretrained(folder, samples=sample_grid(pipeline, config.seed))
+        preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
+        drawn = preview_of_these.exists()
+        samples = PIL.Image.open(preview_of_these) if drawn else sample_grid(pipeline, config.seed)
+        pipeline.save_pretrained(folder, samples=samples)
     return folder
 
 
-def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> Image:
+def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> PIL.Image.Image:
     """A labelled sheet, one row for each of at most ten classes, at a fixed seed."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)

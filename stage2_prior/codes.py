@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 
 
@@ -83,6 +84,12 @@ class CodeCache:
     @property
     def tokenizer_folder(self) -> Path:
         return self.path / "tokenizer"
+
+    def code_vectors(self) -> Tensor:
+        """(K, c) float32: each code's latent, normalised over the training set as the tokenizer does."""
+        tokenizer = VQGAN.from_pretrained(self.tokenizer_folder)
+        every_code = torch.arange(tokenizer.config.codebook_size).view(1, 1, -1)
+        return tokenizer.indices_to_latents(every_code)[0, :, 0].T.detach()
 
     def verify(self) -> None:
         """Compares every shard with its sha256; raises UserError that names the first that differs."""

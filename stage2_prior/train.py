@@ -52,6 +52,7 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     run = Run(config)
     accelerator = run.accelerator
     prior = AutoregressivePrior(model_config)
+    prior.start_from_code_vectors(codes.code_vectors())
     optimizer = build_optimizer(prior, config.optimizer)
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema = EMA(accelerator.unwrap_model(model), config.ema)

@@ -6,8 +6,9 @@ NS(X) pushes the singular values of X / ‖X‖ towards 1 by five steps of X ←
 (a, b, c) = (3.4445, −4.7750, 2.0315). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
 torch.optim.Muon iterates in bfloat16, matrix by matrix, and refuses convolution kernels. Here matrices of one shape
-are iterated together, in float32 on CPUs (where bfloat16 products can be hundreds of times slower), kernels are seen as
-(out, in · height · width), and one optimiser holds both kinds of parameters, so that a loop has a single `step()`.
+are iterated together, in bfloat16 where the device multiplies it fast and in float32 elsewhere (on a CPU without AMX
+bfloat16 products can be hundreds of times slower), kernels are seen as (out, in · height · width), and one optimiser
+holds both kinds of parameters, so that a loop has a single `step()`.
 """
 
 from collections import defaultdict
@@ -17,19 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz iteration on (N, rows, columns); singular values end within about [0.7, 1.2]."""
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs and on CPUs with AMX, five times as fast there; float32 elsewhere."""
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Five Newton–Schulz iterations on (N, rows, columns); singular values end within about [0.7, 1.2]."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype or iteration_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 

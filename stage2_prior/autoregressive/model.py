@@ -25,6 +25,8 @@ from stage2_prior.outputs import PriorLoss
 from training_harness.errors import ConfigError, SpecMismatchError
 from training_harness.pretrained import StrictConfig, StrictModel
 
+CODE_EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of rows that start from the codes' vectors
+
 
 @strict
 class AutoregressivePriorConfig(StrictConfig):
@@ -198,6 +200,18 @@ class AutoregressivePrior(StrictModel):
                 f"the prior was trained on codes of another tokenizer ({'; '.join(wrong)}); expected those it was "
                 "trained on; use the tokenizer of its own pipeline, or train a prior on these codes"
             )
+
+    @torch.no_grad()
+    def start_from_code_vectors(self, vectors: Tensor) -> None:
+        """Lets codes that look alike start alike: (K, c) vectors, near unit variance, randomly rotated into embeddings and head.
+
+        Rows drawn at random would have to learn from which codes meet what the codebook knows already.
+        """
+        channels, hidden = vectors.shape[1], self.config.hidden_size
+        rotation = nn.init.orthogonal_(vectors.new_empty(channels, hidden))
+        rows = vectors @ rotation * math.sqrt(max(hidden / channels, 1))  # (K, hidden), near unit variance
+        self.code_embedding.weight.copy_(CODE_EMBEDDING_STD * rows)
+        self.head.weight.copy_(HEAD_STD * rows)
 
     def _draw_weights(self) -> None:
         """Normal with std 1/√fan-in, the last layer of each residual branch and the head smaller."""

@@ -78,6 +78,17 @@ def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCac
         assert bits == pytest.approx(16 * nats / np.log(2), rel=1e-4)  # h·w codes an image
 
 
+def test_a_prior_starts_from_the_vectors_of_the_tokenizers_own_codes(
+    codes: CodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(AutoregressivePrior, "start_from_code_vectors", lambda prior, vectors: given.append(vectors))
+    train_prior(configuration(codes, tmp_path / "run", max_steps=1), codes)
+    config, codebook = tiny_tokenizer().config, tiny_tokenizer().quantizer.codebook
+    expected = (codebook - torch.tensor(config.latent_mean)) / torch.tensor(config.latent_std)
+    torch.testing.assert_close(given[0], expected)
+
+
 def test_the_loss_falls_well_below_a_uniform_guess(codes: CodeCache, tmp_path: Path) -> None:
     optimizer = OptimizerConfig(learning_rate=5e-3)
     train_prior(configuration(codes, tmp_path, max_steps=60, sample_every=60, optimizer=optimizer), codes)
