@@ -93,7 +93,7 @@ def test_the_loss_falls_well_below_a_uniform_guess(codes: CodeCache, tmp_path: P
     optimizer = OptimizerConfig(learning_rate=5e-3)
     train_prior(configuration(codes, tmp_path, max_steps=60, sample_every=60, optimizer=optimizer), codes)
     losses = [nats for _, nats in rows(tmp_path, "step", "nats_per_token")]
-    assert losses[0] == pytest.approx(np.log(16), abs=0.3)
+    assert losses[0] == pytest.approx(np.log(16), abs=0.5)  # the head starts from the codebook, and not at zero
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
 
