@@ -42,11 +42,13 @@ class Report:
     made: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
 
     def described(self) -> dict[str, Any]:
-        peers = {name: version(name) for name in self.peers}
-        return self.made | {"versions": versions() | peers, "figures": self.figures}
+        return self.made | {"versions": self.versions(), "figures": self.figures}
+
+    def versions(self) -> dict[str, str]:
+        return versions() | {name: version(name) for name in self.peers}
 
     def section(self) -> str:
-        where, known = self.made["machine"], versions() | {name: version(name) for name in self.peers}
+        where, known = self.made["machine"], self.versions()
         libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", *self.peers))
         device = "" if where["device"] == "cpu" else f"{where['device']}, "
         threads = f"{where['threads']} threads of {where['cores']} cores"

@@ -16,6 +16,7 @@ from latentloom.embedded import data_path
 from latentloom.evaluation_pictures import draw_by_class
 from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.stages import load_source, load_tokenizer, say
+from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
 from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
 from pipelines.evaluation.report import (
@@ -240,8 +241,7 @@ def readable(split: ImageSplit, processor: ImageProcessor) -> Pixels:
 
 def some(split: ImageSplit, most: int, seed: int) -> ImageSplit:
     """At most that many pictures of a split, drawn at random."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most]
-    return split.select(order.sort().values.tolist())
+    return split.select(drawn_positions(len(split), most, seed).tolist())
 
 
 def processor_of(channels: int, size: tuple[int, int]) -> ImageProcessor:

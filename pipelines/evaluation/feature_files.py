@@ -70,6 +70,11 @@ def chosen(rows: Rows, positions: Tensor) -> Rows:
     return rows[positions] if isinstance(rows, Tensor) else rows.select(positions)
 
 
+def drawn_positions(count: int, most: int, seed: int) -> Tensor:
+    """At most `most` positions out of `count`, drawn at random, in rising order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+
+
 def write_features(folder: Path, batches: Iterable[ImageFeatures]) -> dict[str, FeatureFile]:
     """Writes what an extractor gives, batch after batch, into an existing folder; returns the files by name.
 

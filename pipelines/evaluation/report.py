@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pipelines.evaluation.feature_files import FeatureFile, read_features, slices, write_features
+from pipelines.evaluation.feature_files import FeatureFile, drawn_positions, read_features, slices, write_features
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
 from pipelines.evaluation.kernel_distance import kernel_distance
 from pipelines.evaluation.linear_probe import fit_probe
 from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage, nearest_distances, precision_recall
-from pipelines.latent_generation import LatentGenerationPipeline
+from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.vqgan import VQGAN
@@ -242,8 +242,7 @@ class Evaluator:
 
     def _floor(self, train: Measured, count: int) -> Measured:
         """As many training images, drawn at random, or all of them when there are fewer."""
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-        return train.select(order[:count].sort().values)
+        return train.select(drawn_positions(len(train), count, self.seed))
 
     def _verdicts(
         self, samples: Measured, real: Measured, train: Measured | None, num_classes: int
@@ -357,8 +356,7 @@ def sampled_batches(
     """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size."""
     generator = torch.Generator().manual_seed(seed)
     for part in labels.split(batch_size):
-        pixels = pipeline.sample_pixels(part, generator, batch_size, **options)
-        yield (pixels * 255).round().to(torch.uint8)
+        yield to_uint8(pipeline.sample_pixels(part, generator, batch_size, **options))
 
 
 def keeping_first(
