@@ -4,6 +4,7 @@ A picture that cannot be read is left out, and listed with the reason.
 """
 
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded pictures kept
+TRIAL, QUICK = 32, 0.0005  # pictures read in less than so many seconds each cost more to hand to threads
 
 
 class Pixels:
@@ -87,10 +89,17 @@ class Pixels:
                 ahead.append(pool.submit(self.__getitem__, order.batch(number)))
 
     def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
-        with ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
-            read = pool.map(self._try_read, positions)
-            quiet = None if describe and len(positions) > 2000 else True
-            yield from tqdm(read, desc=describe, total=len(positions), unit="image", disable=quiet)
+        quiet = None if describe and len(positions) > 2000 else True
+        bar = tqdm(desc=describe, total=len(positions), unit="image", disable=quiet)
+        begin = time.perf_counter()
+        with bar, ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
+            for read in map(self._try_read, positions[:TRIAL]):
+                yield read
+                bar.update()
+            quick = time.perf_counter() - begin < QUICK * TRIAL
+            for read in (map if quick else pool.map)(self._try_read, positions[TRIAL:]):
+                yield read
+                bar.update()
 
     def _try_read(self, position: int) -> Tensor | None:
         try:

@@ -26,7 +26,7 @@ from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
 
 PREVIEW_IMAGES = 20
-STATISTICS_IMAGES = 5_000  # each gives h · w positions: more than enough for two numbers a channel
+STATISTICS_IMAGES = 2_000  # each gives h · w positions: more than enough for two numbers a channel
 
 
 def train_tokenizer(
@@ -136,7 +136,7 @@ def preview(tokenizer: VQGAN, validation: Pixels, path: Path) -> dict[str, float
 
 @torch.no_grad()
 def measure_latents(tokenizer: VQGAN, pixels: Pixels) -> None:
-    """Stores mean and standard deviation by channel of the raw latents, over at most 5,000 images."""
+    """Stores mean and standard deviation by channel of the raw latents, over at most 2,000 images."""
     processor, device = tokenizer.config.image_processor, tokenizer.device
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     stride = -(-len(pixels) // STATISTICS_IMAGES)  # evenly: folders come class by class

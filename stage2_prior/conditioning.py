@@ -15,7 +15,6 @@ class ClassEmbedding(nn.Embedding):
     def __init__(self, num_classes: int, hidden_size: int, class_dropout: float) -> None:
         super().__init__(num_classes + 1, hidden_size)
         self.class_dropout = class_dropout
-        nn.init.normal_(self.weight, std=0.02)
 
     @property
     def null_class(self) -> int:

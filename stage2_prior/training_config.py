@@ -25,6 +25,8 @@ class PriorModel:
     """How often a label is replaced by the null class in training; guidance needs it above 0."""
     qk_norm: bool = True
     positions: Literal["1d", "2d"] = "2d"
+    learned_positions: bool = False
+    """Adds a learnt vector to each place, beside the rotary positions: early training is quicker."""
     rope_theta: float = 10_000.0
 
     def for_spec(self, spec: LatentSpec, num_classes: int) -> AutoregressivePriorConfig:
@@ -41,6 +43,7 @@ class PriorModel:
             class_dropout=self.class_dropout,
             qk_norm=self.qk_norm,
             positions=self.positions,
+            learned_positions=self.learned_positions,
             rope_theta=self.rope_theta,
             tokenizer_id=spec.tokenizer_id,
         )

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training_harness.machine import multiplies_bfloat16
+
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on GPUs and on CPUs with AMX, five times as fast there; float32 elsewhere."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
+    fast = device.type == "cuda" or (device.type == "cpu" and multiplies_bfloat16())
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -25,6 +25,7 @@ from training_harness.configuration import read_yaml, to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import up_to_date, whole_folder
 from training_harness.guard import NonFiniteGuard
+from training_harness.machine import keep_freed_memory, rounded_products
 from training_harness.metric_log import MetricLog
 
 
@@ -42,6 +43,8 @@ class RunConfig:
     accumulation_steps: int = 1
     """Batches whose gradients make up one optimiser step."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    matmul_precision: Literal["highest", "high"] = "high"
+    """Of products of float32 in training: `high` lets GPUs use TF32 and CPUs with AMX bfloat16 inside."""
     log_every: int = 25
     sample_every: int = 500
     checkpoint_every: int = 500
@@ -73,6 +76,7 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = config.output
+        keep_freed_memory()
         AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -127,7 +131,7 @@ class Run:
             dynamic_ncols=True,
         )
         self._started, self._first, self._images = time.perf_counter(), self.step, images
-        with self._bar:
+        with self._bar, rounded_products(self.accelerator.device, config.matmul_precision == "high"):
             for step in range(self.step + 1, config.max_steps + 1):
                 torch.manual_seed(seed_of(config.seed, step, self.accelerator.process_index))
                 yield step

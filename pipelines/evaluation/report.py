@@ -158,7 +158,7 @@ class Evaluator:
         figures |= {"codes_used": used.codes_used, "perplexity": used.perplexity}
         figures["bits_per_pixel"] = bits / math.prod(processor.content_size)
         rebuilt_rows, real_rows = reconstructions.features, real.features
-        floor = real_rows if train is None else self._floor(train, len(real)).features
+        floor = real_rows if train is None else self._floor(train, real.labels).features
         enough, floor_exists = len(real) >= 2, train is not None and min(len(floor), len(real)) >= 2
         interval = bootstrap_interval(rebuilt_rows, real_rows, self.seed, paired=True) if enough else None
         return figures | {
@@ -187,7 +187,7 @@ class Evaluator:
         figures["floor"] = figures["memorisation"] = None
         nearest: tuple[Tensor, Tensor] | None = None
         if train is not None:
-            floor = self._floor(train, len(samples))
+            floor = self._floor(train, samples.labels if names else torch.full_like(samples.labels, -1))
             figures["floor"] = self._compared(floor, real) | {"num_images": len(floor)}
             figures["floor"]["class_agreement"] = agreement(verdicts and verdicts[1], real)
             nearest = (
@@ -240,9 +240,18 @@ class Evaluator:
         figures |= precision_recall(b, a)._asdict() | density_coverage(b, a)._asdict()
         return figures
 
-    def _floor(self, train: Measured, count: int) -> Measured:
-        """As many training images, drawn at random, or all of them when there are fewer."""
-        return train.select(drawn_positions(len(train), count, self.seed))
+    def _floor(self, train: Measured, labels: Tensor) -> Measured:
+        """A training image for each of `labels`, of that class; of any class where either side has none.
+
+        Drawn at random; where a class has too few, all that it has.
+        """
+        if (train.labels < 0).any() or (labels < 0).any():
+            return train.select(drawn_positions(len(train), len(labels), self.seed))
+        drawn = []
+        for label, count in zip(*labels.unique(return_counts=True), strict=True):
+            of_class = (train.labels == label).nonzero().flatten()
+            drawn.append(of_class[drawn_positions(len(of_class), int(count), self.seed)])
+        return train.select(torch.cat(drawn).sort().values)
 
     def _verdicts(
         self, samples: Measured, real: Measured, train: Measured | None, num_classes: int

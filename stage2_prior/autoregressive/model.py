@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.rotary import rotary_angles, rotate
+from stage2_prior.autoregressive.rotary import rotary_angles, rotate, turns
 from stage2_prior.autoregressive.sampling import SamplingOptions, decode
 from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.normalization import RMSNorm
 from stage2_prior.outputs import PriorLoss
 from training_harness.errors import ConfigError, SpecMismatchError
 from training_harness.pretrained import StrictConfig, StrictModel
 
-CODE_EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of rows that start from the codes' vectors
+EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
+SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
+Turns = tuple[Tensor, Tensor]  # cosines and signed sines (tokens, head_dim)
 
 
 @strict
@@ -44,6 +47,8 @@ class AutoregressivePriorConfig(StrictConfig):
     class_dropout: float = 0.1
     qk_norm: bool = True
     positions: Literal["1d", "2d"] = "2d"
+    learned_positions: bool = False
+    """Adds a learnt vector to each place, beside the rotary positions."""
     rope_theta: float | int = 10_000.0
     rms_norm_eps: float = 1e-6
     tokenizer_id: str = ""
@@ -78,15 +83,15 @@ class Attention(nn.Module):
         self.heads, self.dropout = config.num_heads, config.dropout
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.query_norm, self.key_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, head_dim)
             for project in (self.query, self.key, self.value)
         )
-        query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
+        query, key = rotate(self.query_norm(query), *turned), rotate(self.key_norm(key), *turned)
         if cache is not None:
             key, value = cache.append(key, value)
         new, seen = query.shape[2], key.shape[2]
@@ -94,8 +99,23 @@ class Attention(nn.Module):
         if 1 < new < seen:  # torch's `is_causal` would count from the first key, which is the oldest
             mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
+        if causal and new <= SHORT and x.device.type == "cpu" and torch.is_grad_enabled():
+            attended = causal_attention(query, key, value, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """softmax(QKᵀ / √d + mask) V of (B, heads, tokens, d), as plain products.
+
+    torch's blocked kernel for CPUs is eight times as slow at 49 tokens where products round their factors.
+    """
+    tokens, width = query.shape[-2:]
+    mask = query.new_full((tokens, tokens), -math.inf).triu(1)
+    query, key, values = (x.reshape(-1, tokens, width) for x in (query, key, value))
+    scores = torch.baddbmm(mask.expand(len(query), -1, -1), query, key.mT, alpha=width**-0.5)
+    return (F.dropout(scores.softmax(-1), dropout) @ values).view(value.shape)
 
 
 class FeedForward(nn.Module):
@@ -114,14 +134,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, cache))
+    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -134,8 +154,10 @@ class AutoregressivePrior(StrictModel):
         super().__init__(config)
         self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size, config.class_dropout)
         self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
+        places = config.height * config.width
+        self.position_embedding = nn.Embedding(places, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
         self._draw_weights()
         self.post_init()
@@ -159,9 +181,12 @@ class AutoregressivePrior(StrictModel):
         With caches, the inputs follow the tokens that the caches hold.
         """
         first = caches[0].tokens if caches else 0
-        angles = self.angles(inputs.device)[first : first + inputs.shape[1]]
+        places = slice(first, first + inputs.shape[1])
+        turned = turns(self.angles(inputs.device)[places])
+        if self.position_embedding is not None:  # of the place that is predicted
+            inputs = inputs + self.position_embedding.weight[places]
         for i, block in enumerate(self.blocks):
-            inputs = block(inputs, angles, caches[i] if caches else None)
+            inputs = block(inputs, turned, caches[i] if caches else None)
         return self.norm(inputs)
 
     def angles(self, device: torch.device) -> Tensor:
@@ -210,15 +235,16 @@ class AutoregressivePrior(StrictModel):
         channels, hidden = vectors.shape[1], self.config.hidden_size
         rotation = nn.init.orthogonal_(vectors.new_empty(channels, hidden))
         rows = vectors @ rotation * math.sqrt(max(hidden / channels, 1))  # (K, hidden), near unit variance
-        self.code_embedding.weight.copy_(CODE_EMBEDDING_STD * rows)
+        self.code_embedding.weight.copy_(EMBEDDING_STD * rows)
         self.head.weight.copy_(HEAD_STD * rows)
 
     def _draw_weights(self) -> None:
-        """Normal with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
+        """Normal: matrices with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
         depth = math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and "embedding" not in name:
                 std = parameter.shape[1] ** -0.5
                 small = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=std / depth if small else 0.02 if name == "head.weight" else std)
-        nn.init.normal_(self.code_embedding.weight, std=0.02)
+            elif "embedding" in name:
+                nn.init.normal_(parameter, std=EMBEDDING_STD)

@@ -23,8 +23,13 @@ def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: floa
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x: (B, heads, tokens, d); angles: (tokens, d / 2). Computed in float32, returned in x's type."""
+def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (tokens, d) of angles (tokens, d / 2), as `rotate` takes them."""
     cos, sin = angles.cos(), angles.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, heads, tokens, d); cos, sin: (tokens, d) of `turns`. Computed in float32 or wider, returned in x's type."""
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return (wide * cos).addcmul(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

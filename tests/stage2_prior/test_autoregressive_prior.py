@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import seeded, tiny_prior, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.model import AutoregressivePrior, AutoregressivePriorConfig
+from stage2_prior.autoregressive.model import AutoregressivePrior, AutoregressivePriorConfig, causal_attention
 from training_harness.errors import ConfigError, SpecMismatchError, UserError
 
 LLAMA_NAMES = {
@@ -211,3 +212,14 @@ def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_size_is_refused
     config.write_text(whole.replace('"codebook_size": 16', '"codebook_size": 17'), encoding="utf-8")
     with pytest.raises(UserError, match=r"mismatched|size"):
         AutoregressivePrior.from_pretrained(tmp_path)
+
+
+def test_attention_by_plain_products_equals_torch_s_with_its_gradients() -> None:
+    query, key, value = (torch.randn(2, 3, 7, 8, generator=seeded(i)).requires_grad_() for i in range(3))
+    ours = causal_attention(query, key, value, dropout=0.0)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert_close(ours, theirs)
+    weights = torch.randn(ours.shape, generator=seeded(3))
+    gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (ours, theirs)]
+    for own, other in zip(*gradients, strict=True):
+        assert_close(own, other)

@@ -139,7 +139,9 @@ def test_previews_and_the_saved_model_are_the_averaged_weights(codes: CodeCache,
 
 
 def test_the_validation_loss_is_the_mean_over_the_images_without_dropout(codes: CodeCache, tmp_path: Path) -> None:
-    prior = AutoregressivePrior.from_pretrained(train_prior(configuration(codes, tmp_path), codes))
+    prior = AutoregressivePrior.from_pretrained(
+        train_prior(configuration(codes, tmp_path, matmul_precision="highest"), codes)
+    )
     everything = np.arange(10)
     with torch.no_grad():
         direct = float(prior(codes.validation.indices(everything), codes.validation.labels(everything)).total)

@@ -234,6 +234,14 @@ def test_the_noise_floor_is_the_figure_of_as_many_training_images(evaluator: Eva
     assert whole["frechet"] == pytest.approx(frechet_distance(corners(train[:9]), corners(pictures(30, 2))), rel=1e-6)
 
 
+def test_the_noise_floor_has_as_many_images_of_each_class_as_the_samples(evaluator: Evaluator) -> None:
+    train = measured(evaluator, pictures(50, 3), [0] * 40 + [1] * 8 + [2] * 2)
+    wanted = torch.tensor([0] * 3 + [1] * 5 + [2] * 4)
+    floor = evaluator._floor(train, wanted)
+    assert floor.labels.bincount().tolist() == [3, 5, 2]  # of the third class there are but two
+    assert torch.equal(floor.features.read(0, 99), evaluator._floor(train, wanted.flip(0)).features.read(0, 99))
+
+
 def test_real_images_in_the_samples_place_have_no_distance_and_are_seen_as_copies(evaluator: Evaluator) -> None:
     train = measured(evaluator, pictures(40, 1))
     held_out = measured(evaluator, pictures(30, 2))
