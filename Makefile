@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-all test-oldest check format bench clean
+.PHONY: quickstart test test-all test-oldest check format bench golden clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/latentloom quickstart $(ARGS)
@@ -34,6 +34,10 @@ format: $(VENV)/installed-dev
 # Peers side by side; QUICK=1 ends within five minutes and writes nothing. ARGS names single ones.
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
+
+# The losses of 20 steps of every recipe, which the tests compare with.
+golden: $(VENV)/installed-dev
+	$(BIN)/python scripts/golden_losses.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import time
 
-NAMES = ("where_time_goes", "set_metrics", "evaluation_memory", "glue")
+NAMES = ("where_time_goes", "set_metrics", "evaluation_memory", "loop_cost", "glue")
 
 
 def main() -> None:

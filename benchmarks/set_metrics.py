@@ -19,7 +19,7 @@ from pipelines.evaluation.kernel_distance import kernel_distance
 from pipelines.evaluation.manifolds import precision_recall
 
 PEER = "torch-fidelity"
-SIZES = ((2_000, 1280), (10_000, 1280), (2_000, 2048))
+SIZES = ((2_000, 1280), (5_000, 1280), (2_000, 2048))
 
 
 def pair(count: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def run(quick: bool) -> Report:
     for count, columns in SIZES[:1] if quick else SIZES:
         for name, both in contenders(*pair(count, columns)).items():
             values = {who: work() for who, work in both.items()}
-            found = compared(interleaved(both, rounds=2 if quick else 5, warm_up=0))
+            found = compared(interleaved(both, rounds=2 if quick else 3, warm_up=0))
             low, high = found[PEER]["quartiles"]
             difference = abs(values[OURS] / values[PEER] - 1)
             rows.append(

@@ -2,8 +2,9 @@
 
 Parts are measured in the real loops, by a stopwatch around the functions that make them up; a part's time is its own, without
 that of the parts inside it. Beside a job stands what its arithmetic would take if all of it ran at the speed that this machine
-reaches in large products and convolutions, or, for a sampled token, what reading the weights once would take: the bound. What is
-above the bound is activations and norms, small products, and Python.
+reaches in large products and convolutions (with factors rounded in training, as `training_harness.machine` does), or, for a
+sampled token, what reading the weights once would take: the bound. What is above the bound is activations and norms, small
+products, and Python.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from stage2_prior.autoregressive.model import Attention, AutoregressivePrior, Fe
 from stage2_prior.codes import CodeSplit
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA
+from training_harness.machine import rounded_products
 from training_harness.muon import Muon
 from training_harness.run import Run
 
@@ -224,6 +226,8 @@ def repeated_job(
 def run(quick: bool) -> Report:
     steps, rounds = (5, 3) if quick else (30, 10)
     speed, source = machine_speed(rounds), load_source(FASHION_MNIST)
+    with rounded_products(accelerated_device(), enabled=True):
+        rounded = machine_speed(rounds)
     jobs = []
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -236,9 +240,9 @@ def run(quick: bool) -> Report:
             config = recipe(PriorTraining, "prior", PRIOR, 1.0, 0, codes=folder / "codes", output=folder / "p")
             return run_prior(replaced(config, n))
 
-        jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 16)", STAGE_ONE, tokenizer, steps, speed))
+        jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 16)", STAGE_ONE, tokenizer, steps, rounded))
         run_tokenize(folder / "t", source, folder / "codes")
-        jobs.append(training_job(f"stage-two step ({PRIOR}, batch 32)", STAGE_TWO, prior, steps, speed))
+        jobs.append(training_job(f"stage-two step ({PRIOR}, batch 32)", STAGE_TWO, prior, steps, rounded))
         pipeline = LatentGenerationPipeline.from_pretrained(folder / "p").to(accelerated_device())
     pixels = torch.rand(128, 1, 28, 28, device=accelerated_device()) * 2 - 1
     with torch.inference_mode():
@@ -252,8 +256,8 @@ def run(quick: bool) -> Report:
     return Report(
         name="where_time_goes",
         title="Where the time goes",
-        text=words(jobs, speed),
-        figures={"speed": speed._asdict(), "jobs": [job._asdict() for job in jobs]},
+        text=words(jobs, speed, rounded),
+        figures={"speed": speed._asdict(), "rounded": rounded._asdict(), "jobs": [job._asdict() for job in jobs]},
     )
 
 
@@ -277,10 +281,11 @@ def replaced(config: Any, steps: int) -> Any:
     return dataclasses.replace(config, max_steps=steps, sample_every=10**9, checkpoint_every=10**9)
 
 
-def words(jobs: list[Job], speed: Speed) -> str:
+def words(jobs: list[Job], speed: Speed, rounded: Speed) -> str:
     reach = (
-        f"This machine: {speed.product / 1e9:,.0f} GFLOP/s in products, {speed.convolution / 1e9:,.0f} in convolutions, "
-        f"{speed.memory / 1e9:.1f} GB/s in reading (float32)."
+        f"This machine: {speed.product / 1e9:,.0f} GFLOP/s in products of float32 and {speed.convolution / 1e9:,.0f} in "
+        f"convolutions, {rounded.product / 1e9:,.0f} and {rounded.convolution / 1e9:,.0f} with factors rounded as in training; "
+        f"{speed.memory / 1e9:.1f} GB/s in reading."
     )
     overview = table(
         ["", "ms", "GFLOP in convolutions", "GFLOP in products", "bound, ms", "bound / measured"],

@@ -27,7 +27,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Runs one verb; returns the exit status: 0, 2 after an error that the user can mend, 128 + n after signal n."""
     words = sys.argv[1:] if arguments is None else arguments
     debug, words = "--debug" in words, [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb, *rest = words
     from training_harness.configuration import nearest
     from training_harness.errors import UserError
+    from training_harness.signals import Interrupted
 
     try:
         if verb not in VERBS:
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         place, reason = error.filename or "the system", error.strerror or type(error).__name__
         print(f"error: {place}: {reason}; expected to read or write there; --debug shows where", file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130

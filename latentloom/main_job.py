@@ -35,9 +35,10 @@ from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed
 from stage2_prior.training_config import PriorTraining
+from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.run import RunConfig, check_folder, newest_step
+from training_harness.run import RunConfig, check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42

@@ -28,10 +28,11 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
+from training_harness.checkpoints import newest_step
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
-from training_harness.run import RunConfig, check_folder, newest_step
+from training_harness.run import RunConfig, check_folder
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8

@@ -79,14 +79,14 @@ class ImageProcessor:
         return pixels.permute(2, 0, 1).contiguous()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, h, w) of the content → float32 (B, C, H, W) in [-1, 1], the padding centred, edges repeated."""
+        """uint8 (B, C, h, w) of the content → (B, C, H, W) of torch's default type in [-1, 1], padded evenly by repeated edges."""
         self._check("images", images, self.content_size)
         if images.dtype != torch.uint8:
             raise ValueError(f"images are {images.dtype}; expected torch.uint8 in 0..255, as `read` gives them")
         top, left = self._offset
         bottom = self.image_size[0] - self.content_size[0] - top
         right = self.image_size[1] - self.content_size[1] - left
-        return F.pad(images.float() / 127.5 - 1, (left, right, top, bottom), mode="replicate")
+        return F.pad(images.to(torch.get_default_dtype()) / 127.5 - 1, (left, right, top, bottom), mode="replicate")
 
     def postprocess(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] → uint8 (B, C, h, w) of the content, clamped and rounded."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from stage1_tokenizer.quantizers.vector_quantizer import summed
 from training_harness.errors import ConfigError
 from training_harness.optimization import steps_of
+from training_harness.precision import widened
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction, original), both (B, C, H, W) in [-1, 1], to a scalar."""
@@ -89,27 +90,27 @@ def reconstruction_terms(
     reconstruction: Tensor, pixel_values: Tensor, perceptual: PerceptualLoss | None
 ) -> dict[str, Tensor]:
     """Unweighted float32 means by the names of `ReconstructionConfig`."""
-    reconstruction, pixel_values = reconstruction.float(), pixel_values.float()
+    reconstruction, pixel_values = widened(reconstruction), widened(pixel_values)
     terms = {"l1": F.l1_loss(reconstruction, pixel_values), "l2": F.mse_loss(reconstruction, pixel_values)}
     if perceptual is not None:
-        terms["perceptual"] = perceptual(reconstruction, pixel_values).float()
+        terms["perceptual"] = widened(perceptual(reconstruction, pixel_values))
     return terms
 
 
 def generator_hinge(fake_logits: Tensor) -> Tensor:
     """−mean D(x̂)."""
-    return -fake_logits.float().mean()
+    return -widened(fake_logits).mean()
 
 
 def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """½ mean max(0, 1 − D(x)) + ½ mean max(0, 1 + D(x̂))."""
-    return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+    return 0.5 * (F.relu(1 - widened(real_logits)).mean() + F.relu(1 + widened(fake_logits)).mean())
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """λ of Esser et al. 2021, eq. 7: detached, in [0, 10⁴], averaged over processes."""
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_adversary,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    weight = of_reconstruction.float().norm() / (of_adversary.float().norm() + 1e-4)
+    weight = widened(of_reconstruction).norm() / (widened(of_adversary).norm() + 1e-4)
     processes = summed(torch.ones_like(weight))
     return summed(weight.clamp(0, 1e4).detach()) / processes

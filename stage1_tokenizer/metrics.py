@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.quantizers.vector_quantizer import summed
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
 LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
@@ -95,3 +96,25 @@ def codebook_usage(counts: Tensor) -> CodebookUsage:
     shares = counts.double() / counts.sum().clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum()
     return CodebookUsage(int((counts > 0).sum()), math.exp(float(entropy)))
+
+
+class CodeUsage:
+    """How often each entry was chosen in training since it was last looked at, over all processes; part of a checkpoint."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self.counts = torch.zeros(codebook_size)
+
+    def count(self, indices: Tensor) -> None:
+        """indices: int64 of any shape."""
+        self.counts += summed(torch.bincount(indices.flatten(), minlength=len(self.counts))).cpu()
+
+    def since_last(self) -> CodebookUsage:
+        found = codebook_usage(self.counts)
+        self.counts.zero_()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts.copy_(state["counts"])

@@ -6,7 +6,7 @@ A picture that cannot be read is left out, and listed with the reason.
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -60,8 +60,10 @@ class Pixels:
         labels = self.split.labels
         return None if labels is None else [labels[i] for i in self.readable]
 
-    def source_ids(self) -> list[str]:
-        return [self.split.source_id(i) for i in self.readable]
+    def source_ids(self, positions: Iterable[int] | None = None) -> list[str]:
+        """Of the pictures at `positions`; of all of them by default."""
+        chosen = range(len(self)) if positions is None else positions
+        return [self.split.source_id(self.readable[i]) for i in chosen]
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
         """(positions, pictures) in order, each picture once, those that cannot be read left out."""

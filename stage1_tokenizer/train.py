@@ -13,7 +13,7 @@ from stage1_tokenizer.losses import (
     generator_hinge,
     reconstruction_terms,
 )
-from stage1_tokenizer.metrics import codebook_usage, psnr
+from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
@@ -45,7 +45,7 @@ def train_tokenizer(
     run = Run(config)
     accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
     processor = model_config.image_processor
-    tokenizer = VQGAN(model_config)
+    tokenizer = VQGAN(model_config).to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     optimizer = build_optimizer(tokenizer, config.optimizer)
     discriminator_optimizer = torch.optim.Adam(
@@ -54,19 +54,20 @@ def train_tokenizer(
     model, critic, optimizer, discriminator_optimizer = accelerator.prepare(
         tokenizer, discriminator, optimizer, discriminator_optimizer
     )
-    model.to(memory_format=torch.channels_last)
     tokenizer, discriminator = accelerator.unwrap_model(model), accelerator.unwrap_model(critic)
     ema = EMA(tokenizer, config.ema)
+    usage = CodeUsage(model_config.codebook_size)
     run.track(
         model=model,
         ema=ema,
         optimizer=optimizer,
         discriminator=critic,
         discriminator_optimizer=discriminator_optimizer,
+        usage=usage,
     )
     order = BatchOrder(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
     batches = train.random_batches(order, run.step * config.accumulation_steps)
-    usage = torch.zeros(model_config.codebook_size, device=accelerator.device)
+    run.sources = lambda step: train.source_ids(order.examples(step, config.accumulation_steps))
 
     for step in run.steps(config.batch_size, "tokenizer"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
@@ -101,15 +102,15 @@ def train_tokenizer(
                     accelerator.backward(terms["discriminator"])
                     discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
-            usage += torch.bincount(output.indices.flatten(), minlength=len(usage))
+            usage.count(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
             figures = preview(ema.model, validation, run.folder / "samples" / f"step_{step:06d}.png")
-            used = codebook_usage(accelerator.reduce(usage))
-            usage.zero_()
+            used = usage.since_last()
             run.log_row(step, figures | {"codes_used": used.codes_used, "perplexity": used.perplexity})
-        if run.due(step, config.checkpoint_every):
+            run.judge(step, -figures["validation_psnr"])
+        if run.checkpoint_due(step):
             run.checkpoint(step)
     return export(run, ema.model, train)
 

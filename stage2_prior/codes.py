@@ -43,6 +43,10 @@ class CodeSplit:
         """(B,) int64; −1 for images without a label."""
         return torch.from_numpy(self._take("label", rows))
 
+    def source_ids(self, rows: np.ndarray) -> list[str]:
+        parts, shards = self._columns["source_id"], np.searchsorted(self._starts, rows, side="right") - 1
+        return [parts[n][int(row - self._starts[n])].as_py() for n, row in zip(shards, rows, strict=True)]
+
     def require(self, name: str) -> None:
         """Raises UserError when the cache was written without the column `name`."""
         if name not in self._columns:
@@ -122,12 +126,10 @@ def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:
         ) from error
     columns = {}
     for name in table.column_names:
-        if name == "source_id":
-            continue
         array = table[name].chunk(0)
         if pa.types.is_fixed_size_list(array.type):
             values = array.flatten().to_numpy(zero_copy_only=True)
             columns[name] = values.reshape(len(array), array.type.list_size)
         else:
-            columns[name] = array.to_numpy(zero_copy_only=True)
+            columns[name] = array if name == "source_id" else array.to_numpy(zero_copy_only=True)
     return columns

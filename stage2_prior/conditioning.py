@@ -1,7 +1,7 @@
 """What a prior is conditioned on: a class label, or the learned null class.
 
 The null class has the id `num_classes`, which follows from the data; a data set without labels has it alone. In training
-a label is replaced by it at the rate `class_dropout`, so that one model gives both halves of classifier-free guidance
+a label is left out at the rate `class_dropout`, so that one model gives both halves of classifier-free guidance
 (Ho, Salimans 2022, arXiv 2207.12598): logits = null + scale · (conditional − null).
 """
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 class ClassEmbedding(nn.Embedding):
     """(B,) int64 labels in [0, num_classes] → (B, hidden); −1 (no label) counts as the null class."""
 
-    def __init__(self, num_classes: int, hidden_size: int, class_dropout: float) -> None:
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__(num_classes + 1, hidden_size)
-        self.class_dropout = class_dropout
 
     @property
     def null_class(self) -> int:
         return self.num_embeddings - 1
 
     def forward(self, labels: Tensor) -> Tensor:
-        labels = torch.where(labels < 0, self.null_class, labels)
-        if self.training and self.class_dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.class_dropout
-            labels = torch.where(dropped, self.null_class, labels)
-        return super().forward(labels)
+        return super().forward(torch.where(labels < 0, self.null_class, labels))
+
+
+def without_some(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
+    """Labels (B,), −1 where the draw (B,) in [0, 1) is below `rate`."""
+    return torch.where(draws.to(labels.device) < rate, -1, labels)
 
 
 def guided(conditional: Tensor, null: Tensor, scale: float) -> Tensor:

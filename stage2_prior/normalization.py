@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training_harness.precision import widened
+
 
 class RMSNorm(nn.RMSNorm):
     """Over the last axis; computed in float32 or wider."""
 
-    weight: Tensor
-    eps: float
-
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)  # type: ignore[no-untyped-call, no-any-return]
+        return _RMSNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         normalized = wide * scale
         ctx.save_for_backward(normalized, scale, weight)

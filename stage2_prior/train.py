@@ -10,6 +10,7 @@ import torch
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.conditioning import without_some
 from stage2_prior.model_card import prior_card
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
@@ -60,13 +61,14 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
+    run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
 
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
-        for micro in range(config.accumulation_steps):
-            rows = order.batch((step - 1) * config.accumulation_steps + micro)
+        for number in order.numbers(step, config.accumulation_steps):
+            rows, draws = order.batch(number), torch.from_numpy(order.draws(number))
             indices = codes.train.indices(rows).to(accelerator.device)
-            labels = codes.train.labels(rows).to(accelerator.device)
+            labels = without_some(codes.train.labels(rows), draws, config.model.class_dropout).to(accelerator.device)
             with accelerator.accumulate(model):
                 loss = model(indices, labels)  # through forward: DDP hooks nothing else
                 accelerator.backward(loss.total)
@@ -77,9 +79,10 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
             nats = validation_loss(ema.model, codes.validation, config.validation_images)
             bits = nats / math.log(2) * codes.spec.tokens
             run.log_row(step, {"validation_nats_per_token": nats, "validation_bits_per_image": bits})
+            run.judge(step, nats)
             if preview is not None and accelerator.is_main_process:
                 preview(ema.model, run.folder / "samples" / f"step_{step:06d}.png")
-        if run.due(step, config.checkpoint_every):
+        if run.checkpoint_due(step):
             run.checkpoint(step)
 
     folder = run.folder / "model"

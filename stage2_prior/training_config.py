@@ -29,6 +29,10 @@ class PriorModel:
     """Adds a learnt vector to each place, beside the rotary positions: early training is quicker."""
     rope_theta: float = 10_000.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.class_dropout <= 1:
+            raise ConfigError(f"model.class_dropout is {self.class_dropout}; expected a share in [0, 1], such as 0.1")
+
     def for_spec(self, spec: LatentSpec, num_classes: int) -> AutoregressivePriorConfig:
         return AutoregressivePriorConfig(
             codebook_size=spec.codebook_size or 0,
@@ -40,7 +44,6 @@ class PriorModel:
             num_heads=self.num_heads,
             intermediate_size=self.intermediate_size,
             dropout=self.dropout,
-            class_dropout=self.class_dropout,
             qk_norm=self.qk_norm,
             positions=self.positions,
             learned_positions=self.learned_positions,

@@ -24,6 +24,28 @@ class BatchOrder:
         epochs = places // self.size
         return np.concatenate([self._permutation(int(e))[places[epochs == e] % self.size] for e in np.unique(epochs)])
 
+    @staticmethod
+    def numbers(step: int, accumulated: int) -> range:
+        """The batches of optimiser step `step`, from 1."""
+        return range((step - 1) * accumulated, step * accumulated)
+
+    def examples(self, step: int, accumulated: int) -> np.ndarray:
+        """What this process sees in optimiser step `step`, from 1."""
+        return np.concatenate([self.batch(number) for number in self.numbers(step, accumulated)])
+
+    def draws(self, number: int) -> np.ndarray:
+        """A number in [0, 1) for each example of `batch(number)`: a function of the seed and its place among all batches.
+
+        So an example has the same draw whatever the number of processes. splitmix64 (Steele, Lea, Flood 2014).
+        """
+        start = (number * self.processes + self.rank) * self.batch_size
+        places = np.arange(start, start + self.batch_size, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            x = (places + np.uint64(self.seed) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
     def epoch(self, number: int) -> float:
         """Epochs finished once `number` batches have been taken by every process."""
         return number * self.processes * self.batch_size / self.size

@@ -8,7 +8,7 @@ moving averages is a buffer, and left out it would not belong to the averaged en
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class EMAConfig:
     decay: float = 0.999
     """Share of the average that a step keeps, once warmed up; 0 follows the weights."""
+    device: Literal["same", "cpu"] = "same"
+    """`cpu` keeps the average out of an accelerator's memory, at the price of a copy a step and of slow previews."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -34,6 +36,8 @@ class EMA(Generic[Model]):
     def __init__(self, source: Model, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
+        if config.device == "cpu":
+            self.model.cpu()
         self._pairs = list(zip(_tensors(self.model), _tensors(source), strict=True))
 
     @torch.no_grad()
@@ -41,7 +45,8 @@ class EMA(Generic[Model]):
         """Takes in the source's weights after optimiser step `step` (from 1)."""
         decay = min(self.config.decay, (1 + step) / (10 + step))
         floats = [(average, value) for average, value in self._pairs if value.is_floating_point()]
-        torch._foreach_lerp_([average for average, _ in floats], [value for _, value in floats], 1 - decay)
+        averages, values = [average for average, _ in floats], [value.to(average.device) for average, value in floats]
+        torch._foreach_lerp_(averages, values, 1 - decay)
         for average, value in self._pairs:
             if not value.is_floating_point():
                 average.copy_(value)

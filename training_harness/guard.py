@@ -1,32 +1,93 @@
-"""Stops a run whose loss is no longer finite, and says which term went wrong first."""
+"""Watches loss terms and gradients: skips bad steps, stops a run that stays bad, and says where it went wrong.
+
+A spike is a gradient norm of more than `SPIKE` times the median of the last `WINDOW` ones.
+"""
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from training_harness.errors import UserError
 
+PATIENCE, WINDOW, SPIKE = 5, 100, 10.0
+
 
 class NonFiniteLossError(UserError):
-    """Several steps in a row had a loss that is not a finite number."""
+    """Several steps in a row had a loss or a gradient that is not a finite number."""
 
 
 class NonFiniteGuard:
-    """Lets single bad steps be skipped; raises NonFiniteLossError after `patience` of them in a row."""
+    """Lets single bad steps be skipped; `exhausted` after `patience` of them in a row."""
 
-    def __init__(self, patience: int = 5) -> None:
+    def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
         self.in_a_row = 0
+        self.wrong: dict[str, float] = {}
+        """What was not finite at the last step."""
+        self._norms: deque[float] = deque(maxlen=WINDOW)
 
-    def allows(self, step: int, terms: Mapping[str, Tensor], gradient_norm: Tensor | float) -> bool:
+    def allows(self, terms: Mapping[str, Tensor], gradient_norm: Tensor | float) -> bool:
         """Whether the step may be taken: every loss term and the gradient's norm are finite."""
-        values = {name: float(term.detach()) for name, term in terms.items()} | {"gradient norm": float(gradient_norm)}
-        wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
-        self.in_a_row = self.in_a_row + 1 if wrong else 0
-        if self.in_a_row >= self.patience:
-            raise NonFiniteLossError(
-                f"step {step}: {', '.join(wrong)}, {self.in_a_row} steps in a row; expected finite numbers; lower "
-                "--optimizer.learning-rate or use --mixed-precision no, then run again to go on from the last checkpoint"
+        found = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in (*terms.values(), gradient_norm)])
+        values = dict(zip((*terms, "gradient norm"), found.tolist(), strict=True))
+        self.wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        self.in_a_row = self.in_a_row + 1 if self.wrong else 0
+        return not self.wrong
+
+    @property
+    def exhausted(self) -> bool:
+        return self.in_a_row >= self.patience
+
+    def error(self, step: int, where: str) -> NonFiniteLossError:
+        wrong = ", ".join(f"{name} = {value}" for name, value in self.wrong.items())
+        return NonFiniteLossError(
+            f"step {step}: {wrong}, {self.in_a_row} steps in a row, first in {where}; expected finite numbers; lower "
+            "--optimizer.learning-rate or use --mixed-precision no, then run again to go on from the last checkpoint"
+        )
+
+    def spike(self, gradient_norm: float) -> float | None:
+        """The usual norm when this one is far above it."""
+        usual = statistics.median(self._norms) if len(self._norms) >= WINDOW // 5 else math.inf
+        self._norms.append(gradient_norm)
+        return usual if gradient_norm > SPIKE * usual else None
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """The first tensor that is not finite: a parameter, a layer's output for `inputs`, or else a gradient."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not _finite(tensor):
+            return f"the parameter {name}"
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, name=name: (
+                None if _finite(output) else found.append(f"the output of {name or 'the model'}")
             )
-        return not wrong
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return found[0]
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return (
+        f"the gradient of {gradients[-1]}" if gradients else "a term outside the model"
+    )  # the last is nearest to the loss
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return all(map(_finite, value)) if isinstance(value, tuple | list) else True

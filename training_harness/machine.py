@@ -8,9 +8,12 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+CUDNN: Any = torch.backends.cudnn  # modules only at first sight
+MKLDNN: Any = torch.backends.mkldnn
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
 
 
@@ -22,10 +25,11 @@ def multiplies_bfloat16() -> bool:
 @contextmanager
 def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
     """Within it, products of float32 on `device` round their factors where that is faster."""
+    settings: tuple[Any, Any]
     if device.type == "cuda":
-        settings, precision = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), "tf32"
+        settings, precision = (torch.backends.cuda.matmul, CUDNN.conv), "tf32"
     else:
-        settings, precision = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv), "bf16"
+        settings, precision = (MKLDNN.matmul, MKLDNN.conv), "bf16"
         enabled = enabled and device.type == "cpu" and multiplies_bfloat16()
     before = [setting.fp32_precision for setting in settings]
     try:
@@ -35,6 +39,11 @@ def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def products_are_rounded(device: torch.device) -> bool:
+    """Whether products of float32 on a CPU round their factors to bfloat16 now."""
+    return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
 
 
 def keep_freed_memory() -> None:

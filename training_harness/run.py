@@ -7,10 +7,11 @@ resumed run needs no stored generator. A checkpoint holds the state of every obj
 """
 
 import math
-import shutil
+import re
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,12 +22,23 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from training_harness.checkpoints import (
+    TornCheckpointError,
+    checkpoint_path,
+    checkpoints_in,
+    newest_step,
+    prune,
+    read_checkpoint,
+    remove_partial,
+    write_checkpoint,
+)
 from training_harness.configuration import read_yaml, to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
-from training_harness.files import up_to_date, whole_folder
-from training_harness.guard import NonFiniteGuard
+from training_harness.files import up_to_date
+from training_harness.guard import NonFiniteGuard, first_non_finite
 from training_harness.machine import keep_freed_memory, rounded_products
 from training_harness.metric_log import MetricLog
+from training_harness.signals import Interrupted, Wish, wish_to_stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +61,9 @@ class RunConfig:
     sample_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the one of the best validation figure."""
+    resume: str = "latest"
+    """Checkpoint that a run goes on from, such as step_000500; those of later steps give way to the new ones."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulation_steps", "log_every", "sample_every", "checkpoint_every"):
@@ -58,12 +72,14 @@ class RunConfig:
                 raise ConfigError(f"--{flag} is {getattr(self, name)}; expected a whole number of at least 1")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"--keep-checkpoints is {self.keep_checkpoints}; expected at least 1, to resume from")
+        if self.resume != "latest" and not re.fullmatch(r"step_\d+", self.resume):
+            raise ConfigError(f"--resume is {self.resume}; expected latest, or a checkpoint such as step_000500")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
 
 
 # What may differ between a run folder and the command that goes on with it.
-CHANGEABLE = ("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+CHANGEABLE = ("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume")
 
 
 class Stateful(Protocol):
@@ -86,6 +102,12 @@ class Run:
         self.log_file = MetricLog(self.folder / "metrics.jsonl")
         self.guard = NonFiniteGuard()
         self.step = 0
+        self.best: dict[str, float] | None = None
+        """Step and value of the best validation figure so far."""
+        self.gradient_norm = math.nan
+        self.sources: Callable[[int], list[str]] = lambda step: []
+        """Ids of the examples that this process saw in a step; the loop says how to find them."""
+        self._inputs: tuple[Any, ...] = ()  # of the last forward pass
         self._tracked: dict[str, Stateful] = {}
         self._bar: tqdm | None = None
         self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
@@ -102,20 +124,43 @@ class Run:
             name: self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
             for name, thing in objects.items()
         }
-        for path in reversed(checkpoints_in(self.folder)):
-            try:
-                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # a torn archive raises many types
-                print(f"passing over {path}: {type(error).__name__}", file=sys.stderr)
-                continue
+        if isinstance(model := self._tracked.get("model"), nn.Module):
+            model.register_forward_pre_hook(self._note_inputs)
+        if (state := self._state_to_go_on_from()) is not None:
             for name, thing in self._tracked.items():
                 thing.load_state_dict(state["objects"][name])
-            self.step = state["step"]
-            break
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.best, self.guard.in_a_row = state["step"], state["best"], state["skipped_in_a_row"]
         if self.accelerator.is_main_process:
+            remove_partial(self.folder)
             self.log_file.rewind(self.step)
             if self.step:
                 self.log_file.append({"step": self.step, "resumed_from": self.step})
+                print(f"{self.folder}: going on from step {self.step}", file=sys.stderr)
+
+    def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._inputs = inputs
+
+    def _state_to_go_on_from(self) -> dict[str, Any] | None:
+        if self.config.resume != "latest":
+            return read_checkpoint(self._chosen_checkpoint())
+        for path in reversed(checkpoints_in(self.folder)):
+            try:
+                return read_checkpoint(path)
+            except TornCheckpointError as error:
+                if self.accelerator.is_main_process:
+                    print(f"passing over {path}: {error}", file=sys.stderr)
+        return None
+
+    def _chosen_checkpoint(self) -> Path:
+        held = {path.name: path for path in checkpoints_in(self.folder)}
+        if self.config.resume not in held:
+            raise UserError(
+                f"--resume is {self.config.resume} and {self.folder} has {', '.join(held) or 'no checkpoint'}; expected one of "
+                "those, or latest"
+            )
+        return held[self.config.resume]
 
     def steps(self, unit: int, describe: str) -> Iterator[int]:
         """Steps left to do, with a progress bar in images; seeds torch for each from (seed, step, process)."""
@@ -131,12 +176,31 @@ class Run:
             dynamic_ncols=True,
         )
         self._started, self._first, self._images = time.perf_counter(), self.step, images
-        with self._bar, rounded_products(self.accelerator.device, config.matmul_precision == "high"):
+        rounded = rounded_products(self.accelerator.device, config.matmul_precision == "high")
+        with self._bar, rounded, wish_to_stop() as wish:
             for step in range(self.step + 1, config.max_steps + 1):
                 torch.manual_seed(seed_of(config.seed, step, self.accelerator.process_index))
                 yield step
                 self.step = step
                 self._bar.update(images)
+                self._stop_if_told(wish)
+
+    def _stop_if_told(self, wish: Wish) -> None:
+        """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
+        number = wish.number
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(number, device=self.accelerator.device)
+            number = int(self.accelerator.gather(told.view(1)).max())
+        if not number:
+            return
+        if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
+            self.checkpoint(self.step)
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.step} of {self.config.max_steps}; saved in {self.folder}; "
+            "run the same command again to go on",
+        )
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.max_steps
@@ -158,12 +222,27 @@ class Run:
         finite = True
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+            self.gradient_norm = math.nan if norm is None else float(norm)
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
-            finite = self.guard.allows(step, terms, 0.0 if scaled or norm is None else norm)
+            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else norm)
+            if not finite:
+                self._skip(step, model)
+            elif (usual := self.guard.spike(self.gradient_norm)) is not None:
+                self.log_row(step, {"gradient_norm_spike": self.gradient_norm, "usual_gradient_norm": usual})
             if finite or scaled:
                 optimizer.step()
+            finite = finite and (not scaled or math.isfinite(self.gradient_norm))
         optimizer.zero_grad()
         return finite
+
+    def _skip(self, step: int, model: nn.Module) -> None:
+        """Notes the examples of a step that is not taken; raises NonFiniteLossError after too many in a row."""
+        process = self.accelerator.process_index
+        row = {"step": step, "process": process, "source_ids": self.sources(step)}
+        row |= {name: str(value) for name, value in self.guard.wrong.items()}  # JSON knows no NaN
+        MetricLog(self.folder / f"skipped_steps.{process}.jsonl").append(row)
+        if self.guard.exhausted:
+            raise self.guard.error(step, first_non_finite(self.accelerator.unwrap_model(model), self._inputs))
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
@@ -174,6 +253,8 @@ class Run:
         )
         numbers = self.accelerator.reduce(numbers, reduction="mean")
         row = dict(zip(values, numbers.tolist(), strict=True))
+        if math.isfinite(self.gradient_norm):
+            row["gradient_norm"] = self.gradient_norm
         rate = (step - self._first) * self._images / (time.perf_counter() - self._started)
         self.log_row(step, row | {"images_per_second": rate})
         if self._bar is not None:
@@ -184,14 +265,29 @@ class Run:
         if self.accelerator.is_main_process:
             self.log_file.append({"step": step} | {name: float(f"{value:.6g}") for name, value in row.items()})
 
+    def judge(self, step: int, figure: float) -> None:
+        """Notes a validation figure, the lower the better: the checkpoint of the best one is kept."""
+        if self.best is None or figure < self.best["value"]:
+            self.best = {"step": step, "value": figure}
+
+    def checkpoint_due(self, step: int) -> bool:
+        return self.due(step, self.config.checkpoint_every) or (self.best is not None and self.best["step"] == step)
+
     def checkpoint(self, step: int) -> None:
-        """Writes the state of every tracked object; keeps the newest `keep_checkpoints`."""
+        """Writes the state of every tracked object; keeps the newest `keep_checkpoints` and the best."""
         if self.accelerator.is_main_process:
-            state = {"step": step, "objects": {name: thing.state_dict() for name, thing in self._tracked.items()}}
-            with whole_folder(self.folder / "checkpoints" / f"step_{step:06d}") as folder:
-                torch.save(state, folder / "state.pt")
-            for old in checkpoints_in(self.folder)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+            scaler = self.accelerator.scaler
+            state = {
+                "step": step,
+                "best": self.best,
+                "skipped_in_a_row": self.guard.in_a_row,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "objects": {name: thing.state_dict() for name, thing in self._tracked.items()},
+            }
+            write_checkpoint(self.folder, step, state)
+            prune(
+                self.folder, step, self.config.keep_checkpoints, None if self.best is None else int(self.best["step"])
+            )
         self.accelerator.wait_for_everyone()
 
 
@@ -227,7 +323,9 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
             "expected the same; give the same values to go on with it, or choose another --output"
         )
     done = newest_step(config.output)
-    checkpoint = config.output / "checkpoints" / f"step_{done:06d}" / "state.pt"
+    checkpoint = checkpoint_path(config.output, done) / "state.pt"
+    if config.resume != "latest":
+        return None
     if done >= config.max_steps and up_to_date(config.output / "model" / "config.json", made_from=checkpoint):
         return done  # a model older than its checkpoint is that of the run before it was extended
     if done > config.max_steps:
@@ -236,20 +334,6 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
             f"expected at least {done}, to finish it"
         )
     return None
-
-
-def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint in a run folder; 0 without one."""
-    return max(map(_step_of, checkpoints_in(folder)), default=0)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder by their step: names alone would put step_1000000 before step_999999."""
-    return sorted((folder / "checkpoints").glob("step_*"), key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:

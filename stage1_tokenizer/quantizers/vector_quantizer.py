@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training_harness.precision import widened
+
 CHUNK_ELEMENTS = 1 << 22  # entries of the distance table that exist at once: 16 MiB of float32
 
 
@@ -34,7 +36,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     autocast too: in bfloat16 the distances tie and most vectors fall on one code.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        vectors, codebook = vectors.float(), codebook.float()
+        vectors, codebook = widened(vectors), widened(codebook)
         squares = codebook.square().sum(1)
         rows = max(1, CHUNK_ELEMENTS // len(codebook))
         return torch.cat([torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in vectors.split(rows)])
@@ -52,12 +54,14 @@ class VectorQuantizer(nn.Module):
 
     codebook: Tensor
     usage: Tensor
+    restarts: Tensor
 
     def __init__(self, codebook_size: int, channels: int, usage_decay: float = 0.95, restart_threshold: float = 0.3):
         super().__init__()
         self.usage_decay, self.restart_threshold = usage_decay, restart_threshold
         self._make_codebook(torch.randn(codebook_size, channels))
         self.register_buffer("usage", torch.zeros(codebook_size))  # vectors a step and entry, moving average
+        self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))  # batches that gave dead entries vectors
 
     def _make_codebook(self, initial: Tensor) -> None:
         self.codebook = nn.Parameter(initial)
@@ -66,7 +70,7 @@ class VectorQuantizer(nn.Module):
         """latents: (B, c, h, w); in training mode also learns, and restarts dead entries."""
         batch, channels, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = latents.float().movedim(1, -1).reshape(-1, channels)  # (N, c)
+            vectors = widened(latents).movedim(1, -1).reshape(-1, channels)  # (N, c)
             if self.training:
                 self._restart(vectors.detach())
             indices = nearest_code(vectors.detach(), self.codebook.detach())
@@ -99,17 +103,20 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _restart(self, vectors: Tensor) -> None:
-        """Gives every dead entry a vector of the batch; all processes see the same usage and take the same vectors."""
-        uniform = float(summed(vectors.new_tensor(len(vectors)))) / len(self.usage)
-        dead = self.usage <= self.restart_threshold * uniform
+        """Gives every dead entry a vector of all processes' batches; all see the same usage and take the same vectors."""
         if self.restart_threshold == 0 and float(self.usage.sum()) > 0:
             return
-        chosen = torch.randint(len(vectors), (len(self.usage),), device="cpu").to(vectors.device)
-        candidates = gathered(vectors[chosen])  # (processes · K, D)
-        entry = torch.arange(len(self.usage), device=vectors.device)
-        processes = len(candidates) // len(self.usage)
-        candidates = candidates[entry * processes + entry % processes]
-        self._replace(dead, candidates, uniform)
+        uniform = float(summed(vectors.new_tensor(len(vectors)))) / len(self.usage)
+        dead = self.usage <= self.restart_threshold * uniform
+        if not dead.any():
+            return
+        candidates = gathered(vectors)
+        self.restarts += 1
+        generator = torch.Generator().manual_seed(
+            int(self.restarts)
+        )  # one draw for all processes, whatever their number
+        chosen = torch.randint(len(candidates), (len(self.usage),), generator=generator).to(vectors.device)
+        self._replace(dead, candidates[chosen], uniform)
 
     def _replace(self, dead: Tensor, candidates: Tensor, usage: float) -> None:
         self.codebook.data.copy_(torch.where(dead[:, None], candidates.to(self.codebook.dtype), self.codebook.data))
@@ -124,9 +131,9 @@ def summed(values: Tensor) -> Tensor:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """(N, …) of every process, (processes · N, …), interleaved so that a strided choice takes from all."""
+    """(N, …) of every process, one after another: (processes · N, …)."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
+    return torch.cat(parts)

@@ -24,6 +24,7 @@ from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.outputs import PriorLoss
 from training_harness.errors import ConfigError, SpecMismatchError
+from training_harness.precision import widened
 from training_harness.pretrained import StrictConfig, StrictModel
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
@@ -44,7 +45,6 @@ class AutoregressivePriorConfig(StrictConfig):
     num_heads: int = 4
     intermediate_size: int = 512
     dropout: float = 0.0
-    class_dropout: float = 0.1
     qk_norm: bool = True
     positions: Literal["1d", "2d"] = "2d"
     learned_positions: bool = False
@@ -59,9 +59,8 @@ class AutoregressivePriorConfig(StrictConfig):
         for name in ("codebook_size", "height", "width", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
-        for name in ("dropout", "class_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1], such as 0.1")
+        if not 0 <= self.dropout <= 1:
+            raise ConfigError(f"model.dropout is {self.dropout}; expected a share in [0, 1], such as 0.1")
         axes = int(self.positions[0])
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
             raise ConfigError(
@@ -152,7 +151,7 @@ class AutoregressivePrior(StrictModel):
 
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__(config)
-        self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size, config.class_dropout)
+        self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size)
         self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
         places = config.height * config.width
         self.position_embedding = nn.Embedding(places, config.hidden_size) if config.learned_positions else None
@@ -165,7 +164,7 @@ class AutoregressivePrior(StrictModel):
     def forward(self, codes: Tensor, conditioning: Tensor) -> PriorLoss:
         """Loss of codes (B, h, w) int64 given class ids (B,) int64: nats a token."""
         tokens = codes.flatten(1)
-        logits = self.logits(tokens, conditioning).float()
+        logits = widened(self.logits(tokens, conditioning))
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         return PriorLoss(loss, {"nats_per_token": loss})
 

@@ -38,11 +38,11 @@ def known_quantizer(**options: Any) -> EMAVectorQuantizer:
 
 
 def quantize(rank: int) -> dict[str, Any]:
-    torch.manual_seed(rank)  # each process draws its own candidates for restarts
+    torch.manual_seed(rank)  # what is drawn from the global state differs
     restarting, following = known_quantizer(usage_decay=0.7), known_quantizer(restart_threshold=0.0)
     restarts = 0
-    for step in range(20):
-        mine = latents(2 * step + rank) * (0.1 if step < 10 else 3.0)  # the jump leaves entries dead
+    for step in range(50):
+        mine = latents(2 * step + rank) * (0.1 if step < 25 else 3.0)  # the jump leaves entries dead
         restarts += int((restarting.usage <= restarting.restart_threshold * 2 * 24 / K).sum())
         restarting(mine)
         following(latents(2 * step + rank))
@@ -106,7 +106,7 @@ def test_two_processes_hold_one_codebook_after_restarts(folder):
 
 def test_their_codebook_is_that_of_one_process_on_both_batches(folder):
     both, mine_alone = known_quantizer(restart_threshold=0.0), known_quantizer(restart_threshold=0.0)
-    for step in range(20):
+    for step in range(50):
         both(torch.cat([latents(2 * step), latents(2 * step + 1)]))
         mine_alone(latents(2 * step))
     for result in results(folder):

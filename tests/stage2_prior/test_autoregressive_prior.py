@@ -172,7 +172,7 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
         ({"hidden_size": 24, "num_heads": 4}, "expected a multiple of 16, for 2d"),  # heads of 6: no two axes of pairs
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
         ({"num_heads": 0}, "num_heads is 0"),
-        ({"class_dropout": 1.5}, "class_dropout is 1.5"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
         ({"hiden_size": 64}, "hiden_size.*did you mean 'hidden_size'"),
     ],
 )

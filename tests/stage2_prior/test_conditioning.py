@@ -5,12 +5,13 @@ import torch
 from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
-from stage2_prior.conditioning import ClassEmbedding, guided
+from stage2_prior.conditioning import ClassEmbedding, guided, without_some
+from training_harness.batch_order import BatchOrder
 
 
 def test_a_missing_label_is_the_null_class_whose_id_follows_from_the_data() -> None:
     for classes in (0, 3):
-        embedding = ClassEmbedding(classes, 8, class_dropout=0.0)
+        embedding = ClassEmbedding(classes, 8)
         assert embedding.null_class == classes
         assert torch.equal(embedding(torch.tensor([-1])), embedding(torch.tensor([classes])))
     prior, tokens = tiny_prior(), torch.randint(16, (1, 16), generator=seeded(0))
@@ -19,19 +20,15 @@ def test_a_missing_label_is_the_null_class_whose_id_follows_from_the_data() -> N
     assert not torch.equal(unlabelled, first)
 
 
-def test_labels_are_dropped_at_their_rate_in_training_mode_alone() -> None:
-    embedding = ClassEmbedding(3, 4, class_dropout=0.2)
+def test_labels_are_left_out_at_their_rate() -> None:
     labels = torch.arange(3).repeat(10_000)
-
-    def share_of_null() -> float:
-        torch.manual_seed(0)
-        return float((embedding(labels) == embedding.weight[3]).all(1).float().mean())
-
+    draws = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))
+    left_out = without_some(labels, draws, 0.2) == -1
     # 30,000 draws: six standard deviations are 0.014, passed by chance once in 5 · 10⁸ seeds.
-    assert share_of_null() == pytest.approx(0.2, abs=0.014)
-    embedding.eval()
-    assert share_of_null() == 0
-    assert torch.equal(embedding(labels), embedding.weight[labels])
+    assert float(left_out.float().mean()) == pytest.approx(0.2, abs=0.014)
+    assert torch.equal(without_some(labels, draws, 0.2)[~left_out], labels[~left_out])
+    assert torch.equal(without_some(labels, draws, 0.0), labels)
+    assert without_some(labels, draws, 1.0).eq(-1).all()
 
 
 def test_guidance_1_is_the_conditional_prediction_0_the_null_one_and_2_as_far_beyond() -> None:

@@ -47,3 +47,21 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_epochs_are_counted_over_all_processes():
     assert BatchOrder(100, 5, 0, processes=4).epoch(10) == pytest.approx(2)
+
+
+def test_an_example_s_draw_depends_on_its_place_and_the_seed_and_not_on_the_processes():
+    whole = [BatchOrder(30, 8, seed=3).draws(number) for number in range(6)]
+    for rank in (0, 1):
+        halves = BatchOrder(30, 4, seed=3, rank=rank, processes=2)
+        for number, both in enumerate(whole):
+            assert np.array_equal(halves.draws(number), both[4 * rank : 4 * rank + 4])
+    assert not np.array_equal(BatchOrder(30, 8, seed=4).draws(0), whole[0])
+
+
+def test_draws_are_spread_evenly():
+    draws = BatchOrder(10, 100_000, seed=0).draws(0)
+    assert ((draws >= 0) & (draws < 1)).all()
+    counts = np.histogram(draws, 20, (0, 1))[0]
+    chi_square = ((counts - 5000) ** 2 / 5000).sum()
+    assert chi_square < 60  # 19 degrees of freedom: exceeded by chance once in 3 · 10⁵ seeds
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.02  # six standard deviations

@@ -2,6 +2,10 @@
 
 import itertools
 import os
+import random
+import resource
+import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +15,12 @@ from accelerate import Accelerator
 from small_parts import one_line
 from torch import nn
 
+from training_harness.checkpoints import newest_step
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
-from training_harness.guard import NonFiniteGuard, NonFiniteLossError
+from training_harness.guard import NonFiniteGuard, NonFiniteLossError, first_non_finite
 from training_harness.metric_log import read_metrics
-from training_harness.run import Run, RunConfig, check_folder, newest_step, seed_of
+from training_harness.run import Run, RunConfig, check_folder, seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +83,63 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_the_next_one_counts_ag
     assert model.weight.isfinite().all()
 
 
-def test_steps_that_stay_bad_stop_the_run_and_name_the_term():
+def test_the_guard_counts_bad_steps_in_a_row_and_names_the_terms():
     guard, good, bad = NonFiniteGuard(patience=3), torch.tensor(1.0), torch.tensor(float("nan"))
-    assert guard.allows(1, {"l1": good}, 1.0)
-    assert [guard.allows(2, {"l1": good, "l2": bad}, 1.0) for _ in range(2)] == [False, False]
-    assert guard.allows(4, {"l1": good, "l2": good}, 1.0)  # a good one in between starts the count anew
-    assert [guard.allows(5, {"l1": good}, float("inf")) for _ in range(2)] == [False, False]
+    assert guard.allows({"l1": good}, 1.0)
+    assert [guard.allows({"l1": good, "l2": bad}, 1.0) for _ in range(2)] == [False, False]
+    assert guard.allows({"l1": good, "l2": good}, 1.0)  # a good one in between starts the count anew
+    assert [guard.allows({"l1": good}, float("inf")) for _ in range(2)] == [False, False]
+    assert not guard.exhausted
+    guard.allows({"l1": good, "l2": bad}, 1.0)
+    assert guard.exhausted
+    error = guard.error(7, "the output of head")
+    assert str(error).startswith("step 7: l2 = nan, 3 steps in a row, first in the output of head; expected")
+
+
+def test_a_norm_far_above_the_usual_is_a_spike_and_a_rising_one_is_not():
+    guard = NonFiniteGuard()
+    assert [guard.spike(1.0 + i / 10) for i in range(40)] == [None] * 40
+    assert guard.spike(50.0) == pytest.approx(2.95)
+    assert guard.spike(4.0) is None
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(3, 3), nn.Linear(3, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.scale * self.second(self.first(x))}
+
+
+def test_the_first_tensor_that_went_wrong_is_named():
+    x = torch.ones(2, 3)
+    assert first_non_finite(Chain(), (x,)) == "a term outside the model"
+    assert first_non_finite(Chain(), (x * float("inf"),)) == "the output of first"
+    overflowing = Chain()
+    overflowing.second.weight.data.fill_(3e38)
+    assert first_non_finite(overflowing, (100 * x,)) == "the output of second"
+    broken = Chain()
+    broken.second.bias.data[1] = float("nan")
+    assert first_non_finite(broken, (x,)) == "the parameter second.bias"
+    backwards = Chain()
+    backwards.first.weight.grad = torch.full((3, 3), float("nan"))
+    backwards.second.weight.grad = torch.full((3, 3), float("inf"))
+    assert first_non_finite(backwards, (x,)) == "the gradient of second.weight"
+
+
+def test_a_run_that_stays_bad_stops_with_the_tensor_s_name_and_the_examples_of_its_steps(tmp_path):
+    run, model, optimizer = run_of(training(tmp_path))
+    run.track(model=model)
+    run.sources = lambda step: [f"cat/{step}.png"]
+    for step in range(1, 5):
+        assert not learn(run, model, optimizer, step, torch.full((2, 3), float("nan")))
     with pytest.raises(NonFiniteLossError) as caught:
-        guard.allows(7, {"l1": good, "l2": bad}, 1.0)
-    message = one_line(caught)
-    assert "step 7" in message
-    assert "l2 = nan" in message
-    assert "l1" not in message
+        learn(run, model, optimizer, 5, torch.full((2, 3), float("nan")))
+    assert "first in the output of the model" in one_line(caught)
+    skipped = read_metrics(run.folder / "skipped_steps.0.jsonl")
+    assert [row["source_ids"] for row in skipped] == [[f"cat/{step}.png"] for step in range(1, 6)]
+    assert skipped[0]["loss"] == "nan"
 
 
 def test_under_a_gradient_scaler_overflow_lowers_the_scale_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -162,20 +212,100 @@ def test_the_newest_checkpoints_stay_and_the_newest_is_loaded_even_beyond_a_mill
     assert newest_step(config.output) == 1_000_000
 
 
-@pytest.mark.parametrize("harm", ["cut short", "empty", "gone"])
+@pytest.mark.parametrize("harm", ["cut short", "empty", "gone", "altered", "description cut short", "description gone"])
 def test_a_checkpoint_that_is_not_whole_is_passed_over_and_its_rows_are_forgotten(tmp_path, capsys, harm):
     config = training(tmp_path)
     checkpointed(config, 1, 2)
-    newest = config.output / "checkpoints" / "step_000002" / "state.pt"
-    if harm == "gone":
-        newest.unlink()
+    newest = config.output / "checkpoints" / "step_000002"
+    harmed = newest / ("checkpoint.json" if "description" in harm else "state.pt")
+    whole = harmed.read_bytes()
+    if "gone" in harm:
+        harmed.unlink()
+    elif harm == "altered":
+        harmed.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
     else:
-        newest.write_bytes(newest.read_bytes()[: 0 if harm == "empty" else -100])
+        harmed.write_bytes(whole[: 0 if harm == "empty" else -40])
     run, counter = Run(config), Counter()
     run.track(counter=counter)
     assert (run.step, counter.value) == (1, 10)
     assert "step_000002" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(config.output / "metrics.jsonl") if "loss" in row] == [1]
+
+
+def test_a_checkpoint_cut_at_any_length_is_passed_over(tmp_path):
+    config = training(tmp_path)
+    checkpointed(config, 1, 2)
+    newest = config.output / "checkpoints" / "step_000002" / "state.pt"
+    whole = newest.read_bytes()
+    for length in random.Random(0).sample(range(len(whole)), 20):
+        newest.write_bytes(whole[:length])
+        run = Run(config)
+        run.track(counter=Counter())
+        assert run.step == 1
+
+
+def test_a_chosen_checkpoint_is_gone_on_from_and_later_ones_give_way(tmp_path):
+    config = training(tmp_path, keep_checkpoints=9)
+    checkpointed(config, 1, 2, 3)
+    run, counter = Run(replace(config, resume="step_000001")), Counter()
+    run.track(counter=counter)
+    assert (run.step, counter.value) == (1, 10)
+    assert len(list((config.output / "checkpoints").iterdir())) == 3  # until there is a newer one
+    run.checkpoint(2)
+    assert newest_step(config.output) == 2
+    assert read_metrics(config.output / "metrics.jsonl")[-1] == {"step": 1, "resumed_from": 1}
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole_cannot_be_chosen(tmp_path):
+    config = training(tmp_path)
+    checkpointed(config, 1, 2)
+    with pytest.raises(UserError) as caught:
+        Run(replace(config, resume="step_000007")).track()
+    assert "has step_000001, step_000002; expected one of those" in one_line(caught)
+    (config.output / "checkpoints" / "step_000002" / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="step_000002"):
+        Run(replace(config, resume="step_000002")).track()
+    with pytest.raises(ConfigError, match="--resume is newest; expected latest"):
+        training(tmp_path, resume="newest")
+
+
+def test_the_checkpoint_of_the_best_figure_stays(tmp_path):
+    run = Run(training(tmp_path, max_steps=9, checkpoint_every=3))
+    run.track()
+    for step, figure in enumerate([5.0, 2.0, 3.0, 4.0, 2.0, 6.0], 1):
+        run.judge(step, figure)
+        if run.checkpoint_due(step):
+            run.checkpoint(step)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "step_000002",
+        "step_000003",
+        "step_000006",
+    ]
+    again = Run(run.config)
+    again.track()
+    assert again.best == {"step": 2, "value": 2.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the size of files, of the POSIX kind")
+def test_a_disk_that_is_full_ends_in_one_line_and_leaves_what_was_whole(tmp_path):
+    config = training(tmp_path)
+    checkpointed(config, 1)
+    run = Run(config)
+    run.track(counter=Counter())
+    run._tracked["model"] = nn.Linear(300, 300)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(UserError) as caught:
+            run.checkpoint(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    message = str(caught.value)
+    assert "the checkpoint of step 2 could not be saved" in message
+    assert "the newest whole one is of step 1" in message
+    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_000001"]
 
 
 def test_a_new_run_begins_at_nought_and_forgets_rows_without_a_checkpoint(tmp_path):

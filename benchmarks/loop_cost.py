@@ -1,0 +1,153 @@
+"""What the loops cost over bare ones of the same models, and what saving costs.
+
+The bare loop is forward, backward, clipping, the optimiser's step and the weight average, on the same batches with the same
+rounding of products. Ours also checks for what is not finite, logs, counts, listens for signals and can go on after a kill. A
+round runs both for as many steps; the first steps do not count. Saving is the time of one checkpoint over that of the steps
+between two at the default interval.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+from frame import OURS, Report, compared, table
+from glue import recipe
+
+from latentloom.embedded import FASHION_MNIST
+from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from pipelines.latent_generation import accelerated_device
+from stage1_tokenizer.losses import reconstruction_terms
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.train import sum_weighted
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.codes import CodeCache
+from stage2_prior.training_config import PriorTraining
+from training_harness.batch_order import BatchOrder
+from training_harness.ema import EMA
+from training_harness.machine import rounded_products
+from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.run import Run, RunConfig
+
+BARE = "bare loop"
+WARM_UP = 5
+
+
+def bare(model: torch.nn.Module, config: Any, loss_of: Callable[[int], torch.Tensor], steps: int) -> list[float]:
+    optimizer, ema, ends = build_optimizer(model, config.optimizer), EMA(model, config.ema), []
+    with rounded_products(accelerated_device(), enabled=True):
+        for step in range(1, steps + 1):
+            set_learning_rate(optimizer, config.schedule.at(step, steps))
+            loss_of(step).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(step)
+            ends.append(time.perf_counter())
+    return ends
+
+
+def ours(train: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """When each step ended, and seconds of each checkpoint."""
+    ends, saves = list[float](), list[float]()
+    log, checkpoint = Run.log, Run.checkpoint
+
+    def noted(run: Run, *arguments: Any) -> None:
+        log(run, *arguments)
+        ends.append(time.perf_counter())
+
+    def saved(run: Run, step: int) -> None:
+        begin = time.perf_counter()
+        checkpoint(run, step)
+        saves.append(time.perf_counter() - begin)
+
+    with mock.patch.object(Run, "log", noted), mock.patch.object(Run, "checkpoint", saved):
+        train()
+    return ends, saves
+
+
+def per_step(ends: list[float]) -> float:
+    return (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
+
+
+def run(quick: bool) -> Report:
+    steps, rounds = (25, 2) if quick else (120, 7)
+    source, rows, figures = load_source(FASHION_MNIST), [], []
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+
+        def replaced(config: Any, number: int) -> Any:
+            rest = {"output": folder / str(number), "sample_every": 10**9, "checkpoint_every": 10**9}
+            return dataclasses.replace(config, max_steps=steps, **rest)
+
+        seen = survey(source.train)
+        first = completed(
+            recipe(TokenizerTraining, "tokenizer", "vqgan-f4", 1, 0, data=FASHION_MNIST, output="t"), seen
+        )
+        shape = model_config(first, seen)
+        pixels, processor = Pixels(source.train, shape.image_processor), shape.image_processor
+
+        def bare_tokenizer() -> list[float]:
+            model = VQGAN(shape).to(memory_format=torch.channels_last).train()
+            order = BatchOrder(len(pixels), first.batch_size, 0)
+
+            def loss_of(step: int) -> torch.Tensor:
+                batch = processor.preprocess(pixels[order.batch(step - 1)]).contiguous(
+                    memory_format=torch.channels_last
+                )
+                output = model(batch)
+                terms = reconstruction_terms(output.reconstruction, batch, None)
+                return sum_weighted(terms, first.reconstruction) + output.losses["commitment"]
+
+            return bare(model, first, loss_of, steps)
+
+        run_tokenizer(replaced(first, 0), source)
+        run_tokenize(folder / "0", source, folder / "codes")
+        second = recipe(PriorTraining, "prior", "ar-tiny", 1, 0, codes=folder / "codes", output="p")
+        codes = CodeCache(folder / "codes")
+
+        def bare_prior() -> list[float]:
+            model = AutoregressivePrior(second.model.for_spec(codes.spec, 10)).train()
+            order = BatchOrder(len(codes.train), second.batch_size, 0)
+
+            def loss_of(step: int) -> torch.Tensor:
+                batch = order.batch(step - 1)
+                return model(codes.train.indices(batch), codes.train.labels(batch)).total
+
+            return bare(model, second, loss_of, steps)
+
+        stages: list[tuple[str, RunConfig, Callable[[RunConfig], object], Callable[[], list[float]]]] = [
+            ("stage one", first, lambda config: run_tokenizer(config, source), bare_tokenizer),
+            ("stage two", second, run_prior, bare_prior),
+        ]
+        number = 1
+        for name, config, train, bare_loop in stages:
+            seconds: dict[str, list[float]] = {OURS: [], BARE: []}
+            saves: list[float] = []
+            for turn in range(rounds):
+                for who in (OURS, BARE) if turn % 2 else (BARE, OURS):
+                    if who == BARE:
+                        seconds[BARE].append(per_step(bare_loop()))
+                        continue
+                    ends, saved = ours(lambda: train(replaced(config, number)))  # noqa: B023 - called at once
+                    seconds[OURS].append(per_step(ends))
+                    saves += saved
+                    number += 1
+            found = compared(seconds, ours=BARE)[OURS]
+            low, high = found["quartiles"]
+            between = config.checkpoint_every * found["seconds"]
+            saving = statistics.median(saves) / between
+            cost = f"{found['ratio'] - 1:+.1%} ({low - 1:+.1%} … {high - 1:+.1%})"
+            rows.append([name, 1e3 * found["seconds"], cost, statistics.median(saves), f"{saving:.2%}"])
+            figures.append({"stage": name, "loop": found, "save_seconds": saves, "saving_share": saving})
+    head = ["", "ms a step", "over the bare loop (quartiles)", "seconds a checkpoint", "share of the time between two"]
+    text = f"{(__doc__ or '').partition(chr(10) * 2)[2].strip()}\n\n{table(head, rows)}"
+    return Report("loop_cost", "What the loops cost", text, {"rows": figures})

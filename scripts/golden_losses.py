@@ -1,0 +1,24 @@
+"""Writes tests/golden: the losses of 20 steps of every recipe, which the tests compare with.
+
+    python scripts/golden_losses.py        # or: make golden. Say in the commit why the numbers moved
+
+Float32 throughout, one thread, one seed, batches of 4: small pictures of discs for tokenizers, random codes for priors.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+from golden_runs import FOLDER, losses_of, text_of  # noqa: E402
+
+from latentloom.recipes import recipe_names  # noqa: E402
+
+FOLDER.mkdir(exist_ok=True)
+for stage in ("tokenizer", "prior"):
+    for name in recipe_names(stage):
+        with TemporaryDirectory() as folder:
+            (FOLDER / f"{name}.txt").write_text(text_of(losses_of(stage, name, Path(folder))))
+        print(name)

@@ -1,0 +1,60 @@
+"""20 steps of a recipe on fixed data: what `tests/golden` holds and `make golden` writes."""
+
+import json
+from pathlib import Path
+
+import torch
+from small_parts import write_pictures
+from tiny_models import tiny_source, tiny_tokenizer
+
+from latentloom.arguments import training_values
+from latentloom.recipes import recipe_values
+from latentloom.stages import run_prior, run_tokenizer
+from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.training_config import PriorTraining
+from training_harness.configuration import from_mapping
+from training_harness.run import Run
+
+FOLDER, STEPS = Path(__file__).parent / "golden", 20
+
+
+def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
+    """Loss terms by name, a step each."""
+    size = 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1)  # 4×4 codes
+    fields = {"output": str(folder / "run"), "max_steps": STEPS, "batch_size": 4, "log_every": 1, "seed": 0}
+    fields |= {"sample_every": STEPS, "checkpoint_every": STEPS, "matmul_precision": "highest"}
+    logged: list[dict[str, float]] = []
+    log, threads = Run.log, torch.get_num_threads()
+
+    def note(run: Run, step: int, values: dict[str, torch.Tensor]) -> None:
+        logged.append(
+            {name: torch.as_tensor(value).item() for name, value in values.items() if name != "learning_rate"}
+        )
+        log(run, step, values)
+
+    torch.set_num_threads(1)
+    Run.log = note  # type: ignore[method-assign, assignment]
+    try:
+        if stage == "tokenizer":
+            data = write_pictures(folder / "pictures", size=(size, size))
+            values = training_values(stage, recipe, None, fields | {"data": str(data)})
+            run_tokenizer(from_mapping(TokenizerTraining, values), open_source(data))
+        else:
+            tiny_tokenizer().save_pretrained(folder / "tokenizer")
+            codes = write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
+            values = training_values(stage, recipe, None, fields | {"codes": str(codes)})
+            run_prior(from_mapping(PriorTraining, values))
+    finally:
+        Run.log = log  # type: ignore[method-assign]
+        torch.set_num_threads(threads)
+    return logged
+
+
+def text_of(losses: list[dict[str, float]]) -> str:
+    return "".join(json.dumps({name: float(f"{value:.6g}") for name, value in step.items()}) + "\n" for step in losses)
+
+
+def kept(recipe: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (FOLDER / f"{recipe}.txt").read_text().splitlines()]

@@ -1,0 +1,136 @@
+"""Small runs of both stages in processes of their own, which a test may stop, or compare with others."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from small_parts import write_pictures
+from tiny_models import tiny_source, tiny_tokenizer
+
+from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.losses import AdversarialConfig
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.train import train_tokenizer
+from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage2_prior.codes import CodeCache
+from stage2_prior.train import train_prior
+from stage2_prior.training_config import PriorModel, PriorTraining
+from training_harness.metric_log import MetricLog, read_metrics
+from training_harness.run import Run
+from training_harness.signals import Interrupted
+
+STEPS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 10, "checkpoint_every": 3}
+
+
+def prepare(folder: Path) -> None:
+    """What the runs are trained on."""
+    write_pictures(folder / "pictures")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
+
+
+def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropout: float, adversarial: float) -> None:
+    if stage == "prior":
+        model = PriorModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=dropout)
+        codes = CodeCache(folder / "codes")
+        train_prior(PriorTraining(output=output, codes=codes.path, model=model, **fields), codes)
+        return
+    source = open_source(folder / "pictures")
+    seen = survey(source.train)
+    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(False, True), latent_channels=4, codebook_size=16)
+    judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
+    config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
+    config = completed(config, seen)
+    shape = model_config(config, seen)
+    train_tokenizer(
+        config, shape, *(Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+    )
+
+
+def train_in_float64(stage: str, folder: Path, output: Path, processes: int) -> None:
+    """20 steps of 32 images in all, without dropout and discriminator; `exact.jsonl` has the log without rounding."""
+    torch.set_default_dtype(torch.float64)
+    log = MetricLog(output / "exact.jsonl")
+
+    def log_exactly(run: Run, step: int, row: Mapping[str, float]) -> None:
+        if run.accelerator.is_main_process:
+            log.append({"step": step, **row})
+
+    Run.log_row = log_exactly
+    fields = STEPS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20}
+    train(stage, folder, output, fields, dropout=0.0, adversarial=0.0)
+
+
+def one(rank: int, processes: int, port: int, stage: str, folder: Path, output: Path, in_float64: bool) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if processes > 1:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
+    try:
+        if in_float64:
+            train_in_float64(stage, folder, output, processes)
+        else:
+            train(stage, folder, output, STEPS, dropout=0.1, adversarial=0.5)
+    except Interrupted as stopped:
+        os._exit(128 + stopped.number)
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def start(stage: str, folder: Path, output: Path, processes: int, in_float64: bool = False) -> list[BaseProcess]:
+    """Forked from a server that has imported what a run needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small_runs"])
+    with mock.patch.dict(
+        os.environ, PYTHONPATH=os.pathsep.join(sys.path)
+    ):  # the server looks for it before it is told where
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [(rank, processes, port, stage, folder, output, in_float64) for rank in range(processes)]
+    started = [context.Process(target=one, args=place) for place in places]
+    for process in started:
+        process.start()
+    return started
+
+
+def stop(started: list[BaseProcess], number: signal.Signals) -> list[int | None]:
+    """Sends the signal to all; returns their exit codes."""
+    for process in started:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    return finish(started)
+
+
+def finish(started: list[BaseProcess]) -> list[int | None]:
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def resumptions(output: Path) -> list[int]:
+    return [row["resumed_from"] for row in read_metrics(output / "metrics.jsonl") if "resumed_from" in row]
+
+
+def wait_for(output: Path, step: int, started: list[BaseProcess], resumed: int = 0) -> None:
+    """Until the run has been taken up again `resumed` times and has logged `step`, or is over."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(process.is_alive() for process in started):
+        rows = read_metrics(output / "metrics.jsonl")
+        if len(resumptions(output)) == resumed and any(row["step"] >= step for row in rows):
+            return
+        time.sleep(0.002)

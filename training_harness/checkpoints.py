@@ -1,0 +1,101 @@
+"""Checkpoints: what an interrupted run goes on from.
+
+    checkpoints/step_000500/state.pt           tensors and plain values, loaded with weights_only
+    checkpoints/step_000500/checkpoint.json    step, and bytes and sha256 of state.pt
+
+A checkpoint appears whole or not at all, and what is loaded is what was written: another length or sha256 is a torn one.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training_harness.errors import UserError
+from training_harness.files import whole_folder, write_json
+
+STATE, DESCRIPTION = "state.pt", "checkpoint.json"
+
+
+class TornCheckpointError(UserError):
+    """A checkpoint that is not what was written."""
+
+
+def checkpoint_path(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:06d}"
+
+
+def write_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Raises UserError when there is no room, or the folder may not be written; earlier checkpoints stay."""
+    try:
+        with whole_folder(checkpoint_path(run_folder, step)) as folder:
+            torch.save(state, folder / STATE)
+            found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": _sha256(folder / STATE)}
+            write_json(folder / DESCRIPTION, found)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        held = newest_step(run_folder)
+        left = f"the newest whole one is of step {held}" if held else "there is none yet"
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved in {run_folder} ({_reason(error)}); {left}; make room there and "
+            "run the same command again"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that was written. Raises TornCheckpointError."""
+    try:
+        described = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        held = {"bytes": (path / STATE).stat().st_size, "sha256": _sha256(path / STATE)}
+        for name, value in held.items():
+            if described[name] != value:
+                raise TornCheckpointError(f"{path / STATE} has {name} {value}; expected {described[name]}")
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TornCheckpointError(f"{path} cannot be read ({_reason(error)})") from error
+
+
+def checkpoints_in(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run by their step: names alone would put step_1000000 before step_999999."""
+    found = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return sorted(found, key=step_of)
+
+
+def newest_step(run_folder: Path) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    return max(map(step_of, checkpoints_in(run_folder)), default=0)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def prune(run_folder: Path, step: int, newest: int, best: int | None) -> None:
+    """Keeps the checkpoint of `step`, the newest ones up to it, `newest` in all, and that of step `best`.
+
+    Those of later steps belong to a run that was taken up again before them.
+    """
+    held = checkpoints_in(run_folder)
+    kept = [path for path in held if step_of(path) <= step][-newest:]
+    for path in held:
+        if path not in kept and step_of(path) != best:
+            shutil.rmtree(path)
+
+
+def remove_partial(run_folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for path in (run_folder / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0][:120]
