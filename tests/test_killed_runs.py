@@ -51,7 +51,7 @@ def test_ten_kills_change_nothing(folder: Path, tmp_path: Path, stage: str, proc
             time.sleep(draw.uniform(0, 0.5))
             assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}
             continue
-        step = min(held + draw.randint(1, 6), STEPS["max_steps"] - 1)
+        step = min(held + draw.randint(1, 9), STEPS["max_steps"] - 1)
         wait_for(killed, step, started, len(before) + (held > 0))
         time.sleep(draw.uniform(0, 0.02))  # in a step, a save, or a preview
         assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}

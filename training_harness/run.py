@@ -179,11 +179,17 @@ class Run:
         rounded = rounded_products(self.accelerator.device, config.matmul_precision == "high")
         with self._bar, rounded, wish_to_stop() as wish:
             for step in range(self.step + 1, config.max_steps + 1):
-                torch.manual_seed(seed_of(config.seed, step, self.accelerator.process_index))
+                self._seed(seed_of(config.seed, step, self.accelerator.process_index))
                 yield step
                 self.step = step
                 self._bar.update(images)
                 self._stop_if_told(wish)
+
+    def _seed(self, seed: int) -> None:
+        """What torch.manual_seed does, without a record of the call for each kind of device that is not there."""
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type != "cpu":
+            torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def _stop_if_told(self, wish: Wish) -> None:
         """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
