@@ -73,12 +73,23 @@ def train_in_float64(stage: str, folder: Path, output: Path, processes: int) -> 
     train(stage, folder, output, fields, dropout=0.0, adversarial=0.0)
 
 
+def take_place(rank: int, processes: int, port: int) -> None:
+    """Makes this process one of several, as `accelerate launch` does; Accelerate then starts the group, on gloo."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def one(rank: int, processes: int, port: int, stage: str, folder: Path, output: Path, in_float64: bool) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
+        take_place(rank, processes, port)
     try:
         if in_float64:
             train_in_float64(stage, folder, output, processes)
@@ -94,13 +105,10 @@ def start(stage: str, folder: Path, output: Path, processes: int, in_float64: bo
     """Forked from a server that has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
-    with mock.patch.dict(
-        os.environ, PYTHONPATH=os.pathsep.join(sys.path)
-    ):  # the server looks for it before it is told where
+    # the server looks for it before it is told where
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     places = [(rank, processes, port, stage, folder, output, in_float64) for rank in range(processes)]
     started = [context.Process(target=one, args=place) for place in places]
     for process in started:

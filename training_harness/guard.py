@@ -31,10 +31,10 @@ class NonFiniteGuard:
         """What was not finite at the last step."""
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
-    def allows(self, terms: Mapping[str, Tensor], gradient_norm: Tensor | float) -> bool:
+    def allows(self, terms: Mapping[str, Tensor], gradient_norm: float) -> bool:
         """Whether the step may be taken: every loss term and the gradient's norm are finite."""
-        found = torch.stack([torch.as_tensor(v).detach().float().cpu() for v in (*terms.values(), gradient_norm)])
-        values = dict(zip((*terms, "gradient norm"), found.tolist(), strict=True))
+        found = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for the device
+        values = dict(zip(terms, found, strict=True)) | {"gradient norm": gradient_norm}
         self.wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         self.in_a_row = self.in_a_row + 1 if self.wrong else 0
         return not self.wrong

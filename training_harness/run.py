@@ -230,7 +230,7 @@ class Run:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
             self.gradient_norm = math.nan if norm is None else float(norm)
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
-            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else norm)
+            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else self.gradient_norm)
             if not finite:
                 self._skip(step, model)
             elif (usual := self.guard.spike(self.gradient_norm)) is not None:
@@ -328,10 +328,10 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
             f"{config.output} holds a run with another configuration ({'; '.join(differing[:4])}); "
             "expected the same; give the same values to go on with it, or choose another --output"
         )
-    done = newest_step(config.output)
-    checkpoint = checkpoint_path(config.output, done) / "state.pt"
     if config.resume != "latest":
         return None
+    done = newest_step(config.output)
+    checkpoint = checkpoint_path(config.output, done) / "state.pt"
     if done >= config.max_steps and up_to_date(config.output / "model" / "config.json", made_from=checkpoint):
         return done  # a model older than its checkpoint is that of the run before it was extended
     if done > config.max_steps:

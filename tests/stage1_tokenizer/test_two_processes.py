@@ -1,7 +1,5 @@
 """Two processes hold one codebook and train one model. Both are spawned once, for all claims of this file."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from small_parts import write_pictures
+from small_runs import free_port, take_place
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
@@ -75,9 +74,8 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
-    held = train(Path(folder))  # Accelerate starts the process group, as under `accelerate launch`
+    take_place(rank, 2, port)
+    held = train(Path(folder))
     torch.save(quantize(rank) | {"held": held}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -86,10 +84,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     write_pictures(folder / "pictures")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_of_two, (port, str(folder)), nprocs=2)
+    mp.spawn(one_of_two, (free_port(), str(folder)), nprocs=2)
     return folder
 
 
