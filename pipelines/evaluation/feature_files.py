@@ -59,11 +59,15 @@ class FeatureFile:
 Rows = Tensor | FeatureFile
 
 
-def slices(rows: Rows, size: int = SLICE) -> Iterator[Tensor]:
-    """The rows in order as float64 (n, F) on the CPU, n ≤ size."""
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size] if isinstance(rows, Tensor) else rows.read(start, start + size)
-        yield part.detach().to("cpu", torch.float64)
+def slices(rows: Rows, size: int = SLICE, first: int = 0) -> Iterator[Tensor]:
+    """The rows from `first` on in order as float64 (n, F) on the CPU, n ≤ size."""
+    for start in range(first, len(rows), size):
+        yield block(rows, start, start + size).double()
+
+
+def block(rows: Rows, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` on the CPU."""
+    return rows[start:stop].detach().cpu() if isinstance(rows, Tensor) else rows.read(start, stop)
 
 
 def chosen(rows: Rows, positions: Tensor) -> Rows:

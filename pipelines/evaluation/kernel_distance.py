@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, check_pair, chosen, slices
+from pipelines.evaluation.feature_files import Rows, block, check_pair, chosen
+
+BLOCK = 500  # rows multiplied at once
 
 
 class KernelDistance(NamedTuple):
@@ -30,11 +32,10 @@ def kernel_distance(
     check_pair(features_a, features_b, at_least=2, needed_for="a kernel distance")
     size = min(subset_size, len(features_a), len(features_b))
     generator = torch.Generator().manual_seed(seed)
-    kernel = torch.empty(size, size, dtype=torch.float64)  # one for all: large blocks that come and go scatter the heap
     values = []
     for _ in range(subsets):
         a, b = (_subset(features, size, generator) for features in (features_a, features_b))
-        values.append(_mmd2(a, b, kernel))
+        values.append(_within(a) + _within(b) - 2 * _sum(a, b) / size**2)
         if size == len(features_a) == len(features_b):  # every draw is the whole of both
             break
     return KernelDistance(statistics.fmean(values), statistics.pstdev(values))
@@ -42,18 +43,24 @@ def kernel_distance(
 
 def _subset(features: Rows, size: int, generator: torch.Generator) -> Tensor:
     positions = torch.randperm(len(features), generator=generator)[:size].sort().values
-    return torch.cat(list(slices(chosen(features, positions))))
+    return block(chosen(features, positions), 0, size).float()
 
 
-def _mmd2(a: Tensor, b: Tensor, kernel: Tensor) -> float:
-    """Of (n, F) and (n, F) float64; `kernel` (n, n) is written over."""
-    n, within = len(a), 0.0
-    for rows in (a, b):
-        _fill(kernel, rows, rows)
-        within += (kernel.sum() - kernel.trace()).item() / (n * (n - 1))
-    _fill(kernel, a, b)
-    return within - 2 * kernel.mean().item()
+def _within(rows: Tensor) -> float:
+    """Mean kernel over the pairs of different rows (n, F), each pair multiplied once."""
+    total = 0.0
+    for start in range(0, len(rows), BLOCK):
+        part = rows[start : start + BLOCK]
+        total += _sum(part, part) - _power(part.square().sum(1) / part.shape[1]).sum(dtype=torch.float64).item()
+        total += 2 * _sum(part, rows[start + BLOCK :])
+    return total / (len(rows) * (len(rows) - 1))
 
 
-def _fill(kernel: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.mm(a, b.T, out=kernel).div_(a.shape[1]).add_(1).pow_(3)
+def _sum(a: Tensor, b: Tensor) -> float:
+    """Σ k(a_i, b_j): float32 products, whose rounding is far below the kernel's 1, summed in float64."""
+    parts = (_power(part @ b.T / a.shape[1]) for part in a.split(BLOCK))
+    return sum(part.sum(dtype=torch.float64).item() for part in parts)
+
+
+def _power(products: Tensor) -> Tensor:
+    return products.add_(1).pow_(3)

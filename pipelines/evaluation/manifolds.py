@@ -75,24 +75,26 @@ def nearest_distances(points: Rows, support: Rows) -> Tensor:
 def _radii(features: Rows, k: int, centre: Tensor) -> Tensor:
     """(N,) squared distance of each row to its k-th nearest other row."""
     best = torch.full((len(features), k + 1), torch.inf, dtype=torch.float64)  # k + 1: each row is its own nearest
-    for rows, _, distances in _pairs(features, features, centre):
-        near = distances.topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
-        best[rows] = torch.cat([best[rows], near], 1).topk(k + 1, dim=1, largest=False).values
+    for rows, columns, distances in _pairs(features, features, centre, half=True):
+        for mine, theirs in [(rows, distances)] + ([(columns, distances.T)] if rows != columns else []):
+            near = theirs.topk(min(k + 1, theirs.shape[1]), dim=1, largest=False).values
+            best[mine] = torch.cat([best[mine], near], 1).topk(k + 1, dim=1, largest=False).values
     return best[:, k]
 
 
-def _pairs(points: Rows, support: Rows, centre: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def _pairs(points: Rows, support: Rows, centre: Tensor, half: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows of points, rows of support, their squared distances), one slice of each after another.
 
-    The distances are written over by the next ones: large blocks that come and go scatter the heap.
+    `half`: of a set with itself, each two slices meet once. The distances are written over by the next ones: large blocks
+    that come and go scatter the heap.
     """
     room = torch.empty(2, SLICE * SLICE, dtype=torch.float64)
     row = 0
     for part in slices(points):
         part = part - centre
         norms = part.square().sum(1, keepdim=True)
-        column = 0
-        for other in slices(support):
+        column = row if half else 0
+        for other in slices(support, first=column):
             other = other - centre
             shape = len(part), len(other)
             both, distances = (block[: shape[0] * shape[1]].view(shape) for block in room)

@@ -28,16 +28,16 @@ def slow_mmd2(a: Tensor, b: Tensor) -> float:
 
 def test_the_distance_of_whole_sets_is_the_mean_over_pairs():
     a, b = normal(12, 3, seed=1), normal(12, 3, seed=2) + 0.5
-    assert kernel_distance(a, b) == (pytest.approx(slow_mmd2(a, b), rel=1e-10), 0)
+    assert kernel_distance(a, b) == (pytest.approx(slow_mmd2(a, b), rel=1e-6), 0)
 
 
 @pytest.mark.parametrize("width", [5, 40])
 def test_the_distance_of_whole_sets_equals_torch_fidelitys(width: int):
     a, b = normal(80, width, seed=1), 1.1 * normal(80, width, seed=2) + 0.1
     found = kernel_distance(a, b)
-    assert found.mean == pytest.approx(kernel_mmd(a.numpy(), b.numpy()), rel=1e-9)
+    assert found.mean == pytest.approx(kernel_mmd(a.numpy(), b.numpy()), rel=1e-6)  # float32 products
     theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=80, verbose=False)
-    assert found.mean == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-9)
+    assert found.mean == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-6)  # float32 products
 
 
 def test_the_mean_over_subsets_is_that_of_the_whole_but_for_noise():
