@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from latentloom.provenance import machine, versions
+from training_harness.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 PAGE, FOLDER = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"

@@ -21,7 +21,6 @@ from glue import recipe
 
 from latentloom.embedded import FASHION_MNIST
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
-from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.losses import reconstruction_terms
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.survey import survey
@@ -33,7 +32,7 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.machine import rounded_products
+from training_harness.machine import accelerated_device, rounded_products
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run, RunConfig
 

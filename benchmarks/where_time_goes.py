@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stage1_tokenizer.train
 from latentloom.embedded import FASHION_MNIST
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
-from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device, image_generators
+from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.pixels import Pixels
@@ -40,7 +40,7 @@ from stage2_prior.autoregressive.model import Attention, AutoregressivePrior, Fe
 from stage2_prior.codes import CodeSplit
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA
-from training_harness.machine import rounded_products
+from training_harness.machine import accelerated_device, rounded_products
 from training_harness.muon import Muon
 from training_harness.run import Run
 

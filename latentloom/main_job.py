@@ -28,7 +28,7 @@ from pipelines.evaluation.report import (
     reconstruct,
     sampled_batches,
 )
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
@@ -38,6 +38,7 @@ from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
+from training_harness.machine import accelerated_device
 from training_harness.run import RunConfig, check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.

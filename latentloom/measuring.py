@@ -9,11 +9,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from latentloom.embedded import FASHION_MNIST, judge_path
-from latentloom.provenance import machine, versions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature_extractor, has_efficientnet
-from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device
+from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.pictures import image_grid
+from training_harness.machine import accelerated_device
+from training_harness.provenance import machine, versions
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
 

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from latentloom.embedded import data_path
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
 from pipelines.hub import local_folder
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline, accelerated_device, to_uint8
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
@@ -32,6 +32,7 @@ from training_harness.checkpoints import newest_step
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
+from training_harness.machine import accelerated_device
 from training_harness.run import RunConfig, check_folder
 
 Training = TypeVar("Training", bound=RunConfig)

@@ -29,6 +29,7 @@ from stage2_prior.autoregressive.sampling import SamplingOptions
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_json, write_text
+from training_harness.machine import accelerated_device
 
 INDEX = "model_index.json"
 FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds
@@ -325,10 +326,3 @@ def image_generators(
 def to_uint8(pictures: Tensor) -> Tensor:
     """[0, 1] → 0 … 255, rounded."""
     return (pictures * 255).round().to(torch.uint8)
-
-
-def accelerated_device() -> torch.device:
-    """The device that Accelerate finds for this process."""
-    from accelerate import PartialState
-
-    return PartialState().device

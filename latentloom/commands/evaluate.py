@@ -31,7 +31,7 @@ from pipelines.evaluation.report import (
     sampled_batches,
     warnings_for,
 )
-from pipelines.latent_generation import LatentGenerationPipeline, accelerated_device
+from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor, as_rgb
 from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.pixels import Pixels
@@ -39,6 +39,7 @@ from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
 from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
 from training_harness.files import write_json
+from training_harness.machine import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from latentloom.arguments import check_count, check_output, parse
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
-from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
+from training_harness.machine import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.stages import load_source, say
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
-from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.survey import ImageSurvey, survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import from_mapping
+from training_harness.machine import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import tyro
 from latentloom.arguments import parse, peek, recipe_and_config, recipe_help, training_values, with_required_missing
 from latentloom.choice import choose
 from latentloom.stages import load_source, run_tokenizer, say
-from pipelines.latent_generation import accelerated_device
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
+from training_harness.machine import accelerated_device
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,25 @@
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentloom import __version__
-from pipelines.latent_generation import accelerated_device
+from training_harness.machine import accelerated_device
 
-LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "numpy")
+LIBRARIES = ("latentloom", "torch", "torchvision", "transformers", "accelerate", "numpy")
 
 
 def versions() -> dict[str, str]:
-    return {"latentloom": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in LIBRARIES
-    }
+    """Of Python and of the libraries that figures depend on, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def machine() -> dict[str, Any]:
