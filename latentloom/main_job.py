@@ -38,7 +38,7 @@ from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 from training_harness.run import RunConfig, check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.

@@ -13,7 +13,7 @@ from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.pictures import image_grid
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 from training_harness.provenance import machine, versions
 
 GRID_ROWS, GRID_COLUMNS = 10, 10

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,8 +12,9 @@ from accelerate.utils import broadcast_object_list
 
 from latentloom.embedded import data_path
 from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
+from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
@@ -32,7 +32,7 @@ from training_harness.checkpoints import newest_step
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device, is_main_process, main_process_first
 from training_harness.run import RunConfig, check_folder
 
 Training = TypeVar("Training", bound=RunConfig)
@@ -41,7 +41,7 @@ PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
 
 def say(line: str) -> None:
     """Prints once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(line, flush=True)
 
 
@@ -82,9 +82,12 @@ def run_tokenize(
     batch_size: int = 128,
 ) -> Path:
     """Writes the code cache of `source`; returns its folder."""
-    model, folder = load_tokenizer(tokenizer)
-    model.to(accelerated_device())
-    return write_code_cache(model, folder, source, output, contents=contents, views=views, batch_size=batch_size)
+    with main_process_first():
+        if not is_main_process():
+            return output
+        model, folder = load_tokenizer(tokenizer)
+        model.to(accelerated_device())
+        return write_code_cache(model, folder, source, output, contents=contents, views=views, batch_size=batch_size)
 
 
 def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
@@ -106,29 +109,32 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     def preview(prior: AutoregressivePrior, path: Path) -> None:
         tokenizer.to(prior.device)
         pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
-        save_picture(sample_grid(pipeline, config.seed), path)
+        drawn = sample_grid(pipeline, config.seed)
+        if is_main_process():
+            save_picture(drawn, path)
 
     model = train_prior(config, codes, preview)
-    if os.environ.get("RANK", "0") == "0":
-        prior = AutoregressivePrior.from_pretrained(model)
-        pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
-        preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
-        drawn = preview_of_these.exists()
-        samples = PIL.Image.open(preview_of_these) if drawn else sample_grid(pipeline, config.seed)
-        pipeline.save_pretrained(folder, samples=samples)
+    prior = AutoregressivePrior.from_pretrained(model)
+    pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
+    preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
+    drawn = preview_of_these.exists()
+    samples = PIL.Image.open(preview_of_these) if drawn else sample_grid(pipeline, config.seed)
+    with main_process_first():
+        if is_main_process():
+            pipeline.save_pretrained(folder, samples=samples)
     return folder
 
 
 def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> PIL.Image.Image:
-    """A labelled sheet, one row for each of at most ten classes, at a fixed seed."""
+    """A labelled sheet, one row for each of at most ten classes, at a fixed seed; all processes draw it together."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     classes = list(range(min(PREVIEW_ROWS, pipeline.prior.config.num_classes))) or None
     labels = torch.tensor(classes or [-1] * 4).repeat_interleave(columns)
-    pictures = pipeline.sample_pixels(labels, generator)
+    pictures = sample_across_processes(pipeline, labels, generator)
     pipeline.set_progress_bar_config(disable=None)
     names = [pipeline.label_names[i] for i in classes] if classes and pipeline.label_names else None
-    return image_grid(to_uint8(pictures), columns, names)
+    return image_grid(pictures, columns, names)
 
 
 def bounded(config: Training, minutes: float, seconds_per_step: Callable[[], float]) -> Training:

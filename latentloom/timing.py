@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
 
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
@@ -17,6 +16,7 @@ from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import PriorTraining
 from training_harness.optimization import build_optimizer
+from training_harness.processes import accelerated_device
 
 WARM_UP, MEASURED = 3, 7
 
@@ -35,7 +35,7 @@ def median_seconds(step: Callable[[], object]) -> float:
 
 def tokenizer_seconds_per_step(config: TokenizerTraining, model_config: VQGANConfig) -> float:
     """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run."""
-    device = PartialState().device
+    device = accelerated_device()
     perceptual = perceptual_loss(config.perceptual)
     perceptual = perceptual and perceptual.to(device)
     model = VQGAN(model_config).to(device, memory_format=torch.channels_last).train()
@@ -61,7 +61,7 @@ def tokenizer_seconds_per_step(config: TokenizerTraining, model_config: VQGANCon
 
 
 def prior_seconds_per_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -> float:
-    device = PartialState().device
+    device = accelerated_device()
     prior = AutoregressivePrior(config.model.for_spec(spec, num_classes)).to(device).train()
     optimizer = build_optimizer(prior, config.optimizer)
     codes = torch.randint(spec.codebook_size or 1, (config.batch_size, spec.height, spec.width), device=device)

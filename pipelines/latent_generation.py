@@ -29,7 +29,7 @@ from stage2_prior.autoregressive.sampling import SamplingOptions
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_json, write_text
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 INDEX = "model_index.json"
 FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -10,7 +11,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), starting as the identity."""
 
     def __init__(self, channels: int) -> None:
@@ -24,7 +25,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(hidden)))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(GradientCheckpointingLayer):
     """Single-head self-attention over all positions of a feature map, starting as the identity."""
 
     def __init__(self, channels: int) -> None:

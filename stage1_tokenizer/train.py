@@ -1,5 +1,6 @@
 """Stage one: trains a tokenizer on a source of images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
+from training_harness.errors import UserError
 from training_harness.files import whole_folder, write_text
 from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.processes import mean_over_processes, share_of
 from training_harness.run import Run
 
-PREVIEW_IMAGES = 20
+PREVIEW_IMAGES, VALIDATION_IMAGES = 20, 1_000
 STATISTICS_IMAGES = 2_000  # each gives h · w positions: more than enough for two numbers a channel
 
 
@@ -35,18 +38,28 @@ def train_tokenizer(
     train: Pixels,
     validation: Pixels,
     perceptual: PerceptualLoss | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
 ) -> Path:
     """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
 
     Args:
         train, validation: pictures of the content size that `model_config` states.
         perceptual: a distance between (B, C, H, W) batches in [-1, 1], added with `reconstruction.perceptual`.
+        on_validation: called with each step that is validated and −PSNR; what it raises ends the run.
     """
     run = Run(config)
+    if run.sharded:
+        raise UserError(
+            "the processes were launched with FSDP, and a tokenizer trains under DDP: each process holds all of it; launch "
+            "without it, as scripts/accelerate/8_gpus.yaml does"
+        )
+    run.on_validation = on_validation or run.on_validation
     accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
     processor = model_config.image_processor
     tokenizer = VQGAN(model_config).to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
+    if config.gradient_checkpointing:
+        tokenizer.recompute_blocks()
     optimizer = build_optimizer(tokenizer, config.optimizer)
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), lr=adversarial.learning_rate, betas=(0.5, 0.9)
@@ -54,7 +67,7 @@ def train_tokenizer(
     model, critic, optimizer, discriminator_optimizer = accelerator.prepare(
         tokenizer, discriminator, optimizer, discriminator_optimizer
     )
-    tokenizer, discriminator = accelerator.unwrap_model(model), accelerator.unwrap_model(critic)
+    tokenizer, discriminator = run.unwrap(model), run.unwrap(critic)
     ema = EMA(tokenizer, config.ema)
     usage = CodeUsage(model_config.codebook_size)
     run.track(
@@ -106,10 +119,12 @@ def train_tokenizer(
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            figures = preview(ema.model, validation, run.folder / "samples" / f"step_{step:06d}.png")
-            used = usage.since_last()
-            run.log_row(step, figures | {"codes_used": used.codes_used, "perplexity": used.perplexity})
-            run.judge(step, -figures["validation_psnr"])
+            found, used = validation_psnr(ema.model, validation), usage.since_last()
+            run.log_row(step, {"validation_psnr": found, "codes_used": used.codes_used, "perplexity": used.perplexity})
+            run.judge(step, -found)
+            if accelerator.is_main_process:
+                preview(ema.model, validation, run.picture(step))
+            run.show_picture(step)
         if run.checkpoint_due(step):
             run.checkpoint(step)
     return export(run, ema.model, train)
@@ -121,18 +136,26 @@ def sum_weighted(terms: dict[str, Tensor], weights: object) -> Tensor:
 
 
 @torch.no_grad()
-def preview(tokenizer: VQGAN, validation: Pixels, path: Path) -> dict[str, float]:
-    """Saves originals over reconstructions; returns the validation PSNR (mean over images) on at most 1,000 images."""
-    processor, device = tokenizer.config.image_processor, tokenizer.device
-    values: list[Tensor] = []
-    for positions, images in validation.batches(250):
-        rebuilt = processor.postprocess(tokenizer(processor.preprocess(images.to(device))).reconstruction).cpu()
-        if not values:
-            save_picture(before_and_after(images[:PREVIEW_IMAGES], rebuilt[:PREVIEW_IMAGES]), path)
-        values.append(psnr(rebuilt, images))
-        if positions[-1] >= 999:
-            break
-    return {"validation_psnr": float(torch.cat(values).mean())}
+def preview(tokenizer: VQGAN, validation: Pixels, path: Path) -> None:
+    """Saves originals over reconstructions."""
+    images = validation[range(min(PREVIEW_IMAGES, len(validation)))]
+    save_picture(before_and_after(images, rebuilt(tokenizer, images)), path)
+
+
+def rebuilt(tokenizer: VQGAN, images: Tensor) -> Tensor:
+    """uint8 (B, C, h, w) after the round trip, on the CPU."""
+    processor = tokenizer.config.image_processor
+    return processor.postprocess(tokenizer(processor.preprocess(images.to(tokenizer.device))).reconstruction).cpu()
+
+
+@torch.no_grad()
+def validation_psnr(tokenizer: VQGAN, validation: Pixels) -> float:
+    """Mean over at most 1,000 images, of which each process takes its share."""
+    positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
+    for start in range(0, len(positions), 250):
+        images = validation[positions[start : start + 250]]
+        total += float(psnr(rebuilt(tokenizer, images), images).sum())
+    return mean_over_processes(total, len(positions))
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from training_harness.ema import EMA
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_text
 from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.processes import mean_over_processes, share_of
 from training_harness.run import Run
 
 Preview = Callable[[AutoregressivePrior, Path], None]
-"""Decodes samples of a prior and saves them at a path: this stage knows no pixels."""
+"""Decodes samples of a prior and saves them at a path, all processes together: this stage knows no pixels."""
 
 
 class TrainedOn:
@@ -41,8 +42,16 @@ class TrainedOn:
             )
 
 
-def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None = None) -> Path:
-    """Trains, or goes on training, in `config.output`; returns the folder of the finished model."""
+def train_prior(
+    config: PriorTraining,
+    codes: CodeCache,
+    preview: Preview | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
+) -> Path:
+    """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
+
+    `on_validation` is called with each step that is validated and its nats a token; what it raises ends the run.
+    """
     if codes.spec.codebook_size is None:
         raise UserError(
             f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
@@ -51,12 +60,16 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
     codes.train.require("indices")
     model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made
     run = Run(config)
+    run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
     prior = AutoregressivePrior(model_config)
     prior.start_from_code_vectors(codes.code_vectors())
+    if config.gradient_checkpointing:
+        prior.recompute_blocks()
     optimizer = build_optimizer(prior, config.optimizer)
+    ema = EMA(prior, config.ema)  # before the model is sharded
     model, optimizer = accelerator.prepare(prior, optimizer)
-    ema = EMA(accelerator.unwrap_model(model), config.ema)
+    ema.follow(run.unwrap(model))
     run.track(model=model, ema=ema, optimizer=optimizer, codes=TrainedOn(codes))
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
@@ -76,30 +89,32 @@ def train_prior(config: PriorTraining, codes: CodeCache, preview: Preview | None
         ema.update(step)
         run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            nats = validation_loss(ema.model, codes.validation, config.validation_images)
+            averaged = ema.collect()
+            nats = validation_loss(averaged, codes.validation, config.validation_images)
             bits = nats / math.log(2) * codes.spec.tokens
             run.log_row(step, {"validation_nats_per_token": nats, "validation_bits_per_image": bits})
             run.judge(step, nats)
-            if preview is not None and accelerator.is_main_process:
-                preview(ema.model, run.folder / "samples" / f"step_{step:06d}.png")
+            if preview is not None:
+                preview(averaged, run.picture(step))
+                run.show_picture(step)
         if run.checkpoint_due(step):
             run.checkpoint(step)
 
-    folder = run.folder / "model"
+    folder, averaged = run.folder / "model", ema.collect()
     if accelerator.is_main_process:
         with whole_folder(folder) as beside:
-            ema.model.save_pretrained(beside)
-            write_text(beside / "README.md", prior_card(ema.model, run.log_file.path))
+            averaged.save_pretrained(beside)
+            write_text(beside / "README.md", prior_card(averaged, run.log_file.path))
     accelerator.wait_for_everyone()
     return folder
 
 
 @torch.no_grad()
 def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
-    """Nats a token on the first `limit` images of a split."""
-    total, count = 0.0, min(limit, len(split))
-    for start in range(0, count, 250):
-        rows = np.arange(start, min(start + 250, count))
+    """Nats a token on the first `limit` images of a split, of which each process takes its share."""
+    positions, total = np.array(share_of(min(limit, len(split)))), 0.0
+    for start in range(0, len(positions), 250):
+        rows = positions[start : start + 250]
         loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
         total += float(loss.total) * len(rows)
-    return total / count
+    return mean_over_processes(total, len(positions))

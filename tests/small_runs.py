@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import DistributedType, PartialState
 from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
@@ -28,6 +29,7 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorModel, PriorTraining
 from training_harness.metric_log import MetricLog, read_metrics
+from training_harness.processes import accelerated_device
 from training_harness.run import Run
 from training_harness.signals import Interrupted
 
@@ -79,17 +81,29 @@ def take_place(rank: int, processes: int, port: int) -> None:
     os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
 
 
+def shard() -> None:
+    """Lays models over the processes by FSDP2, which Accelerate leaves out on CPUs: the group is told to be one of GPUs."""
+    accelerated_device()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    options = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CPU_RAM_EFFICIENT_LOADING": "false"}
+    os.environ.update({f"FSDP_{name}": value for name, value in options.items()} | {"ACCELERATE_USE_FSDP": "true"})
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def one(rank: int, processes: int, port: int, stage: str, folder: Path, output: Path, in_float64: bool) -> None:
+def one(
+    rank: int, processes: int, port: int, stage: str, folder: Path, output: Path, in_float64: bool, sharded: bool
+) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
         take_place(rank, processes, port)
+    if sharded:
+        shard()
     try:
         if in_float64:
             train_in_float64(stage, folder, output, processes)
@@ -101,7 +115,9 @@ def one(rank: int, processes: int, port: int, stage: str, folder: Path, output: 
         torch.distributed.destroy_process_group()
 
 
-def start(stage: str, folder: Path, output: Path, processes: int, in_float64: bool = False) -> list[BaseProcess]:
+def start(
+    stage: str, folder: Path, output: Path, processes: int, in_float64: bool = False, sharded: bool = False
+) -> list[BaseProcess]:
     """Forked from a server that has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
@@ -109,7 +125,7 @@ def start(stage: str, folder: Path, output: Path, processes: int, in_float64: bo
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     port = free_port()
-    places = [(rank, processes, port, stage, folder, output, in_float64) for rank in range(processes)]
+    places = [(rank, processes, port, stage, folder, output, in_float64, sharded) for rank in range(processes)]
     started = [context.Process(target=one, args=place) for place in places]
     for process in started:
         process.start()

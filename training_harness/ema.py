@@ -12,8 +12,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training_harness.errors import ConfigError
+from training_harness.sharding import local, sharded_as
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,26 +38,55 @@ class EMA(Generic[Model]):
     def __init__(self, source: Model, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        if config.device == "cpu":
-            self.model.cpu()
-        self._pairs = list(zip(_tensors(self.model), _tensors(source), strict=True))
+        self.follow(source)
+
+    def follow(self, source: nn.Module) -> None:
+        """Averages the weights of `source` from now on: those of the same model, where `prepare` has put them.
+
+        Of a sharded model each process averages its own shards, and `collect` brings them together.
+        """
+        self._sources = _tensors(source)
+        device = torch.device("cpu") if self.config.device == "cpu" else self._sources[0].device
+        self.model.to(device)
+        self._sharded = any(isinstance(value, DTensor) for value in self._sources)
+        self._averages = _tensors(self.model)
+        if self._sharded:
+            self._averages = [local(value).detach().to(device, copy=True) for value in self._sources]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the source's weights after optimiser step `step` (from 1)."""
         decay = min(self.config.decay, (1 + step) / (10 + step))
-        floats = [(average, value) for average, value in self._pairs if value.is_floating_point()]
+        pairs = [(average, local(value)) for average, value in zip(self._averages, self._sources, strict=True)]
+        floats = [(average, value) for average, value in pairs if value.is_floating_point()]
         averages, values = [average for average, _ in floats], [value.to(average.device) for average, value in floats]
         torch._foreach_lerp_(averages, values, 1 - decay)
-        for average, value in self._pairs:
+        for average, value in pairs:
             if not value.is_floating_point():
                 average.copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.model.state_dict()
+    @torch.no_grad()
+    def collect(self) -> Model:
+        """The whole averaged model; each process must ask for it."""
+        if self._sharded:
+            for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
+                held.copy_(_laid_out(average, source).full_tensor() if isinstance(source, DTensor) else average)
+        return self.model
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.collect().state_dict()
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state)
+        if self._sharded:
+            for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
+                average.copy_(local(sharded_as(held, source)))
+
+
+def _laid_out(shard: Tensor, like: DTensor) -> DTensor:
+    placed = shard.to(like.device)
+    return DTensor.from_local(placed, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -6,13 +6,14 @@ A spike is a gradient norm of more than `SPIKE` times the median of the last `WI
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training_harness.errors import UserError
+from training_harness.sharding import whole
 
 PATIENCE, WINDOW, SPIKE = 5, 100, 10.0
 
@@ -31,13 +32,17 @@ class NonFiniteGuard:
         """What was not finite at the last step."""
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
-    def allows(self, terms: Mapping[str, Tensor], gradient_norm: float) -> bool:
-        """Whether the step may be taken: every loss term and the gradient's norm are finite."""
+    def allows(self, terms: Mapping[str, Tensor], gradient_norm: float, anywhere: Callable[[int], int] = int) -> bool:
+        """Whether the step may be taken: every loss term and the gradient's norm are finite.
+
+        `anywhere` says of how many terms are wrong on this process how many are on the worst, so that all skip together.
+        """
         found = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for the device
         values = dict(zip(terms, found, strict=True)) | {"gradient norm": gradient_norm}
         self.wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        self.in_a_row = self.in_a_row + 1 if self.wrong else 0
-        return not self.wrong
+        skipped = anywhere(len(self.wrong)) > 0
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        return not skipped
 
     @property
     def exhausted(self) -> bool:
@@ -87,6 +92,7 @@ def first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
 
 def _finite(value: Any) -> bool:
     if isinstance(value, Tensor):
+        value = whole(value)
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, Mapping):
         value = tuple(value.values())

@@ -46,13 +46,6 @@ def products_are_rounded(device: torch.device) -> bool:
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
 
 
-def accelerated_device() -> torch.device:
-    """The device that Accelerate finds for this process."""
-    from accelerate import PartialState
-
-    return PartialState().device
-
-
 def keep_freed_memory() -> None:
     """Lets glibc keep the blocks that tensors free, up to 32 MiB each, for the next ones.
 

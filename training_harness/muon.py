@@ -8,7 +8,8 @@ NS(X) pushes the singular values of X / ‖X‖ towards 1 by five steps of X ←
 torch.optim.Muon iterates in bfloat16, matrix by matrix, and refuses convolution kernels. Here matrices of one shape
 are iterated together, in bfloat16 on GPUs and where products of float32 are rounded to it, in float32 elsewhere (on a
 CPU without AMX bfloat16 products can be hundreds of times slower). Kernels are seen as (out, in · height · width), and
-one optimiser holds both kinds of parameters, so that a loop has a single `step()`.
+one optimiser holds both kinds of parameters, so that a loop has a single `step()`. Of a sharded model every process
+iterates the whole matrices, since their singular values belong to no shard: for large priors AdamW is the quicker one.
 """
 
 from collections import defaultdict
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from training_harness.machine import products_are_rounded
+from training_harness.sharding import sharded_as, whole
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
@@ -70,13 +72,13 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"]
             momentum.mul_(group["momentum"]).add_(gradient)
-            update = gradient.add(momentum, alpha=group["momentum"]).flatten(1)
+            update = whole(gradient.add(momentum, alpha=group["momentum"])).to(p.device).flatten(1)
             by_shape[update.shape[0], update.shape[1]].append((p, update))
         for (rows, columns), pairs in by_shape.items():
             updates = orthogonalized(torch.stack([update for _, update in pairs]))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-rate)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(sharded_as(update.view(p.shape), p), alpha=-rate)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]

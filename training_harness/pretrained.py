@@ -39,6 +39,18 @@ class StrictModel(PreTrainedModel):
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
 
+    supports_gradient_checkpointing = True
+
+    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
+        """None: no layer of ours is tied to another, or a unit of its own under FSDP."""
+        return None
+
+    get_output_embeddings = get_input_embeddings
+
+    def recompute_blocks(self) -> None:
+        """Gradient checkpointing: a block's activations are computed again in the backward pass."""
+        self.gradient_checkpointing_enable({"use_reentrant": False})
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each module draws its weights where it is built, and loading leaves none to draw."""
 

@@ -1,6 +1,6 @@
 """One training run: its folder, its processes, where it stands, what it logs and saves.
 
-    runs/NAME/config.yaml   metrics.jsonl   samples/   checkpoints/step_000500/   model/
+    runs/NAME/config.yaml   environment.json   metrics.jsonl   samples/   checkpoints/step_000500/   model/
 
 A step is an optimiser step, counted from 1; what a step draws at random is a function of (seed, step, process), so a
 resumed run needs no stored generator. A checkpoint holds the state of every object registered with `Run.track`.
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -38,7 +39,11 @@ from training_harness.files import up_to_date
 from training_harness.guard import NonFiniteGuard, first_non_finite
 from training_harness.machine import keep_freed_memory, rounded_products
 from training_harness.metric_log import MetricLog
+from training_harness.processes import accelerated_device
+from training_harness.provenance import note_environment
+from training_harness.sharding import load_state, whole
 from training_harness.signals import Interrupted, Wish, wish_to_stop
+from training_harness.trackers import TrackerName, check_trackers, log_picture, start_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,12 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     matmul_precision: Literal["highest", "high"] = "high"
     """Of products of float32 in training: `high` lets GPUs use TF32 and CPUs with AMX bfloat16 inside."""
+    compile: bool = False
+    """Compiles the networks with torch.compile: some minutes once, then quicker steps on most GPUs."""
+    gradient_checkpointing: bool = False
+    """Computes each block's activations again in the backward pass: much less memory, about a third more time."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get figures and samples too: tensorboard, wandb, trackio; needs `pip install "latentloom[track]"`."""
     log_every: int = 25
     sample_every: int = 500
     checkpoint_every: int = 500
@@ -79,7 +90,10 @@ class RunConfig:
 
 
 # What may differ between a run folder and the command that goes on with it.
-CHANGEABLE = ("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume")
+CHANGEABLE = (
+    *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
+    *("compile", "gradient_checkpointing", "report_to"),
+)
 
 
 class Stateful(Protocol):
@@ -93,11 +107,16 @@ class Run:
         self.config = config
         self.folder = config.output
         keep_freed_memory()
+        check_trackers(config.report_to)
+        accelerated_device()  # joins the other processes
         AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation_steps,
             step_scheduler_with_optimizer=False,
+            dynamo_backend="inductor" if config.compile else None,
+            log_with=list(config.report_to) or None,
+            project_config=ProjectConfiguration(logging_dir=str(self.folder / "tensorboard")),
         )
         self.log_file = MetricLog(self.folder / "metrics.jsonl")
         self.guard = NonFiniteGuard()
@@ -107,6 +126,8 @@ class Run:
         self.gradient_norm = math.nan
         self.sources: Callable[[int], list[str]] = lambda step: []
         """Ids of the examples that this process saw in a step; the loop says how to find them."""
+        self.on_validation: Callable[[int, float], None] = lambda step, figure: None
+        """Told of each validation figure, the lower the better; what it raises ends the run."""
         self._inputs: tuple[Any, ...] = ()  # of the last forward pass
         self._tracked: dict[str, Stateful] = {}
         self._bar: tqdm | None = None
@@ -114,21 +135,29 @@ class Run:
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(self.folder / "config.yaml", config)
+            run_id = note_environment(self.folder, self.accelerator)
+            if config.report_to:
+                start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
         torch.manual_seed(config.seed)  # initial weights: the same on every process
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP lays the model over the processes."""
+        return self.accelerator.distributed_type is DistributedType.FSDP
 
     # -- where the run stands -------------------------------------------------------------------------------------
 
     def track(self, **objects: Stateful) -> None:
         """Registers what a checkpoint holds, and loads the newest checkpoint when there is one."""
         self._tracked = {
-            name: self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
+            name: self.unwrap(thing) if isinstance(thing, nn.Module) else getattr(thing, "optimizer", thing)
             for name, thing in objects.items()
         }
         if isinstance(model := self._tracked.get("model"), nn.Module):
             model.register_forward_pre_hook(self._note_inputs)
         if (state := self._state_to_go_on_from()) is not None:
             for name, thing in self._tracked.items():
-                thing.load_state_dict(state["objects"][name])
+                load_state(thing, state["objects"][name])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.guard.in_a_row = state["step"], state["best"], state["skipped_in_a_row"]
@@ -138,6 +167,10 @@ class Run:
             if self.step:
                 self.log_file.append({"step": self.step, "resumed_from": self.step})
                 print(f"{self.folder}: going on from step {self.step}", file=sys.stderr)
+
+    def unwrap(self, model: nn.Module) -> Any:
+        """The model under what `prepare` has put around it."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._inputs = inputs
@@ -184,6 +217,8 @@ class Run:
                 self.step = step
                 self._bar.update(images)
                 self._stop_if_told(wish)
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _seed(self, seed: int) -> None:
         """What torch.manual_seed does, without a record of the call for each kind of device that is not there."""
@@ -191,13 +226,15 @@ class Run:
         if self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
+    def _anywhere(self, number: int) -> int:
+        """The largest of the processes' numbers: what one of them found is then known to all."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
     def _stop_if_told(self, wish: Wish) -> None:
         """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
-        number = wish.number
-        if self.accelerator.num_processes > 1:
-            told = torch.tensor(number, device=self.accelerator.device)
-            number = int(self.accelerator.gather(told.view(1)).max())
-        if not number:
+        if not (number := self._anywhere(wish.number)):
             return
         if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
             self.checkpoint(self.step)
@@ -228,9 +265,9 @@ class Run:
         finite = True
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            self.gradient_norm = math.nan if norm is None else float(norm)
+            self.gradient_norm = math.nan if norm is None else float(whole(norm))
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
-            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else self.gradient_norm)
+            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else self.gradient_norm, self._anywhere)
             if not finite:
                 self._skip(step, model)
             elif (usual := self.guard.spike(self.gradient_norm)) is not None:
@@ -248,7 +285,7 @@ class Run:
         row |= {name: str(value) for name, value in self.guard.wrong.items()}  # JSON knows no NaN
         MetricLog(self.folder / f"skipped_steps.{process}.jsonl").append(row)
         if self.guard.exhausted:
-            raise self.guard.error(step, first_non_finite(self.accelerator.unwrap_model(model), self._inputs))
+            raise self.guard.error(step, first_non_finite(self.unwrap(model), self._inputs))
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
@@ -268,19 +305,34 @@ class Run:
 
     def log_row(self, step: int, row: Mapping[str, float]) -> None:
         """Appends figures that are the same on every process."""
+        rounded = {name: float(f"{value:.6g}") for name, value in row.items()}
         if self.accelerator.is_main_process:
-            self.log_file.append({"step": step} | {name: float(f"{value:.6g}") for name, value in row.items()})
+            self.log_file.append({"step": step} | rounded)
+        self.accelerator.log(rounded, step)  # to the trackers
+
+    def picture(self, step: int) -> Path:
+        """Where samples are saved after a step."""
+        return self.folder / "samples" / f"step_{step:06d}.png"
+
+    def show_picture(self, step: int) -> None:
+        """Hands the samples of a step to the trackers."""
+        if self.accelerator.is_main_process and self.config.report_to:
+            log_picture(self.accelerator, self.picture(step), step)
 
     def judge(self, step: int, figure: float) -> None:
         """Notes a validation figure, the lower the better: the checkpoint of the best one is kept."""
         if self.best is None or figure < self.best["value"]:
             self.best = {"step": step, "value": figure}
+        self.on_validation(step, figure)
 
     def checkpoint_due(self, step: int) -> bool:
         return self.due(step, self.config.checkpoint_every) or (self.best is not None and self.best["step"] == step)
 
     def checkpoint(self, step: int) -> None:
         """Writes the state of every tracked object; keeps the newest `keep_checkpoints` and the best."""
+        objects: dict[str, Any] = {}
+        if self.accelerator.is_main_process or self.sharded:  # shards are gathered by all processes
+            objects = {name: whole(thing.state_dict()) for name, thing in self._tracked.items()}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -288,7 +340,7 @@ class Run:
                 "best": self.best,
                 "skipped_in_a_row": self.guard.in_a_row,
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "objects": {name: thing.state_dict() for name, thing in self._tracked.items()},
+                "objects": objects,
             }
             write_checkpoint(self.folder, step, state)
             prune(

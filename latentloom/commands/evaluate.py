@@ -39,7 +39,7 @@ from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
 from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from latentloom.stages import say
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import image_grid, save_picture
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from stage1_tokenizer.training_config import TokenizerTraining, completed, model
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import from_mapping
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 
 @dataclass(frozen=True, kw_only=True)

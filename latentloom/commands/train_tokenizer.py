@@ -11,7 +11,7 @@ from latentloom.choice import choose
 from latentloom.stages import load_source, run_tokenizer, say
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
-from training_harness.machine import accelerated_device
+from training_harness.processes import accelerated_device
 
 
 @dataclass(frozen=True)

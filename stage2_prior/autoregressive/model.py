@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.kv_cache import KVCache
@@ -130,7 +131,7 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -147,6 +148,7 @@ class Block(nn.Module):
 class AutoregressivePrior(StrictModel):
     config_class = AutoregressivePriorConfig
     config: AutoregressivePriorConfig
+    _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it; units of FSDP
     end_layers = ("head",)  # read and written by other rules than hidden matrices
 
     def __init__(self, config: AutoregressivePriorConfig) -> None:

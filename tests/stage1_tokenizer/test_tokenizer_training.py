@@ -88,6 +88,7 @@ def finished(pictures, tmp_path_factory) -> Path:
 def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml",
+        "environment.json",
         "metrics.jsonl",
         "samples",
         "checkpoints",
@@ -253,7 +254,7 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
     figures = [row for row in rows_of(config.output) if "validation_psnr" in row][-1]
     tokenizer = VQGAN.from_pretrained(folder)
     _, validation = pixels_of(completed(config, survey(open_source(pictures).train)))
-    shown = stage_one.preview(tokenizer, validation, tmp_path / "shown.png")["validation_psnr"]
+    shown = stage_one.validation_psnr(tokenizer, validation)
     assert shown == pytest.approx(figures["validation_psnr"], abs=0.2)  # bfloat16's rounding
     floats = [value for value in weights(folder).values() if value.is_floating_point()]
     assert {value.dtype for value in floats} == {torch.float32}

@@ -58,6 +58,7 @@ def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCac
     assert folder == tmp_path / "run" / "model"
     assert files(tmp_path / "run") == {
         "config.yaml",
+        "environment.json",
         "metrics.jsonl",
         "samples/step_000003.png",
         "samples/step_000006.png",
