@@ -15,7 +15,7 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
-# The lowest versions that pyproject.toml allows, in an environment of their own.
+# The lowest versions that pyproject.toml allows, in an environment of their own. The peers of the benchmarks need newer ones.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) scripts/lowest_versions.py > .venv-oldest/lowest.txt
@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[bench,dev]"
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed

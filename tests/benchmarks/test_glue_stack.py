@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-import glue_stack
 import pytest
 import torch
-from glue_stack import Tuning
 from tiny_models import seeded
 from torch import Tensor
+
+pytest.importorskip("diffusers", reason="the peers of the benchmarks are in the extra `bench`")
+import glue_stack
+from glue_stack import Tuning
 
 TINY = replace(Tuning(), channels=(16, 16, 16), hidden_size=32, layers=1, heads=2, intermediate_size=32)
 
