@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         if verb not in VERBS:
             raise UserError(f"unknown verb '{verb}'; {nearest(verb, list(VERBS))}")
         quiet_libraries()
-        from training_harness.machine import keep_freed_memory
+        from training_harness.allocator import keep_freed_memory
 
         keep_freed_memory()
         importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(rest)

@@ -38,7 +38,7 @@ from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, is_main_process, main_process_first, wait_for_everyone
 from training_harness.run import RunConfig, check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
@@ -78,13 +78,19 @@ def run_main_job(
         run_tokenizer(tokenizer, source, None if minutes is None else minutes * TOKENIZER_SHARE)
         phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_a_step(tokenizer)
     with timed(phases, "tokenize") as phase:
-        remove_codes_of_another(tokenizer.output, prior)
+        with main_process_first():
+            remove_codes_of_another(tokenizer.output, prior)
         run_tokenize(tokenizer.output, source, prior.codes)
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
         folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
+    if not is_main_process():  # which measures, and is helped to sample
+        for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
+            pass
+        wait_for_everyone()
+        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
     figures, samples = write_results(output, source, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
@@ -95,6 +101,7 @@ def run_main_job(
     }
     pipeline.to("cpu").save_pretrained(output / "pipeline", metrics=metrics, samples=samples)
     write_json(output / "metrics.json", metrics)  # last: a folder that has it is complete
+    wait_for_everyone()
     return metrics
 
 

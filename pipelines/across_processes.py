@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from training_harness.processes import accelerated_device
+from training_harness.processes import joined
 
 
 def sample_across_processes(
@@ -22,7 +21,7 @@ def sample_across_processes(
 
     Every process calls it with the same arguments, `generator` of the same state among them.
     """
-    device, state = accelerated_device(), PartialState()
+    state = joined()
     generators = image_generators(generator, len(labels))
     count, processes = len(labels), state.num_processes
     share = -(-count // processes)
@@ -31,5 +30,5 @@ def sample_across_processes(
     images = to_uint8(pipeline.sample_pixels(labels[mine], [generators[i] for i in mine], batch_size, **options))
     if processes == 1:
         return images
-    gathered = gather(images.to(device)).cpu()  # process after process
+    gathered = gather(images.to(state.device)).cpu()  # process after process
     return gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)[:count]

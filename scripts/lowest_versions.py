@@ -1,4 +1,4 @@
-"""Prints the lowest version of each direct dependency, trackers and the search included, that pyproject.toml allows, as pip constraints."""
+"""Prints the lowest versions that pyproject.toml allows, of the trackers and the search too, as pip constraints."""
 
 import re
 import tomllib

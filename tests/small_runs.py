@@ -15,6 +15,8 @@ from unittest import mock
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
@@ -61,7 +63,7 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
     )
 
 
-def train_in_float64(stage: str, folder: Path, output: Path, processes: int) -> None:
+def train_in_float64(stage: str, folder: Path, output: Path, processes: int, fields: dict[str, Any]) -> None:
     """20 steps of 32 images in all, without dropout and discriminator; `exact.jsonl` has the log without rounding."""
     torch.set_default_dtype(torch.float64)
     log = MetricLog(output / "exact.jsonl")
@@ -71,7 +73,7 @@ def train_in_float64(stage: str, folder: Path, output: Path, processes: int) -> 
             log.append({"step": step, **row})
 
     Run.log_row = log_exactly
-    fields = STEPS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20}
+    fields = STEPS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20} | fields
     train(stage, folder, output, fields, dropout=0.0, adversarial=0.0)
 
 
@@ -82,11 +84,22 @@ def take_place(rank: int, processes: int, port: int) -> None:
 
 
 def shard() -> None:
-    """Lays models over the processes by FSDP2, which Accelerate leaves out on CPUs: the group is told to be one of GPUs."""
+    """Lays models over the processes as scripts/accelerate/8_gpus_fsdp.yaml does.
+
+    Accelerate leaves FSDP out on CPUs: the group is told to be one of GPUs.
+    """
     accelerated_device()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    options = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CPU_RAM_EFFICIENT_LOADING": "false"}
-    os.environ.update({f"FSDP_{name}": value for name, value in options.items()} | {"ACCELERATE_USE_FSDP": "true"})
+    configuration = Path(__file__).parents[1] / "scripts" / "accelerate" / "8_gpus_fsdp.yaml"
+    environment = launcher_environment(configuration)
+    os.environ.update({name: value for name, value in environment.items() if "FSDP" in name})
+
+
+def launcher_environment(configuration: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` adds to the environment of each process."""
+    words = ["--config_file", str(configuration), "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return prepare_multi_gpu_env(arguments)
 
 
 def free_port() -> int:
@@ -96,7 +109,15 @@ def free_port() -> int:
 
 
 def one(
-    rank: int, processes: int, port: int, stage: str, folder: Path, output: Path, in_float64: bool, sharded: bool
+    rank: int,
+    processes: int,
+    port: int,
+    stage: str,
+    folder: Path,
+    output: Path,
+    in_float64: bool,
+    sharded: bool,
+    fields: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -106,9 +127,9 @@ def one(
         shard()
     try:
         if in_float64:
-            train_in_float64(stage, folder, output, processes)
+            train_in_float64(stage, folder, output, processes, fields)
         else:
-            train(stage, folder, output, STEPS, dropout=0.1, adversarial=0.5)
+            train(stage, folder, output, STEPS | fields, dropout=0.1, adversarial=0.5)
     except Interrupted as stopped:
         os._exit(128 + stopped.number)
     if processes > 1:
@@ -116,16 +137,22 @@ def one(
 
 
 def start(
-    stage: str, folder: Path, output: Path, processes: int, in_float64: bool = False, sharded: bool = False
+    stage: str,
+    folder: Path,
+    output: Path,
+    processes: int,
+    in_float64: bool = False,
+    sharded: bool = False,
+    **fields: Any,
 ) -> list[BaseProcess]:
-    """Forked from a server that has imported what a run needs."""
+    """Forked from a server that has imported what a run needs; `fields` of its configuration."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
     # the server looks for it before it is told where
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     port = free_port()
-    places = [(rank, processes, port, stage, folder, output, in_float64, sharded) for rank in range(processes)]
+    places = [(rank, processes, port, stage, folder, output, in_float64, sharded, fields) for rank in range(processes)]
     started = [context.Process(target=one, args=place) for place in places]
     for process in started:
         process.start()

@@ -4,15 +4,20 @@ Two processes, as under `accelerate launch`, do what one does.
 """
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 from small_runs import STEPS, finish, prepare, resumptions, start, stop, wait_for
 
+from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.checkpoints import newest_step
 from training_harness.metric_log import read_metrics
+from training_harness.optimization import OptimizerConfig
 
 STAGES = ("tokenizer", "prior")
 
@@ -91,14 +96,16 @@ def test_one_of_two_processes_being_told_is_enough(folder: Path, tmp_path: Path)
     assert newest_step(tmp_path) >= 5
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_with_half_the_batch_follow_one(folder: Path, tmp_path: Path, stage: str) -> None:
-    logs = []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        assert finish(start(stage, folder, output, processes, in_float64=True)) == [0] * processes
-        logs.append([row for row in read_metrics(output / "exact.jsonl") if "learning_rate" in row])
-    alone, together = logs
+def exact_rows(output: Path) -> list[dict[str, float]]:
+    return [row for row in read_metrics(output / "exact.jsonl") if "learning_rate" in row]
+
+
+def validated(output: Path) -> dict[str, float]:
+    row = next(row for row in read_metrics(output / "exact.jsonl")[::-1] if "learning_rate" not in row)
+    return {name: value for name, value in row.items() if name.startswith("validation")}
+
+
+def assert_followed(alone: list[dict[str, float]], together: list[dict[str, float]]) -> None:
     assert [row["step"] for row in alone] == [row["step"] for row in together] == list(range(1, 21))
     for one_row, two_row in zip(alone, together, strict=True):
         assert one_row["learning_rate"] == two_row["learning_rate"]
@@ -109,3 +116,47 @@ def test_two_processes_with_half_the_batch_follow_one(folder: Path, tmp_path: Pa
         )
     first_term = next(iter(alone[0].keys() - {"step", "learning_rate", "images_per_second", "gradient_norm"}))
     assert alone[0][first_term] != alone[-1][first_term], "nothing was learnt"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_with_half_the_batch_follow_one(folder: Path, tmp_path: Path, stage: str) -> None:
+    for processes in (1, 2):
+        assert finish(start(stage, folder, tmp_path / str(processes), processes, in_float64=True)) == [0] * processes
+    assert_followed(exact_rows(tmp_path / "1"), exact_rows(tmp_path / "2"))
+    assert validated(tmp_path / "2") == pytest.approx(validated(tmp_path / "1"), rel=1e-6)  # each looked at half
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_prior_sharded_over_two_processes_follows_one_that_is_not(
+    folder: Path, tmp_path: Path, optimizer: Literal["adamw", "muon"]
+) -> None:
+    how = {"in_float64": True, "optimizer": OptimizerConfig(name=optimizer)}
+    assert finish(start("prior", folder, tmp_path / "1", 1, **how)) == [0]
+    assert finish(start("prior", folder, tmp_path / "2", 2, sharded=True, **how)) == [0, 0]
+    assert_followed(exact_rows(tmp_path / "1"), exact_rows(tmp_path / "2"))
+    ours, theirs = (AutoregressivePrior.from_pretrained(tmp_path / name / "model").state_dict() for name in ("1", "2"))
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], rtol=0, atol=1e-6), name  # of the average, written in float32
+
+
+def test_a_sharded_run_that_was_killed_goes_on_exactly_and_so_does_one_process_from_its_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start("prior", folder, whole, 2, sharded=True)) == [0, 0]
+    started = start("prior", folder, killed, 2, sharded=True)
+    wait_for(killed, 10, started)
+    assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}
+    held = newest_step(killed)
+    alone = tmp_path / "alone"
+    shutil.copytree(killed, alone)
+    assert finish(start("prior", folder, killed, 2, sharded=True)) == [0, 0]
+    assert resumptions(killed) == [held]
+    assert model(killed) == model(whole)
+    assert losses(killed) == losses(whole)
+    assert finish(start("prior", folder, alone, 1, batch_size=8)) == [0]
+    assert resumptions(alone) == [held]
+
+
+def test_a_tokenizer_refuses_to_be_sharded(folder: Path, tmp_path: Path) -> None:
+    assert 0 not in finish(start("tokenizer", folder, tmp_path, 2, sharded=True))

@@ -1,5 +1,6 @@
 """This process among those that `accelerate launch` started; alone without it."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,23 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 
 
-def accelerated_device() -> torch.device:
-    """The device that Accelerate finds for this process; the first call joins the other processes, where there are any.
+def joined() -> PartialState:
+    """What Accelerate knows of the processes; the first call joins the others, where there are any.
 
     They may wait for one another for a day: while one reads, tokenizes or measures, the usual ten minutes are soon over.
     """
-    return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1)).device
+    first = not PartialState._shared_state
+    # Without an accelerator Accelerate must be told so, or processes that torchrun started would not know of each other.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(on_cpu, timeout=timedelta(days=1))
+    if first and state.num_processes > 1:
+        atexit.register(state.destroy_process_group)  # or gloo's threads abort the process that ends last
+    return state
+
+
+def accelerated_device() -> torch.device:
+    """The device that Accelerate finds for this process."""
+    return joined().device
 
 
 def is_main_process() -> bool:
@@ -23,18 +35,24 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def number_of_processes() -> int:
+    return joined().num_processes
+
+
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """The main process goes through the block before the others: what it writes, they find."""
-    accelerated_device()
-    with PartialState().main_process_first():
+    with joined().main_process_first():
         yield
+
+
+def wait_for_everyone() -> None:
+    joined().wait_for_everyone()
 
 
 def share_of(count: int) -> range:
     """Every so-manieth of `count` positions: those that are this process's to work on."""
-    accelerated_device()
-    state = PartialState()
+    state = joined()
     return range(state.process_index, count, state.num_processes)
 
 

@@ -7,6 +7,7 @@ resumed run needs no stored generator. A checkpoint holds the state of every obj
 """
 
 import math
+import os
 import re
 import signal
 import sys
@@ -23,6 +24,7 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from training_harness.allocator import keep_freed_memory
 from training_harness.checkpoints import (
     TornCheckpointError,
     checkpoint_path,
@@ -37,7 +39,7 @@ from training_harness.configuration import read_yaml, to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import up_to_date
 from training_harness.guard import NonFiniteGuard, first_non_finite
-from training_harness.machine import keep_freed_memory, rounded_products
+from training_harness.machine import rounded_products
 from training_harness.metric_log import MetricLog
 from training_harness.processes import accelerated_device
 from training_harness.provenance import note_environment
@@ -108,6 +110,7 @@ class Run:
         self.folder = config.output
         keep_freed_memory()
         check_trackers(config.report_to)
+        check_launcher(config)
         accelerated_device()  # joins the other processes
         AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
         self.accelerator = Accelerator(
@@ -353,6 +356,16 @@ def seed_of(seed: int, step: int, process: int) -> int:
     """A seed that differs for every (seed, step, process); the constants are 64-bit odd multipliers."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)
+
+
+def check_launcher(config: RunConfig) -> None:
+    """Raises UserError when `accelerate launch` was asked for another precision than the run."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.mixed_precision):
+        raise UserError(
+            f"accelerate launch asks for the mixed precision {launched} and --mixed-precision is {config.mixed_precision}; "
+            f"expected the same; give --mixed-precision {launched}"
+        )
 
 
 def check_folder(config: RunConfig, kind: str) -> int | None:

@@ -39,7 +39,7 @@ from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
 from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, is_main_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,9 @@ class Samples(NamedTuple):
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "evaluate", words)
+    if not is_main_process():
+        help_to_sample(a)
+        return
     if a.tokenizer is not None:
         figures = of_tokenizer(a)
     elif a.reference.endswith(".npz"):
@@ -106,6 +109,13 @@ def main(words: list[str]) -> None:
         if figures.get("by_class"):
             draw_by_class(figures, a.output.with_suffix(".by_class.png"))
     say(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
+def help_to_sample(a: Arguments) -> None:
+    """What other processes than the main one, which measures, have to do."""
+    if a.pipeline is not None:
+        for _ in load_samples(a)[1].batches:
+            pass
 
 
 def of_tokenizer(a: Arguments) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
     else:
         samples = read_samples(a.samples or "")
     check_enough(len(samples.labels), "samples")
-    return pipeline, samples._replace(batches=passed_on(a, samples))
+    return pipeline, samples._replace(batches=passed_on(a, samples)) if is_main_process() else samples
 
 
 def read_samples(path: str) -> Samples:

@@ -9,10 +9,11 @@ import torch
 
 from latentloom.arguments import check_count, check_output, check_seed, parse
 from latentloom.stages import say
-from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
+from pipelines.across_processes import sample_across_processes
+from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import image_grid, save_picture
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, is_main_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ def main(words: list[str]) -> None:
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = {name: getattr(a, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     generator = torch.Generator().manual_seed(a.seed)
-    images = to_uint8(pipeline.sample_pixels(torch.tensor(labels), generator, a.batch_size, **options))
+    images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)
+    if not is_main_process():
+        return
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     for name, picture in zip(names, to_pil(images), strict=True):
         save_picture(picture, a.output / name)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pipelines.across_processes import sample_across_processes
 from pipelines.evaluation.feature_files import FeatureFile, drawn_positions, read_features, slices, write_features
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
@@ -29,12 +30,13 @@ from pipelines.evaluation.inception_score import inception_score
 from pipelines.evaluation.kernel_distance import kernel_distance
 from pipelines.evaluation.linear_probe import fit_probe
 from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage, nearest_distances, precision_recall
-from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
+from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 from training_harness.files import whole_folder
+from training_harness.processes import number_of_processes
 
 BATCH = 250
 FEWEST = DENSITY_NEIGHBOURS + 1  # images on a side, for all figures to exist
@@ -362,10 +364,13 @@ def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:
 def sampled_batches(
     pipeline: LatentGenerationPipeline, labels: Tensor, seed: int, batch_size: int = 200, **options: Any
 ) -> Iterator[Tensor]:
-    """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size."""
+    """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size.
+
+    Several processes share the work and must all go through it; each gets all samples.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for part in labels.split(batch_size):
-        yield to_uint8(pipeline.sample_pixels(part, generator, batch_size, **options))
+    for part in labels.split(batch_size * number_of_processes()):
+        yield sample_across_processes(pipeline, part, generator, batch_size, **options)
 
 
 def keeping_first(

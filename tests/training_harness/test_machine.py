@@ -12,7 +12,7 @@ from training_harness.machine import multiplies_bfloat16, rounded_products
 CPU = torch.device("cpu")
 FAULTS = """
 import resource, torch
-from training_harness.machine import keep_freed_memory
+from training_harness.allocator import keep_freed_memory
 keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

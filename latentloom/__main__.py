@@ -1,0 +1,7 @@
+"""`python -m latentloom VERB`, and `accelerate launch -m latentloom VERB` for several processes."""
+
+import sys
+
+from latentloom.cli import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""Several processes: the configurations that are ready for `accelerate launch`, and the main job on two, by torchrun."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from command_line import CHECKOUT, digests, in_new_process
+from small_parts import write_pictures
+from small_runs import free_port, launcher_environment
+
+CONFIGURATIONS = sorted((CHECKOUT / "scripts" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_each_configuration_starts_the_processes_that_its_name_promises(path: Path) -> None:
+    environment = launcher_environment(path)
+    count, _, *sharded = path.stem.split("_")
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"] == int(count)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if sharded else None)
+    if sharded:
+        assert environment["FSDP_VERSION"] == "2"
+
+
+def test_the_main_job_on_two_processes_writes_each_file_once_and_samples_as_one_process_does(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    steps = ["--max-steps", 4, "--batch-size", 4, "--num-images", 12]
+    words = ["-m", "latentloom", "train", "--data", pictures, "--output", tmp_path / "job", *steps]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+    done = in_new_process(*launch, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pictures  ") == 1, "each process spoke"
+    held = json.loads((tmp_path / "job" / "tokenizer" / "environment.json").read_text(encoding="utf-8"))
+    assert (held["processes"], held["distributed_type"]) == (2, "MULTI_CPU")
+    metrics = json.loads((tmp_path / "job" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["num_images"] == 12
+    assert metrics["steps"] == {"tokenizer": 4, "prior": 4}
+    assert not list((tmp_path / "job").rglob("*.partial")), "half a file was left"
+
+    sample = ["-m", "latentloom", "sample", "--pipeline", tmp_path / "job" / "pipeline", "--num-images", 5, "--output"]
+    for number, before in enumerate(([], launch)):
+        done = in_new_process(*before, *sample, tmp_path / str(number))
+        assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "0") == digests(tmp_path / "1")
+    assert len(digests(tmp_path / "0")) == 6
+
+
+def test_another_precision_than_the_launchers_is_one_line(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    words = ["-m", "latentloom", "train-tokenizer", "--data", pictures, "--output", tmp_path / "run", "--max-steps", 1]
+    done = in_new_process(*words, ACCELERATE_MIXED_PRECISION="bf16")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: accelerate launch asks for the mixed precision bf16 and --mixed-precision is no; expected the same; give "
+        "--mixed-precision bf16"
+    )
+    assert not (tmp_path / "run").exists()

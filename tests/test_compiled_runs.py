@@ -1,0 +1,34 @@
+"""Runs whose networks are compiled: the same losses, and files that do not show it."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import STEPS, prepare, train
+
+from training_harness.metric_log import read_metrics
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "prior"])
+def test_a_compiled_run_follows_one_that_is_not(tmp_path: Path, stage: str) -> None:
+    prepare(tmp_path)
+    fields: dict[str, Any] = STEPS | {"max_steps": 6, "checkpoint_every": 3, "matmul_precision": "highest"}
+    for name, more in {
+        "eager": {},
+        "compiled": {"compile": True},
+        "stopped": {"compile": True, "max_steps": 3},
+    }.items():
+        train(stage, tmp_path, tmp_path / name, fields | more, dropout=0.0, adversarial=0.0)
+    train(stage, tmp_path, tmp_path / "stopped", fields | {"compile": True}, dropout=0.0, adversarial=0.0)
+    logs = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in ("eager", "compiled", "stopped")}
+    for row, other in zip(logs["eager"], logs["compiled"], strict=True):
+        known = {key: value for key, value in row.items() if key != "images_per_second"}
+        assert {key: other[key] for key in known} == pytest.approx(known, rel=1e-3)
+    assert [row["resumed_from"] for row in logs["stopped"] if "resumed_from" in row] == [3]
+    eager, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    assert all(math.isclose(float(eager[k].sum()), float(compiled[k].sum()), rel_tol=1e-3, abs_tol=1e-3) for k in eager)
