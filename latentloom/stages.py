@@ -11,11 +11,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from latentloom.embedded import data_path
-from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
+from latentloom.footprint import advice_when_memory_runs_out
+from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
+from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.pixels import Pixels
@@ -23,7 +25,7 @@ from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
@@ -56,21 +58,33 @@ def load_tokenizer(path: str | Path) -> tuple[VQGAN, Path]:
     return VQGAN.from_pretrained(folder), folder
 
 
+def tokenizer_inputs(
+    config: TokenizerTraining, source: ImageSource
+) -> tuple[TokenizerTraining, VQGANConfig, PerceptualLoss | None]:
+    """The configuration completed from the images, the model's, and the perceptual loss where one is asked for."""
+    seen = survey(source.train)
+    config = completed(config, seen)
+    perceptual = perceptual_loss(config.perceptual)
+    return config, model_config(config, seen), perceptual and perceptual.to(accelerated_device())
+
+
 def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float | None = None) -> Path:
     """Trains a tokenizer on `source`, or goes on; returns its model folder."""
     check_minutes(minutes)
-    seen = survey(source.train)
-    config = completed(config, seen)
-    model = model_config(config, seen)
-    perceptual = perceptual_loss(config.perceptual)
+    config, model, perceptual = tokenizer_inputs(config, source)
+
+    def rehearse(changed: TokenizerTraining) -> Rehearsal:
+        return rehearse_tokenizer(changed, model)
+
     if minutes is not None:
-        config = bounded(config, minutes, lambda: tokenizer_seconds_per_step(config, model))
+        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
     if (done := check_folder(config, "tokenizer")) is not None:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
         return config.output / "model"
-    train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
-    train.report_skipped()
-    return train_tokenizer(config, model, train, validation, perceptual and perceptual.to(accelerated_device()))
+    with advice_when_memory_runs_out(config, rehearse):
+        train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
+        train.report_skipped()
+        return train_tokenizer(config, model, train, validation, perceptual)
 
 
 def run_tokenize(
@@ -95,10 +109,12 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     check_minutes(minutes)
     codes = CodeCache(config.codes)
     codes.verify()
+
+    def rehearse(changed: PriorTraining) -> Rehearsal:
+        return rehearse_prior(changed, codes.spec, len(codes.label_names or ()))
+
     if minutes is not None:
-        config = bounded(
-            config, minutes, lambda: prior_seconds_per_step(config, codes.spec, len(codes.label_names or ()))
-        )
+        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
     folder = config.output / "pipeline"
     whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
     if (done := check_folder(config, "prior")) is not None and whole:
@@ -113,7 +129,8 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         if is_main_process():
             save_picture(drawn, path)
 
-    model = train_prior(config, codes, preview)
+    with advice_when_memory_runs_out(config, rehearse):
+        model = train_prior(config, codes, preview)
     prior = AutoregressivePrior.from_pretrained(model)
     pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"

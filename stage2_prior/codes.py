@@ -1,5 +1,6 @@
 """Reads the code cache that stage one wrote: Arrow files, memory-mapped, as views without a copy."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -26,6 +27,16 @@ class CodeSplit:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def select(self, rows: np.ndarray) -> "CodeSplit":
+        """A split of the images at `rows` alone, held in memory."""
+        import pyarrow as pa
+
+        chosen = copy.copy(self)
+        chosen._columns = {name: [self._take(name, rows)] for name in self._columns if name != "source_id"}
+        chosen._columns["source_id"] = [pa.array(self.source_ids(rows))]
+        chosen._starts = np.array([0, len(rows)])
+        return chosen
 
     def indices(self, rows: np.ndarray) -> Tensor:
         """(B, h, w) int64, or (B, levels, h, w) for residual codes."""

@@ -4,6 +4,7 @@ A configuration with a key that it does not know is refused, and so are weights 
 transformers alone would keep the first and initialise what is missing at random.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +12,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from training_harness.configuration import nearest
 from training_harness.errors import ConfigError, UserError
@@ -39,8 +42,6 @@ class StrictModel(PreTrainedModel):
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
 
-    supports_gradient_checkpointing = True
-
     def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
         """None: no layer of ours is tied to another, or a unit of its own under FSDP."""
         return None
@@ -49,7 +50,10 @@ class StrictModel(PreTrainedModel):
 
     def recompute_blocks(self) -> None:
         """Gradient checkpointing: a block's activations are computed again in the backward pass."""
-        self.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+                module.gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each module draws its weights where it is built, and loading leaves none to draw."""

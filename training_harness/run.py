@@ -94,7 +94,7 @@ class RunConfig:
 # What may differ between a run folder and the command that goes on with it.
 CHANGEABLE = (
     *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
-    *("compile", "gradient_checkpointing", "report_to"),
+    *("compile", "gradient_checkpointing", "report_to", "ema.device"),
 )
 
 
@@ -381,6 +381,8 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
                 f"{config.output} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
             )
         return None
+    if not (newest_step(config.output) or (config.output / "model").exists()):
+        return None  # nothing was saved that another configuration could not go on with
     held = read_yaml(path)
     wanted = to_mapping(config)
     differing = [

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 from latentloom.arguments import parse, recipe_help, training_values
 from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
+from latentloom.dry_run import closing, dry_run
 from latentloom.main_job import check_bounds, run_main_job, summary
+from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
 from latentloom.stages import load_source, say
-from latentloom.timing import prior_seconds_per_step, tokenizer_seconds_per_step
+from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import ImageSurvey, survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
 from stage1_tokenizer.vqgan import VQGAN
@@ -47,6 +49,8 @@ class Arguments:
     seed: int = 0
     num_images: int = 2000
     """Samples that the figures are measured on."""
+    dry_run: bool = False
+    """Says what both stages would take, and writes nothing."""
 
     def __post_init__(self) -> None:
         check_bounds(self.minutes, self.num_images)
@@ -83,18 +87,37 @@ def main(words: list[str]) -> None:
         prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
     for line in choice.reasons:
         say(line)
+    if a.dry_run:
+        say(what_both_take(tokenizer, choice.tokenizer, prior, choice.prior, source, seen))
+        return
     if a.minutes is None and not a.output.exists():
         announce(tokenizer, prior, seen, len(source.label_names or ()))
     metrics = run_main_job(a.output, source, tokenizer, prior, minutes=a.minutes, num_images=a.num_images)
     say(summary(a.output, metrics))
 
 
+def what_both_take(
+    tokenizer: TokenizerTraining,
+    tokenizer_recipe: str,
+    prior: PriorTraining,
+    prior_recipe: str,
+    source: ImageSource,
+    seen: ImageSurvey,
+) -> str:
+    """What --dry-run prints."""
+    shape, images, classes = model_config(tokenizer, seen), len(source.train), len(source.label_names or ())
+    spec = VQGAN(shape).latent_spec()
+    first = dry_run(f"tokenizer {tokenizer_recipe}", tokenizer, images, lambda c: rehearse_tokenizer(c, shape))
+    second = dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes))
+    return f"{first[0]}\n{second[0]}\n{closing([first[1], second[1]])}"
+
+
 def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurvey, num_classes: int) -> None:
     """Says how long the training will take, from a few measured steps of each stage."""
     model = model_config(tokenizer, seen)
     spec = VQGAN(model).latent_spec()
-    first = tokenizer.max_steps * tokenizer_seconds_per_step(tokenizer, model)
-    second = prior.max_steps * prior_seconds_per_step(prior, spec, num_classes)
+    first = tokenizer.max_steps * rehearse_tokenizer(tokenizer, model).seconds_per_step()
+    second = prior.max_steps * rehearse_prior(prior, spec, num_classes).seconds_per_step()
     say(
         f"training will take about {(first + second) / 60:.0f} minutes on this machine: {tokenizer.max_steps} steps of the "
         f"tokenizer ({first / 60:.1f} min), {prior.max_steps} of the prior ({second / 60:.1f} min); --minutes N bounds it"

@@ -7,7 +7,11 @@ from typing import Annotated
 import tyro
 
 from latentloom.arguments import parse, recipe_and_config, recipe_help, training_values, with_required_missing
+from latentloom.dry_run import closing, dry_run
+from latentloom.overfit import overfit_prior
+from latentloom.rehearsal import rehearse_prior
 from latentloom.stages import run_prior, say
+from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import PriorTraining
 
 
@@ -19,6 +23,10 @@ class Arguments:
     """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
     """Sets --max-steps once, at the start, to what fits into this time on this machine."""
+    dry_run: bool = False
+    """Says what the run would take, and writes nothing."""
+    overfit_batch: bool = False
+    """Checks the set-up: trains on one batch alone, in a folder beside --output, and says whether it was learnt."""
 
 
 def main(words: list[str]) -> None:
@@ -26,5 +34,20 @@ def main(words: list[str]) -> None:
     values = training_values("prior", recipe or (None if config else Arguments.recipe), config)
     training = with_required_missing(PriorTraining, values, ("codes", "output"))
     arguments = parse(Arguments, "train-prior", words, Arguments(training))
+    if arguments.dry_run:
+        codes = CodeCache(arguments.training.codes)
+        classes = len(codes.label_names or ())
+        title = f"prior {recipe or ('' if config else Arguments.recipe)}".rstrip()
+        text, seconds = dry_run(
+            title,
+            arguments.training,
+            len(codes.train),
+            lambda changed: rehearse_prior(changed, codes.spec, classes),
+        )
+        say(f"{text}\n{closing([seconds])}")
+        return
+    if arguments.overfit_batch:
+        say(overfit_prior(arguments.training))
+        return
     pipeline = run_prior(arguments.training, arguments.minutes)
     say(f"pipeline: {pipeline}\nnext: latentloom sample --pipeline {arguments.training.output} --num-images 16")

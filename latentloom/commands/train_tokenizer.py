@@ -8,7 +8,10 @@ import tyro
 
 from latentloom.arguments import parse, peek, recipe_and_config, recipe_help, training_values, with_required_missing
 from latentloom.choice import choose
-from latentloom.stages import load_source, run_tokenizer, say
+from latentloom.dry_run import closing, dry_run
+from latentloom.overfit import overfit_tokenizer
+from latentloom.rehearsal import rehearse_tokenizer
+from latentloom.stages import load_source, run_tokenizer, say, tokenizer_inputs
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device
@@ -24,6 +27,10 @@ class Arguments:
     """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
     """Sets --max-steps once, at the start, to what fits into this time on this machine."""
+    dry_run: bool = False
+    """Says what the run would take, and writes nothing."""
+    overfit_batch: bool = False
+    """Checks the set-up: trains on one batch alone, in a folder beside --output, and says whether it was learnt."""
 
 
 def main(words: list[str]) -> None:
@@ -33,7 +40,17 @@ def main(words: list[str]) -> None:
         values = chosen_for_images(words, values, recipe, config)
     training = with_required_missing(TokenizerTraining, values, ("data", "output"))
     arguments = parse(Arguments, "train-tokenizer", words, Arguments(training))
-    model = run_tokenizer(arguments.training, load_source(arguments.training.data), arguments.minutes)
+    training, source = arguments.training, load_source(arguments.training.data)
+    if arguments.dry_run:
+        training, shape, _ = tokenizer_inputs(training, source)
+        title = f"tokenizer {recipe or ''}".rstrip()
+        text, seconds = dry_run(title, training, len(source.train), lambda config: rehearse_tokenizer(config, shape))
+        say(f"{text}\n{closing([seconds])}")
+        return
+    if arguments.overfit_batch:
+        say(overfit_tokenizer(training, source))
+        return
+    model = run_tokenizer(training, source, arguments.minutes)
     say(
         f"tokenizer: {model}\nnext: latentloom tokenize --tokenizer {arguments.training.output} "
         f"--data {arguments.training.data} --output codes"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import CHECKOUT, latentloom
 
-from latentloom import timing
+from latentloom import rehearsal
 from stage1_tokenizer.sources import open_source
 
 
@@ -15,8 +15,8 @@ from stage1_tokenizer.sources import open_source
 def rough_timing() -> Iterator[None]:
     """How long a step takes is measured on one step in place of ten."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "WARM_UP", 0)
-        patch.setattr(timing, "MEASURED", 1)
+        patch.setattr(rehearsal, "WARM_UP", 0)
+        patch.setattr(rehearsal, "MEASURED", 1)
         yield
 
 

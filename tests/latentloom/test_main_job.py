@@ -27,7 +27,7 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 
 STEPS = 4  # of the finished job
 JOB = {"tokenizer", "codes", "prior", "pipeline", "samples.png", "reconstructions.png", "curves.png", "metrics.json"}
-RUN = {"config.yaml", "metrics.jsonl", "samples", "checkpoints", "model"}
+RUN = {"config.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "model"}
 
 
 def names(folder: Path) -> set[str]:

@@ -1,0 +1,74 @@
+"""`--overfit-batch`: trains on one batch alone, as a check of one's set-up.
+
+A network that cannot learn a handful of images by heart will not learn many: the images, the loss or the learning rate are at
+fault. The run is a whole one, beside the output folder, so its pictures and its log can be looked at.
+"""
+
+import shutil
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from latentloom.stages import tokenizer_inputs
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import ImageSource
+from stage1_tokenizer.train import train_tokenizer
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.codes import CodeCache
+from stage2_prior.train import train_prior
+from stage2_prior.training_config import PriorTraining
+from training_harness.ema import EMAConfig
+from training_harness.errors import UserError
+from training_harness.metric_log import read_metrics
+from training_harness.run import RunConfig
+
+Training = TypeVar("Training", TokenizerTraining, PriorTraining)
+STEPS = 300
+FALL = {"l2": 0.25, "nats_per_token": 0.5}  # what must be left at most of a loss's first value
+
+
+def overfit_tokenizer(config: TokenizerTraining, source: ImageSource) -> str:
+    """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    config, model, perceptual = tokenizer_inputs(config, source)
+    few = source.train.select(_spread(len(source.train), config.batch_size).tolist())
+    pixels = Pixels(few, model.image_processor)
+    short = _short(config, replace(config.ema, decay=0.9))
+    train_tokenizer(short, model, pixels, pixels, perceptual)
+    return _verdict(short, "l2")
+
+
+def overfit_prior(config: PriorTraining) -> str:
+    """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    codes = CodeCache(config.codes)
+    codes.train = codes.validation = codes.train.select(_spread(len(codes.train), config.batch_size))
+    short = _short(config, replace(config.ema, decay=0.9))
+    plain = replace(short, model=replace(config.model, dropout=0.0, class_dropout=0.0))
+    train_prior(plain, codes)
+    return _verdict(plain, "nats_per_token")
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """At most `wanted` positions, evenly over all: folders come class by class."""
+    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
+
+
+def _short(config: Training, ema: EMAConfig) -> Training:
+    folder = config.output.with_name(f"{config.output.name}-overfit-batch")
+    if (folder / "config.yaml").exists():  # of an earlier check
+        shutil.rmtree(folder)
+    steps = min(config.max_steps, STEPS)
+    every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}
+    return replace(config, output=folder, max_steps=steps, ema=ema, **every)
+
+
+def _verdict(config: RunConfig, term: str) -> str:
+    values = [row[term] for row in read_metrics(config.output / "metrics.jsonl") if term in row]
+    first, last = values[0], values[-1]
+    found = f"{term} fell from {first:.4g} to {last:.4g} in {config.max_steps} steps on one batch ({last / first:.0%})"
+    if last > FALL[term] * first:
+        raise UserError(
+            f"{found}; expected at most {FALL[term]:.0%} of it, since a network should learn a batch by heart; look at "
+            f"{config.output}, and try another --optimizer.learning-rate or more --max-steps"
+        )
+    return f"{found}: the set-up can learn; its pictures and log: {config.output}"

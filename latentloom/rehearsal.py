@@ -1,0 +1,111 @@
+"""Training steps on random data, before a run or in place of one: to say what a step takes, or how many fit into a time."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.losses import discriminator_hinge, generator_hinge, reconstruction_terms
+from stage1_tokenizer.perceptual import perceptual_loss
+from stage1_tokenizer.train import sum_weighted
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.training_config import PriorTraining
+from training_harness.machine import rounded_products
+from training_harness.optimization import build_optimizer
+from training_harness.processes import accelerated_device
+from training_harness.run import RunConfig
+
+WARM_UP, MEASURED = 3, 7
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage's networks, untrained, and a step of theirs.
+
+    `parts` are the trained networks by name, `loss` is all that a step's backward pass begins from, for so many images.
+    """
+
+    config: RunConfig
+    device: torch.device
+    parts: Mapping[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[int], Tensor]
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, *self._precision()):
+            loss = self.loss(self.config.batch_size)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _precision(self) -> tuple[torch.dtype, bool]:
+        wanted = self.config.mixed_precision
+        return (torch.float16 if wanted == "fp16" else torch.bfloat16), wanted != "no"
+
+    def seconds_per_step(self, steps: tuple[int, int] | None = None) -> float:
+        """Median seconds of an optimiser step, with all the batches that it accumulates; `steps` to warm up and to measure."""
+        times = []
+        warm_up, measured = steps or (WARM_UP, MEASURED)
+        for part in self.parts.values():
+            part.to(memory_format=torch.channels_last)
+        with rounded_products(self.device, self.config.matmul_precision == "high"):
+            for i in range(warm_up + measured):
+                begin = time.perf_counter()
+                self.step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i >= warm_up:
+                    times.append(time.perf_counter() - begin)
+        return self.config.accumulation_steps * statistics.median(times)
+
+
+def rehearse_tokenizer(config: TokenizerTraining, model_config: VQGANConfig) -> Rehearsal:
+    """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run."""
+    device = accelerated_device()
+    perceptual = perceptual_loss(config.perceptual)
+    perceptual = perceptual and perceptual.to(device)
+    adversarial = config.adversarial
+    with device:
+        model = VQGAN(model_config)
+        critic = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
+    model.train()
+    if config.gradient_checkpointing:
+        model.recompute_blocks()
+
+    def loss(images: int) -> Tensor:
+        pixels = torch.rand(images, model_config.image_channels, *model_config.image_size, device=device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        output = model(pixels)
+        total = sum_weighted(reconstruction_terms(output.reconstruction, pixels, perceptual), config.reconstruction)
+        total = total + sum(output.losses.values())
+        if adversarial.weight > 0:
+            total = total + generator_hinge(critic(output.reconstruction))
+            real, fake = critic(torch.cat([pixels, output.reconstruction.detach()])).chunk(2)
+            total = total + discriminator_hinge(real, fake)
+        return total
+
+    parts: dict[str, nn.Module] = {"tokenizer": model}
+    if adversarial.weight > 0:
+        parts["discriminator"] = critic
+    return Rehearsal(config, device, parts, build_optimizer(model, config.optimizer), loss)
+
+
+def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) -> Rehearsal:
+    device = accelerated_device()
+    with device:
+        prior = AutoregressivePrior(config.model.for_spec(spec, num_classes)).train()
+    if config.gradient_checkpointing:
+        prior.recompute_blocks()
+
+    def loss(images: int) -> Tensor:
+        codes = torch.randint(spec.codebook_size or 1, (images, spec.height, spec.width), device=device)
+        return prior(codes, torch.full((images,), -1, device=device)).total
+
+    return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
