@@ -113,8 +113,8 @@ def train_tokenizer(
                     terms["discriminator"] = discriminator_hinge(real_logits, fake_logits)
                     terms |= {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
                     accelerator.backward(terms["discriminator"])
-                    discriminator_optimizer.step()
-                    discriminator_optimizer.zero_grad()
+                    judged = {"discriminator": terms["discriminator"]}
+                    run.optimizer_step(step, discriminator_optimizer, critic, judged, 0.0, name="discriminator")
             usage.count(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,7 @@ from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, 
 from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorModel, PriorTraining
+from training_harness import checkpoints
 from training_harness.metric_log import MetricLog, read_metrics
 from training_harness.processes import accelerated_device
 from training_harness.run import Run
@@ -102,6 +104,20 @@ def launcher_environment(configuration: Path) -> dict[str, str]:
     return prepare_multi_gpu_env(arguments)
 
 
+def save_slowly() -> None:
+    """A checkpoint's file is half written for half a second."""
+    save = checkpoints.torch.save
+
+    def slow(state: Any, path: Path) -> None:
+        save(state, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        time.sleep(0.5)
+        path.write_bytes(whole)
+
+    checkpoints.torch = SimpleNamespace(save=slow, load=checkpoints.torch.load)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,6 +133,7 @@ def one(
     output: Path,
     in_float64: bool,
     sharded: bool,
+    slow_saves: bool,
     fields: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
@@ -125,6 +142,8 @@ def one(
         take_place(rank, processes, port)
     if sharded:
         shard()
+    if slow_saves:
+        save_slowly()
     try:
         if in_float64:
             train_in_float64(stage, folder, output, processes, fields)
@@ -143,6 +162,7 @@ def start(
     processes: int,
     in_float64: bool = False,
     sharded: bool = False,
+    slow_saves: bool = False,
     **fields: Any,
 ) -> list[BaseProcess]:
     """Forked from a server that has imported what a run needs; `fields` of its configuration."""
@@ -152,7 +172,10 @@ def start(
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     port = free_port()
-    places = [(rank, processes, port, stage, folder, output, in_float64, sharded, fields) for rank in range(processes)]
+    places = [
+        (rank, processes, port, stage, folder, output, in_float64, sharded, slow_saves, fields)
+        for rank in range(processes)
+    ]
     started = [context.Process(target=one, args=place) for place in places]
     for process in started:
         process.start()

@@ -15,7 +15,7 @@ import torch
 from small_runs import STEPS, finish, prepare, resumptions, start, stop, wait_for
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from training_harness.checkpoints import newest_step
+from training_harness.checkpoints import checkpoint_path, newest_step, read_checkpoint
 from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig
 
@@ -86,6 +86,28 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
     assert max(losses(tmp_path)) == held, "the step that was under way was not saved"
     assert finish(start("prior", folder, tmp_path, processes)) == [0] * processes
     assert resumptions(tmp_path) == [held]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_during_a_save_loses_nothing_that_was_complete(
+    folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert finish(start("prior", folder, whole, 1)) == [0]
+    started = start("prior", folder, stopped, 1, slow_saves=True)
+    wait_for(stopped, 6, started)
+    deadline = time.monotonic() + 20
+    while not list(stopped.glob("checkpoints/.step_000006.*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.1)
+    code = 143 if number is signal.SIGTERM else -number
+    assert stop(started, number) == [code]
+    held = 6 if number is signal.SIGTERM else 3  # told to stop, it finishes the save
+    assert newest_step(stopped) == held
+    read_checkpoint(checkpoint_path(stopped, held))
+    assert finish(start("prior", folder, stopped, 1)) == [0]
+    assert resumptions(stopped) == [held]
+    assert model(stopped) == model(whole)
 
 
 def test_one_of_two_processes_being_told_is_enough(folder: Path, tmp_path: Path) -> None:

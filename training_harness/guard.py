@@ -78,7 +78,8 @@ def first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
         for name, module in model.named_modules()
     ]
     try:
-        model(*inputs)
+        if inputs:
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

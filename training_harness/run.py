@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,16 +123,17 @@ class Run:
             project_config=ProjectConfiguration(logging_dir=str(self.folder / "tensorboard")),
         )
         self.log_file = MetricLog(self.folder / "metrics.jsonl")
-        self.guard = NonFiniteGuard()
+        self.guards: defaultdict[str, NonFiniteGuard] = defaultdict(NonFiniteGuard)
+        """By the name of the optimiser, "" for the main one."""
         self.step = 0
         self.best: dict[str, float] | None = None
         """Step and value of the best validation figure so far."""
-        self.gradient_norm = math.nan
+        self.gradient_norms: dict[str, float] = {}
         self.sources: Callable[[int], list[str]] = lambda step: []
         """Ids of the examples that this process saw in a step; the loop says how to find them."""
         self.on_validation: Callable[[int, float], None] = lambda step, figure: None
         """Told of each validation figure, the lower the better; what it raises ends the run."""
-        self._inputs: tuple[Any, ...] = ()  # of the last forward pass
+        self._inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of each network's last forward pass
         self._tracked: dict[str, Stateful] = {}
         self._bar: tqdm | None = None
         self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
@@ -156,14 +158,17 @@ class Run:
             name: self.unwrap(thing) if isinstance(thing, nn.Module) else getattr(thing, "optimizer", thing)
             for name, thing in objects.items()
         }
-        if isinstance(model := self._tracked.get("model"), nn.Module):
-            model.register_forward_pre_hook(self._note_inputs)
+        for thing in self._tracked.values():
+            if isinstance(thing, nn.Module):
+                thing.register_forward_pre_hook(self._note_inputs)
         if (state := self._state_to_go_on_from()) is not None:
             for name, thing in self._tracked.items():
                 load_state(thing, state["objects"][name])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.best, self.guard.in_a_row = state["step"], state["best"], state["skipped_in_a_row"]
+            self.step, self.best = state["step"], state["best"]
+            for name, count in state["skipped_in_a_row"].items():
+                self.guards[name].in_a_row = count
         if self.accelerator.is_main_process:
             remove_partial(self.folder)
             self.log_file.rewind(self.step)
@@ -176,7 +181,7 @@ class Run:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inputs = inputs
+        self._inputs[module] = inputs
 
     def _state_to_go_on_from(self) -> dict[str, Any] | None:
         if self.config.resume != "latest":
@@ -260,35 +265,38 @@ class Run:
         model: nn.Module,
         terms: Mapping[str, Tensor],
         max_norm: float,
+        name: str = "",
     ) -> bool:
         """Clips and steps once gradients are complete, unless the loss or a gradient is not finite; clears them then.
 
-        Returns whether all was finite, as far as was looked at.
+        `name` tells a second optimiser from the main one. Returns whether all was finite, as far as was looked at.
         """
         finite = True
         if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            self.gradient_norm = math.nan if norm is None else float(whole(norm))
+            found = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+            norm = self.gradient_norms[name] = math.nan if found is None else float(whole(found))
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
-            finite = self.guard.allows(terms, 0.0 if scaled or norm is None else self.gradient_norm, self._anywhere)
+            guard = self.guards[name]
+            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._anywhere)
             if not finite:
-                self._skip(step, model)
-            elif (usual := self.guard.spike(self.gradient_norm)) is not None:
-                self.log_row(step, {"gradient_norm_spike": self.gradient_norm, "usual_gradient_norm": usual})
+                self._skip(step, model, guard)
+            elif (usual := guard.spike(norm)) is not None:
+                prefix = name and f"{name}_"
+                self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": usual})
             if finite or scaled:
                 optimizer.step()
-            finite = finite and (not scaled or math.isfinite(self.gradient_norm))
+            finite = finite and (not scaled or math.isfinite(norm))
         optimizer.zero_grad()
         return finite
 
-    def _skip(self, step: int, model: nn.Module) -> None:
+    def _skip(self, step: int, model: nn.Module, guard: NonFiniteGuard) -> None:
         """Notes the examples of a step that is not taken; raises NonFiniteLossError after too many in a row."""
-        process = self.accelerator.process_index
+        process, network = self.accelerator.process_index, self.unwrap(model)
         row = {"step": step, "process": process, "source_ids": self.sources(step)}
-        row |= {name: str(value) for name, value in self.guard.wrong.items()}  # JSON knows no NaN
+        row |= {name: str(value) for name, value in guard.wrong.items()}  # JSON knows no NaN
         MetricLog(self.folder / f"skipped_steps.{process}.jsonl").append(row)
-        if self.guard.exhausted:
-            raise self.guard.error(step, first_non_finite(self.unwrap(model), self._inputs))
+        if guard.exhausted:
+            raise guard.error(step, first_non_finite(network, self._inputs.get(network, ())))
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
@@ -299,8 +307,9 @@ class Run:
         )
         numbers = self.accelerator.reduce(numbers, reduction="mean")
         row = dict(zip(values, numbers.tolist(), strict=True))
-        if math.isfinite(self.gradient_norm):
-            row["gradient_norm"] = self.gradient_norm
+        for name, norm in self.gradient_norms.items():
+            if math.isfinite(norm):
+                row[f"{name}_gradient_norm" if name else "gradient_norm"] = norm
         rate = (step - self._first) * self._images / (time.perf_counter() - self._started)
         self.log_row(step, row | {"images_per_second": rate})
         if self._bar is not None:
@@ -341,7 +350,7 @@ class Run:
             state = {
                 "step": step,
                 "best": self.best,
-                "skipped_in_a_row": self.guard.in_a_row,
+                "skipped_in_a_row": {name: guard.in_a_row for name, guard in self.guards.items()},
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "objects": objects,
             }

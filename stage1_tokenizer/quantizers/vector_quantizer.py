@@ -71,13 +71,14 @@ class VectorQuantizer(nn.Module):
         batch, channels, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
             vectors = widened(latents).movedim(1, -1).reshape(-1, channels)  # (N, c)
-            if self.training:
+            learning = self.training and all_finite(vectors)  # or one bad batch would stay in the moving averages
+            if learning:
                 self._restart(vectors.detach())
             indices = nearest_code(vectors.detach(), self.codebook.detach())
             chosen = F.embedding(indices, self.codebook)
             codebook_loss = F.mse_loss(chosen, vectors.detach())
             commitment_loss = F.mse_loss(vectors, chosen.detach())
-            if self.training:
+            if learning:
                 self._count(indices, vectors.detach())
             quantized = vectors + (chosen - vectors).detach()
         return QuantizerOutput(
@@ -121,6 +122,11 @@ class VectorQuantizer(nn.Module):
     def _replace(self, dead: Tensor, candidates: Tensor, usage: float) -> None:
         self.codebook.data.copy_(torch.where(dead[:, None], candidates.to(self.codebook.dtype), self.codebook.data))
         self.usage.copy_(torch.where(dead, usage, self.usage))
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no process holds a number that is not finite."""
+    return not summed((~values.detach().isfinite()).any().to(values.dtype))
 
 
 def summed(values: Tensor) -> Tensor:

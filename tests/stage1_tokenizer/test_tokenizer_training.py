@@ -1,8 +1,9 @@
 """Stage one learns, leaves the run folder of the design, and goes on after a kill as if nothing had happened."""
 
 import math
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,57 @@ def test_a_single_bad_step_is_passed_over_and_bad_steps_in_a_row_end_the_run_in_
         trained(training(tmp_path / "often", pictures), bad_at(*range(4, 12)))
     assert "perceptual = nan" in one_line(caught)
     assert not (tmp_path / "often" / "model").exists()
+
+
+TERMS = ("l1", "l2", "codebook", "commitment", "generator", "adaptive_weight", "discriminator")
+
+
+def break_term(monkeypatch: pytest.MonkeyPatch, term: str, steps: Container[int]) -> None:
+    """Makes a loss term NaN in those steps, where the loop computes it."""
+    count = iter(range(1, 1000))
+
+    def broken(found: Any) -> Any:
+        if next(count) not in steps:
+            return found
+        return {**found, term: found[term] * math.nan} if isinstance(found, dict) else found * math.nan
+
+    if term in ("codebook", "commitment"):
+        forward = VQGAN.forward
+
+        def bad(self: VQGAN, pixel_values: torch.Tensor) -> Any:
+            output = forward(self, pixel_values)
+            return output._replace(losses=broken(output.losses)) if self.training else output
+
+        monkeypatch.setattr(VQGAN, "forward", bad)
+        return
+    names = {
+        "generator": "generator_hinge",
+        "discriminator": "discriminator_hinge",
+        "adaptive_weight": "adaptive_weight",
+    }
+    name = names.get(term, "reconstruction_terms")
+    whole = getattr(stage_one, name)
+    monkeypatch.setattr(stage_one, name, lambda *arguments: broken(whole(*arguments)))
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, pictures, monkeypatch, term):
+    judged = replace(ADVERSARIAL, start=0, warmup=0, ramp=1)
+    config = training(tmp_path / "run", pictures, adversarial=judged, checkpoint_every=1, keep_checkpoints=20)
+    with monkeypatch.context() as patch:
+        break_term(patch, term, range(6, 100))
+        with pytest.raises(NonFiniteLossError) as caught:
+            trained(config)
+    assert re.match(rf"step 10: .*\b{term} = nan", one_line(caught))
+    rows = read_metrics(config.output / "skipped_steps.0.jsonl")
+    assert [row["step"] for row in rows] == [6, 7, 8, 9, 10]
+    assert all(row[term] == "nan" and len(row["source_ids"]) == config.batch_size for row in rows)
+    for step in (5, 9):
+        state = torch.load(config.output / f"checkpoints/step_{step:06d}/state.pt", weights_only=True)["objects"]
+        for name in ("discriminator", "model", "ema"):
+            assert all(value.isfinite().all() for value in state[name].values()), (step, name)
+    trained(config)  # without the fault it goes on from step 9
+    assert all(value.isfinite().all() for value in weights(config.output / "model").values())
 
 
 def test_a_batch_whose_reconstruction_is_not_finite_never_reaches_the_discriminator(tmp_path, pictures, monkeypatch):

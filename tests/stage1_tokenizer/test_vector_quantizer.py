@@ -173,3 +173,15 @@ def test_in_evaluation_mode_nothing_of_the_codebook_changes(kind):
     assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())
     q.train()(latents())
     assert not any(torch.equal(before[name], value) for name, value in q.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.values())
+def test_latents_that_are_not_finite_teach_a_codebook_nothing(kind):
+    q = quantizer(kind).train()
+    before = {name: value.clone() for name, value in q.state_dict().items()}
+    broken = latents()
+    broken[1, 2, 0, 1] = torch.inf
+    q(broken)
+    assert all(torch.equal(value, before[name]) for name, value in q.state_dict().items())
+    q(latents())
+    assert not torch.equal(q.usage, before["usage"]), "it learns from finite ones"
