@@ -10,9 +10,11 @@ VERBS = {
     "train-tokenizer": "stage one: train a tokenizer on images",
     "tokenize": "turn a data set's images into codes with a tokenizer",
     "train-prior": "stage two: train a prior on codes",
+    "sweep": "search for better settings of a stage, and write the best as a recipe",
     "sample": "generate images with a pipeline",
     "reconstruct": "pass images through a tokenizer and back, side by side",
     "evaluate": "measure a pipeline or a tokenizer against reference images",
+    "report": "draw one HTML page of a run: curves, samples, health, configuration",
     "push": "upload a pipeline to the Hugging Face Hub",
 }
 

@@ -225,6 +225,8 @@ class Run:
                 self.step = step
                 self._bar.update(images)
                 self._stop_if_told(wish)
+            if self.step and newest_step(self.folder) > self.step:  # chosen to be the last: later checkpoints give way
+                self.checkpoint(self.step)
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 

@@ -21,15 +21,17 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy
 OPTIONS = {
     "quickstart": "--prior --output --minutes --max-steps --seed --num-images",
     "train": "--data --output --recipe --tokenizer-recipe --max-steps --checkpoint-every --seed --resolution "
-    "--image-channels --minutes",
+    "--image-channels --minutes --mixed-precision --compile --gradient-checkpointing --report-to --dry-run",
     "train-tokenizer": "--data --output --recipe --max-steps --checkpoint-every --seed --resolution --image-channels "
-    "--config --minutes --model.codebook-size --optimizer.learning-rate",
+    "--config --minutes --model.codebook-size --optimizer.learning-rate --resume --dry-run --overfit-batch --compile",
     "tokenize": "--tokenizer --data --output --contents --flip",
     "train-prior": "--codes --output --recipe --max-steps --checkpoint-every --seed --config --minutes "
     "--model.hidden-size --optimizer.learning-rate --sampling.guidance-scale",
+    "sweep": "--codes --data --output --recipe --config --search --trials --max-steps --minutes --seed --resolution",
     "sample": "--pipeline --classes --num-images --seed --output --guidance-scale --temperature --top-k --top-p",
     "reconstruct": "--tokenizer --data --num-images --output",
     "evaluate": "--pipeline --tokenizer --samples --reference --features --num-images --save-samples --output",
+    "report": "--output",
     "push": "--pipeline --repo-id --private",
 }
 

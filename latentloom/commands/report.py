@@ -1,0 +1,34 @@
+"""latentloom report: one HTML page of a run, which opens without a network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from latentloom.arguments import parse
+from latentloom.report.page import page
+from latentloom.report.reading import read_job
+from training_harness.errors import UserError
+from training_harness.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = Path()
+    """Folder of a run, finished or not, or of a job of `train` or `quickstart`."""
+    output: Path | None = None
+    """HTML file; by default report.html in that folder."""
+
+    def __post_init__(self) -> None:
+        path = self.output
+        if path is not None and (path.is_dir() or path.suffix != ".html"):
+            such = path / "report.html" if path.is_dir() else path.with_suffix(".html")
+            raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "report", words)
+    output = a.output or a.run / "report.html"
+    write_text(output, page(read_job(a.run)))
+    print(f"report: {output}")

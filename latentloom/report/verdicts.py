@@ -1,0 +1,175 @@
+"""What a run's figures mean, in sentences: each says what was found and, where something is wrong, what to do about it."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from latentloom.report.numbers import count, number, percent
+from latentloom.report.reading import RunRecord
+from latentloom.report.svg_charts import Points
+
+LOW_USAGE, LOW_PERPLEXITY = 0.10, 0.25  # of K: below these a codebook has collapsed, or is used unevenly
+WORSE = 1e-3  # of the best validation figure: less is noise
+WINDOW = 10  # logged losses that are averaged before they are compared
+HIGHER_IS_BETTER = ("psnr", "ssim", "agreement", "accuracy")
+NEW_OUTPUT = "A changed configuration needs an --output of its own."
+
+
+Level = Literal["bad", "note", "good"]
+LEVELS: tuple[Level, ...] = ("bad", "note", "good")
+
+
+class Verdict(NamedTuple):
+    level: Level
+    title: str
+    text: str
+
+
+def verdicts(run: RunRecord) -> list[Verdict]:
+    """What is wrong first."""
+    found = [*codebook(run), *validation(run), *steps_not_taken(run), *spikes(run), *resumptions(run)]
+    return sorted(found, key=lambda verdict: LEVELS.index(verdict.level))
+
+
+def codebook(run: RunRecord) -> Iterator[Verdict]:
+    used, perplexity, size = run.last("codes_used"), run.last("perplexity"), run.codebook_size
+    if used is None or perplexity is None or size is None:
+        return
+    found = (
+        f"{number(used, 9)} of {number(size, 9)} codes are used ({percent(used / size)}), with a perplexity of "
+        f"{number(perplexity)} ({percent(perplexity / size)} of K)"
+    )
+    if used < LOW_USAGE * size:
+        yield Verdict("bad", "The codebook has collapsed", f"{found}. {remedy(run, size)}")
+    elif perplexity < LOW_PERPLEXITY * size:
+        yield Verdict(
+            "bad", "The codebook is used unevenly", f"{found}: a few codes do most of the work. {remedy(run, size)}"
+        )
+    else:
+        yield Verdict("good", "The codebook is in good use", f"{found}.")
+
+
+def remedy(run: RunRecord, size: int) -> str:
+    threshold, quantizer = run.setting("model", "restart_threshold"), run.setting("model", "quantizer")
+    early = run.max_steps is not None and run.step < 0.2 * run.max_steps
+    wait = "The run is young, and usage often rises: look again later. If it stays, t" if early else "T"
+    if threshold == 0:
+        return (
+            f"{wait}rain with --model.restart-threshold 0.3: codes that nothing chooses then start anew. {NEW_OUTPUT}"
+        )
+    if quantizer == "vq":
+        return f"{wait}rain with --model.quantizer ema, whose codes follow the latents by themselves. {NEW_OUTPUT}"
+    smaller = max(2, 2 ** math.floor(math.log2(size / 4))) if size >= 8 else 2
+    return (
+        f"{wait}rain with a higher --model.restart-threshold (0.5), a lower --optimizer.learning-rate, or a smaller codebook "
+        f"(--model.codebook-size {smaller}). {NEW_OUTPUT}"
+    )
+
+
+def validation_name(run: RunRecord) -> str | None:
+    """The figure that the best checkpoint is chosen by."""
+    known = ("validation_psnr", "validation_nats_per_token")
+    others = sorted(name for name in run.figures if name.startswith("validation_"))
+    return next((name for name in (*known, *others) if name in run.figures), None)
+
+
+def best_of(name: str, points: Points) -> tuple[int, float]:
+    """Step and value of the best figure, the first of equals."""
+    sign = -1 if any(word in name for word in HIGHER_IS_BETTER) else 1
+    return min(points, key=lambda point: sign * point[1])
+
+
+def validation(run: RunRecord) -> Iterator[Verdict]:
+    name = validation_name(run)
+    if name is None or len(run.figures[name]) < 2:
+        return
+    points = run.figures[name]
+    (step, best), (last_step, last) = best_of(name, points), points[-1]
+    unit = {"validation_psnr": " dB", "validation_nats_per_token": " nats a token"}.get(name, "")
+    if step == last_step or abs(last - best) <= WORSE * abs(best):
+        text = (
+            f"Best at step {count_of(step)}: {number(best)}{unit}; at the last one measured it is {number(last)}{unit}."
+        )
+        if step == last_step:
+            text = f"The last one measured, {number(best)}{unit} at step {count_of(step)}, is the best so far."
+        yield Verdict("good", "Validation does not get worse", text)
+    elif name == "validation_psnr":
+        yield worse_reconstructions(run, step, best, last)
+    else:
+        yield worse_on_held_out_images(run, step, best, last, unit)
+
+
+def worse_reconstructions(run: RunRecord, step: int, best: float, last: float) -> Verdict:
+    found = f"PSNR was best at step {count_of(step)} with {number(best)} dB and is {number(last)} dB now."
+    if "discriminator" in run.figures:
+        why = "A discriminator trades some PSNR for sharper pictures: judge by the samples below."
+        return Verdict("note", "PSNR has fallen since its best", f"{found} {why}")
+    advice = "Try a lower --optimizer.learning-rate." + kept(run, step)
+    return Verdict("bad", "PSNR has fallen since its best", f"{found} {advice}")
+
+
+def worse_on_held_out_images(run: RunRecord, step: int, best: float, last: float, unit: str) -> Verdict:
+    found = (
+        f"Validation was best at step {count_of(step)} with {number(best)}{unit} and has risen to {number(last)} since"
+    )
+    training = run.figures.get("nats_per_token") or run.figures.get("loss") or []
+    then = mean_of([value for at, value in training if at <= step][-WINDOW:])
+    now = mean_of([value for at, value in training if at > step][-WINDOW:])
+    if then is None or now is None or now >= then:
+        return Verdict("note", "Validation has risen since its best", f"{found}.{kept(run, step)}")
+    return Verdict(
+        "bad",
+        "The prior overfits",
+        f"{found}, while the training loss fell from {number(then)} to {number(now)}: it learns its training images by heart. "
+        f"More images, mirrored ones (latentloom tokenize --flip), --model.dropout 0.1 or a smaller model help; so does "
+        f"stopping earlier.{kept(run, step)}",
+    )
+
+
+def kept(run: RunRecord, step: int) -> str:
+    """How to get the model of the best step, where its checkpoint is there."""
+    if step not in run.checkpoints:
+        return ""
+    return (
+        f" The checkpoint of that step is kept: the same command with --resume step_{step:06d} --max-steps {step} makes it the "
+        "model in place of the last."
+    )
+
+
+def steps_not_taken(run: RunRecord) -> Iterator[Verdict]:
+    steps = sorted({row["step"] for row in run.skipped})
+    if steps:
+        yield Verdict(
+            "note" if len(steps) <= 0.01 * max(1, run.step) else "bad",
+            f"{count(len(steps), 'step')} skipped",
+            f"A loss or a gradient was not a finite number, first at step {count_of(steps[0])}. The images of these steps are in "
+            "skipped_steps.*.jsonl. If it goes on, lower --optimizer.learning-rate or use --mixed-precision no.",
+        )
+
+
+def spikes(run: RunRecord) -> Iterator[Verdict]:
+    for name, whose in (("gradient_norm_spike", ""), ("discriminator_gradient_norm_spike", " of the discriminator")):
+        if points := run.figures.get(name, []):
+            step, value = max(points, key=lambda point: point[1])
+            clip = None if whose else run.setting("optimizer", "max_grad_norm")
+            clipped = f" Gradients are clipped at {number(clip)}, so one spike does little harm." if clip else ""
+            yield Verdict(
+                "note",
+                f"{count(len(points), 'gradient spike')}{whose}",
+                f"More than ten times the usual norm; the largest is {number(value)} at step {count_of(step)}.{clipped}",
+            )
+
+
+def resumptions(run: RunRecord) -> Iterator[Verdict]:
+    if steps := run.resumed:
+        named = ", ".join(count_of(step) for step in steps[:5]) + (", …" if len(steps) > 5 else "")
+        often = "once" if len(steps) == 1 else f"{count_of(len(steps))} times"
+        yield Verdict("note", f"Taken up again {often}", f"From step {named}; marked on the curves.")
+
+
+def mean_of(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def count_of(step: int) -> str:
+    return f"{step:,}"

@@ -1,0 +1,1 @@
+"""`latentloom sweep`: a search over one stage's settings."""
