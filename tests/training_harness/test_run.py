@@ -256,6 +256,15 @@ def test_a_chosen_checkpoint_is_gone_on_from_and_later_ones_give_way(tmp_path):
     assert read_metrics(config.output / "metrics.jsonl")[-1] == {"step": 1, "resumed_from": 1}
 
 
+def test_a_chosen_checkpoint_that_is_the_last_makes_later_ones_give_way(tmp_path):
+    config = training(tmp_path, keep_checkpoints=9, max_steps=2)
+    checkpointed(config, 1, 2, 3)
+    run, counter = Run(replace(config, resume="step_000002")), Counter()
+    run.track(counter=counter)
+    assert list(run.steps(1, "nothing")) == []
+    assert newest_step(config.output) == 2
+
+
 def test_a_checkpoint_that_is_not_there_or_not_whole_cannot_be_chosen(tmp_path):
     config = training(tmp_path)
     checkpointed(config, 1, 2)
