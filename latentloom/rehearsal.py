@@ -55,6 +55,8 @@ class Rehearsal:
         warm_up, measured = steps or (WARM_UP, MEASURED)
         for part in self.parts.values():
             part.to(memory_format=torch.channels_last)
+            if self.config.compile:
+                part.compile()
         with rounded_products(self.device, self.config.matmul_precision == "high"):
             for i in range(warm_up + measured):
                 begin = time.perf_counter()

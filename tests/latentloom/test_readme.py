@@ -19,6 +19,7 @@ SHORTER = {
     "train-tokenizer": SMALL,
     "train-prior": ["--batch-size", "8", "--max-steps", "2"],
     "evaluate": ["--num-images", "20"],
+    "sweep": ["--trials", "1", "--max-steps", "2"],
 }
 
 
@@ -49,7 +50,8 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
                 assert latentloom(verb, *words, *SHORTER.get(verb, [])) == 0, verb
         assert set(hub.repos) == {"me/my-generator"}
     assert set(ran) == {
-        "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push"
+        "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push",
+        "report", "sweep",
     }  # fmt: skip
 
 
