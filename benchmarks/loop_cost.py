@@ -32,8 +32,9 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.machine import accelerated_device, rounded_products
+from training_harness.machine import rounded_products
 from training_harness.optimization import build_optimizer, set_learning_rate
+from training_harness.processes import accelerated_device
 from training_harness.run import Run, RunConfig
 
 BARE = "bare loop"

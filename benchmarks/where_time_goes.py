@@ -40,8 +40,9 @@ from stage2_prior.autoregressive.model import Attention, AutoregressivePrior, Fe
 from stage2_prior.codes import CodeSplit
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA
-from training_harness.machine import accelerated_device, rounded_products
+from training_harness.machine import rounded_products
 from training_harness.muon import Muon
+from training_harness.processes import accelerated_device
 from training_harness.run import Run
 
 TOKENIZER, PRIOR = "vqgan-f4", "ar-tiny"

@@ -1,5 +1,6 @@
 """The frame of the benchmarks: who runs when, what a ratio is, and that a section is written without touching the others."""
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import frame
 import pytest
 from frame import Report, compared, interleaved, table, with_section
+from run import NAMES
 from where_time_goes import Stopwatch
 
 
@@ -79,3 +81,9 @@ def test_the_stopwatch_gives_each_part_its_own_time_without_that_of_the_parts_in
     assert Work.outer is before
     assert 0.06 <= watch.seconds["outer"] < 0.3
     assert watch.seconds["inner"] >= 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_benchmark_can_be_imported_and_run(name: str) -> None:
+    pytest.importorskip("diffusers", reason="the peers of the benchmarks are in the extra `bench`")
+    assert callable(importlib.import_module(name).run)

@@ -1,12 +1,11 @@
 """Bad input: one line that names the value and what to do, exit status 2, and nothing that was there is touched."""
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import digests, latentloom
+from command_line import bound_by_permissions, digests, latentloom
 from PIL import Image
 
 PIECES = {
@@ -326,15 +325,35 @@ def test_a_refused_configuration_does_not_take_its_folder(place: Path, capsys: p
     assert latentloom(*PRIOR.split(), "--max-steps", 1) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("command", [TOKENIZER, PRIOR, "tokenize --tokenizer job --data images --output new"])
 def test_a_place_that_may_not_be_written_is_named(
     command: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "locked").mkdir(mode=0o500)
-    line = refusal(capsys, f"{command} --output locked/new")
+    with bound_by_permissions():
+        line = refusal(capsys, f"{command} --output locked/new")
     assert "locked" in line
     assert "Permission denied" in line
+
+
+@pytest.mark.parametrize("stage", ["train-tokenizer --data images", "train-prior --codes job/codes"])
+def test_checkpoints_that_may_no_longer_be_written_end_the_run_in_one_line_and_those_there_stay_whole(
+    stage: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"{stage} --output new --batch-size 4 --checkpoint-every 2 --sample-every 2"
+    assert latentloom(*command.split(), "--max-steps", 2) == 0
+    folder = place / "new" / "checkpoints"
+    before = digests(folder)
+    folder.chmod(0o500)
+    with bound_by_permissions():
+        assert latentloom(*command.split(), "--max-steps", 4) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the checkpoint of step 4 could not be saved" in line
+    assert "Permission denied" in line
+    assert "the newest whole one is of step 2" in line
+    assert digests(folder) == before
+    folder.chmod(0o700)
+    assert latentloom(*command.split(), "--max-steps", 4) == 0
 
 
 def test_a_disk_that_is_full_is_one_line_too(

@@ -18,6 +18,8 @@ from stage2_prior.train import train_prior, validation_loss
 from stage2_prior.training_config import PriorModel, PriorTraining
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError, UserError
+from training_harness.guard import NonFiniteLossError
+from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig
 
 MODEL = PriorModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=0.1)
@@ -171,3 +173,27 @@ def test_codes_that_hold_latents_alone_are_refused_with_the_command_to_run(tmp_p
 def test_a_validation_loss_on_no_images_is_refused(codes: CodeCache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--validation-images is 0"):
         configuration(codes, tmp_path, validation_images=0)
+
+
+def test_a_nan_in_the_loss_is_named_with_the_images_and_reaches_no_weight(
+    codes: CodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, count = AutoregressivePrior.forward, iter(range(1, 100))
+
+    def broken(self: AutoregressivePrior, *arguments: torch.Tensor) -> Any:
+        loss = forward(self, *arguments)
+        if not self.training or next(count) < 4:
+            return loss
+        return loss._replace(total=loss.total * np.nan, terms={"nats_per_token": loss.total * np.nan})
+
+    config = configuration(codes, tmp_path / "run", max_steps=20, checkpoint_every=1, keep_checkpoints=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoregressivePrior, "forward", broken)
+        with pytest.raises(NonFiniteLossError, match="step 8: nats_per_token = nan"):
+            train_prior(config, codes)
+    skipped = read_metrics(config.output / "skipped_steps.0.jsonl")
+    assert [row["step"] for row in skipped] == [4, 5, 6, 7, 8]
+    assert set(skipped[0]["source_ids"]) <= set(codes.train.source_ids(np.arange(len(codes.train))))
+    state = torch.load(config.output / "checkpoints" / "step_000007" / "state.pt", weights_only=True)["objects"]
+    assert all(value.isfinite().all() for name in ("model", "ema") for value in state[name].values())
+    train_prior(config, codes)
