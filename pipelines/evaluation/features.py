@@ -96,13 +96,19 @@ def efficientnet_features(device: torch.device | str = "cpu") -> FeatureExtracto
     """Activations before EfficientNet-Lite0's last layer, averaged over places: (N, 1280). Tan, Le 2019, arXiv 1905.11946."""
     network = efficientnet_lite0("features efficientnet-lite0").to(device, memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def extract(images: Tensor) -> ImageFeatures:
+    # A CPU keeps the layers of few images in its cache, and their memory from one call to the next: three times as fast.
+    at_once = 8 if torch.device(device).type == "cpu" else 250
+
+    def of(images: Tensor) -> Tensor:
         size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
         pixels = as_rgb(images).to(device).float()
         enlarged = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
         normalized = ((enlarged - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return ImageFeatures(network.extract_features(normalized).mean((2, 3)))
+        return network.extract_features(normalized).mean((2, 3))
+
+    @torch.inference_mode()
+    def extract(images: Tensor) -> ImageFeatures:
+        return ImageFeatures(torch.cat([of(part) for part in images.split(at_once)]))
 
     side = EFFICIENTNET_SIDE
     return FeatureExtractor("efficientnet-lite0", extract, hash_of(network), f"bicubic, antialiased, to {side}×{side}")
