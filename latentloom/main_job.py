@@ -39,7 +39,8 @@ from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, wait_for_everyone
-from training_harness.run import RunConfig, check_folder
+from training_harness.run import RunConfig
+from training_harness.run_folder import check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42

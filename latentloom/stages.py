@@ -35,7 +35,8 @@ from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
-from training_harness.run import RunConfig, check_folder
+from training_harness.run import RunConfig
+from training_harness.run_folder import check_folder
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 from training_harness.allocator import keep_freed_memory
 from training_harness.checkpoints import (
     TornCheckpointError,
-    checkpoint_path,
     checkpoints_in,
     newest_step,
     prune,
@@ -36,9 +35,8 @@ from training_harness.checkpoints import (
     remove_partial,
     write_checkpoint,
 )
-from training_harness.configuration import read_yaml, to_mapping, write_yaml
+from training_harness.configuration import to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
-from training_harness.files import up_to_date
 from training_harness.guard import NonFiniteGuard, first_non_finite
 from training_harness.machine import rounded_products
 from training_harness.metric_log import MetricLog
@@ -90,13 +88,6 @@ class RunConfig:
             raise ConfigError(f"--resume is {self.resume}; expected latest, or a checkpoint such as step_000500")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 − 1")
-
-
-# What may differ between a run folder and the command that goes on with it.
-CHANGEABLE = (
-    *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
-    *("compile", "gradient_checkpointing", "report_to", "ema.device"),
-)
 
 
 class Stateful(Protocol):
@@ -181,7 +172,7 @@ class Run:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inputs[module] = inputs
+        self._inputs[module] = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
 
     def _state_to_go_on_from(self) -> dict[str, Any] | None:
         if self.config.resume != "latest":
@@ -377,55 +368,3 @@ def check_launcher(config: RunConfig) -> None:
             f"accelerate launch asks for the mixed precision {launched} and --mixed-precision is {config.mixed_precision}; "
             f"expected the same; give --mixed-precision {launched}"
         )
-
-
-def check_folder(config: RunConfig, kind: str) -> int | None:
-    """Whether `config` may write to its folder: refuses one that holds another configuration.
-
-    Returns the steps of the run that is there, when it is finished and `config` asks for no more; else None.
-    Refuses fewer steps than an unfinished run has done.
-    """
-    path = config.output / "config.yaml"
-    if not path.exists():
-        if config.output.exists() and any(config.output.iterdir()):
-            raise UserError(
-                f"{config.output} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
-            )
-        return None
-    if not (newest_step(config.output) or (config.output / "model").exists()):
-        return None  # nothing was saved that another configuration could not go on with
-    held = read_yaml(path)
-    wanted = to_mapping(config)
-    differing = [
-        f"{name} is {old!r} there and {new!r} here"
-        for name, (old, new) in _differences(held, wanted).items()
-        if name not in CHANGEABLE
-    ]
-    if differing:
-        raise UserError(
-            f"{config.output} holds a run with another configuration ({'; '.join(differing[:4])}); "
-            "expected the same; give the same values to go on with it, or choose another --output"
-        )
-    if config.resume != "latest":
-        return None
-    done = newest_step(config.output)
-    checkpoint = checkpoint_path(config.output, done) / "state.pt"
-    if done >= config.max_steps and up_to_date(config.output / "model" / "config.json", made_from=checkpoint):
-        return done  # a model older than its checkpoint is that of the run before it was extended
-    if done > config.max_steps:
-        raise UserError(
-            f"{config.output} holds an unfinished run that has done {done} steps and --max-steps is {config.max_steps}; "
-            f"expected at least {done}, to finish it"
-        )
-    return None
-
-
-def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in {**held, **wanted}:
-        old, new = held.get(name), wanted.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found |= _differences(old, new, f"{where}{name}.")
-        elif old != new:
-            found[where + name] = (old, new)
-    return found

@@ -30,7 +30,7 @@ from training_harness.errors import ConfigError
 from training_harness.guard import NonFiniteLossError
 from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
-from training_harness.run import check_folder
+from training_harness.run_folder import check_folder
 
 MODEL = TokenizerModel(
     channels=(8, 8, 16), blocks=(0, 1, 1), attention=(False, False, True), latent_channels=4, codebook_size=16

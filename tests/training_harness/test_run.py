@@ -20,7 +20,8 @@ from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
 from training_harness.guard import NonFiniteGuard, NonFiniteLossError, first_non_finite
 from training_harness.metric_log import read_metrics
-from training_harness.run import Run, RunConfig, check_folder, seed_of
+from training_harness.run import Run, RunConfig, seed_of
+from training_harness.run_folder import check_folder
 
 
 @dataclass(frozen=True, kw_only=True)
