@@ -7,6 +7,7 @@ median of the ratios and their quartiles are what is reported. Results go to doc
 chart into the section of that name in docs/benchmarks.md.
 """
 
+import dataclasses
 import gc
 import json
 import re
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 
+from latentloom.arguments import training_values
+from training_harness.configuration import from_mapping
 from training_harness.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +128,10 @@ def shown(value: object) -> str:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def recipe(kind: type, stage: str, name: str, share: float, seed: int, **given: object) -> Any:
+    """A named recipe's configuration with a share of its steps, without previews: what it is compared with draws none."""
+    values = training_values(stage, name, None, {key: str(value) for key, value in given.items()} | {"seed": seed})
+    config = from_mapping(kind, values)
+    return dataclasses.replace(config, max_steps=round(config.max_steps * share), sample_every=10**9)

@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import glue_stack
 import torch
-from frame import OURS, Report, table
+from frame import OURS, Report, recipe, table
 from torch import Tensor
 
-from latentloom.arguments import training_values
 from latentloom.embedded import FASHION_MNIST, judge_path
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, judge_features
@@ -33,7 +31,6 @@ from stage1_tokenizer.metrics import codebook_usage, psnr
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import PriorTraining
-from training_harness.configuration import from_mapping
 from training_harness.machine import rounded_products
 
 GLUE = "diffusers VQModel + transformers Llama"
@@ -146,13 +143,6 @@ def theirs(bench: Bench, seconds: float, seed: int, tuning: glue_stack.Tuning) -
             "sampling_rate": len(labels) / sampling,
         }
     )
-
-
-def recipe(kind: type, stage: str, name: str, share: float, seed: int, **given: object) -> Any:
-    values = training_values(stage, name, None, {key: str(value) for key, value in given.items()} | {"seed": seed})
-    config = from_mapping(kind, values)
-    # the glued stack draws no previews on its way either
-    return dataclasses.replace(config, max_steps=round(config.max_steps * share), sample_every=10**9)
 
 
 def timed(work: Callable[[], object]) -> float:

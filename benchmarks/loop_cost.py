@@ -16,8 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from frame import OURS, Report, compared, table
-from glue import recipe
+from frame import OURS, Report, compared, recipe, table
 
 from latentloom.embedded import FASHION_MNIST
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer

@@ -22,8 +22,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from frame import Report, synchronize, table
-from glue import recipe
+from frame import Report, recipe, synchronize, table
 from torch.utils.flop_counter import FlopCounterMode
 
 import stage1_tokenizer.train
