@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.vector_quantizer import summed
+from stage1_tokenizer.quantizers.protocol import summed
 from training_harness.errors import ConfigError
 from training_harness.optimization import steps_of
 from training_harness.precision import widened
@@ -33,9 +33,13 @@ class ReconstructionConfig:
     """Weight of the perceptual loss, where one is given."""
     commitment: float = 0.25
     """β of van den Oord et al. 2017: how strongly the encoder is held to its codes."""
+    codebook: float = 1.0
+    """Weight of what draws codes to latents, in codebooks learnt by gradient."""
+    entropy: float = 0.1
+    """Weight of the entropy term of `lfq`, `bsq` and `ibq`."""
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "commitment"):
+        for name in ("l1", "l2", "perceptual", "commitment", "codebook", "entropy"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"reconstruction.{name} is {getattr(self, name)}; expected a weight of 0 or more")
         if self.l1 + self.l2 == 0:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.image_processor import as_rgb
-from stage1_tokenizer.quantizers.vector_quantizer import summed
+from stage1_tokenizer.quantizers.protocol import summed
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
 LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something

@@ -92,7 +92,7 @@ def train_tokenizer(
                 output = model(pixel_values)
                 terms = reconstruction_terms(output.reconstruction, pixel_values, perceptual)
                 reconstruction = sum_weighted(terms, weights)
-                loss = reconstruction + output.losses["codebook"] + weights.commitment * output.losses["commitment"]
+                loss = reconstruction + sum_weighted(output.losses, weights) if output.losses else reconstruction
                 terms |= output.losses
                 if share > 0:
                     discriminator.requires_grad_(False)  # the generator's loss leaves no gradient there

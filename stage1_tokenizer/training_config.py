@@ -7,8 +7,10 @@ from stage1_tokenizer.discriminator import smallest_judged
 from stage1_tokenizer.image_processor import padded_size
 from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
 from stage1_tokenizer.perceptual import PerceptualName
+from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.survey import ImageSurvey
 from stage1_tokenizer.vqgan import VQGANConfig
+from training_harness.configuration import to_mapping
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
@@ -29,11 +31,7 @@ class TokenizerModel:
     """Levels whose blocks end in self-attention."""
     latent_channels: int = 16
     codebook_size: int = 512
-    quantizer: Literal["vq", "ema"] = "ema"
-    usage_decay: float = 0.95
-    """Of the moving average of how often each code is chosen, and of an `ema` codebook itself."""
-    restart_threshold: float = 0.3
-    """Codes chosen less often than this share of the uniform rate are restarted; 0 never."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.blocks) == len(self.attention):
@@ -49,11 +47,7 @@ class TokenizerModel:
                 f"model.channels is {self.channels} and model.blocks {self.blocks}; expected channels of at least 1 and "
                 "no negative number of blocks"
             )
-        if not 0 <= self.usage_decay < 1 or self.restart_threshold < 0:
-            raise ConfigError(
-                f"model.usage_decay is {self.usage_decay} and model.restart_threshold {self.restart_threshold}; expected "
-                "a share in [0, 1) and 0 or more"
-            )
+        self.quantizer.check(self.codebook_size, self.latent_channels)
 
     @property
     def downsampling_factor(self) -> int:
@@ -134,7 +128,5 @@ def model_config(config: TokenizerTraining, survey: ImageSurvey) -> VQGANConfig:
         attention=model.attention,
         latent_channels=model.latent_channels,
         codebook_size=model.codebook_size,
-        quantizer=model.quantizer,
-        usage_decay=model.usage_decay,
-        restart_threshold=model.restart_threshold,
+        quantizer=to_mapping(model.quantizer),
     )

@@ -8,7 +8,8 @@ channel over the training set, kept in the configuration: users of the latents n
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -18,7 +19,8 @@ from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage1_tokenizer.quantizers import QUANTIZERS
+from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from training_harness.configuration import from_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.pretrained import StrictConfig, StrictModel
 
@@ -39,11 +41,8 @@ class VQGANConfig(StrictConfig):
     attention: list[bool] | tuple[bool, ...] = (False, False, False)
     latent_channels: int = 16
     codebook_size: int = 512
-    quantizer: Literal["vq", "ema"] = "ema"
-    usage_decay: float = 0.95
-    """Of the moving average of how often each code is chosen, and of an `ema` codebook itself."""
-    restart_threshold: float | int = 0.3
-    """Codes chosen less often than this share of the uniform rate are restarted; 0 never."""
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of `QuantizerConfig` that differ from its own."""
     latent_mean: list[float] | None = None
     latent_std: list[float] | None = None
     tokenizer_id: str | None = None
@@ -56,11 +55,16 @@ class VQGANConfig(StrictConfig):
                 raise ConfigError(
                     f"model.{name} has {len(getattr(self, name))} entries and model.channels {levels}; expected one a level"
                 )
+        self.quantizer_config.check(self.codebook_size, self.latent_channels)
         if any(size % self.downsampling_factor for size in self.image_size):
             height, width = self.image_size
             raise ConfigError(
                 f"image_size is {height}×{width}; expected multiples of the downsampling factor {self.downsampling_factor}"
             )
+
+    @property
+    def quantizer_config(self) -> QuantizerConfig:
+        return from_mapping(QuantizerConfig, self.quantizer, "model.quantizer.")
 
     @property
     def downsampling_factor(self) -> int:
@@ -75,8 +79,10 @@ class VQGANConfig(StrictConfig):
 
 class TokenizerOutput(NamedTuple):
     reconstruction: Tensor  # (B, C, H, W)
-    indices: Tensor  # (B, h, w) int64 in [0, K)
-    losses: dict[str, Tensor]  # float32 scalars: codebook, commitment (before β)
+    indices: Tensor  # (B, h, w) int64 in [0, K); (B, levels, h, w) of residual codes
+    losses: dict[
+        str, Tensor
+    ]  # float32 scalars, unweighted: those of codebook, commitment, entropy that the quantizer has
 
 
 class VQGAN(StrictModel):
@@ -87,26 +93,24 @@ class VQGAN(StrictModel):
         super().__init__(config)
         shape = (list(config.channels), list(config.blocks), list(config.attention), config.latent_channels)
         self.encoder = Encoder(config.image_channels, *shape)
-        self.quantizer = QUANTIZERS[config.quantizer](
-            config.codebook_size, config.latent_channels, config.usage_decay, config.restart_threshold
-        )
+        quantizer = config.quantizer_config
+        self.quantizer = QUANTIZERS[quantizer.name](quantizer, config.codebook_size, config.latent_channels)
         self.decoder = Decoder(config.image_channels, *shape)
         self.post_init()
 
     end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
-    embedding_tables = ("quantizer.codebook",)
+    embedding_tables = ("quantizer.codebook", "quantizer.basis")
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """pixel_values: (B, C, H, W) in [-1, 1]; in training mode the codebook learns from the batch."""
         quantized = self.quantizer(self._encode(pixel_values))
-        losses = {"codebook": quantized.codebook_loss, "commitment": quantized.commitment_loss}
-        return TokenizerOutput(self.decoder(quantized.quantized), quantized.indices, losses)
+        return TokenizerOutput(self.decoder(quantized.quantized), quantized.indices, quantized.losses)
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
         """Index of the nearest codebook entry at each latent position.
 
         Args:     pixel_values (B, C, H, W) float in [-1, 1]; H and W multiples of f.
-        Returns:  (B, h, w) int64 in [0, K).
+        Returns:  (B, h, w) int64 in [0, K); (B, levels, h, w) of residual codes.
         Raises:   UserError when f does not divide H or W.
         """
         return self.quantizer.quantize(self._encode(pixel_values))
@@ -140,7 +144,7 @@ class VQGAN(StrictModel):
             height=height // factor,
             width=width // factor,
             codebook_size=config.codebook_size,
-            levels=1,
+            levels=self.quantizer.depth,
             image_channels=config.image_channels,
             image_height=height,
             image_width=width,

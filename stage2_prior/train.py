@@ -57,6 +57,11 @@ def train_prior(
             f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
             "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4"
         )
+    if codes.spec.levels > 1:
+        raise UserError(
+            f"the codes in {codes.path} have {codes.spec.levels} levels a position; expected one for an autoregressive prior; train "
+            "a tokenizer without residual quantisation, such as --recipe vqgan-f4"
+        )
     codes.train.require("indices")
     model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made
     run = Run(config)

@@ -44,7 +44,7 @@ from training_harness.processes import accelerated_device
 from training_harness.provenance import note_environment
 from training_harness.sharding import load_state, whole
 from training_harness.signals import Interrupted, Wish, wish_to_stop
-from training_harness.trackers import TrackerName, check_trackers, log_picture, start_trackers
+from training_harness.trackers import TrackerName, check_trackers, log_figures, log_picture, start_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +313,7 @@ class Run:
         rounded = {name: float(f"{value:.6g}") for name, value in row.items()}
         if self.accelerator.is_main_process:
             self.log_file.append({"step": step} | rounded)
-        self.accelerator.log(rounded, step)  # to the trackers
+        log_figures(self.accelerator, rounded, step)
 
     def picture(self, step: int) -> Path:
         """Where samples are saved after a step."""

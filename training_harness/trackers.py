@@ -35,6 +35,14 @@ def start_trackers(accelerator: Accelerator, folder: Path, run_id: str, configur
     accelerator.init_trackers(PROJECT, dict(_flat(configuration)), options)
 
 
+def log_figures(accelerator: Accelerator, figures: Mapping[str, float], step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name == "trackio" and accelerator.is_main_process:  # older Accelerate keeps the step from it
+            tracker.tracker.log(dict(figures), step=step)
+        else:
+            tracker.log(dict(figures), step=step)
+
+
 def log_picture(accelerator: Accelerator, path: Path, step: int) -> None:
     """Hands a saved picture to the trackers that take pictures."""
     picture = np.asarray(Image.open(path).convert("RGB"))[None]
@@ -46,7 +54,7 @@ def log_picture(accelerator: Accelerator, path: Path, step: int) -> None:
         else:
             import trackio
 
-            tracker.log({"samples": trackio.Image(path)}, step)
+            tracker.tracker.log({"samples": trackio.Image(path)}, step=step)
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> list[tuple[str, Any]]:

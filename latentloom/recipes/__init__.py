@@ -1,10 +1,13 @@
-"""Recipes: YAML files of training configurations, one a stage, shipped with the package."""
+"""Recipes: YAML files of training configurations, one a stage, shipped with the package.
+
+`base: NAME` in one stands for the fields of another, beneath its own.
+"""
 
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from training_harness.configuration import nearest, read_yaml
+from training_harness.configuration import merged, nearest, read_yaml
 from training_harness.errors import ConfigError
 
 PRIOR_PREFIXES = ("ar-", "diffusion-")
@@ -21,4 +24,6 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
     names = recipe_names(stage)
     if name not in names:
         raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
-    return read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
+    values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
+    base = values.pop("base", None)
+    return values if base is None else merged(recipe_values(base, stage), values)

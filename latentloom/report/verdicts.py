@@ -50,19 +50,20 @@ def codebook(run: RunRecord) -> Iterator[Verdict]:
 
 
 def remedy(run: RunRecord, size: int) -> str:
-    threshold, quantizer = run.setting("model", "restart_threshold"), run.setting("model", "quantizer")
+    threshold, quantizer = (
+        run.setting("model", "quantizer", "restart_threshold"),
+        run.setting("model", "quantizer", "name"),
+    )
     early = run.max_steps is not None and run.step < 0.2 * run.max_steps
     wait = "The run is young, and usage often rises: look again later. If it stays, t" if early else "T"
     if threshold == 0:
-        return (
-            f"{wait}rain with --model.restart-threshold 0.3: codes that nothing chooses then start anew. {NEW_OUTPUT}"
-        )
+        return f"{wait}rain with --model.quantizer.restart-threshold 0.3: codes that nothing chooses then start anew. {NEW_OUTPUT}"
     if quantizer == "vq":
-        return f"{wait}rain with --model.quantizer ema, whose codes follow the latents by themselves. {NEW_OUTPUT}"
+        return f"{wait}rain with --model.quantizer.name ema, whose codes follow the latents by themselves. {NEW_OUTPUT}"
     smaller = max(2, 2 ** math.floor(math.log2(size / 4))) if size >= 8 else 2
     return (
-        f"{wait}rain with a higher --model.restart-threshold (0.5), a lower --optimizer.learning-rate, or a smaller codebook "
-        f"(--model.codebook-size {smaller}). {NEW_OUTPUT}"
+        f"{wait}rain with a higher --model.quantizer.restart-threshold (0.5), a lower --optimizer.learning-rate, or a smaller "
+        f"codebook (--model.codebook-size {smaller}). {NEW_OUTPUT}"
     )
 
 

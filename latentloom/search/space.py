@@ -187,6 +187,6 @@ def default_words(base: Training) -> list[str]:
         rates["matrix_learning_rate"] = optimizer.matrix_learning_rate
     words = [f"optimizer.{name}={rate / 4:.6g}..{rate * 4:.6g}" for name, rate in rates.items()]
     if isinstance(base, TokenizerTraining):
-        return [*words, "reconstruction.commitment=0.25..2", "model.usage_decay=0.9|0.95|0.99"]
+        return [*words, "reconstruction.commitment=0.25..2", "model.quantizer.usage_decay=0.9|0.95|0.99"]
     sizes = sorted({max(1, size // 2), size, 2 * size})
     return [*words, "model.dropout=0..0.3", f"batch_size={'|'.join(map(str, sizes))}"]

@@ -9,7 +9,8 @@ all of them hold one codebook; a restarted entry gets a new sum and count with i
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer, summed
+from stage1_tokenizer.quantizers.protocol import summed
+from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 
 
 class EMAVectorQuantizer(VectorQuantizer):
@@ -23,7 +24,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     def _count(self, indices: Tensor, vectors: Tensor) -> None:
         super()._count(indices, vectors)
         sums = summed(torch.zeros_like(self.sums).index_add_(0, indices, vectors.to(self.sums.dtype)))
-        self.sums.lerp_(sums, 1 - self.usage_decay)
+        self.sums.lerp_(sums, 1 - self.config.usage_decay)
         self.codebook.copy_(self.sums / self.usage.clamp(min=1e-6)[:, None])
 
     def _replace(self, dead: Tensor, candidates: Tensor, usage: float) -> None:

@@ -6,25 +6,30 @@ r"""Vector quantisation: each latent vector becomes the nearest entry of a learn
 β weighs the commitment term, where the gradient reaches the encoder alone. van den Oord, Vinyals, Kavukcuoglu 2017,
 arXiv 1711.00937, eq. 1 to 3. Entries that few vectors choose are restarted from vectors of the current batch
 (Dhariwal et al. 2020, arXiv 2005.00341, section 3); before the first batch every entry counts as one.
+
+With `normalize` z and e are divided by their lengths first (Yu et al. 2021, arXiv 2110.04627; Sun et al. 2024, arXiv
+2406.06525). With the rotation trick (Fifty et al. 2024, arXiv 2410.06424, section 4.2) the gradient is that of
+
+    ẑ = λ R z,    λ = ‖e‖ / ‖z‖,    R = I − 2 r rᵀ + 2 ê ẑᵀ,    r = (ẑ + ê) / ‖ẑ + ê‖    with λ and R held, hats of length 1
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.quantizers.protocol import (
+    Quantizer,
+    QuantizerConfig,
+    QuantizerOutput,
+    all_finite,
+    as_maps,
+    as_vectors,
+    gathered,
+    summed,
+)
 from training_harness.precision import widened
 
 CHUNK_ELEMENTS = 1 << 22  # entries of the distance table that exist at once: 16 MiB of float32
-
-
-class QuantizerOutput(NamedTuple):
-    quantized: Tensor  # (B, c, h, w), straight-through
-    indices: Tensor  # (B, h, w) int64 in [0, K)
-    codebook_loss: Tensor  # scalar float32, ‖sg[z] − e‖²; a constant where the codebook is no parameter
-    commitment_loss: Tensor  # scalar float32, ‖z − sg[e]‖²; β is applied where the terms are summed
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -42,23 +47,28 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
         return torch.cat([torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in vectors.split(rows)])
 
 
-class VectorQuantizer(nn.Module):
-    """A codebook learnt by gradient.
+def turned(vectors: Tensor, codes: Tensor) -> Tensor:
+    """(N, D) codes through which the gradient reaches the vectors as through the rotation that takes one to the other."""
+    unit, target = F.normalize(vectors.detach(), dim=1), F.normalize(codes.detach(), dim=1)
+    between = F.normalize(unit + target, dim=1)
+    scale = codes.detach().norm(dim=1, keepdim=True) / vectors.detach().norm(dim=1, keepdim=True).clamp(min=1e-6)
 
-    Args:
-        codebook_size: K.
-        channels: D, the latent channels.
-        usage_decay: decay of the moving average of how often each entry is chosen.
-        restart_threshold: entries chosen less often than this share of the uniform rate are restarted; 0 never.
-    """
+    def along(direction: Tensor) -> Tensor:
+        return (vectors * direction).sum(1, keepdim=True)
+
+    rotated = scale * (vectors - 2 * along(between) * between + 2 * along(unit) * target)
+    return rotated + (codes - rotated).detach()  # the code itself: rounding would leave a little of the rotation
+
+
+class VectorQuantizer(Quantizer):
+    """A codebook learnt by gradient."""
 
     codebook: Tensor
     usage: Tensor
     restarts: Tensor
 
-    def __init__(self, codebook_size: int, channels: int, usage_decay: float = 0.95, restart_threshold: float = 0.3):
-        super().__init__()
-        self.usage_decay, self.restart_threshold = usage_decay, restart_threshold
+    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+        super().__init__(config, codebook_size, channels)
         self._make_codebook(torch.randn(codebook_size, channels))
         self.register_buffer("usage", torch.zeros(codebook_size))  # vectors a step and entry, moving average
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))  # batches that gave dead entries vectors
@@ -68,78 +78,74 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """latents: (B, c, h, w); in training mode also learns, and restarts dead entries."""
-        batch, channels, height, width = latents.shape
+        batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = widened(latents).movedim(1, -1).reshape(-1, channels)  # (N, c)
+            vectors = self._placed(widened(as_vectors(latents)))  # (N, c)
             learning = self.training and all_finite(vectors)  # or one bad batch would stay in the moving averages
             if learning:
                 self._restart(vectors.detach())
-            indices = nearest_code(vectors.detach(), self.codebook.detach())
-            chosen = F.embedding(indices, self.codebook)
-            codebook_loss = F.mse_loss(chosen, vectors.detach())
-            commitment_loss = F.mse_loss(vectors, chosen.detach())
+            codebook = self._placed(self.codebook)
+            indices = nearest_code(vectors.detach(), codebook.detach())
+            chosen = F.embedding(indices, codebook)
+            losses = (
+                {"codebook": F.mse_loss(chosen, vectors.detach())} if isinstance(self.codebook, nn.Parameter) else {}
+            )
+            losses["commitment"] = F.mse_loss(vectors, chosen.detach())
             if learning:
                 self._count(indices, vectors.detach())
-            quantized = vectors + (chosen - vectors).detach()
-        return QuantizerOutput(
-            quantized.view(batch, height, width, channels).movedim(-1, 1).to(latents.dtype),
-            indices.view(batch, height, width),
-            codebook_loss,
-            commitment_loss,
-        )
+            if self.config.gradient == "rotation":
+                quantized = turned(vectors, chosen.detach())
+            else:
+                quantized = vectors + (chosen - vectors).detach()
+        return QuantizerOutput(as_maps(quantized, latents), indices.view(batch, height, width), losses)
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """Indices (B, h, w) of latents (B, c, h, w)."""
-        batch, channels, height, width = latents.shape
-        return nearest_code(latents.movedim(1, -1).reshape(-1, channels), self.codebook).view(batch, height, width)
+        batch, _, height, width = latents.shape
+        vectors = self._placed(widened(as_vectors(latents)))
+        return nearest_code(vectors, self._placed(self.codebook)).view(batch, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codebook entries (B, c, h, w) of indices (B, h, w)."""
-        return F.embedding(indices, self.codebook).movedim(-1, 1)
+        return F.embedding(indices, self._placed(self.codebook)).movedim(-1, 1)
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        """On the unit sphere, where the configuration says so."""
+        return F.normalize(vectors, dim=1) if self.config.normalize else vectors
 
     @torch.no_grad()
     def _count(self, indices: Tensor, vectors: Tensor) -> None:
         counts = summed(torch.bincount(indices, minlength=len(self.usage)).to(self.usage.dtype))
-        self.usage.lerp_(counts, 1 - self.usage_decay)
+        self.usage.lerp_(counts, 1 - self.config.usage_decay)
 
     @torch.no_grad()
     def _restart(self, vectors: Tensor) -> None:
         """Gives every dead entry a vector of all processes' batches; all see the same usage and take the same vectors."""
-        if self.restart_threshold == 0 and float(self.usage.sum()) > 0:
+        threshold, first = self.config.restart_threshold, not self.usage.any()
+        if threshold == 0 and not first:
             return
         uniform = float(summed(vectors.new_tensor(len(vectors)))) / len(self.usage)
-        dead = self.usage <= self.restart_threshold * uniform
+        dead = self.usage <= threshold * uniform
         if not dead.any():
             return
         candidates = gathered(vectors)
         self.restarts += 1
-        generator = torch.Generator().manual_seed(
-            int(self.restarts)
-        )  # one draw for all processes, whatever their number
+        # one draw for all processes, whatever their number
+        generator = torch.Generator().manual_seed(int(self.restarts))
         chosen = torch.randint(len(candidates), (len(self.usage),), generator=generator).to(vectors.device)
-        self._replace(dead, candidates[chosen], uniform)
+        entries = candidates[chosen]
+        if first:
+            entries = kmeans(candidates, entries, self.config.kmeans_iterations)
+        self._replace(dead, entries, uniform)
 
     def _replace(self, dead: Tensor, candidates: Tensor, usage: float) -> None:
         self.codebook.data.copy_(torch.where(dead[:, None], candidates.to(self.codebook.dtype), self.codebook.data))
         self.usage.copy_(torch.where(dead, usage, self.usage))
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether no process holds a number that is not finite."""
-    return not summed((~values.detach().isfinite()).any().to(values.dtype))
-
-
-def summed(values: Tensor) -> Tensor:
-    """Sum over processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gathered(values: Tensor) -> Tensor:
-    """(N, …) of every process, one after another: (processes · N, …)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+def kmeans(vectors: Tensor, centres: Tensor, iterations: int) -> Tensor:
+    """Lloyd's algorithm: (K, D) centres after so many iterations on vectors (N, D); one that none is nearest to stays."""
+    for _ in range(iterations):
+        nearest = nearest_code(vectors, centres)
+        counts = torch.bincount(nearest, minlength=len(centres)).to(vectors.dtype)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres

@@ -99,7 +99,7 @@ CASES = {
     "a required option left out": ("train --data images", "--output missing", "expected a value"),
     "two required options left out": ("train", "--data and --output missing", "latentloom train --help"),
     "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
-    "a choice that is none": (f"{TOKENIZER} --model.quantizer fs", "'fs'", "Expected one of ('vq', 'ema')"),
+    "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "Expected one of ('vq', 'ema')"),
     "an unknown recipe": (f"{TOKENIZER} --recipe vqgan-f44", "'vqgan-f44'", "did you mean 'vqgan-f4'?"),
     "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: vqgan-f16, vqgan-f4, vqgan-f8"),
     "a prior's recipe for a tokenizer": (f"{TOKENIZER} --recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),

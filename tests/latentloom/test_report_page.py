@@ -42,7 +42,7 @@ TOKENIZER: dict[str, Any] = {
     "batch_size": 16,
     "accumulation_steps": 1,
     "data": "images",
-    "model": {"codebook_size": 512, "quantizer": "ema", "restart_threshold": 0.3},
+    "model": {"codebook_size": 512, "quantizer": {"name": "ema", "restart_threshold": 0.3}},
     "optimizer": {"max_grad_norm": 1.0},
 }
 PRIOR: dict[str, Any] = {
@@ -427,8 +427,8 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tokenizer: Path) -> None:
         (480, 400, {}, "The codebook is in good use", "480 of 512"),
         (52, 128, {}, "The codebook is in good use", "52 of 512"),  # 10.2 % and 25 %: neither is below its bound
         (51, 30, {}, "The codebook has collapsed", "--model.codebook-size 128"),
-        (51, 30, {"quantizer": "vq"}, "The codebook has collapsed", "--model.quantizer ema"),
-        (51, 30, {"restart_threshold": 0}, "The codebook has collapsed", "--model.restart-threshold 0.3"),
+        (51, 30, {"name": "vq"}, "The codebook has collapsed", "--model.quantizer.name ema"),
+        (51, 30, {"restart_threshold": 0}, "The codebook has collapsed", "--model.quantizer.restart-threshold 0.3"),
         (400, 127, {}, "The codebook is used unevenly", "--model.codebook-size 128"),
     ],
 )

@@ -19,6 +19,7 @@ from small_parts import one_line, write_pictures
 from stage1_tokenizer import train as stage_one
 from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
 from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.train import train_tokenizer
@@ -204,7 +205,7 @@ def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_ste
             tmp_path / str(beta),
             pictures,
             max_steps=1,
-            model=replace(MODEL, quantizer="vq", restart_threshold=0.0),
+            model=replace(MODEL, quantizer=QuantizerConfig(name="vq", restart_threshold=0.0)),
             reconstruction=ReconstructionConfig(commitment=beta),
             optimizer=OptimizerConfig(max_grad_norm=0.0),
             schedule=ScheduleConfig(warmup=0, decay="constant"),
@@ -318,11 +319,11 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
 VARIANTS: dict[str, dict[str, Any]] = {
     "ema codebook that restarts, discriminator": {
         "adversarial": ADVERSARIAL,
-        "model": replace(MODEL, codebook_size=64, usage_decay=0.5),
+        "model": replace(MODEL, codebook_size=64, quantizer=QuantizerConfig(usage_decay=0.5)),
     },
     "learnt codebook, muon, discriminator": {
         "adversarial": ADVERSARIAL,
-        "model": replace(MODEL, quantizer="vq"),
+        "model": replace(MODEL, quantizer=QuantizerConfig(name="vq")),
         "optimizer": OptimizerConfig(name="muon"),
     },
     "accumulated": {"accumulation_steps": 2, "batch_size": 3},
@@ -418,8 +419,6 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
         {"blocks": (0, -1, 1)},
         {"codebook_size": 0},
         {"latent_channels": -4},
-        {"usage_decay": 1.5},
-        {"restart_threshold": -0.1},
     ],
     ids=str,
 )

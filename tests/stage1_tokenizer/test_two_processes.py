@@ -13,7 +13,7 @@ from tiny_models import seeded
 from stage1_tokenizer import train as stage_one
 from stage1_tokenizer.losses import AdversarialConfig
 from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.quantizers import EMAVectorQuantizer
+from stage1_tokenizer.quantizers import EMAVectorQuantizer, QuantizerConfig
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
@@ -29,7 +29,7 @@ def latents(seed: int) -> torch.Tensor:
 
 def known_quantizer(**options: Any) -> EMAVectorQuantizer:
     """Its codebook counts as in use, so that the first batch does not replace it."""
-    q = EMAVectorQuantizer(K, D, **options).train()
+    q = EMAVectorQuantizer(QuantizerConfig(**options), K, D).train()
     q.codebook.copy_(torch.randn(K, D, generator=seeded(9)))
     q.usage.fill_(2.0)
     q.sums.copy_(q.codebook * 2.0)
@@ -42,7 +42,7 @@ def quantize(rank: int) -> dict[str, Any]:
     restarts = 0
     for step in range(50):
         mine = latents(2 * step + rank) * (0.1 if step < 25 else 3.0)  # the jump leaves entries dead
-        restarts += int((restarting.usage <= restarting.restart_threshold * 2 * 24 / K).sum())
+        restarts += int((restarting.usage <= restarting.config.restart_threshold * 2 * 24 / K).sum())
         restarting(mine)
         following(latents(2 * step + rank))
     return {"restarting": restarting.state_dict(), "following": following.state_dict(), "restarts": restarts}

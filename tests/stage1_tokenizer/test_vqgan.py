@@ -219,7 +219,7 @@ def pickled(folder: Path) -> None:
         with_config(codebook_size=32),
         with_config(blocks=[0, 1, 2]),
         with_config(codebook_size="many"),
-        with_config(quantizer="fsq"),
+        with_config(quantizer={"name": "f"}),
         without_a_weight,
         pickled,
         shutil.rmtree,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_parts import one_line
 
+from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
 from training_harness.configuration import from_mapping, merged, nearest, read_yaml, write_yaml
 from training_harness.errors import ConfigError
@@ -165,8 +166,9 @@ trainings = st.builds(
             channels=st.tuples(*[st.integers(1, 512)] * levels),
             blocks=st.tuples(*[st.integers(0, 4)] * levels),
             attention=st.tuples(*[st.booleans()] * levels),
-            quantizer=st.sampled_from(["vq", "ema"]),
-            restart_threshold=shares,
+            quantizer=st.builds(
+                QuantizerConfig, name=st.sampled_from(["vq", "ema", "simvq"]), restart_threshold=shares
+            ),
         )
     ),
     optimizer=st.builds(

@@ -105,7 +105,7 @@ def test_muon_takes_hidden_matrices_alone():
 
 
 def test_a_learnt_codebook_is_a_table_and_no_matrix():
-    groups = groups_of(VQGAN(whole_config(quantizer="vq")), OptimizerConfig(name="muon", weight_decay=0.1))
+    groups = groups_of(VQGAN(whole_config(quantizer={"name": "vq"})), OptimizerConfig(name="muon", weight_decay=0.1))
     assert not groups["quantizer.codebook"]["orthogonalize"]
     assert groups["quantizer.codebook"]["weight_decay"] == 0
 

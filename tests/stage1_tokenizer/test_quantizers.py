@@ -1,0 +1,320 @@
+"""Each quantizer is what its paper defines, and all of them keep one contract."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_parts import one_line
+from tiny_models import seeded
+from torch import Tensor
+
+from stage1_tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig, ibq
+from stage1_tokenizer.quantizers.binary import code_probabilities
+from stage1_tokenizer.quantizers.vector_quantizer import kmeans, turned
+from training_harness.errors import ConfigError
+
+# K and the latent channels that suit each
+SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "vq": (12, 5, {}),
+    "ema": (12, 5, {}),
+    "vq, normalised": (12, 5, {"name": "vq", "normalize": True}),
+    "ema, normalised": (12, 5, {"name": "ema", "normalize": True}),
+    "vq, rotation": (12, 5, {"name": "vq", "gradient": "rotation"}),
+    "simvq": (12, 5, {}),
+    "ibq": (12, 5, {}),
+    "fsq": (60, 3, {"levels": (5, 4, 3)}),
+    "lfq": (32, 5, {}),
+    "bsq": (32, 5, {}),
+    "residual": (12, 5, {"depth": 3}),
+}
+CONTINUOUS = {"vq", "ema", "simvq", "ibq", "residual"}
+
+
+def built(case: str, **fields: Any) -> Quantizer:
+    size, channels, own = SIZES[case]
+    config = QuantizerConfig(**{"name": case} | own | fields)
+    config.check(size, channels)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        quantizer = QUANTIZERS[config.name](config, size, channels)
+        quantizer.train()(latents(channels, seed=7, batch=400))  # codebooks start from a batch, without equal codes
+    return quantizer.eval()
+
+
+def latents(channels: int = 5, seed: int = 0, batch: int = 3) -> Tensor:
+    return torch.randn(batch, channels, 4, 2, generator=seeded(seed))
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_what_is_decoded_for_the_indices_is_what_forward_gave(case: str) -> None:
+    q = built(case)
+    z = latents(q.channels)
+    output = q(z)
+    shape = (3, q.depth, 4, 2) if q.depth > 1 else (3, 4, 2)
+    assert output.indices.shape == shape
+    assert output.indices.dtype == torch.int64
+    assert 0 <= output.indices.min() <= output.indices.max() < q.codebook_size
+    assert len(output.indices.unique()) > 3
+    assert torch.equal(q.quantize(z), output.indices)
+    assert torch.allclose(q.lookup(output.indices), output.quantized, atol=1e-5)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in output.losses.values())
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_codes_are_their_own_codes(case: str) -> None:
+    q = built(case)
+    if q.depth > 1:  # the sum of several codes need not be split again in the same way
+        q = q.levels[0]
+    every = torch.arange(q.codebook_size).view(1, -1, 1)
+    codes = q.lookup(every)
+    again = q.quantize(codes if case != "fsq" else unbounded(q, codes))
+    if case == "ibq":  # the largest product need not be with oneself: short codes are chosen by none
+        assert (again == every).float().mean() > 0.2
+    else:
+        assert torch.equal(again, every)
+
+
+def unbounded(q: Any, codes: Tensor) -> Tensor:
+    """Latents that finite scalar quantisation bounds to these codes."""
+    levels = q.levels.view(-1, 1, 1)
+    reach, offset = (levels - 1) * 1.001 / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
+    return ((codes * (levels // 2) + offset) / reach).atanh() - (offset / reach).atanh()
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_gradient_reaches_the_latents(case: str) -> None:
+    q, upstream = built(case), torch.randn(3, SIZES[case][1], 4, 2, generator=seeded(8))
+    z = latents(q.channels).requires_grad_()
+    q(z).quantized.backward(upstream)
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+    assert (z.grad != 0).float().mean() > 0.9
+    if case in ("vq", "ema", "simvq", "residual", "lfq"):
+        assert torch.equal(z.grad, upstream), "straight through"
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_float32_decides_under_autocast(case: str) -> None:
+    q = built(case)
+    z = latents(q.channels, batch=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = q(z)
+    assert torch.equal(output.indices, q(z).indices)
+    assert output.quantized.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_in_evaluation_nothing_is_learnt_and_a_saved_state_gives_the_same_codes(case: str) -> None:
+    q = built(case)
+    before = {name: value.clone() for name, value in q.state_dict().items()}
+    z = latents(q.channels)
+    found = q(z)
+    assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())
+    other = QUANTIZERS[q.config.name](q.config, q.codebook_size, q.channels).eval()
+    other.load_state_dict(before)
+    assert torch.equal(other(z).quantized, found.quantized)
+
+
+# The rotation trick
+
+
+def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_it() -> None:
+    z, codes = (torch.randn(6, 5, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2))
+    z.requires_grad_()
+    upstream = torch.randn(6, 5, generator=seeded(3), dtype=torch.float64)
+    found = turned(z, codes)
+    assert torch.allclose(found, codes, atol=1e-12)
+    found.backward(upstream)
+    assert z.grad is not None
+    for i in range(6):
+        unit, target = F.normalize(z[i].detach(), dim=0), F.normalize(codes[i], dim=0)
+        r = F.normalize(unit + target, dim=0)
+        rotation = torch.eye(5, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(target, unit)
+        assert torch.allclose(rotation @ rotation.T, torch.eye(5, dtype=torch.float64), atol=1e-12)
+        scale = codes[i].norm() / z[i].detach().norm()
+        assert torch.allclose(scale * rotation @ z[i].detach(), codes[i], atol=1e-12)
+        assert torch.allclose(z.grad[i], scale * rotation.T @ upstream[i], atol=1e-12)
+
+
+# The sphere
+
+
+@pytest.mark.parametrize("case", ["vq, normalised", "ema, normalised"])
+def test_normalised_codes_lie_on_the_sphere_and_the_length_of_a_latent_does_not_matter(case: str) -> None:
+    q, z = built(case), latents()
+    output = q(z)
+    assert torch.allclose(output.quantized.norm(dim=1), torch.ones(3, 4, 2), atol=1e-5)
+    assert torch.equal(q.quantize(10 * z), output.indices)
+    cosine = F.cosine_similarity(z[:, None], F.normalize(q.codebook, dim=1)[None, :, :, None, None], dim=2)
+    assert torch.equal(cosine.argmax(1), output.indices)
+
+
+# SimVQ
+
+
+def test_every_code_of_simvq_moves_with_its_layer_and_the_codebook_itself_is_frozen() -> None:
+    q = built("simvq").train()
+    assert [name for name, _ in q.named_parameters()] == ["basis"]
+    before = q.codebook.detach().clone()
+    q(latents()).losses["codebook"].backward()
+    with torch.no_grad():
+        q.basis -= 0.1 * q.basis.grad
+    assert ((q.codebook - before).abs().amax(1) > 0).all()
+
+
+# Finite scalar quantisation
+
+
+def test_fsq_rounds_each_channel_to_equally_spaced_values_from_minus_one_on() -> None:
+    q = built("fsq")
+    values = q.lookup(torch.arange(60).view(1, -1, 1))[0, :, :, 0]
+    for channel, expected in enumerate(([-1, -0.5, 0, 0.5, 1], [-1, -0.5, 0, 0.5], [-1, 0, 1])):
+        assert values[channel].unique().tolist() == pytest.approx(expected)
+    assert len(values.unique(dim=1).T) == 60
+    assert q.quantize(torch.full((1, 3, 1, 1), -50.0)).item() == 0
+    assert q.quantize(torch.full((1, 3, 1, 1), 50.0)).item() == 59
+    assert q(latents(3)).losses == {}
+
+
+def test_the_first_channel_of_fsq_counts_least() -> None:
+    q = built("fsq")
+    digits = torch.tensor([[(i % 5, i // 5 % 4, i // 20)] for i in range(60)])
+    centred = (digits - torch.tensor([2, 2, 1])) / torch.tensor([2, 2, 1])
+    assert torch.allclose(q.lookup(torch.arange(60).view(60, 1, 1))[..., 0, 0], centred[:, 0])
+
+
+# Codes of signs
+
+
+@pytest.mark.parametrize("case", ["lfq", "bsq"])
+def test_the_bits_of_an_index_are_the_signs_of_the_latent(case: str) -> None:
+    q, z = built(case), latents()
+    bits = (z > 0).long()
+    expected = sum(bits[:, i] * 2**i for i in range(5))
+    assert torch.equal(q(z).indices, expected)
+    length = 1 if case == "lfq" else 5**-0.5
+    assert torch.allclose(q.lookup(expected), (2.0 * bits - 1) * length)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_the_entropy_of_lfq_is_that_of_a_softmax_over_all_codes(temperature: float) -> None:
+    q, z = built("lfq", entropy_temperature=temperature), latents()
+    codes = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).flip(1)  # the first bit counts least
+    vectors = z.movedim(1, -1).reshape(-1, 5)
+    choice = (-torch.cdist(vectors.double(), codes.double()).square() / temperature).softmax(1)
+    own = -torch.special.xlogy(choice, choice).sum(1).mean()
+    mean = choice.mean(0)
+    batch = -torch.special.xlogy(mean, mean).sum()
+    assert q(z).losses["entropy"].item() == pytest.approx((own - batch).item(), abs=1e-5)
+    assert torch.allclose(code_probabilities((4 * vectors / temperature).sigmoid()).double(), mean, atol=1e-6)
+
+
+def test_the_entropy_of_bsq_takes_bits_apart() -> None:
+    q, z = built("bsq"), latents()
+    bits = (2 * F.normalize(z, dim=1)).sigmoid().movedim(1, -1).reshape(-1, 5).double()
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+
+    expected = entropy(bits).sum(1).mean() - entropy(bits.mean(0)).sum()
+    assert q(z).losses["entropy"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+# Index backpropagation
+
+
+@pytest.mark.parametrize("elements", [1, 60, 1 << 22])
+def test_ibq_has_the_gradient_of_the_soft_choice_whatever_the_chunk(
+    monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    monkeypatch.setattr(ibq, "CHUNK_ELEMENTS", elements)
+    q = built("ibq", entropy_temperature=0.7)
+    upstream = torch.randn(3, 5, 4, 2, generator=seeded(8))
+    ours = latents().requires_grad_()
+    q(ours).quantized.backward(upstream)
+    of_codebook, q.codebook.grad = q.codebook.grad, None
+
+    theirs = latents().requires_grad_()
+    vectors = theirs.movedim(1, -1).reshape(-1, 5)
+    soft = (vectors @ q.codebook.T / 0.7).softmax(1)
+    hard = F.one_hot(soft.argmax(1), 12).float()
+    chosen = (hard + soft - soft.detach()) @ q.codebook
+    chosen.backward(upstream.movedim(1, -1).reshape(-1, 5))
+    assert ours.grad is not None
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    assert torch.allclose(of_codebook, q.codebook.grad, atol=1e-5)
+    assert (of_codebook.abs().amax(1) > 0).all(), "codes that were not chosen learn too"
+
+
+# Residual quantisation
+
+
+def test_each_level_takes_the_nearest_code_of_what_is_left_and_the_error_falls() -> None:
+    q, z = built("residual"), latents()
+    rest, errors = z, []
+    for level, indices in zip(q.levels, q(z).indices.unbind(1), strict=True):
+        vectors = rest.movedim(1, -1).reshape(-1, 5)
+        assert torch.equal(torch.cdist(vectors, level.codebook).argmin(1), indices.flatten())
+        rest = rest - level.lookup(indices)
+        errors.append(rest.square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert torch.allclose(z - rest, q.lookup(q.quantize(z)), atol=1e-5)
+
+
+# Starting
+
+
+def test_kmeans_never_raises_the_error_and_finds_groups_that_are_far_apart() -> None:
+    groups = 10 * torch.randn(4, 3, generator=seeded(0))
+    vectors = (groups[:, None] + 0.01 * torch.randn(4, 50, 3, generator=seeded(1))).flatten(0, 1)
+    start = groups + torch.randn(4, 3, generator=seeded(2))
+    errors = [torch.cdist(vectors, kmeans(vectors, start, n)).amin(1).square().mean().item() for n in range(5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(3 * 0.01**2, rel=0.2)
+
+
+def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> None:
+    errors = {}
+    for iterations in (0, 10):
+        config = QuantizerConfig(name="vq", kmeans_iterations=iterations)
+        q = QUANTIZERS["vq"](config, 12, 5).train()
+        z = latents(batch=20)
+        errors[iterations] = q(z).losses["commitment"].item()
+    assert errors[10] < 0.95 * errors[0]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "channels", "said"),
+    [
+        ({"name": "fsq", "levels": (8, 5)}, 64, 2, "expected 40 and 2"),
+        ({"name": "fsq", "levels": (8, 5)}, 40, 3, "expected 40 and 2"),
+        ({"name": "fsq"}, 40, 2, "model.quantizer.levels is []"),
+        ({"name": "vq", "levels": (8, 5)}, 40, 2, "none for others"),
+        ({"name": "fsq", "levels": (8, 1)}, 8, 2, "two or more values"),
+        ({"name": "lfq"}, 500, 9, "expected 2^channels codes"),
+        ({"name": "bsq"}, 512, 8, "512 and 9"),
+        ({"name": "lfq", "normalize": True}, 512, 9, "model.quantizer.normalize is True with the quantizer lfq"),
+        ({"name": "simvq", "gradient": "rotation"}, 512, 9, "model.quantizer.gradient is rotation"),
+        ({"usage_decay": 1.5}, 512, 9, "model.quantizer.usage_decay is 1.5"),
+        ({"restart_threshold": -0.1}, 512, 9, "restart_threshold -0.1"),
+        ({"depth": 0}, 512, 9, "model.quantizer.depth is 0"),
+        ({"entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(
+    fields: dict[str, Any], size: int, channels: int, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        QuantizerConfig(**fields).check(size, channels)
+    assert said in one_line(caught)
+
+
+def test_the_hint_for_a_codebook_of_signs_is_a_power_of_two_that_is_taken() -> None:
+    QuantizerConfig(name="lfq").check(512, 9)
+    assert math.log2(512) == 9
