@@ -59,8 +59,8 @@ def train_prior(
         )
     if codes.spec.levels > 1:
         raise UserError(
-            f"the codes in {codes.path} have {codes.spec.levels} levels a position; expected one for an autoregressive prior; train "
-            "a tokenizer without residual quantisation, such as --recipe vqgan-f4"
+            f"the codes in {codes.path} have {codes.spec.levels} levels a position; expected one for an autoregressive prior; "
+            "train a tokenizer without residual quantisation, such as --recipe vqgan-f4"
         )
     codes.train.require("indices")
     model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made

@@ -63,6 +63,8 @@ class StrictModel(PreTrainedModel):
         """Loads a model folder or Hub repository; raises UserError when a file is missing, cut short or does not fit."""
         try:
             loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{source} holds another kind of model: {error}") from error
         except UserError:
             raise
         except (OSError, SafetensorError, StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError) as error:
