@@ -182,14 +182,15 @@ def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_
         backward(self, loss, **kwargs)
 
     monkeypatch.setattr(Accelerator, "backward", noted)
-    reconstruction = ReconstructionConfig(l1=0.7, l2=1.3, perceptual=0.6, commitment=0.2)
-    config = training(tmp_path / "run", pictures, reconstruction=reconstruction, adversarial=ADVERSARIAL)
+    reconstruction = ReconstructionConfig(l1=0.7, l2=1.3, perceptual=0.6, commitment=0.2, codebook=1.1)
+    model = replace(MODEL, quantizer=QuantizerConfig(name="vq"))
+    config = training(tmp_path / "run", pictures, reconstruction=reconstruction, adversarial=ADVERSARIAL, model=model)
     trained(config, perceptual=lambda a, b: (a - b).abs().amax())
     for row in rows_of(config.output):
         if "l1" not in row:
             continue
         expected = 0.7 * row["l1"] + 1.3 * row["l2"] + 0.6 * row["perceptual"]
-        expected += row["codebook"] + 0.2 * row["commitment"]
+        expected += 1.1 * row["codebook"] + 0.2 * row["commitment"]
         if "generator" in row:
             share = min(1.0, (row["step"] - 4) / 4)
             expected += share * 0.5 * row["adaptive_weight"] * row["generator"]
