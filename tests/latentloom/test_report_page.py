@@ -435,7 +435,8 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tokenizer: Path) -> None:
 def test_a_codebook_in_poor_use_is_named_with_its_remedy(
     codes: int, perplexity: int, model: Row, title: str, remedy: str, tmp_path: Path
 ) -> None:
-    config = TOKENIZER | {"model": TOKENIZER["model"] | model}
+    quantizer = TOKENIZER["model"]["quantizer"] | model
+    config = TOKENIZER | {"model": TOKENIZER["model"] | {"quantizer": quantizer}}
     found = said(write_run(tmp_path / "run", config, tokenizer_rows(1000, codes, perplexity)))
     (text,) = (text for name, text in found.items() if "codebook" in name)
     assert [name for name in found if "codebook" in name] == [title]
