@@ -132,6 +132,26 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested values by their whole names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {where + name: value}
+    return found
+
+
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields by their whole names whose values are not the same: what is held and what is wanted."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**held, **wanted}:
+        old, new = held.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= differences(old, new, f"{where}{name}.")
+        elif old != new:
+            found[where + name] = (old, new)
+    return found
+
+
 def write_yaml(path: Path, config: Any) -> None:
     # Not allow_unicode: what is written raw, such as U+0085, does not always come back.
     write_text(path, yaml.safe_dump(to_mapping(config), sort_keys=False))

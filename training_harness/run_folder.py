@@ -1,10 +1,7 @@
 """Whether a configuration may go on in a run folder, begin in it, or must look for another one."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from training_harness.checkpoints import checkpoint_path, newest_step
-from training_harness.configuration import read_yaml, to_mapping
+from training_harness.configuration import differences, read_yaml, to_mapping
 from training_harness.errors import UserError
 from training_harness.files import up_to_date
 from training_harness.run import RunConfig
@@ -35,7 +32,7 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
     wanted = to_mapping(config)
     differing = [
         f"{name} is {old!r} there and {new!r} here"
-        for name, (old, new) in _differences(held, wanted).items()
+        for name, (old, new) in differences(held, wanted).items()
         if name not in CHANGEABLE
     ]
     if differing:
@@ -55,14 +52,3 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
             f"expected at least {done}, to finish it"
         )
     return None
-
-
-def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in {**held, **wanted}:
-        old, new = held.get(name), wanted.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found |= _differences(old, new, f"{where}{name}.")
-        elif old != new:
-            found[where + name] = (old, new)
-    return found

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from training_harness.configuration import flat
 from training_harness.errors import UserError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -32,7 +33,8 @@ def start_trackers(accelerator: Accelerator, folder: Path, run_id: str, configur
     """Begins a run with each tracker, or goes on with the one of `run_id`."""
     named = {"name": folder.resolve().name, "resume": "allow"}
     options = {"wandb": named | {"id": run_id, "dir": str(folder)}, "trackio": named | {"embed": False}}
-    accelerator.init_trackers(PROJECT, dict(_flat(configuration)), options)
+    plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in flat(configuration).items()}
+    accelerator.init_trackers(PROJECT, plain, options)
 
 
 def log_figures(accelerator: Accelerator, figures: Mapping[str, float], step: int) -> None:
@@ -55,14 +57,3 @@ def log_picture(accelerator: Accelerator, path: Path, step: int) -> None:
             import trackio
 
             tracker.tracker.log({"samples": trackio.Image(path)}, step=step)
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> list[tuple[str, Any]]:
-    """Fields by their whole names, as the kinds of values that every tracker takes."""
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{where}{name}.")
-        else:
-            found.append((where + name, value if isinstance(value, int | float | str) else str(value)))
-    return found

@@ -18,7 +18,7 @@ import yaml
 
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import PriorTraining
-from training_harness.configuration import from_mapping, merged, nearest, to_mapping
+from training_harness.configuration import flat, from_mapping, merged, nearest, to_mapping
 from training_harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -163,14 +163,6 @@ def with_values(base: Training, values: Mapping[str, Any]) -> Any:
             value = {name: value}
         mapping = merged(mapping, value)
     return from_mapping(type(base), mapping)
-
-
-def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested values by their whole names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {where + name: value}
-    return found
 
 
 def own_values(space: Space, base: Training) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import numpy as np
 import yaml
 
 from latentloom.search.results import Metric, TrialResult
-from latentloom.search.space import Space, Training, flat, own_values, with_values
-from training_harness.configuration import read_yaml, to_mapping
+from latentloom.search.space import Space, Training, own_values, with_values
+from training_harness.configuration import differences, read_yaml, to_mapping
 from training_harness.errors import UserError
 from training_harness.files import write_text
 
@@ -85,12 +85,8 @@ def holds_this_search(plan: Plan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    held, wanted = flat(read_yaml(path)), flat(plan.request)
-    differing = [
-        f"{name} is {held.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in {**held, **wanted}
-        if held.get(name) != wanted.get(name)
-    ]
+    found = differences(read_yaml(path), plan.request)
+    differing = [f"{name} is {held!r} there and {wanted!r} here" for name, (held, wanted) in found.items()]
     if differing:
         raise UserError(
             f"{plan.folder} holds another search ({'; '.join(differing[:4])}); expected the same; give the same values to go on "
