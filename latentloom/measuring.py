@@ -59,7 +59,7 @@ def settings_of(
     if pipeline is not None:
         found |= {
             "sampler": type(pipeline.prior).__name__,
-            "num_inference_steps": pipeline.tokenizer.latent_spec().tokens,
+            "num_inference_steps": pipeline.prior.num_steps(pipeline.tokenizer.latent_spec(), pipeline.sampling),
             "sampling": vars(pipeline.sampling),
             "classes": list(pipeline.label_names or ()),
         }

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from latentloom.rehearsal import check_learns
 from latentloom.stages import tokenizer_inputs
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
@@ -30,6 +31,7 @@ FALL = {"l2": 0.25, "nats_per_token": 0.5}  # what must be left at most of a los
 
 def overfit_tokenizer(config: TokenizerTraining, source: ImageSource) -> str:
     """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    check_learns(config)
     config, model, perceptual = tokenizer_inputs(config, source)
     few = source.train.select(_spread(len(source.train), config.batch_size).tolist())
     pixels = Pixels(few, model.image_processor)

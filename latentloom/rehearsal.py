@@ -12,11 +12,13 @@ from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.losses import discriminator_hinge, generator_hinge, reconstruction_terms
 from stage1_tokenizer.perceptual import perceptual_loss
+from stage1_tokenizer.registry import new_tokenizer
+from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.train import sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import PriorTraining
+from training_harness.errors import UserError
 from training_harness.machine import rounded_products
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
@@ -68,14 +70,18 @@ class Rehearsal:
         return self.config.accumulation_steps * statistics.median(times)
 
 
-def rehearse_tokenizer(config: TokenizerTraining, model_config: VQGANConfig) -> Rehearsal:
-    """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run."""
+def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig) -> Rehearsal:
+    """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run.
+
+    Raises UserError of a tokenizer that has nothing to learn.
+    """
+    check_learns(config)
     device = accelerated_device()
     perceptual = perceptual_loss(config.perceptual)
     perceptual = perceptual and perceptual.to(device)
     adversarial = config.adversarial
     with device:
-        model = VQGAN(model_config)
+        model = new_tokenizer(model_config)
         critic = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     model.train()
     if config.gradient_checkpointing:
@@ -97,6 +103,14 @@ def rehearse_tokenizer(config: TokenizerTraining, model_config: VQGANConfig) -> 
     if adversarial.weight > 0:
         parts["discriminator"] = critic
     return Rehearsal(config, device, parts, build_optimizer(model, config.optimizer), loss)
+
+
+def check_learns(config: TokenizerTraining) -> None:
+    if not config.model.learns:
+        raise UserError(
+            f"the tokenizer {config.model.name} has nothing to learn, so it has no training steps to look at; expected one that "
+            "learns; run the command without --dry-run and --overfit-batch"
+        )
 
 
 def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) -> Rehearsal:

@@ -15,19 +15,21 @@ from latentloom.footprint import advice_when_memory_runs_out
 from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.registry import saved_tokenizer
 from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.survey import survey
+from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
-from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
+from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
@@ -52,16 +54,16 @@ def load_source(data: str) -> ImageSource:
     return open_source(data_path(data))
 
 
-def load_tokenizer(path: str | Path) -> tuple[VQGAN, Path]:
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, Path]:
     """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
     nested = Path(path) / "tokenizer"
     folder = local_folder(nested if nested.is_dir() else path, "config.json", "tokenizer")
-    return VQGAN.from_pretrained(folder), folder
+    return saved_tokenizer(folder), folder
 
 
 def tokenizer_inputs(
     config: TokenizerTraining, source: ImageSource
-) -> tuple[TokenizerTraining, VQGANConfig, PerceptualLoss | None]:
+) -> tuple[TokenizerTraining, TokenizerConfig, PerceptualLoss | None]:
     """The configuration completed from the images, the model's, and the perceptual loss where one is asked for."""
     seen = survey(source.train)
     config = completed(config, seen)
@@ -77,7 +79,7 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
     def rehearse(changed: TokenizerTraining) -> Rehearsal:
         return rehearse_tokenizer(changed, model)
 
-    if minutes is not None:
+    if minutes is not None and config.model.learns:
         config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
     if (done := check_folder(config, "tokenizer")) is not None:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
@@ -85,14 +87,27 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
     with advice_when_memory_runs_out(config, rehearse):
         train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
         train.report_skipped()
-        return train_tokenizer(config, model, train, validation, perceptual)
+        folder = train_tokenizer(config, model, train, validation, perceptual)
+    if config.model.prior == "standard_normal" and is_main_process():
+        save_generator(folder, config)
+    return folder
+
+
+def save_generator(folder: Path, config: TokenizerTraining) -> None:
+    """Writes the pipeline of a tokenizer whose latents come from N(0, I): it samples without a stage two."""
+    tokenizer = saved_tokenizer(folder)
+    pipeline = LatentGenerationPipeline(tokenizer, StandardNormalPrior.for_spec(tokenizer.latent_spec()))
+    generator = torch.Generator().manual_seed(config.seed)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = image_grid(to_uint8(pipeline.sample_pixels(torch.full((64,), -1), generator)), PREVIEW_COLUMNS)
+    pipeline.save_pretrained(config.output / "pipeline", samples=drawn)
 
 
 def run_tokenize(
     tokenizer: str | Path,
     source: ImageSource,
     output: Path,
-    contents: Contents = "indices",
+    contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
     batch_size: int = 128,
 ) -> Path:
@@ -121,7 +136,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     if (done := check_folder(config, "prior")) is not None and whole:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
         return folder
-    tokenizer = VQGAN.from_pretrained(codes.tokenizer_folder)
+    tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
     def preview(prior: AutoregressivePrior, path: Path) -> None:
         tokenizer.to(prior.device)

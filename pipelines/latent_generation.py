@@ -1,6 +1,6 @@
 """The pipeline: a tokenizer and a prior as one object that samples images, with the habits of diffusers' pipelines.
 
-    class labels → prior.sample → codes → tokenizer.decode_indices → pixels
+    class labels → prior.sample → indices or latents → tokenizer.decode_… → pixels
 
 One generator yields one seed an image, drawn up front, so that image i has the same draws at any batch size.
 """
@@ -23,9 +23,11 @@ from pipelines.hub import create_repository, local_folder, upload_folder
 from pipelines.model_card import pipeline_card
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import save_picture
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.registry import TOKENIZERS
+from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.sampling import SamplingOptions
+from stage2_prior.prior import Prior
+from stage2_prior.standard_normal import StandardNormalPrior
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_json, write_text
@@ -33,8 +35,8 @@ from training_harness.processes import accelerated_device
 
 INDEX = "model_index.json"
 FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds
-TOKENIZERS = {"VQGAN": VQGAN}
-PRIORS = {"AutoregressivePrior": AutoregressivePrior}
+TOKENIZER_CLASSES = {kind.__name__: kind for kind in TOKENIZERS.values()}
+PRIOR_CLASSES: dict[str, type[Prior]] = {kind.__name__: kind for kind in (AutoregressivePrior, StandardNormalPrior)}
 DEFAULT_BATCH_SIZE = 100
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -51,15 +53,15 @@ class LatentGenerationPipeline:
     Args:
         tokenizer, prior: trained on one another's codes; SpecMismatchError if not.
         label_names: names of the classes by id, or none.
-        sampling: what `__call__` uses for the options it is not given.
+        sampling: what `__call__` uses for the options it is not given, an instance of the prior's `options_class`.
     """
 
     def __init__(
         self,
-        tokenizer: VQGAN,
-        prior: AutoregressivePrior,
+        tokenizer: Tokenizer,
+        prior: Prior,
         label_names: Sequence[str] | None = None,
-        sampling: SamplingOptions | None = None,
+        sampling: Any = None,
     ) -> None:
         prior.check_spec(tokenizer.latent_spec())
         if label_names is not None and len(label_names) != prior.config.num_classes:
@@ -69,7 +71,7 @@ class LatentGenerationPipeline:
             )
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.label_names = tuple(label_names) if label_names is not None else None
-        self.sampling = sampling or SamplingOptions()
+        self.sampling = sampling or prior.options_class()
         self._progress_bar_config: dict[str, Any] = {"disable": None}
 
     # -- sampling -------------------------------------------------------------------------------------------------
@@ -91,8 +93,9 @@ class LatentGenerationPipeline:
             class_labels: one or several ids or names; none samples without a class.
             batch_size: images a forward pass; the images do not depend on it.
             generator: one, from which each image's seed is drawn; or one an image; none is random.
-            callback_on_step_end: called as f(pipeline, step, step, {"tokens": codes so far (B, step + 1)}).
-            options: those of the prior; for an autoregressive one guidance_scale, temperature, top_k, top_p.
+            callback_on_step_end: called as f(pipeline, step, step, {"tokens": codes so far (B, step + 1)}), or with "latents".
+            options: those of the prior; for an autoregressive one guidance_scale, temperature, top_k, top_p, for a standard
+                normal one temperature.
         Returns:
             ImagePipelineOutput(images), or (images,) with return_dict=False.
         Raises:
@@ -124,12 +127,14 @@ class LatentGenerationPipeline:
         size = batch_size or DEFAULT_BATCH_SIZE
         starts = range(0, len(labels), size)
         pictures = []
-        with tqdm(total=len(starts) * spec.tokens, unit="step", **self._progress_bar_config) as bar:
+        with tqdm(
+            total=len(starts) * self.prior.num_steps(spec, chosen), unit="step", **self._progress_bar_config
+        ) as bar:
 
-            def on_step(step: int, tokens: Tensor) -> None:
+            def on_step(step: int, codes: Tensor) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, {"tokens": tokens})
+                    callback_on_step_end(self, step, step, {self.prior.draws: codes})
 
             for start in starts:
                 part = slice(start, start + size)
@@ -139,9 +144,10 @@ class LatentGenerationPipeline:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding."""
-        pixel_values = self.tokenizer.decode_indices(codes.to(self.tokenizer.device))
-        return self.tokenizer.config.image_processor.to_unit_range(pixel_values).cpu()
+        """Indices (B, h, w) int64 or latents (B, c, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding."""
+        codes = codes.to(self.tokenizer.device)
+        decoder = self.tokenizer.decode_latents if codes.is_floating_point() else self.tokenizer.decode_indices
+        return self.tokenizer.config.image_processor.to_unit_range(decoder(codes)).cpu()
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | None) -> list[int]:
         """Ids of one or several classes given by id or name; −1, no class, for none."""
@@ -170,14 +176,16 @@ class LatentGenerationPipeline:
         )
         raise UserError(f"no class {label!r}; {known}")
 
-    def sampling_options(self, options: dict[str, Any]) -> SamplingOptions:
-        taken = [field.name for field in dataclasses.fields(SamplingOptions)]
-        for name in options:
+    def sampling_options(self, options: dict[str, Any]) -> Any:
+        """The defaults with `options` over them; those that are none are as good as not given."""
+        given = {name: value for name, value in options.items() if value is not None}
+        taken = [field.name for field in dataclasses.fields(self.prior.options_class)]
+        for name in given:
             if name not in taken:
                 raise UserError(
                     f"{name} is no option of a {type(self.prior).__name__}; expected any of: {', '.join(taken)}"
                 )
-        return dataclasses.replace(self.sampling, **{k: v for k, v in options.items() if v is not None})
+        return dataclasses.replace(self.sampling, **given)
 
     @staticmethod
     def _as(output_type: str, pictures: Tensor) -> Images:
@@ -266,7 +274,7 @@ class LatentGenerationPipeline:
         folder = local_folder(source, INDEX, "pipeline", revision=revision, token=token, cache_dir=cache_dir)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            tokenizer_class, prior_class = TOKENIZERS[index["tokenizer"]], PRIORS[index["prior"]]
+            tokenizer_class, prior_class = TOKENIZER_CLASSES[index["tokenizer"]], PRIOR_CLASSES[index["prior"]]
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "
@@ -280,7 +288,7 @@ class LatentGenerationPipeline:
                 )
         tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
         prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
-        sampling = from_mapping(SamplingOptions, index.get("sampling") or {}, "sampling.")
+        sampling = from_mapping(prior.options_class, index.get("sampling") or {}, "sampling.")
         pipeline = cls(tokenizer, prior, index.get("label_names"), sampling)
         if device_map is not None:
             places = device_map if isinstance(device_map, dict) else dict.fromkeys(("tokenizer", "prior"), device_map)

@@ -46,17 +46,17 @@ def pipeline_card(
                 "",
             ]
         )
+    kinds = [type(part).__name__ for part in (pipeline.tokenizer, pipeline.prior)]
     return f"""---
 library_name: latentloom
 pipeline_tag: unconditional-image-generation
-tags: [image-generation, {condition}, vqgan, autoregressive]
+tags: [image-generation, {condition}, {kinds[0].lower()}, {kinds[1].removesuffix("Prior").lower()}]
 ---
 
 # Image generator
 
-Samples images of {height}×{width} pixels: an autoregressive prior ({count_parameters(pipeline.prior):,} parameters) draws
-{spec.height}×{spec.width} codes of {spec.codebook_size}, and a VQGAN ({count_parameters(pipeline.tokenizer):,} parameters) \
-turns them into pixels.
+Samples images of {height}×{width} pixels: {pipeline.prior.describe(spec)}, and a {kinds[0]}
+({count_parameters(pipeline.tokenizer):,} parameters) turns them into pixels.
 {picture}
 ```python
 import torch

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
 from training_harness.files import whole_folder, write_json
 
@@ -32,12 +32,12 @@ FORMAT = 1
 
 
 def write_code_cache(
-    tokenizer: VQGAN,
+    tokenizer: Tokenizer,
     tokenizer_folder: Path,
     source: ImageSource,
     output: Path,
     *,
-    contents: Contents = "indices",
+    contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
     batch_size: int = 128,
 ) -> Path:
@@ -45,11 +45,13 @@ def write_code_cache(
 
     Args:
         tokenizer_folder: the model folder that `tokenizer` was loaded from; it is copied into the cache.
+        contents: by default indices, of a tokenizer without a codebook latents.
         views: what is encoded of each training image: itself, and its mirror image. Validation has the originals.
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
     spec = tokenizer.latent_spec()
+    contents = contents or ("latents" if spec.codebook_size is None else "indices")
     request = {
         "format": FORMAT,
         "spec": spec.to_dict(),
@@ -91,7 +93,7 @@ def write_code_cache(
 
 @torch.no_grad()
 def _encoded(
-    tokenizer: VQGAN, pixels: Pixels, contents: Contents, views: tuple[View, ...], batch_size: int, name: str
+    tokenizer: Tokenizer, pixels: Pixels, contents: Contents, views: tuple[View, ...], batch_size: int, name: str
 ) -> Iterator[dict[str, np.ndarray]]:
     """Columns of each batch and view: indices (B, tokens), latents (B, c·h·w), label (B,), source_id (B,)."""
     processor, spec = tokenizer.config.image_processor, tokenizer.latent_spec()

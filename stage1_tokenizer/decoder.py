@@ -10,11 +10,11 @@ class Decoder(nn.Sequential):
     """(B, c, h, w) → (B, C, h · f, w · f), unbounded; the processor clamps."""
 
     def __init__(
-        self, image_channels: int, channels: list[int], blocks: list[int], attention: list[bool], latent_channels: int
+        self, image_channels: int, channels: list[int], blocks: list[int], attention: list[int], latent_channels: int
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, channels[-1], 3, padding=1)]
         for level in reversed(range(len(channels))):
-            layers += level_blocks(channels[level], blocks[level], attention[level])
+            layers += level_blocks(channels[level], blocks[level], 2**level in attention)
             if level:
                 layers.append(Upsample(channels[level], channels[level - 1]))
         layers += [group_norm(channels[0]), nn.SiLU(), nn.Conv2d(channels[0], image_channels, 3, padding=1)]

@@ -18,13 +18,13 @@ class Encoder(nn.Sequential):
     """(B, C, H, W) → (B, c, H / f, W / f)."""
 
     def __init__(
-        self, image_channels: int, channels: list[int], blocks: list[int], attention: list[bool], latent_channels: int
+        self, image_channels: int, channels: list[int], blocks: list[int], attention: list[int], latent_channels: int
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(image_channels, channels[0], 3, padding=1)]
         for level, width in enumerate(channels):
             if level:
                 layers.append(Downsample(channels[level - 1], width))
-            layers += level_blocks(width, blocks[level], attention[level])
+            layers += level_blocks(width, blocks[level], 2**level in attention)
         layers += [group_norm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], latent_channels, 1)]
         super().__init__(*layers)
 

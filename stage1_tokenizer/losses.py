@@ -37,9 +37,11 @@ class ReconstructionConfig:
     """Weight of what draws codes to latents, in codebooks learnt by gradient."""
     entropy: float = 0.1
     """Weight of the entropy term of `lfq`, `bsq` and `ibq`."""
+    kl: float = 1e-6
+    """Weight of the divergence of `kl`, in nats by value of the image."""
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "commitment", "codebook", "entropy"):
+        for name in ("l1", "l2", "perceptual", "commitment", "codebook", "entropy", "kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"reconstruction.{name} is {getattr(self, name)}; expected a weight of 0 or more")
         if self.l1 + self.l2 == 0:

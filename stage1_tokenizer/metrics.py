@@ -101,15 +101,17 @@ def codebook_usage(counts: Tensor) -> CodebookUsage:
 class CodeUsage:
     """How often each entry was chosen in training since it was last looked at, over all processes; part of a checkpoint."""
 
-    def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size)
+    def __init__(self, codebook_size: int | None) -> None:
+        """Without a codebook there is nothing to count."""
+        self.counts = torch.zeros(codebook_size or 0)
 
     def count(self, indices: Tensor) -> None:
         """indices: int64 of any shape."""
         self.counts += summed(torch.bincount(indices.flatten(), minlength=len(self.counts))).cpu()
 
-    def since_last(self) -> CodebookUsage:
-        found = codebook_usage(self.counts)
+    def since_last(self) -> dict[str, float]:
+        """`codes_used` and `perplexity`, by name; counting begins anew."""
+        found = codebook_usage(self.counts)._asdict() if len(self.counts) else {}
         self.counts.zero_()
         return found
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.metric_log import read_metrics
 from training_harness.pretrained import count_parameters
 
 
-def tokenizer_card(tokenizer: VQGAN, metrics: Path) -> str:
+def tokenizer_card(tokenizer: Tokenizer, metrics: Path) -> str:
     spec = tokenizer.latent_spec()
     rows = [row for row in read_metrics(metrics) if "validation_psnr" in row]
     last = rows[-1] if rows else {}

@@ -18,8 +18,9 @@ from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.registry import new_tokenizer
+from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
@@ -34,7 +35,7 @@ STATISTICS_IMAGES = 2_000  # each gives h · w positions: more than enough for t
 
 def train_tokenizer(
     config: TokenizerTraining,
-    model_config: VQGANConfig,
+    model_config: TokenizerConfig,
     train: Pixels,
     validation: Pixels,
     perceptual: PerceptualLoss | None = None,
@@ -56,7 +57,10 @@ def train_tokenizer(
     run.on_validation = on_validation or run.on_validation
     accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
     processor = model_config.image_processor
-    tokenizer = VQGAN(model_config).to(memory_format=torch.channels_last)  # before DDP lays out its buckets
+    tokenizer = new_tokenizer(model_config)
+    if not config.model.learns:
+        return keep_as_it_is(run, tokenizer, train, validation)
+    tokenizer.to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
         tokenizer.recompute_blocks()
@@ -69,7 +73,7 @@ def train_tokenizer(
     )
     tokenizer, discriminator = run.unwrap(model), run.unwrap(critic)
     ema = EMA(tokenizer, config.ema)
-    usage = CodeUsage(model_config.codebook_size)
+    usage = CodeUsage(tokenizer.codebook_size)
     run.track(
         model=model,
         ema=ema,
@@ -115,12 +119,13 @@ def train_tokenizer(
                     accelerator.backward(terms["discriminator"])
                     judged = {"discriminator": terms["discriminator"]}
                     run.optimizer_step(step, discriminator_optimizer, critic, judged, 0.0, name="discriminator")
-            usage.count(output.indices)
+            if output.indices is not None:
+                usage.count(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            found, used = validation_psnr(ema.model, validation), usage.since_last()
-            run.log_row(step, {"validation_psnr": found, "codes_used": used.codes_used, "perplexity": used.perplexity})
+            found = validation_psnr(ema.model, validation)
+            run.log_row(step, {"validation_psnr": found} | usage.since_last())
             run.judge(step, -found)
             if accelerator.is_main_process:
                 preview(ema.model, validation, run.picture(step))
@@ -136,20 +141,20 @@ def sum_weighted(terms: dict[str, Tensor], weights: object) -> Tensor:
 
 
 @torch.no_grad()
-def preview(tokenizer: VQGAN, validation: Pixels, path: Path) -> None:
+def preview(tokenizer: Tokenizer, validation: Pixels, path: Path) -> None:
     """Saves originals over reconstructions."""
     images = validation[range(min(PREVIEW_IMAGES, len(validation)))]
     save_picture(before_and_after(images, rebuilt(tokenizer, images)), path)
 
 
-def rebuilt(tokenizer: VQGAN, images: Tensor) -> Tensor:
+def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """uint8 (B, C, h, w) after the round trip, on the CPU."""
     processor = tokenizer.config.image_processor
     return processor.postprocess(tokenizer(processor.preprocess(images.to(tokenizer.device))).reconstruction).cpu()
 
 
 @torch.no_grad()
-def validation_psnr(tokenizer: VQGAN, validation: Pixels) -> float:
+def validation_psnr(tokenizer: Tokenizer, validation: Pixels) -> float:
     """Mean over at most 1,000 images, of which each process takes its share."""
     positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
     for start in range(0, len(positions), 250):
@@ -159,7 +164,7 @@ def validation_psnr(tokenizer: VQGAN, validation: Pixels) -> float:
 
 
 @torch.no_grad()
-def measure_latents(tokenizer: VQGAN, pixels: Pixels) -> None:
+def measure_latents(tokenizer: Tokenizer, pixels: Pixels) -> None:
     """Stores mean and standard deviation by channel of the raw latents, over at most 2,000 images."""
     processor, device = tokenizer.config.image_processor, tokenizer.device
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -167,16 +172,25 @@ def measure_latents(tokenizer: VQGAN, pixels: Pixels) -> None:
     rows = list(range(0, len(pixels), stride))
     for start in range(0, len(rows), 250):
         images = pixels[rows[start : start + 250]]
-        latents = tokenizer.encoder(processor.preprocess(images.to(device))).double().cpu()
+        latents, squared = tokenizer.latent_moments(processor.preprocess(images.to(device)))
         count += latents.numel() // latents.shape[1]
-        total = total + latents.sum((0, 2, 3))
-        squares = squares + latents.square().sum((0, 2, 3))
+        total = total + latents.double().sum((0, 2, 3)).cpu()
+        squares = squares + squared.double().sum((0, 2, 3)).cpu()
     mean = total / count
     tokenizer.config.latent_mean = mean.tolist()
     tokenizer.config.latent_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
 
-def export(run: Run, tokenizer: VQGAN, train: Pixels) -> Path:
+def keep_as_it_is(run: Run, tokenizer: Tokenizer, train: Pixels, validation: Pixels) -> Path:
+    """Finishes the run of a tokenizer that has nothing to learn: its latents are measured, and that is all."""
+    run.track(model=tokenizer)
+    step = run.step = run.config.max_steps
+    run.log_row(step, {"validation_psnr": validation_psnr(tokenizer, validation)})
+    run.checkpoint(step)
+    return export(run, tokenizer, train)
+
+
+def export(run: Run, tokenizer: Tokenizer, train: Pixels) -> Path:
     """Writes `model/`: the averaged weights with the latents' statistics and the tokenizer's id."""
     folder = run.folder / "model"
     if run.accelerator.is_main_process:

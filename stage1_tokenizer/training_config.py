@@ -1,14 +1,19 @@
 """Configuration of a stage-one run, and how a set of pictures completes it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+from stage1_tokenizer.autoencoder import check_levels
+from stage1_tokenizer.autoencoder_kl import AutoencoderKLConfig
 from stage1_tokenizer.discriminator import smallest_judged
+from stage1_tokenizer.identity import IdentityConfig
 from stage1_tokenizer.image_processor import padded_size
 from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
 from stage1_tokenizer.perceptual import PerceptualName
 from stage1_tokenizer.quantizers import QuantizerConfig
+from stage1_tokenizer.registry import TokenizerName
 from stage1_tokenizer.survey import ImageSurvey
+from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.vqgan import VQGANConfig
 from training_harness.configuration import to_mapping
 from training_harness.ema import EMAConfig
@@ -24,34 +29,39 @@ PAD_AT_MOST = 1 / 8
 class TokenizerModel:
     """Widths and depths by level, from full resolution to the code grid; f = 2^(levels − 1)."""
 
+    name: TokenizerName = "vqgan"
+    """`vqgan`: codes, which `quantizer` chooses; `kl`: continuous latents of a Gaussian; `identity`: the pixels themselves."""
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (0, 1, 2)
     """Residual blocks a level, in the encoder and in the decoder."""
-    attention: tuple[bool, ...] = (False, False, False)
-    """Levels whose blocks end in self-attention."""
+    attention: tuple[int, ...] = ()
+    """Downsampling factors of the levels whose blocks end in self-attention: 16 is where a 256×256 image is 16×16."""
     latent_channels: int = 16
     codebook_size: int = 512
+    """Of `vqgan`, as is the quantizer."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    prior: Literal["none", "standard_normal"] = "none"
+    """`standard_normal`, of `kl`: latents come from N(0, I), and the run leaves a pipeline that samples without a stage two."""
 
     def __post_init__(self) -> None:
-        if not len(self.channels) == len(self.blocks) == len(self.attention):
+        check_levels(self.channels, self.blocks, self.attention, self.latent_channels)
+        if self.codebook_size < 1:
+            raise ConfigError(f"model.codebook_size is {self.codebook_size}; expected at least 1")
+        if self.name == "vqgan":
+            self.quantizer.check(self.codebook_size, self.latent_channels)
+        if self.prior == "standard_normal" and self.name != "kl":
             raise ConfigError(
-                f"model.channels, model.blocks and model.attention have {len(self.channels)}, {len(self.blocks)} and "
-                f"{len(self.attention)} entries; expected one a level in each"
+                f"model.prior is standard_normal with the tokenizer {self.name}; expected it with kl, whose latents are held "
+                "near N(0, I); leave it out, or give --model.name kl"
             )
-        for name in ("latent_channels", "codebook_size", *(["channels"] if not self.channels else [])):
-            if not getattr(self, name) or getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
-        if min(self.channels) < 1 or min(self.blocks) < 0:
-            raise ConfigError(
-                f"model.channels is {self.channels} and model.blocks {self.blocks}; expected channels of at least 1 and "
-                "no negative number of blocks"
-            )
-        self.quantizer.check(self.codebook_size, self.latent_channels)
 
     @property
     def downsampling_factor(self) -> int:
-        return 2 ** (len(self.channels) - 1)
+        return 1 if self.name == "identity" else 2 ** (len(self.channels) - 1)
+
+    @property
+    def learns(self) -> bool:
+        return self.name != "identity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +104,7 @@ def completed(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerTraini
     )
 
 
-def model_config(config: TokenizerTraining, survey: ImageSurvey) -> VQGANConfig:
+def model_config(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerConfig:
     """The model's configuration for a completed `config`.
 
     Raises ConfigError when the downsampling factor does not divide the size and the recipe refuses to pad.
@@ -119,14 +129,13 @@ def model_config(config: TokenizerTraining, survey: ImageSurvey) -> VQGANConfig:
     near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, survey.smallest_size, strict=True))
     content = survey.smallest_size if uniform and near else wanted
     model = config.model
-    return VQGANConfig(
-        image_channels=config.image_channels,
-        image_size=size,
-        content_size=content,
-        channels=model.channels,
-        blocks=model.blocks,
-        attention=model.attention,
-        latent_channels=model.latent_channels,
-        codebook_size=model.codebook_size,
-        quantizer=to_mapping(model.quantizer),
-    )
+    images: dict[str, Any] = {"image_channels": config.image_channels, "image_size": size, "content_size": content}
+    if model.name == "identity":
+        return IdentityConfig(**images)
+    shape: dict[str, Any] = {
+        name: getattr(model, name) for name in ("channels", "blocks", "attention", "latent_channels")
+    }
+    if model.name == "kl":
+        return AutoencoderKLConfig(**images, **shape)
+    quantizer = to_mapping(model.quantizer)
+    return VQGANConfig(**images, **shape, codebook_size=model.codebook_size, quantizer=quantizer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError
 
 
@@ -102,8 +102,8 @@ class CodeCache:
 
     def code_vectors(self) -> Tensor:
         """(K, c) float32: each code's latent, normalised over the training set as the tokenizer does."""
-        tokenizer = VQGAN.from_pretrained(self.tokenizer_folder)
-        every_code = torch.arange(tokenizer.config.codebook_size).view(1, 1, -1)
+        tokenizer = saved_tokenizer(self.tokenizer_folder)
+        every_code = torch.arange(self.spec.codebook_size or 0).view(1, 1, -1)
         return tokenizer.indices_to_latents(every_code)[0, :, 0].T.detach()
 
     def verify(self) -> None:

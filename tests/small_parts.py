@@ -18,7 +18,7 @@ def whole_config(**changes: Any) -> VQGANConfig:
         "image_size": (16, 16),
         "channels": (8, 8, 16),
         "blocks": (0, 1, 1),
-        "attention": (False, False, True),
+        "attention": (4,),
         "latent_channels": 4,
         "codebook_size": 16,
         "latent_mean": [0.5, -1.0, 0.0, 2.0],

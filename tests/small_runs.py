@@ -55,7 +55,7 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
         return
     source = open_source(folder / "pictures")
     seen = survey(source.train)
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(False, True), latent_channels=4, codebook_size=16)
+    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
     config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
     config = completed(config, seen)

@@ -22,7 +22,7 @@ def prior_loss(model: StrictModel) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[], StrictModel], Callable[[StrictModel], Tensor]]] = {
-    "tokenizer": (lambda: tiny_tokenizer(blocks=(1, 1, 2), attention=(False, False, True)), tokenizer_loss),
+    "tokenizer": (lambda: tiny_tokenizer(blocks=(1, 1, 2), attention=(4,)), tokenizer_loss),
     "prior": (lambda: tiny_prior(dropout=0.2, num_layers=4), prior_loss),
 }
 

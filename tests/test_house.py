@@ -91,7 +91,7 @@ import stage2_prior.train, stage2_prior.codes, stage2_prior.autoregressive.sampl
 import pipelines.latent_generation, pipelines.evaluation.report, pipelines.evaluation.features
 from latentloom import VQGAN, VQGANConfig
 from stage1_tokenizer import open_source, train_tokenizer
-tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0), attention=(False, False)))
+tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0)))
 print(tuple(tokenizer.encode_indices(torch.zeros(1, 3, 16, 16)).shape))
 """
     assert python(blocked + use) == "(1, 8, 8)"

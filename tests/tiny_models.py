@@ -24,7 +24,7 @@ def seeded(seed: int) -> torch.Generator:
 def tiny_tokenizer(seed: int = 0, **fields: Any) -> VQGAN:
     """Grey 14×14 pictures padded to 16×16, f = 4, so 4×4 codes of K = 16; with latent statistics and an id."""
     sizes = {"image_channels": 1, "image_size": (16, 16), "content_size": (14, 14), "channels": (8, 8, 8)}
-    parts = {"blocks": (0, 0, 1), "attention": (False,) * 3, "latent_channels": 4, "codebook_size": 16}
+    parts = {"blocks": (0, 0, 1), "attention": (), "latent_channels": 4, "codebook_size": 16}
     statistics = {"latent_mean": [0.1, -0.2, 0.3, 0.0], "latent_std": [0.5, 1.0, 1.5, 2.0]}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

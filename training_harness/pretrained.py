@@ -83,6 +83,15 @@ class StrictModel(PreTrainedModel):
         return model.eval()
 
 
+class WeightlessModel(StrictModel):
+    """A model that has nothing to learn. transformers finds device and type of a model in its weights, so it has one."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.post_init()
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

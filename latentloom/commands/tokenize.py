@@ -16,8 +16,8 @@ class Arguments:
     """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
     output: Path
     """Folder of the code cache."""
-    contents: Contents = "indices"
-    """Codes for an autoregressive prior, continuous latents for a diffusion prior, or both."""
+    contents: Contents | None = None
+    """Indices, latents or both; by default indices, of a tokenizer without a codebook latents."""
     flip: bool = False
     """Also encode each training image's mirror image."""
     batch_size: int = 128

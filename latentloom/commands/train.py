@@ -10,10 +10,10 @@ from latentloom.dry_run import closing, dry_run
 from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
 from latentloom.stages import load_source, say
+from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import ImageSurvey, survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
-from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import from_mapping
 from training_harness.processes import accelerated_device
@@ -106,7 +106,7 @@ def what_both_take(
 ) -> str:
     """What --dry-run prints."""
     shape, images, classes = model_config(tokenizer, seen), len(source.train), len(source.label_names or ())
-    spec = VQGAN(shape).latent_spec()
+    spec = new_tokenizer(shape).latent_spec()
     first = dry_run(f"tokenizer {tokenizer_recipe}", tokenizer, images, lambda c: rehearse_tokenizer(c, shape))
     second = dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes))
     return f"{first[0]}\n{second[0]}\n{closing([first[1], second[1]])}"
@@ -115,7 +115,7 @@ def what_both_take(
 def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurvey, num_classes: int) -> None:
     """Says how long the training will take, from a few measured steps of each stage."""
     model = model_config(tokenizer, seen)
-    spec = VQGAN(model).latent_spec()
+    spec = new_tokenizer(model).latent_spec()
     first = tokenizer.max_steps * rehearse_tokenizer(tokenizer, model).seconds_per_step()
     second = prior.max_steps * rehearse_prior(prior, spec, num_classes).seconds_per_step()
     say(

@@ -33,7 +33,8 @@ from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage,
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
 from training_harness.files import whole_folder
 from training_harness.processes import number_of_processes
@@ -129,13 +130,15 @@ class Evaluator:
     # -- figures --------------------------------------------------------------------------------------------------
 
     def tokenizer_figures(
-        self, tokenizer: VQGAN, images: ImageSet, real: Measured, train: Measured | None = None
+        self, tokenizer: Tokenizer, images: ImageSet, real: Measured, train: Measured | None = None
     ) -> dict[str, Any]:
         """psnr, ssim, lpips (means over images), codes, and the distance of the reconstructions from their originals.
 
-        `real` are the features of `images`, `train` those of training images for the noise floor.
+        What is said of codes is none of a tokenizer without a codebook. `real` are the features of `images`, `train` those of
+        training images for the noise floor.
         """
-        counts = torch.zeros(tokenizer.config.codebook_size)
+        spec = tokenizer.latent_spec()
+        counts = torch.zeros(spec.codebook_size or 0)
         by_image: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
         side = min(tokenizer.config.image_processor.content_size)
         lpips = lpips_distance(tokenizer.device) if side >= LPIPS_SIDE else None
@@ -143,7 +146,8 @@ class Evaluator:
         def rebuilt() -> Iterator[Tensor]:
             for _, originals in images.batches(BATCH):
                 reconstruction, indices = reconstruct(tokenizer, originals)
-                counts.add_(torch.bincount(indices.flatten(), minlength=len(counts)))
+                if indices is not None:
+                    counts.add_(torch.bincount(indices.flatten(), minlength=len(counts)))
                 by_image["psnr"].append(psnr(reconstruction, originals))
                 if side >= SSIM_WINDOW:
                     by_image["ssim"].append(ssim(reconstruction, originals))
@@ -152,13 +156,14 @@ class Evaluator:
                 yield reconstruction
 
         reconstructions = self.measure_stream(rebuilt(), real.labels, "reconstructions")
-        used, processor = codebook_usage(counts), tokenizer.config.image_processor
-        bits = tokenizer.latent_spec().tokens * math.log2(tokenizer.config.codebook_size)
         figures: dict[str, Any] = {
             name: float(torch.cat(values).mean()) if values else None for name, values in by_image.items()
         }
-        figures |= {"codes_used": used.codes_used, "perplexity": used.perplexity}
-        figures["bits_per_pixel"] = bits / math.prod(processor.content_size)
+        figures |= dict.fromkeys(("codes_used", "perplexity", "bits_per_pixel"))
+        if spec.codebook_size is not None:
+            figures |= codebook_usage(counts)._asdict()
+            pixels = math.prod(tokenizer.config.image_processor.content_size)
+            figures["bits_per_pixel"] = spec.tokens * math.log2(spec.codebook_size) / pixels
         rebuilt_rows, real_rows = reconstructions.features, real.features
         floor = real_rows if train is None else self._floor(train, real.labels).features
         enough, floor_exists = len(real) >= 2, train is not None and min(len(floor), len(real)) >= 2
@@ -320,26 +325,31 @@ def pipeline_figures(
 
 
 @torch.inference_mode()
-def reconstruct(tokenizer: VQGAN, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (B, C, h, w) → the same after the round trip, and the codes (B, h, w), both on the CPU."""
+def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """uint8 (B, C, h, w) → the same after the round trip, and the codes (B, h, w) if there are any, both on the CPU."""
     processor = tokenizer.config.image_processor
     output = tokenizer(processor.preprocess(images.to(tokenizer.device)))
-    return processor.postprocess(output.reconstruction).cpu(), output.indices.cpu()
+    return processor.postprocess(
+        output.reconstruction
+    ).cpu(), output.indices if output.indices is None else output.indices.cpu()
 
 
 @torch.inference_mode()
 def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
     """What the prior needs to write down an image's codes given its class: −log₂ p by token, overall and by class.
 
-    `bits_per_token_uniform` is log₂ K, which a prior that has learnt nothing would need.
+    `bits_per_token_uniform` is log₂ K, which a prior that has learnt nothing would need. None where the prior gives codes no
+    probability.
     """
-    processor = pipeline.tokenizer.config.image_processor
+    prior, processor = pipeline.prior, pipeline.tokenizer.config.image_processor
+    if not isinstance(prior, AutoregressivePrior):
+        return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
     labels, totals, classes = images.labels(), [], []
     for positions, batch in images.batches(BATCH):
         codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
         conditioning = torch.tensor([-1 if labels is None else labels[i] for i in positions])
         tokens = codes.flatten(1).to(pipeline.device)
-        logits = pipeline.prior.logits(tokens, conditioning.to(pipeline.device)).float()
+        logits = prior.logits(tokens, conditioning.to(pipeline.device)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
         totals.append(nats.double().mean(1).cpu() / math.log(2))
         classes.append(conditioning)
@@ -347,7 +357,7 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
     names = pipeline.label_names or ()
     return {
         "bits_per_token": bits.mean().item(),
-        "bits_per_token_uniform": math.log2(pipeline.prior.config.codebook_size),
+        "bits_per_token_uniform": math.log2(prior.config.codebook_size),
         "bits_per_token_by_class": {
             name: bits[label == i].mean().item() for i, name in enumerate(names) if (label == i).any()
         },

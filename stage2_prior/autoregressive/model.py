@@ -23,10 +23,10 @@ from stage2_prior.autoregressive.rotary import rotary_angles, rotate, turns
 from stage2_prior.autoregressive.sampling import SamplingOptions, decode
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
-from stage2_prior.outputs import PriorLoss
-from training_harness.errors import ConfigError, SpecMismatchError
+from stage2_prior.prior import Prior, PriorLoss
+from training_harness.errors import ConfigError
 from training_harness.precision import widened
-from training_harness.pretrained import StrictConfig, StrictModel
+from training_harness.pretrained import StrictConfig, count_parameters
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
 SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
@@ -145,9 +145,12 @@ class Block(GradientCheckpointingLayer):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class AutoregressivePrior(StrictModel):
+class AutoregressivePrior(Prior):
     config_class = AutoregressivePriorConfig
     config: AutoregressivePriorConfig
+    options_class = SamplingOptions
+    spec_fields = ("codebook_size", "height", "width", "tokenizer_id")
+    draws = "tokens"
     _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it; units of FSDP
     end_layers = ("head",)  # read and written by other rules than hidden matrices
 
@@ -209,23 +212,18 @@ class AutoregressivePrior(StrictModel):
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Codes (B, h, w) int64 for class ids (B,), one generator an image.
-
-        Raises SpecMismatchError when `spec` is not that of the codes the prior was trained on.
-        """
         self.check_spec(spec)
         tokens = decode(self, conditioning, options, generators, on_step)
         return tokens.view(-1, spec.height, spec.width)
 
-    def check_spec(self, spec: LatentSpec) -> None:
-        own = self.config
-        fields = ("codebook_size", "height", "width", "tokenizer_id")
-        wrong = [f"{f} {getattr(own, f)} ≠ {getattr(spec, f)}" for f in fields if getattr(own, f) != getattr(spec, f)]
-        if wrong:
-            raise SpecMismatchError(
-                f"the prior was trained on codes of another tokenizer ({'; '.join(wrong)}); expected those it was "
-                "trained on; use the tokenizer of its own pipeline, or train a prior on these codes"
-            )
+    def num_steps(self, spec: LatentSpec, options: SamplingOptions) -> int:
+        return spec.tokens
+
+    def describe(self, spec: LatentSpec) -> str:
+        return (
+            f"an autoregressive prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} codes of "
+            f"{spec.codebook_size}"
+        )
 
     @torch.no_grad()
     def start_from_code_vectors(self, vectors: Tensor) -> None:

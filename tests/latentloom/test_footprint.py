@@ -22,7 +22,7 @@ from training_harness.optimization import OptimizerConfig
 
 PRIOR = PriorModel(hidden_size=64, num_layers=3, num_heads=2, intermediate_size=128)
 SPEC = tiny_tokenizer().latent_spec()
-SHAPE = VQGANConfig(image_channels=1, image_size=(32, 32), channels=(8, 16), blocks=(1, 1), attention=(False, False))
+SHAPE = VQGANConfig(image_channels=1, image_size=(32, 32), channels=(8, 16), blocks=(1, 1))
 
 
 def prior_training(**fields: Any) -> PriorTraining:

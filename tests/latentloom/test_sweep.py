@@ -388,7 +388,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
     write_pictures(folder / "pictures")
     (folder / "prior.yaml").write_text(yaml.safe_dump(SMALL_PRIOR))
-    model = {"channels": [8, 8], "blocks": [0, 1], "attention": [False] * 2, "latent_channels": 4, "codebook_size": 16}
+    model = {"channels": [8, 8], "blocks": [0, 1], "latent_channels": 4, "codebook_size": 16}
     training = {"batch_size": 4, "max_steps": 40, "resolution": 16, "adversarial": {"weight": 0.0}}
     (folder / "tokenizer.yaml").write_text(yaml.safe_dump({"model": model, **training}))
     return folder

@@ -33,9 +33,7 @@ from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 from training_harness.run_folder import check_folder
 
-MODEL = TokenizerModel(
-    channels=(8, 8, 16), blocks=(0, 1, 1), attention=(False, False, True), latent_channels=4, codebook_size=16
-)
+MODEL = TokenizerModel(channels=(8, 8, 16), blocks=(0, 1, 1), attention=(4,), latent_channels=4, codebook_size=16)
 ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=4, layers=2)
 
 

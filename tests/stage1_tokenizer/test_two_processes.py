@@ -61,7 +61,7 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
     stage_one.export = noted
     source = open_source(folder / "pictures")
     seen = survey(source.train)
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(False, True), latent_channels=4, codebook_size=16)
+    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     adversarial = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2)
     steps = {"max_steps": 5, "batch_size": 4, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
     config = TokenizerTraining(output=folder / "run", data="pictures", model=model, adversarial=adversarial, **steps)

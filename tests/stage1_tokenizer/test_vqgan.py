@@ -249,7 +249,7 @@ def test_a_folder_that_does_not_hold_a_whole_model_is_one_line(copied, harm):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"blocks": (0, 1)}, {"attention": (True,)}, {"image_size": (16, 18)}], ids=lambda fields: str(fields)
+    "fields", [{"blocks": (0, 1)}, {"attention": (8,)}, {"image_size": (16, 18)}], ids=lambda fields: str(fields)
 )
 def test_fields_that_contradict_each_other_are_one_line(fields):
     with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,77 @@
+"""What convolutional autoencoders share, whatever lies between encoder and decoder.
+
+`channels`, `blocks` and `attention` give the shape of both, level by level from full resolution to the latents.
+"""
+
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+
+from stage1_tokenizer.decoder import Decoder
+from stage1_tokenizer.encoder import Encoder
+from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
+from training_harness.errors import ConfigError
+
+
+def check_levels(
+    channels: Sequence[int], blocks: Sequence[int], attention: Sequence[int], latent_channels: int
+) -> None:
+    """Raises ConfigError that names the field of a shape that cannot be built."""
+    if len(channels) != len(blocks) or not channels:
+        raise ConfigError(
+            f"model.channels has {len(channels)} entries and model.blocks {len(blocks)}; expected one a level in each"
+        )
+    if min(channels) < 1 or min(blocks) < 0:
+        raise ConfigError(
+            f"model.channels is {list(channels)} and model.blocks {list(blocks)}; expected channels of at least 1 and no "
+            "negative number of blocks"
+        )
+    factors = [2**level for level in range(len(channels))]
+    if absent := [factor for factor in attention if isinstance(factor, bool) or factor not in factors]:
+        raise ConfigError(
+            f"model.attention names {absent[0]}, a resolution that never occurs with {len(channels)} levels; expected factors "
+            f"by which the image is reduced, any of {', '.join(map(str, factors))}"
+        )
+    if latent_channels < 1:
+        raise ConfigError(f"model.latent_channels is {latent_channels}; expected at least 1")
+
+
+@strict
+class AutoencoderConfig(TokenizerConfig):
+    """f = 2^(levels − 1)."""
+
+    channels: list[int] | tuple[int, ...] = (32, 64, 128)
+    blocks: list[int] | tuple[int, ...] = (0, 1, 2)
+    attention: list[int] | tuple[int, ...] = ()
+    latent_channels: int = 16
+
+    def __post_init__(self, **kwargs: object) -> None:
+        check_levels(self.channels, self.blocks, self.attention, self.latent_channels)
+        super().__post_init__(**kwargs)
+
+    @property
+    def downsampling_factor(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+class Autoencoder(Tokenizer):
+    config: AutoencoderConfig
+    end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
+
+    def __init__(self, config: AutoencoderConfig, encoded_channels: int) -> None:
+        super().__init__(config)
+        shape = (list(config.channels), list(config.blocks), list(config.attention))
+        self.encoder = Encoder(config.image_channels, *shape, encoded_channels)
+        self.decoder = Decoder(config.image_channels, *shape, config.latent_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        self._check_size(pixel_values)
+        return self.encoder(pixel_values)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self.decoder(raw)

@@ -1,0 +1,60 @@
+"""What every prior offers to the pipeline: samples for a tokenizer's codes, and words about itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from training_harness.errors import SpecMismatchError
+from training_harness.pretrained import StrictModel
+
+
+class PriorLoss(NamedTuple):
+    total: Tensor  # scalar float32: what is minimised
+    terms: dict[str, Tensor]  # its parts by name, scalars
+
+
+class Prior(StrictModel):
+    options_class: ClassVar[type[Any]]
+    """Dataclass of the options that `sample` takes."""
+    spec_fields: ClassVar[tuple[str, ...]]
+    """Fields in which the configuration and the spec of a tokenizer's codes must agree."""
+    draws: ClassVar[str]
+    """What `on_step` is shown: "tokens" or "latents"."""
+
+    def sample(
+        self,
+        spec: LatentSpec,
+        conditioning: Tensor,
+        options: Any,
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Indices (B, h, w) int64, or normalised latents (B, c, h, w), for class ids (B,); one generator an image.
+
+        `on_step(i, codes)` is called after each of `num_steps` steps. Raises SpecMismatchError when `spec` is not that of the
+        codes the prior was trained on.
+        """
+        raise NotImplementedError
+
+    def num_steps(self, spec: LatentSpec, options: Any) -> int:
+        raise NotImplementedError
+
+    def describe(self, spec: LatentSpec) -> str:
+        """What it does, for a model card."""
+        raise NotImplementedError
+
+    def check_spec(self, spec: LatentSpec) -> None:
+        own = self.config
+        wrong = [
+            f"{name} {getattr(own, name)} ≠ {getattr(spec, name)}"
+            for name in self.spec_fields
+            if getattr(own, name) != getattr(spec, name)
+        ]
+        if wrong:
+            raise SpecMismatchError(
+                f"the prior was trained on codes of another tokenizer ({'; '.join(wrong)}); expected those it was "
+                "trained on; use the tokenizer of its own pipeline, or train a prior on these codes"
+            )

@@ -1,0 +1,71 @@
+"""z ~ N(0, I): the prior of a variational autoencoder, which has nothing to learn. Kingma, Welling 2013, arXiv 1312.6114."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.prior import Prior
+from training_harness.errors import UserError
+from training_harness.pretrained import StrictConfig, WeightlessModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardNormalOptions:
+    temperature: float = 1.0
+    """Standard deviation of the draws: below 1, samples are nearer to the mean and less diverse."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:  # not a number fails too
+            raise UserError(f"temperature is {self.temperature}; expected a positive number; 1 draws from N(0, I)")
+
+
+@strict
+class StandardNormalPriorConfig(StrictConfig):
+    model_type: ClassVar[str] = "latentloom-standard-normal"
+
+    channels: int = 16
+    height: int = 1
+    width: int = 1
+    num_classes: int = 0
+    tokenizer_id: str = ""
+
+
+class StandardNormalPrior(Prior, WeightlessModel):
+    config_class = StandardNormalPriorConfig
+    config: StandardNormalPriorConfig
+    options_class = StandardNormalOptions
+    spec_fields = ("channels", "height", "width", "tokenizer_id")
+    draws = "latents"
+
+    @classmethod
+    def for_spec(cls, spec: LatentSpec) -> Self:
+        return cls(StandardNormalPriorConfig(**{name: getattr(spec, name) for name in cls.spec_fields}))
+
+    def sample(
+        self,
+        spec: LatentSpec,
+        conditioning: Tensor,
+        options: StandardNormalOptions,
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        self.check_spec(spec)
+        shape = (spec.channels, spec.height, spec.width)
+        latents = options.temperature * torch.stack(
+            [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
+        ).to(conditioning.device, self.dtype)
+        if on_step is not None:
+            on_step(0, latents)
+        return latents
+
+    def num_steps(self, spec: LatentSpec, options: StandardNormalOptions) -> int:
+        return 1
+
+    def describe(self, spec: LatentSpec) -> str:
+        return f"{spec.height}×{spec.width} latents of {spec.channels} channels are drawn from a standard normal distribution"
