@@ -20,10 +20,9 @@ from frame import OURS, Report, compared, recipe, table
 
 from latentloom.embedded import FASHION_MNIST
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
-from stage1_tokenizer.losses import reconstruction_terms
+from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.survey import survey
-from stage1_tokenizer.train import sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior
@@ -103,7 +102,7 @@ def run(quick: bool) -> Report:
                     memory_format=torch.channels_last
                 )
                 output = model(batch)
-                terms = reconstruction_terms(output.reconstruction, batch, None)
+                terms = reconstruction_terms(output.reconstruction, batch, first.reconstruction, None)
                 return sum_weighted(terms, first.reconstruction) + output.losses["commitment"]
 
             return bare(model, first, loss_of, steps)

@@ -39,7 +39,9 @@ def choose(
     why_size = "as asked" if size else "the commonest size"
     if used != whole and not size:
         why_size = f"the commonest size {whole[0]}×{whole[1]}, reduced; --resolution sets another"
-    reasons = [f"{images} training images, {KINDS[seen.channels]}, used at {height}×{width}: {why_size}"]
+    reasons = [
+        f"{images} training images, {KINDS.get(seen.channels, f'{seen.channels} channels')}, used at {height}×{width}: {why_size}"
+    ]
 
     factor = next((f for limit, f in FACTORS if max(used) <= limit), LARGEST_FACTOR)
     codes = -(-height // factor) * -(-width // factor)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.adversarial import discriminator_loss, generator_loss, r1_penalty
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage1_tokenizer.losses import discriminator_hinge, generator_hinge, reconstruction_terms
+from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
-from stage1_tokenizer.train import sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import PriorTraining
@@ -91,12 +91,16 @@ def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig)
         pixels = torch.rand(images, model_config.image_channels, *model_config.image_size, device=device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         output = model(pixels)
-        total = sum_weighted(reconstruction_terms(output.reconstruction, pixels, perceptual), config.reconstruction)
+        terms = reconstruction_terms(output.reconstruction, pixels, config.reconstruction, perceptual)
+        total = sum_weighted(terms, config.reconstruction)
         total = total + sum(output.losses.values())
         if adversarial.weight > 0:
-            total = total + generator_hinge(critic(output.reconstruction))
-            real, fake = critic(torch.cat([pixels, output.reconstruction.detach()])).chunk(2)
-            total = total + discriminator_hinge(real, fake)
+            total = total + generator_loss(adversarial.loss, critic(output.reconstruction))
+            pair = torch.cat([pixels, output.reconstruction.detach()]).requires_grad_(adversarial.r1 > 0)
+            real, fake = critic(pair).chunk(2)
+            total = total + discriminator_loss(adversarial.loss, real, fake)
+            if adversarial.r1 > 0:
+                total = total + r1_penalty(real, pair)
         return total
 
     parts: dict[str, nn.Module] = {"tokenizer": model}

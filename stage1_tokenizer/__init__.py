@@ -7,6 +7,11 @@ __getattr__, __dir__ = lazy_names(
     {
         "VQGAN": "stage1_tokenizer.vqgan",
         "VQGANConfig": "stage1_tokenizer.vqgan",
+        "AutoencoderKL": "stage1_tokenizer.autoencoder_kl",
+        "AutoencoderKLConfig": "stage1_tokenizer.autoencoder_kl",
+        "IdentityTokenizer": "stage1_tokenizer.identity",
+        "IdentityConfig": "stage1_tokenizer.identity",
+        "saved_tokenizer": "stage1_tokenizer.registry",
         "LatentSpec": "stage1_tokenizer.latent_spec",
         "ImageProcessor": "stage1_tokenizer.image_processor",
         "open_source": "stage1_tokenizer.sources",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
+from stage1_tokenizer.tiling import apply_tiled
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from training_harness.errors import ConfigError
 
@@ -58,6 +59,7 @@ class AutoencoderConfig(TokenizerConfig):
 class Autoencoder(Tokenizer):
     config: AutoencoderConfig
     end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
+    tile_size: int | None = None  # of `enable_tiling`; not part of what is saved
 
     def __init__(self, config: AutoencoderConfig, encoded_channels: int) -> None:
         super().__init__(config)
@@ -69,9 +71,31 @@ class Autoencoder(Tokenizer):
     def latent_channels(self) -> int:
         return self.config.latent_channels
 
+    def enable_tiling(self, tile_size: int = 512) -> None:
+        """Encodes and decodes images of more than `tile_size`² pixels tile by tile, with the result of the whole image.
+
+        Args:     tile_size: side of a tile in pixels, a multiple of f. Memory grows with it, and time falls: see `tiling`.
+        Raises:   ConfigError when f does not divide it. Later calls raise UserError where an image is tiled while gradients
+                  are on; in training mode all images stay whole.
+        """
+        factor = self.config.downsampling_factor
+        if not isinstance(tile_size, int) or tile_size < 1 or tile_size % factor:
+            raise ConfigError(
+                f"tile_size is {tile_size!r}; expected a positive multiple of the downsampling factor {factor}, such as "
+                f"{-(-512 // factor) * factor}"
+            )
+        self.tile_size = tile_size
+
+    def disable_tiling(self) -> None:
+        self.tile_size = None
+
     def _encode(self, pixel_values: Tensor) -> Tensor:
         self._check_size(pixel_values)
-        return self.encoder(pixel_values)
+        if self.tile_size is None or self.training:
+            return self.encoder(pixel_values)
+        return apply_tiled(self.encoder, pixel_values, self.tile_size)
 
     def _decode(self, raw: Tensor) -> Tensor:
-        return self.decoder(raw)
+        if self.tile_size is None or self.training:
+            return self.decoder(raw)
+        return apply_tiled(self.decoder, raw, self.tile_size // self.config.downsampling_factor)

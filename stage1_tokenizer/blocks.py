@@ -36,7 +36,9 @@ class AttentionBlock(GradientCheckpointingLayer):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1).chunk(3, dim=-1)  # (B, 1, h·w, c)
+        # contiguous: a last stride other than 1 makes torch write down all h·w × h·w scores
+        joint = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1).contiguous()
+        query, key, value = joint.chunk(3, dim=-1)  # (B, 1, h·w, c)
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(attended.squeeze(1).mT.reshape(x.shape))
 

@@ -1,6 +1,7 @@
 """From any picture to a tensor and back: the only place that knows how uint8 becomes [-1, 1].
 
     read        PIL, any mode and size  →  uint8   (C, h, w)      turned upright, converted, cropped, resized
+                (h, w, C) array, C > 4  →  the same               cropped, resized
     preprocess  uint8   (B, C, h, w)    →  float32 (B, C, H, W)   x = v / 127.5 − 1, then padded by repeating edges
     postprocess float   (B, C, H, W)    →  uint8   (B, C, h, w)   padding cropped off, v = round(127.5 (x + 1))
 
@@ -21,8 +22,19 @@ from torch.nn import functional as F
 
 from training_harness.errors import ConfigError
 
-__all__ = ["ImageProcessor", "as_rgb", "orientation_of", "padded_size", "to_pil", "upright", "with_eight_bits"]
+__all__ = [
+    "ImageProcessor",
+    "Picture",
+    "as_rgb",
+    "orientation_of",
+    "padded_size",
+    "to_pil",
+    "upright",
+    "with_eight_bits",
+]
 
+Picture = PIL.Image.Image | np.ndarray
+"""A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
@@ -41,15 +53,17 @@ class ImageProcessor:
     """How pictures become pixel values. Sizes are (height, width)."""
 
     channels: int
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; more are those of arrays, and none of them is special."""
     content_size: tuple[int, int]
     """The pictures, as users see them."""
     image_size: tuple[int, int]
     """What the tokenizer sees: the content and its padding."""
 
     def __post_init__(self) -> None:
-        if self.channels not in MODES:
-            raise ConfigError(f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA)")
+        if self.channels < 1:
+            raise ConfigError(
+                f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGBA), or the number of an array's"
+            )
         for name in ("content_size", "image_size"):
             object.__setattr__(self, name, _checked_size(name, getattr(self, name)))  # JSON gives lists
         if any(whole < part for whole, part in zip(self.image_size, self.content_size, strict=True)):
@@ -65,14 +79,20 @@ class ImageProcessor:
         Twice the content, so that the last halving is antialiased; square, since EXIF may still turn the picture."""
         return (2 * max(self.content_size),) * 2
 
-    def read(self, image: PIL.Image.Image) -> Tensor:
+    def read(self, image: Picture) -> Tensor:
         """A picture of any mode and size as uint8 (C, h, w) of the content.
 
         Turned upright by its EXIF orientation; 16 bits scaled to 8; transparency kept where this processor has an alpha
         channel and laid on white where it has none; cropped at the centre to the content's aspect ratio, then resized
-        (Lanczos). A picture that has the size already is not resampled."""
-        image = _in_mode(with_eight_bits(upright(image)), MODES[self.channels])
+        (Lanczos). A picture that has the size already is not resampled. Raises ValueError for one of other channels than
+        this processor's where there is no conversion."""
         height, width = self.content_size
+        found = image.shape[2] if isinstance(image, np.ndarray) else len(image.getbands())
+        if (isinstance(image, np.ndarray) or self.channels not in MODES) and found != self.channels:
+            raise ValueError(f"it has {found} channels; expected {self.channels}")
+        if isinstance(image, np.ndarray):
+            return _fitted(torch.from_numpy(image).permute(2, 0, 1), height, width)
+        image = _in_mode(with_eight_bits(upright(image)), MODES[self.channels])
         if image.size != (width, height):
             image = PIL.ImageOps.fit(image, (width, height), method=PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).view(height, width, self.channels)
@@ -116,18 +136,30 @@ class ImageProcessor:
 
 
 def to_pil(images: Tensor) -> list[PIL.Image.Image]:
-    """uint8 (B, C, h, w) with C from 1 to 4 → one picture each, of mode L, LA, RGB or RGBA."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in MODES:
-        raise ValueError(
-            f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, h, w) with C from 1 to 4"
-        )
+    """uint8 (B, C, h, w) → one picture each, of mode L, LA, RGB or RGBA; of more than four channels the first three."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, h, w)")
+    if images.shape[1] not in MODES:
+        images = as_rgb(images)
     arrays = images.cpu().permute(0, 2, 3, 1).numpy()  # (B, h, w, C)
     return [PIL.Image.fromarray(array[..., 0] if images.shape[1] == 1 else array) for array in arrays]
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """(B, C, h, w) with C from 1 to 4 → (B, 3, h, w), for networks that know RGB alone: grey is repeated, alpha left out."""
+    """(B, C, h, w) → (B, 3, h, w), for networks that know RGB alone: grey is repeated, what comes after RGB left out."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (C, rows, columns) of any size → (C, height, width): cropped at the centre, resized with an antialiased cubic."""
+    rows, columns = pixels.shape[1:]
+    if (rows, columns) == (height, width):
+        return pixels.contiguous()
+    kept = min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+    top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
+    cropped = pixels[None, :, top : top + kept[0], left : left + kept[1]].float()
+    resized = F.interpolate(cropped, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -138,8 +170,10 @@ def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def orientation_of(image: PIL.Image.Image) -> int:
+def orientation_of(image: Picture) -> int:
     """EXIF orientation, 1 (upright) to 8; from 5 on, height and width change places. Unreadable EXIF counts as none."""
+    if isinstance(image, np.ndarray):
+        return 1
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
     except Exception:  # cameras and editors write broken EXIF in many ways; the picture itself is fine

@@ -1,10 +1,7 @@
 """Figures of a tokenizer: how near its reconstructions are, and how much of its codebook it uses."""
 
 import math
-import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.perceptual import lpips_network, lpips_obstacle
 from stage1_tokenizer.quantizers.protocol import summed
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
@@ -58,25 +56,11 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 def lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
     """LPIPS v0.1 on AlexNet, from (B, C, H, W) uint8 pairs to (B,); none unless `lpips` and the backbone's weights are here.
 
-    H and W are at least 31.
-
-    The package brings its linear heads; torchvision's AlexNet is a download that this does not start:
-    `python -c "import torchvision; torchvision.models.alexnet(weights='DEFAULT')"` does.
-    Source: Zhang et al. 2018, arXiv 1801.03924.
+    H and W are at least 31. Source: Zhang et al. 2018, arXiv 1801.03924.
     """
-    if find_spec("lpips") is None:
+    if lpips_obstacle("alex") is not None:
         return None
-    from torchvision.models import AlexNet_Weights
-
-    file = Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    if not file.exists():
-        return None
-    import lpips
-
-    torch.load(file, map_location="cpu", weights_only=True)  # the library would unpickle whatever lies there
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision by names of the past
-        network = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
+    network = lpips_network("alex").to(device)
 
     @torch.inference_mode()
     def distance(images: Tensor, references: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The README.md that a tokenizer's folder carries to the Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -12,22 +13,30 @@ def tokenizer_card(tokenizer: Tokenizer, metrics: Path) -> str:
     rows = [row for row in read_metrics(metrics) if "validation_psnr" in row]
     last = rows[-1] if rows else {}
     size = f"{spec.image_height}×{spec.image_width}, {spec.image_channels} channel{'s' * (spec.image_channels > 1)}"
+    kind, grid = type(tokenizer).__name__, f"{spec.height}×{spec.width}"
+    pixels = f"(B, {spec.image_channels}, {spec.image_height}, {spec.image_width}) in [-1, 1]"
+    if spec.codebook_size is None:
+        what, call, shape = f"continuous latents of {grid}×{spec.channels}", "latents", f"(B, {spec.channels}, "
+    else:
+        what = f"{grid} codes of {spec.codebook_size}"
+        what = what if spec.levels == 1 else f"{what} at each of {spec.levels} levels"
+        call, shape = "indices", "(B, " if spec.levels == 1 else f"(B, {spec.levels}, "
+    used = "" if spec.codebook_size is None else usage(last, spec.codebook_size)
     return f"""---
 library_name: latentloom
-tags: [image-tokenizer, vqgan]
+tags: [image-tokenizer, {kind.lower()}]
 ---
 
 # Image tokenizer
 
-A VQGAN that turns images ({size}) into {spec.height}×{spec.width} codes of {spec.codebook_size} and back.
+A {kind} that turns images ({size}) into {what} and back.
 
 ```python
-from stage1_tokenizer import VQGAN
+from stage1_tokenizer import {kind}
 
-tokenizer = VQGAN.from_pretrained("path/or/repo-id")
-indices = tokenizer.encode_indices(pixel_values)  # (B, {spec.height}, {spec.width}) from (B, {spec.image_channels}, \
-{spec.image_height}, {spec.image_width}) in [-1, 1]
-images = tokenizer.decode_indices(indices)
+tokenizer = {kind}.from_pretrained("path/or/repo-id")
+{call} = tokenizer.encode_{call}(pixel_values)  # {shape}{spec.height}, {spec.width}) from {pixels}
+images = tokenizer.decode_{call}({call})
 ```
 
 | | |
@@ -35,6 +44,10 @@ images = tokenizer.decode_indices(indices)
 | parameters | {count_parameters(tokenizer):,} |
 | downsampling factor | {spec.downsampling_factor} |
 | validation PSNR | {last.get("validation_psnr", float("nan")):.2f} dB |
-| codes used, perplexity | {last.get("codes_used", 0):.0f}, {last.get("perplexity", float("nan")):.0f} of {spec.codebook_size} |
-| tokenizer id | `{spec.tokenizer_id}` |
+{used}| tokenizer id | `{spec.tokenizer_id}` |
 """
+
+
+def usage(row: Mapping[str, float], codebook_size: int) -> str:
+    used, perplexity = row.get("codes_used", 0), row.get("perplexity", float("nan"))
+    return f"| codes used, perplexity | {used:.0f}, {perplexity:.0f} of {codebook_size} |\n"

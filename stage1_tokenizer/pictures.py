@@ -1,8 +1,9 @@
 """Sheets of pictures, as a person looks at them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -45,6 +46,15 @@ def before_and_after(originals: Tensor, reconstructions: Tensor, columns: int = 
         missing = columns - len(rows[-1])
         rows[-2:] = [torch.cat([row, row.new_full((missing, *row.shape[1:]), 255)]) for row in rows[-2:]]
     return image_grid(torch.cat(rows), columns, labels)
+
+
+def save_images(images: Tensor, paths: Iterable[Path]) -> None:
+    """Writes (N, C, h, w) uint8 images as PNG files; of more than four channels also whole, as NumPy files beside them."""
+    for pixels, picture, path in zip(images, to_pil(images), paths, strict=True):
+        save_picture(picture, path)
+        if len(pixels) > 4:
+            with whole_file(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
+                np.save(file, pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

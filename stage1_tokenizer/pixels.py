@@ -109,6 +109,9 @@ class Pixels:
         except UnreadableImage as error:
             self.skipped[position] = error
             return None
+        except ValueError as error:  # of other channels than the rest
+            self.skipped[position] = UnreadableImage(self.split.source_id(position), str(error))
+            return None
 
     def _readable_from(self, position: int) -> Tensor:
         for offset in range(len(self.split)):

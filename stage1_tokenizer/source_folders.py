@@ -38,7 +38,7 @@ class FileStore:
 @cache
 def image_endings() -> frozenset[str]:
     endings = PIL.Image.registered_extensions().items()
-    return frozenset(end for end, kind in endings if kind in PIL.Image.OPEN and kind not in NEVER_DECODED)
+    return frozenset(end for end, kind in endings if kind in PIL.Image.OPEN and kind not in NEVER_DECODED) | {".npy"}
 
 
 def files_below(root: Path, endings: frozenset[str], besides: set[str] | None = None) -> list[str]:

@@ -10,7 +10,7 @@ What a folder means follows from where its pictures lie, below the deepest folde
 
 Folders count as splits when all are named so, or when `train` and another split lie side by side. A source with one
 split trains on it, whatever its name. Fewer than two classes are no labels. Hidden files and `__MACOSX` are left out,
-links are followed.
+links are followed. A picture is a file that Pillow opens, or a NumPy file (.npy) of uint8 with any number of channels.
 
 The validation split of a source that has none: the pictures whose SHA-256 of the source id, as a number in [0, 1), is
 below 5 %. So a picture's side depends on its own id alone. Two bounds look at the others: of more than 2,000 such
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from stage1_tokenizer.image_processor import Picture
 from stage1_tokenizer.source_folders import files_below, folder_parts, image_endings
 from stage1_tokenizer.source_parts import EXPECTED, TEST, TRAIN, VALIDATION, Part, PictureStore, one_line
 from stage1_tokenizer.source_rows import load_from_hub, load_parquet, load_saved, parquet_splits, row_parts
@@ -39,6 +40,7 @@ from training_harness.errors import UserError
 __all__ = ["ImageSource", "ImageSplit", "UnreadableImage", "open_source"]
 
 VALIDATION_SHARE, VALIDATION_CAP = 0.05, 2_000
+NUMPY_MAGIC = b"\x93NUMPY"
 
 
 class UnreadableImage(Exception):  # noqa: N818 - one picture's state, which loops expect; no error of the program
@@ -79,7 +81,7 @@ class ImageSplit:
         """`dog/7.png` below the folder that was opened, the row's `source_id`, or `train/00012`."""
         return self._store.source_id(self._positions[i])
 
-    def image(self, i: int, *, at_least: tuple[int, int] | None = None) -> PIL.Image.Image:
+    def image(self, i: int, *, at_least: tuple[int, int] | None = None) -> Picture:
         """Picture i, decoded whole, in its own mode and as stored: the image processor turns it upright.
 
         Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that
@@ -87,6 +89,8 @@ class ImageSplit:
         Raises:   UnreadableImage, whatever was wrong with the picture."""
         with self._as_unreadable(i):
             image = self._opened(i)
+            if isinstance(image, np.ndarray):
+                return image
             if at_least is not None:
                 image.draft(None, (at_least[1], at_least[0]))  # does nothing but for JPEG
             image.load()
@@ -98,6 +102,8 @@ class ImageSplit:
         Raises:   UnreadableImage."""
         with self._as_unreadable(i):
             image = self._opened(i)
+            if isinstance(image, np.ndarray):
+                return image.shape[0], image.shape[1]
             return image.height, image.width
 
     def select(self, indices: Sequence[int]) -> ImageSplit:
@@ -105,8 +111,11 @@ class ImageSplit:
         labels = None if self._labels is None else [self._labels[i] for i in indices]
         return ImageSplit(self._store, labels, [self._positions[i] for i in indices])
 
-    def _opened(self, i: int) -> PIL.Image.Image:
-        return PIL.Image.open(io.BytesIO(self._store.encoded(self._positions[i])))
+    def _opened(self, i: int) -> Picture:
+        encoded = self._store.encoded(self._positions[i])
+        if encoded.startswith(NUMPY_MAGIC):
+            return opened_array(encoded)
+        return PIL.Image.open(io.BytesIO(encoded))
 
     @contextmanager
     def _as_unreadable(self, i: int) -> Iterator[None]:
@@ -117,6 +126,16 @@ class ImageSplit:
             raise UnreadableImage(source_id, "not a picture that Pillow can read") from error
         except Exception as error:  # on broken data decoders raise OSError, SyntaxError, struct.error, and others yet
             raise UnreadableImage(source_id, one_line(error)) from error
+
+
+def opened_array(encoded: bytes) -> Picture:
+    """A NumPy file of uint8, (h, w) or (h, w, C): an array of more than four channels stays one."""
+    array = np.load(io.BytesIO(encoded), allow_pickle=False)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"an array of {array.dtype} {array.shape}; expected uint8 (height, width, channels)")
+    if array.ndim == 3 and array.shape[2] > 4:
+        return array
+    return PIL.Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 @dataclass(frozen=True)

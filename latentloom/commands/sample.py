@@ -11,8 +11,7 @@ from latentloom.arguments import check_count, check_output, check_seed, parse
 from latentloom.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.image_processor import to_pil
-from stage1_tokenizer.pictures import image_grid, save_picture
+from stage1_tokenizer.pictures import image_grid, save_images, save_picture
 from training_harness.processes import accelerated_device, is_main_process
 
 
@@ -55,8 +54,7 @@ def main(words: list[str]) -> None:
     if not is_main_process():
         return
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
-    for name, picture in zip(names, to_pil(images), strict=True):
-        save_picture(picture, a.output / name)
+    save_images(images, [a.output / name for name in names])
     save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
 

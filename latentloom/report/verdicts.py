@@ -1,14 +1,14 @@
 """What a run's figures mean, in sentences: each says what was found and, where something is wrong, what to do about it."""
 
-import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.reading import RunRecord
 from latentloom.report.svg_charts import Points
+from stage1_tokenizer.health import LOW_USAGE, usage_remedy
 
-LOW_USAGE, LOW_PERPLEXITY = 0.10, 0.25  # of K: below these a codebook has collapsed, or is used unevenly
+LOW_PERPLEXITY = 0.25  # of K: below it a codebook is used unevenly
 WORSE = 1e-3  # of the best validation figure: less is noise
 WINDOW = 10  # logged losses that are averaged before they are compared
 HIGHER_IS_BETTER = ("psnr", "ssim", "agreement", "accuracy")
@@ -27,44 +27,48 @@ class Verdict(NamedTuple):
 
 def verdicts(run: RunRecord) -> list[Verdict]:
     """What is wrong first."""
-    found = [*codebook(run), *validation(run), *steps_not_taken(run), *spikes(run), *resumptions(run)]
+    found = [*codebook(run), *warned(run), *validation(run), *steps_not_taken(run), *spikes(run), *resumptions(run)]
     return sorted(found, key=lambda verdict: LEVELS.index(verdict.level))
 
 
 def codebook(run: RunRecord) -> Iterator[Verdict]:
     used, perplexity, size = run.last("codes_used"), run.last("perplexity"), run.codebook_size
-    if used is None or perplexity is None or size is None:
-        return
+    if used is not None and perplexity is not None and size is not None:
+        yield codebook_use(used, perplexity, size, remedy(run, size))
+
+
+def codebook_use(used: float, perplexity: float, size: int, remedy: str) -> Verdict:
     found = (
         f"{number(used, 9)} of {number(size, 9)} codes are used ({percent(used / size)}), with a perplexity of "
         f"{number(perplexity)} ({percent(perplexity / size)} of K)"
     )
     if used < LOW_USAGE * size:
-        yield Verdict("bad", "The codebook has collapsed", f"{found}. {remedy(run, size)}")
-    elif perplexity < LOW_PERPLEXITY * size:
-        yield Verdict(
-            "bad", "The codebook is used unevenly", f"{found}: a few codes do most of the work. {remedy(run, size)}"
-        )
-    else:
-        yield Verdict("good", "The codebook is in good use", f"{found}.")
+        return Verdict("bad", "The codebook has collapsed", f"{found}. {remedy}")
+    if perplexity < LOW_PERPLEXITY * size:
+        return Verdict("bad", "The codebook is used unevenly", f"{found}: a few codes do most of the work. {remedy}")
+    return Verdict("good", "The codebook is in good use", f"{found}.")
 
 
 def remedy(run: RunRecord, size: int) -> str:
-    threshold, quantizer = (
-        run.setting("model", "quantizer", "restart_threshold"),
-        run.setting("model", "quantizer", "name"),
-    )
-    early = run.max_steps is not None and run.step < 0.2 * run.max_steps
-    wait = "The run is young, and usage often rises: look again later. If it stays, t" if early else "T"
-    if threshold == 0:
-        return f"{wait}rain with --model.quantizer.restart-threshold 0.3: codes that nothing chooses then start anew. {NEW_OUTPUT}"
-    if quantizer == "vq":
-        return f"{wait}rain with --model.quantizer.name ema, whose codes follow the latents by themselves. {NEW_OUTPUT}"
-    smaller = max(2, 2 ** math.floor(math.log2(size / 4))) if size >= 8 else 2
-    return (
-        f"{wait}rain with a higher --model.quantizer.restart-threshold (0.5), a lower --optimizer.learning-rate, or a smaller "
-        f"codebook (--model.codebook-size {smaller}). {NEW_OUTPUT}"
-    )
+    quantizer, threshold = (run.setting("model", "quantizer", name) for name in ("name", "restart_threshold"))
+    advice = codebook_remedy(quantizer, threshold, size)
+    if run.max_steps is not None and run.step < 0.2 * run.max_steps:
+        young = "The run is young, and usage often rises: look again later. If it stays, "
+        return f"{young}{advice[:1].lower()}{advice[1:]}"
+    return advice
+
+
+def codebook_remedy(quantizer: str | None, threshold: float | None, size: int) -> str:
+    """What to change in a `model.quantizer` of that name and restart threshold, as a configuration holds them."""
+    return f"Train with {usage_remedy(quantizer, threshold, size)}. {NEW_OUTPUT}"
+
+
+def warned(run: RunRecord) -> Iterator[Verdict]:
+    """What the run itself warned of, but for the codebook, which is looked at anew."""
+    for row in run.rows:
+        if row.get("about") not in (None, "codebook"):
+            text = f"{row['warning']}. {NEW_OUTPUT}"
+            yield Verdict("bad", f"A warning at step {count_of(row['step'])}", text[0].upper() + text[1:])
 
 
 def validation_name(run: RunRecord) -> str | None:

@@ -13,7 +13,7 @@ from tiny_models import tiny_tokenizer
 
 from latentloom.footprint import advice_when_memory_runs_out, footprint, remedies
 from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
-from stage1_tokenizer.losses import AdversarialConfig
+from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
 from stage2_prior.training_config import PriorModel, PriorTraining

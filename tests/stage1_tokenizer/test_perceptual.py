@@ -1,10 +1,13 @@
 """The perceptual loss on EfficientNet-Lite0's features."""
 
 import sys
+from pathlib import Path
 
+import lpips
 import pytest
 import torch
 from tiny_models import seeded
+from torchvision.models import VGG16_Weights, vgg16
 
 from stage1_tokenizer.perceptual import PACKAGES, perceptual_loss
 from training_harness.errors import UserError
@@ -72,3 +75,41 @@ def test_without_its_packages_the_error_gives_the_pip_command(monkeypatch):
 
 def test_none_is_no_loss():
     assert perceptual_loss("none") is None
+
+
+# LPIPS
+
+
+@pytest.fixture
+def vgg(tmp_path: Path, monkeypatch) -> Path:
+    """Where LPIPS looks for VGG-16's weights; nothing lies there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_without_the_backbone_s_weights_the_error_says_what_to_run_and_nothing_is_fetched(vgg):
+    with pytest.raises(UserError, match=r"vgg16-.*pth does not exist.*torchvision.models.vgg16"):
+        perceptual_loss("lpips")
+    assert not list(vgg.parent.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:Arguments other than a weight enum:UserWarning")
+def test_lpips_as_a_loss_is_that_of_its_package_with_gradients_to_the_reconstruction_alone(vgg):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = vgg16(weights=None).state_dict()
+    for name in [name for name in weights if name.startswith("classifier")]:
+        weights[name] = torch.zeros(1).expand(weights[name].shape)  # not in use: 4 bytes in the file in place of 500 MB
+    torch.save(weights, vgg)
+    loss = perceptual_loss("lpips")
+    image = picture()
+    other = (image + 0.1 * torch.randn(image.shape, generator=seeded(0))).requires_grad_()
+    found = loss(other, image)
+    assert found.item() == pytest.approx(lpips.LPIPS(net="vgg", verbose=False)(other, image).mean().item(), rel=1e-4)
+    assert found.item() > float(loss(image, image)) == 0
+    found.backward()
+    assert float(other.grad.abs().sum()) > 0
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    assert float(loss(picture(1)[..., :6, :6], picture(1)[..., :6, :6].flip(-1))) > 0  # enlarged where VGG has no room

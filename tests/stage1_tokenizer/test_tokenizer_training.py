@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from small_parts import one_line, write_pictures
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.losses import AdversarialConfig, ReconstructionConfig
+from stage1_tokenizer.adversarial import AdversarialConfig, LeCAM
+from stage1_tokenizer.autoencoder_kl import AutoencoderKL
+from stage1_tokenizer.losses import ReconstructionConfig
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.sources import open_source
@@ -232,7 +234,19 @@ def test_a_single_bad_step_is_passed_over_and_bad_steps_in_a_row_end_the_run_in_
     assert not (tmp_path / "often" / "model").exists()
 
 
-TERMS = ("l1", "l2", "codebook", "commitment", "generator", "adaptive_weight", "discriminator")
+TERMS = (
+    "l1",
+    "l2",
+    "charbonnier",
+    "codebook",
+    "commitment",
+    "kl",
+    "generator",
+    "adaptive_weight",
+    "discriminator",
+    "r1",
+    "lecam",
+)
 
 
 def break_term(monkeypatch: pytest.MonkeyPatch, term: str, steps: Container[int]) -> None:
@@ -244,31 +258,36 @@ def break_term(monkeypatch: pytest.MonkeyPatch, term: str, steps: Container[int]
             return found
         return {**found, term: found[term] * math.nan} if isinstance(found, dict) else found * math.nan
 
-    if term in ("codebook", "commitment"):
-        forward = VQGAN.forward
+    if term in ("codebook", "commitment", "kl"):
+        kind = AutoencoderKL if term == "kl" else VQGAN
+        forward = kind.forward
 
         def bad(self: VQGAN, pixel_values: torch.Tensor) -> Any:
             output = forward(self, pixel_values)
             return output._replace(losses=broken(output.losses)) if self.training else output
 
-        monkeypatch.setattr(VQGAN, "forward", bad)
+        monkeypatch.setattr(kind, "forward", bad)
         return
     names = {
-        "generator": "generator_hinge",
-        "discriminator": "discriminator_hinge",
+        "generator": "generator_loss",
+        "discriminator": "discriminator_loss",
         "adaptive_weight": "adaptive_weight",
+        "r1": "r1_penalty",
     }
-    name = names.get(term, "reconstruction_terms")
-    whole = getattr(stage_one, name)
-    monkeypatch.setattr(stage_one, name, lambda *arguments: broken(whole(*arguments)))
+    place, name = (LeCAM, "penalty") if term == "lecam" else (stage_one, names.get(term, "reconstruction_terms"))
+    whole = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *arguments: broken(whole(*arguments)))
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, pictures, monkeypatch, term):
-    judged = replace(ADVERSARIAL, start=0, warmup=0, ramp=1)
+    judged = replace(ADVERSARIAL, start=0, warmup=0, ramp=1, r1=0.1, lecam=0.1)
     config = training(tmp_path / "run", pictures, adversarial=judged, checkpoint_every=1, keep_checkpoints=20)
+    config = replace(config, reconstruction=replace(config.reconstruction, charbonnier=1.0))
     if term == "codebook":  # that of moving averages has none
         config = replace(config, model=replace(MODEL, quantizer=QuantizerConfig(name="vq")))
+    if term == "kl":
+        config = replace(config, model=replace(MODEL, name="kl"))
     with monkeypatch.context() as patch:
         break_term(patch, term, range(6, 100))
         with pytest.raises(NonFiniteLossError) as caught:

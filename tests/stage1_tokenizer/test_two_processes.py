@@ -11,7 +11,7 @@ from small_runs import free_port, take_place
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.losses import AdversarialConfig
+from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers import EMAVectorQuantizer, QuantizerConfig
 from stage1_tokenizer.sources import open_source

@@ -165,7 +165,7 @@ trainings = st.builds(
             TokenizerModel,
             channels=st.tuples(*[st.integers(1, 512)] * levels),
             blocks=st.tuples(*[st.integers(0, 4)] * levels),
-            attention=st.tuples(*[st.booleans()] * levels),
+            attention=st.just((2 ** (levels - 1),)),
             quantizer=st.builds(
                 QuantizerConfig, name=st.sampled_from(["vq", "ema", "simvq"]), restart_threshold=shares
             ),

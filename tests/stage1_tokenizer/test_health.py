@@ -1,0 +1,109 @@
+"""What is wrong with a run is said while it trains, once, with the option that mends it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_parts import write_pictures
+
+from stage1_tokenizer.adversarial import AdversarialConfig
+from stage1_tokenizer.health import Health, discriminator_warning, usage_remedy
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.train import train_tokenizer
+from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from training_harness.metric_log import read_metrics
+
+EMA = QuantizerConfig()
+
+
+def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, quantizer: QuantizerConfig = EMA):
+    return health.warnings(psnr, {"codes_used": used, "perplexity": used / 2}, 512, quantizer, share)
+
+
+def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
+    health = Health()
+    assert said(health, used=52) == {}
+    found = said(health, used=51)
+    assert list(found) == ["codebook"]
+    assert "51 of 512" in found["codebook"]
+    assert "--model.quantizer.restart-threshold" in found["codebook"]
+    assert said(health, used=3) == {}
+    resumed = Health()
+    resumed.load_state_dict(health.state_dict())
+    assert said(resumed, used=3) == {}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_remedy_names_options_that_the_quantizer_has(name):
+    remedy = usage_remedy(name, 0.3, 512)
+    assert "--" in remedy
+    assert ("restart-threshold" in remedy) == (name in ("ema", "residual"))
+    if name in ("vq", "ema", "residual"):
+        assert "restart-threshold 0.3" in usage_remedy(name, 0.0, 512)
+
+
+@pytest.mark.parametrize(("loss", "wins"), [(0.02, True), (0.5, False)])
+def test_a_discriminator_wins_outright_when_its_mean_loss_is_nearly_nought(loss, wins):
+    health = Health()
+    for value in (loss / 2, 3 * loss / 2):
+        health.note_discriminator(torch.tensor(value))
+    found = said(health, share=1.0)
+    assert ("discriminator" in found) == wins
+    if wins:
+        assert f"{loss:.3g}" in found["discriminator"]
+        assert "--adversarial.learning-rate" in found["discriminator"]
+    assert discriminator_warning(None) is None  # nothing was judged
+    assert health.judged == 0  # counted anew from here
+
+
+def test_reconstructions_are_worse_by_what_they_were_before_the_decoder_heard_of_the_discriminator():
+    health = Health()
+    said(health, psnr=24.0)
+    said(health, psnr=23.0)
+    assert said(health, psnr=23.1, share=0.5) == {}
+    found = said(health, psnr=22.9, share=1.0)
+    assert "PSNR 22.90 dB, before it 24.00 dB" in found["reconstruction"]
+    assert "--adversarial.weight" in found["reconstruction"]
+    without = Health()
+    said(without, psnr=24.0)
+    assert said(without, psnr=10.0) == {}  # no discriminator, no such warning
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("health") / "pictures")
+
+
+def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dict]:
+    source = open_source(str(pictures))
+    config = completed(replace(config, output=output, data=str(pictures)), seen := survey(source.train))
+    shape = model_config(config, seen)
+    train_tokenizer(
+        config, shape, *(Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+    )
+    return read_metrics(output / "metrics.jsonl")
+
+
+def small(**fields) -> TokenizerTraining:
+    model = TokenizerModel(channels=(8, 8), blocks=(0, 0), latent_channels=4, codebook_size=4096)
+    plain = TokenizerTraining(output=Path("x"), data="x", model=model, batch_size=4, max_steps=8, sample_every=4)
+    return replace(plain, **fields)
+
+
+def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys):
+    rows = trained(tmp_path / "run", pictures, small())  # 4,096 codes for 256 positions a batch
+    warnings = [row for row in rows if "warning" in row]
+    assert [(row["step"], row["about"]) for row in warnings] == [(4, "codebook")]
+    assert f"warning at step 4: {warnings[0]['warning']}" in capsys.readouterr().err
+
+
+def test_a_run_whose_discriminator_cannot_be_wrong_says_so(tmp_path, pictures, monkeypatch, capsys):
+    monkeypatch.setattr("stage1_tokenizer.train.discriminator_loss", lambda kind, real, fake: 0 * (real - fake).mean())
+    judged = AdversarialConfig(weight=0.1, start=0, warmup=0, ramp=1, channels=4, layers=1)
+    rows = trained(tmp_path / "run", pictures, small(adversarial=judged))
+    assert "discriminator" in [row.get("about") for row in rows]
+    assert "the discriminator wins outright" in capsys.readouterr().err

@@ -1,0 +1,237 @@
+"""Tokenizers without a codebook keep the same contract: latents of unit variance, and one line where there are no indices."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_parts import one_line, some_pixels, write_pictures
+from tiny_models import seeded, tiny_source, tiny_tokenizer
+
+from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
+from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.survey import survey
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage1_tokenizer.train import measure_latents, train_tokenizer
+from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage2_prior.codes import CodeCache
+from training_harness.errors import ConfigError, UserError
+from training_harness.metric_log import read_metrics
+
+SHAPE = {"image_size": (16, 16), "channels": (8, 8), "blocks": (0, 1), "latent_channels": 4}
+
+
+def tokenizer_of(kind: str, **fields: Any) -> Tokenizer:
+    statistics = {"latent_mean": [0.1] * 4, "latent_std": [0.5] * 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "kl":
+            return new_tokenizer(AutoencoderKLConfig(**SHAPE | statistics | fields)).eval()
+        of_pixels = {"latent_mean": [0.2] * 3, "latent_std": [0.5] * 3}
+        return new_tokenizer(IdentityConfig(image_size=(16, 16), **of_pixels | fields)).eval()
+
+
+CONTINUOUS = ("kl", "identity")
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS)
+@torch.no_grad()
+def test_decoding_the_latents_of_a_picture_is_its_reconstruction(kind):
+    tokenizer, x = tokenizer_of(kind), some_pixels()
+    output = tokenizer(x)
+    assert output.indices is None
+    torch.testing.assert_close(tokenizer.decode_latents(tokenizer.encode_latents(x)), output.reconstruction)
+    spec = tokenizer.latent_spec()
+    assert tokenizer.encode_latents(x).shape[1:] == (spec.channels, spec.height, spec.width)
+    assert (spec.codebook_size, spec.levels) == (None, 1)
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS)
+def test_indices_of_a_tokenizer_without_a_codebook_are_one_line(kind):
+    tokenizer = tokenizer_of(kind)
+    indices = torch.zeros(1, 4, 4, dtype=torch.int64)
+    for call, given in (
+        ("encode_indices", some_pixels()),
+        ("decode_indices", indices),
+        ("indices_to_latents", indices),
+    ):
+        with pytest.raises(UserError) as caught:
+            getattr(tokenizer, call)(given)
+        assert "no codebook" in one_line(caught)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@torch.no_grad()
+def test_a_saved_tokenizer_of_every_kind_reloads_with_identical_output(kind, tmp_path):
+    tokenizer = tiny_tokenizer(image_channels=3) if kind == "vqgan" else tokenizer_of(kind)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, x = saved_tokenizer(tmp_path), some_pixels()
+    assert type(loaded) is type(tokenizer) is TOKENIZERS[kind]
+    assert torch.equal(loaded.encode_latents(x), tokenizer.encode_latents(x))
+    assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
+    assert loaded.compute_id() == tokenizer.compute_id()
+
+
+def test_a_folder_of_another_kind_of_model_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        saved_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="the kind of model is 'llama'"):
+        saved_tokenizer(tmp_path)
+
+
+@torch.no_grad()
+def test_the_identity_gives_back_every_picture_to_the_last_bit():
+    tokenizer, x = (
+        tokenizer_of("identity", latent_mean=[0.0] * 3, latent_std=[1.0] * 3),
+        some_pixels(size := 2, 3, 15, 9),
+    )
+    assert len(x) == size
+    assert torch.equal(tokenizer.encode_latents(x), x)
+    assert torch.equal(tokenizer(x).reconstruction, x)
+
+
+@torch.no_grad()
+def test_latents_are_drawn_with_a_generator_and_are_the_mean_without_one():
+    tokenizer, x = tokenizer_of("kl"), some_pixels()
+    tokenizer.encoder[-1].bias[4:] = -1.0  # log σ² far from 0
+    mean, log_variance = tokenizer._posterior(x)
+    raw_mean = (mean - 0.1) / 0.5
+    assert torch.equal(tokenizer.encode_latents(x), raw_mean)
+    drawn = torch.stack([tokenizer.encode_latents(x, seeded(i)) for i in range(400)])
+    torch.testing.assert_close(drawn.mean(0), raw_mean, rtol=0, atol=0.35)
+    ratio = drawn.var(0).mean() / (log_variance.exp() / 0.25).mean()
+    assert ratio.item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(tokenizer.encode_latents(x, seeded(3)), tokenizer.encode_latents(x, seeded(3)))
+
+
+def test_the_loss_term_is_nats_by_value_of_the_image_whatever_its_size():
+    tokenizer = tokenizer_of("kl")
+    x = some_pixels()
+    mean, log_variance = tokenizer._posterior(x)
+    of_torch = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    assert tokenizer(x).losses["kl"].item() == pytest.approx((of_torch.sum() / x.numel()).item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn():
+    source = tiny_source(train=200)
+    tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), latent_mean=None, latent_std=None)
+    tokenizer.encoder[-1].bias.copy_(torch.linspace(-1, 1, 8))
+    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    measure_latents(tokenizer, pixels)
+    x = tokenizer.config.image_processor.preprocess(pixels[range(200)])
+    drawn = torch.cat([tokenizer.encode_latents(x, seeded(i)) for i in range(20)])
+    torch.testing.assert_close(drawn.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTraining]:
+    source = open_source(str(data))
+    small = {"channels": (8, 8), "blocks": (0, 1), "latent_channels": 4}
+    model = TokenizerModel(**small | fields)
+    config = TokenizerTraining(
+        output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
+    )
+    config = completed(config, seen := survey(source.train))
+    shape = model_config(config, seen)
+    pixels = [Pixels(split, shape.image_processor) for split in (source.train, source.validation)]
+    return train_tokenizer(config, shape, *pixels), config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("kinds") / "pictures")
+
+
+def test_a_kl_run_logs_its_divergence_and_leaves_a_tokenizer_with_statistics(tmp_path, data):
+    folder, config = run(tmp_path / "run", data, name="kl")
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert all(row["kl"] >= 0 for row in rows if "l1" in row)
+    assert not any("codes_used" in row for row in rows)
+    tokenizer = saved_tokenizer(folder)
+    assert isinstance(tokenizer, AutoencoderKL)
+    assert len(tokenizer.config.latent_mean) == 4
+    assert "continuous latents" in (folder / "README.md").read_text()
+
+
+def test_an_identity_run_is_finished_once_its_latents_are_measured(tmp_path, data):
+    folder, config = run(tmp_path / "run", data, name="identity")
+    tokenizer = saved_tokenizer(folder)
+    assert isinstance(tokenizer, IdentityTokenizer)
+    spec = tokenizer.latent_spec()
+    assert (spec.channels, spec.height, spec.width, spec.downsampling_factor) == (3, 16, 16, 1)
+    assert read_metrics(config.output / "metrics.jsonl")[-1]["validation_psnr"] == 100
+    source = open_source(str(data))
+    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    latents = tokenizer.encode_latents(tokenizer.config.image_processor.preprocess(pixels[range(len(pixels))]))
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
+
+
+def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path):
+    tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), tokenizer_id="t")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = tiny_source()
+    codes = CodeCache(write_code_cache(tokenizer, tmp_path / "tokenizer", source, tmp_path / "codes"))
+    latents = codes.train.latents(torch.arange(3).numpy())
+    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    with torch.no_grad():
+        expected = tokenizer.encode_latents(tokenizer.config.image_processor.preprocess(pixels[range(3)]))
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+
+
+# -- what contradicts itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attention": (32,)}, "model.attention names 32, a resolution that never occurs with 3 levels; expected"),
+        ({"attention": (False, False, True)}, "model.attention names False"),
+        ({"channels": (8, 8)}, "model.channels has 2 entries and model.blocks 3"),
+        ({"channels": (), "blocks": ()}, "model.channels has 0 entries"),
+        ({"blocks": (0, -1, 1)}, "no negative number of blocks"),
+        ({"latent_channels": 0}, "model.latent_channels is 0"),
+        ({"codebook_size": 0}, "model.codebook_size is 0"),
+        ({"prior": "standard_normal"}, "model.prior is standard_normal with the tokenizer vqgan"),
+    ],
+)
+def test_fields_that_cannot_go_together_are_one_line_that_names_them(fields, said):
+    with pytest.raises(ConfigError) as caught:
+        TokenizerModel(**fields)
+    assert said in one_line(caught)
+
+
+def test_a_continuous_tokenizer_asks_nothing_of_the_quantizer():
+    model = TokenizerModel(name="kl", latent_channels=3, codebook_size=512)
+    assert replace(model, prior="standard_normal").learns
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@torch.no_grad()
+def test_any_factor_from_2_to_32_takes_any_channels_and_sides_that_differ(levels, channels):
+    factor = 2 ** (levels - 1)
+    shape = {
+        "channels": (4,) * levels,
+        "blocks": (0,) * (levels - 1) + (1,),
+        "attention": (factor,),
+        "latent_channels": 4,
+    }
+    tokenizer = tiny_tokenizer(image_channels=channels, image_size=(2 * factor, 3 * factor), content_size=None, **shape)
+    x = some_pixels(2, channels, 2 * factor, 3 * factor)
+    indices = tokenizer.encode_indices(x)
+    assert indices.shape == (2, 2, 3)
+    torch.testing.assert_close(tokenizer.decode_indices(indices), tokenizer(x).reconstruction)
+    assert tokenizer.latent_spec().downsampling_factor == factor
