@@ -52,12 +52,12 @@ class Trained(NamedTuple):
 
 
 def train_tokenizer(pixel_values: Tensor, seconds: float, tuning: Tuning, seed: int) -> Trained:
-    """VQModel on (N, 1, H, W) in [-1, 1]: mean squared error and the library's codebook loss."""
+    """VQModel on (N, C, H, W) in [-1, 1]: mean squared error and the library's codebook loss."""
     torch.manual_seed(seed)
-    levels = len(tuning.channels)
+    levels, channels = len(tuning.channels), pixel_values.shape[1]
     model = VQModel(
-        in_channels=1,
-        out_channels=1,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuning.channels,

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import time
 
-NAMES = ("where_time_goes", "set_metrics", "evaluation_memory", "loop_cost", "glue")
+NAMES = ("where_time_goes", "set_metrics", "evaluation_memory", "loop_cost", "quantizers", "tokenizer_step", "glue")
 
 
 def main() -> None:

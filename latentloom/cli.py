@@ -13,6 +13,7 @@ VERBS = {
     "sweep": "search for better settings of a stage, and write the best as a recipe",
     "sample": "generate images with a pipeline",
     "reconstruct": "pass images through a tokenizer and back, side by side",
+    "inspect-tokenizer": "draw one HTML page of a tokenizer: errors, codes, where they are used",
     "evaluate": "measure a pipeline or a tokenizer against reference images",
     "report": "draw one HTML page of a run: curves, samples, health, configuration",
     "push": "upload a pipeline to the Hugging Face Hub",

@@ -21,8 +21,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
-from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.adversarial import AdversarialConfig
+from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.survey import survey

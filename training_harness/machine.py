@@ -38,6 +38,17 @@ def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
             setting.fp32_precision = value
 
 
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Within it, products of float32 matrices on `device` round nothing, whatever is set around it."""
+    setting: Any = torch.backends.cuda.matmul if device.type == "cuda" else MKLDNN.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def products_are_rounded(device: torch.device) -> bool:
     """Whether products of float32 on a CPU round their factors to bfloat16 now."""
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"

@@ -24,14 +24,13 @@ from stage1_tokenizer.quantizers.protocol import (
     as_vectors,
     averaged,
 )
-from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS
+from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS, least_of
 from training_harness.precision import widened
 
 
 def most_alike(vectors: Tensor, codebook: Tensor) -> Tensor:
     """(N,) index of the code with the largest product with each vector."""
-    rows = max(1, CHUNK_ELEMENTS // len(codebook))
-    return torch.cat([(chunk @ codebook.T).argmax(1) for chunk in vectors.split(rows)])
+    return least_of(vectors, codebook, codebook.new_zeros(len(codebook)))
 
 
 class _Chosen(torch.autograd.Function):

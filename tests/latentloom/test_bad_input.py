@@ -83,6 +83,7 @@ PRIOR = "train-prior --output new --codes job/codes --recipe ar-tiny"
 TRAIN = "train --output new --data images"
 SAMPLE = "sample --output new --pipeline job"
 EVALUATE = "evaluate --reference images --pipeline job"
+INSPECT = "inspect-tokenizer --tokenizer job --data images"
 CASES = {
     "a folder that is missing": ("train --output new --data ./nowhere", "./nowhere", "expected a folder"),
     "an empty folder": ("train --output new --data empty", "'empty' is empty", "Put images in it"),
@@ -164,6 +165,15 @@ CASES = {
     "a negative seed of samples": (f"{SAMPLE} --seed -1", "--seed is -1", "expected a whole number from 0"),
     "a probability above one": (f"{SAMPLE} --top-p 1.5", "top_p is 1.5", "expected a probability"),
     "nothing to reconstruct": ("reconstruct --tokenizer job --data images --num-images 0", "is 0", "at least 1"),
+    "nothing to inspect": ("inspect-tokenizer --tokenizer job --data images --num-images 0", "is 0", "at least 1"),
+    "a folder for a page": (f"{INSPECT} --output full", "--output is full", "full/inspection.html"),
+    "another ending for a page": (f"{INSPECT} --output page.pdf", "--output is page.pdf", "page.html"),
+    "a tokenizer to inspect that is missing": (
+        "inspect-tokenizer --tokenizer ./nowhere --data images",
+        "./nowhere",
+        "config.json",
+    ),
+    "images to inspect that are missing": ("inspect-tokenizer --tokenizer job --data ./gone", "./gone", "expected"),
     "nothing to evaluate": ("evaluate --reference images", "--pipeline, --tokenizer and --samples", "give what is"),
     "two things to evaluate": ("evaluate --reference images --pipeline job --tokenizer job", "expected one of", "give"),
     "a folder for a file": ("evaluate --reference images --pipeline job --output full", "--output is full", ".json"),

@@ -30,6 +30,7 @@ OPTIONS = {
     "sweep": "--codes --data --output --recipe --config --search --trials --max-steps --minutes --seed --resolution",
     "sample": "--pipeline --classes --num-images --seed --output --guidance-scale --temperature --top-k --top-p",
     "reconstruct": "--tokenizer --data --num-images --output",
+    "inspect-tokenizer": "--tokenizer --data --num-images --output --seed",
     "evaluate": "--pipeline --tokenizer --samples --reference --features --num-images --save-samples --output",
     "report": "--output",
     "push": "--pipeline --repo-id --private",

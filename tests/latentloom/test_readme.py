@@ -51,7 +51,7 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
         assert set(hub.repos) == {"me/my-generator"}
     assert set(ran) == {
         "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push",
-        "report", "sweep",
+        "report", "inspect-tokenizer", "sweep",
     }  # fmt: skip
 
 

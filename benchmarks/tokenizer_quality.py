@@ -1,0 +1,186 @@
+"""The same minutes for every quantizer and for diffusers' VQModel: what each makes of a set of small pictures.
+
+Each is trained anew, from reading the pictures to a saved model, its learning rate decaying over the time it is given; VQModel
+as tuned for the comparison of whole stacks (docs/LOG.md), for the seconds that our default took, at the same number of codes and
+with padding to 64 of them. Figures are on held-out pictures. The Fréchet distance is on features that none was trained on: of
+the judge for the embedded set, of EfficientNet-Lite0 for pictures in colour.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import picture_sets
+import torch
+from frame import Report, table
+from torch import Tensor
+
+from latentloom.arguments import training_values
+from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.stages import load_source, run_tokenizer
+from pipelines.evaluation.features import FeatureExtractor, feature_extractor
+from pipelines.evaluation.frechet import frechet_distance
+from pipelines.evaluation.report import BATCH, reconstruct
+from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.metrics import codebook_usage, psnr, ssim
+from stage1_tokenizer.pictures import image_grid, save_picture
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.registry import saved_tokenizer
+from stage1_tokenizer.sources import ImageSource, open_source
+from stage1_tokenizer.training_config import TokenizerTraining
+from training_harness.configuration import from_mapping
+from training_harness.machine import rounded_products
+
+PEER = "diffusers VQModel"
+RECIPES = ("ema", "vq-vae", "rotation", "normalized", "simvq", "ibq", "fsq", "lfq", "bsq", "residual")
+SHARES = (0.125, 0.25, 0.5)  # of the minutes, for our default alone: when is it where VQModel ends?
+CACHE = Path("~/.cache/latentloom/benchmarks").expanduser()
+SHOWN = 12
+COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet distance", "perplexity": "perplexity"}
+COLUMNS |= {"bits": "bits an image", "rate": "images/s", "seconds": "seconds"}
+
+
+@dataclass
+class PictureSet:
+    name: str
+    data: str
+    source: ImageSource
+    size: int
+    extractor: FeatureExtractor
+
+    def __post_init__(self) -> None:
+        self.channels = 1 if self.data == FASHION_MNIST else 3
+        sizes = {"content_size": (self.size, self.size), "image_size": (self.size, self.size)}
+        self.processor = ImageProcessor(channels=self.channels, **sizes)
+        self.train, self.test = (Pixels(split, self.processor) for split in (self.source.train, self.source.held_out))
+        self.originals = self.test[range(len(self.test))]
+        self.real = self.extractor.extract(self.originals).features
+
+    def figures(self, rebuilt: Tensor, indices: Tensor, codebook_size: int) -> dict[str, float]:
+        counts = torch.bincount(indices.flatten(), minlength=codebook_size)
+        return {
+            "psnr": psnr(rebuilt, self.originals).mean().item(),
+            "ssim": ssim(rebuilt, self.originals).mean().item(),
+            "frechet": frechet_distance(self.extractor.extract(rebuilt).features, self.real),
+            "perplexity": codebook_usage(counts).perplexity,
+            "codes_used": int((counts > 0).sum()),
+            "bits": indices[0].numel() * math.log2(codebook_size),
+        }
+
+
+def picture_set(name: str) -> PictureSet:
+    if name == "embedded":
+        judge = feature_extractor("judge", judge=judge_path())
+        return PictureSet(name, FASHION_MNIST, load_source(FASHION_MNIST), 28, judge)
+    folder = getattr(picture_sets, name)(CACHE / name)
+    return PictureSet(
+        name, str(folder), open_source(folder), picture_sets.SIDE, feature_extractor("efficientnet-lite0")
+    )
+
+
+def ours(pictures: PictureSet, recipe: str, minutes: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+    with TemporaryDirectory() as temporary:
+        fields = {"data": pictures.data, "output": str(Path(temporary) / "run"), "seed": seed, "sample_every": 10**9}
+        fields |= {"resolution": str(pictures.size)}
+        config = from_mapping(TokenizerTraining, training_values("tokenizer", recipe, None, fields))
+        begin = time.perf_counter()
+        folder = run_tokenizer(replace(config, checkpoint_every=10**9), pictures.source, minutes)
+        seconds = time.perf_counter() - begin
+        tokenizer = saved_tokenizer(folder)
+        found = [reconstruct(tokenizer, batch) for batch in pictures.originals.split(BATCH)]
+        rebuilt, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+        steps = int(next((folder.parent / "checkpoints").iterdir()).name.removeprefix("step_"))
+        figures = pictures.figures(rebuilt, indices, tokenizer.codebook_size or 0)
+        return figures | {"seconds": seconds, "rate": steps * config.batch_size / seconds}, rebuilt
+
+
+def theirs(pictures: PictureSet, size: int, seconds: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+    """VQModel on the pictures padded to `size` pixels a side."""
+    import glue_stack
+
+    content = (pictures.size, pictures.size)
+    processor = replace(pictures.processor, image_size=(size, size), content_size=content)
+    tuning = glue_stack.Tuning()
+    begin = time.perf_counter()
+    pixels = processor.preprocess(pictures.train[range(len(pictures.train))])
+    with rounded_products(torch.device("cpu"), enabled=True):
+        trained = glue_stack.train_tokenizer(pixels, seconds, tuning, seed)
+    seconds = time.perf_counter() - begin
+    codes = glue_stack.encode(trained.model, processor.preprocess(pictures.originals))
+    rebuilt = processor.postprocess(glue_stack.decode(trained.model, codes).float() / 127.5 - 1)
+    rate = trained.steps * tuning.tokenizer_batch / seconds
+    return pictures.figures(rebuilt, codes, glue_stack.CODES) | {"seconds": seconds, "rate": rate}, rebuilt
+
+
+def measured(pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str, ...]) -> Report:
+    rows: dict[str, dict[str, Any]] = {}
+    shown = {"original": pictures.originals[:SHOWN]}
+
+    def add(name: str, work: Callable[[], tuple[dict[str, Any], Tensor]]) -> None:
+        rows[name], rebuilt = work()
+        shown[name] = rebuilt[:SHOWN]
+        print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
+
+    for recipe in recipes:
+        add(recipe, lambda: ours(pictures, recipe, minutes, seed))  # noqa: B023 - called at once
+    seconds = rows[recipes[0]]["seconds"]
+    grids = sorted({pictures.size, 32})  # at f = 4: as many codes as ours, and 64
+    for size in grids:
+        add(f"{PEER}, {(size // 4) ** 2} codes", lambda: theirs(pictures, size, seconds, seed))  # noqa: B023
+    for share in SHARES if len(recipes) > 1 else ():
+        add(f"{recipes[0]}, {share:g} of the time", lambda: ours(pictures, recipes[0], share * minutes, seed))  # noqa: B023
+    held_out = len(pictures.originals)
+    figures = {
+        "seed": seed,
+        "minutes": minutes,
+        "num_images": held_out,
+        "features": pictures.extractor.name,
+        "rows": rows,
+    }
+    return Report(
+        name=f"tokenizer_quality_{pictures.name}",
+        title=f"Every quantizer in {minutes:g} minutes: {pictures.name}",
+        text=words(pictures, minutes, rows, recipes[0]),
+        figures=figures,
+        peers=("diffusers",),
+        chart=lambda path: save_picture(image_grid(torch.cat(list(shown.values())), SHOWN, list(shown), scale=2), path),
+    )
+
+
+def words(pictures: PictureSet, minutes: float, rows: dict[str, dict[str, Any]], default: str) -> str:
+    body = table(["", *COLUMNS.values()], [[name, *(row[key] for key in COLUMNS)] for name, row in rows.items()])
+    peers = {name: row for name, row in rows.items() if name.startswith(PEER)}
+    own, best = rows[default], max(peers.values(), key=lambda row: row["psnr"])
+    early = {name: row for name, row in rows.items() if name.startswith(f"{default}, ")}
+    reached = next((row["seconds"] for row in early.values() if row["psnr"] >= best["psnr"]), None)
+    when = (
+        f"It is where VQModel ends after {reached / best['seconds']:.0%} of the seconds."
+        if reached
+        else "No shorter run of it was where VQModel ends."
+        if early
+        else ""
+    )
+    return "\n\n".join(
+        [
+            (__doc__ or "").partition("\n\n")[2].strip(),
+            f"{len(pictures.train):,} pictures of {pictures.size}×{pictures.size}, {pictures.channels} channel"
+            f"{'s' * (pictures.channels > 1)}; {len(pictures.originals):,} held out; {minutes:g} minutes each; one seed.",
+            body,
+            f"Our default, `{default}`, is {own['psnr'] - best['psnr']:+.2f} dB from the better VQModel, with "
+            f"{own['frechet'] / min(row['frechet'] for row in peers.values()):.0%} of the better one's distance. {when}",
+        ]
+    )
+
+
+def run_set(name: str, minutes: float, quick: bool) -> Report:
+    if quick:
+        return measured(picture_set(name), 0.1, 0, RECIPES[:1])
+    return measured(picture_set(name), minutes, 0, RECIPES)
+
+
+def run(quick: bool) -> Report:
+    return run_set("embedded", 5.0, quick)

@@ -1,0 +1,63 @@
+"""latentloom inspect-tokenizer: one HTML page of a tokenizer's errors, codes and where it uses them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentloom.arguments import check_count, check_seed, parse
+from latentloom.inspection.measure import inspect
+from latentloom.inspection.page import Subject, page, summary
+from latentloom.stages import load_source, load_tokenizer, say
+from pipelines.evaluation.feature_files import drawn_positions
+from stage1_tokenizer.pixels import Pixels
+from training_harness.errors import UserError
+from training_harness.files import write_text
+from training_harness.processes import accelerated_device, is_main_process, main_process_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tokenizer: str
+    """Run folder, model folder, pipeline folder or Hub repository."""
+    data: str
+    """Images: their test split where they have one, else the validation split."""
+    num_images: int = 1000
+    """Images drawn from the split, at most."""
+    output: Path = Path("inspection.html")
+    """HTML file."""
+    seed: int = 0
+    """Of the images drawn, and of those shown at random."""
+
+    def __post_init__(self) -> None:
+        check_count("--num-images", self.num_images)
+        check_seed(self.seed)
+        path = self.output
+        if path.is_dir() or path.suffix != ".html":
+            such = path / "inspection.html" if path.is_dir() else path.with_suffix(".html")
+            raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "inspect-tokenizer", words)
+    with main_process_first():
+        if is_main_process():
+            draw(a)
+
+
+def draw(a: Arguments) -> None:
+    tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
+    source = load_source(a.data)
+    split = source.held_out
+    drawn = drawn_positions(len(split), a.num_images, a.seed).tolist()
+    pixels = Pixels(split.select(drawn), tokenizer.config.image_processor)
+    pixels.report_skipped()
+    found = inspect(tokenizer, pixels, a.seed)
+    subject = Subject(
+        tokenizer=tokenizer,
+        name=a.tokenizer,
+        data=a.data,
+        split="validation" if source.test is None else "test",
+        available=len(split),
+        seed=a.seed,
+    )
+    write_text(a.output, page(subject, found))
+    say(f"{summary(tokenizer, found)}: {a.output}")

@@ -1,0 +1,48 @@
+"""What a tokenizer's figures on a set of images mean, in sentences, with the option to change where something is wrong."""
+
+import math
+
+from latentloom.inspection.codes import LevelUsage
+from latentloom.inspection.latents import LatentStatistics
+from latentloom.report.numbers import count, percent
+from latentloom.report.verdicts import Verdict, codebook_remedy, codebook_use
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage1_tokenizer.vqgan import VQGANConfig
+
+ENOUGH = 4  # choices a code, below which a code that nothing chose may only not have had its turn
+MOSTLY = 0.5  # of the latents' dimensions
+
+
+def codebook_verdict(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Verdict:
+    """On the level that is used least well."""
+    worst = min(range(len(levels)), key=lambda i: levels[i].usage.perplexity)
+    level, config = levels[worst], tokenizer.config
+    name, threshold = None, None
+    if isinstance(config, VQGANConfig):
+        name, threshold = config.quantizer_config.name, config.quantizer_config.restart_threshold
+    remedy = codebook_remedy(name, threshold, level.codebook_size)
+    found = codebook_use(*level.usage, level.codebook_size, remedy)
+    where = f"Level {worst + 1} of {len(levels)}, the least used: " if len(levels) > 1 else ""
+    if found.level == "bad" and level.choices < ENOUGH * level.codebook_size:
+        places = level.choices // len(level.codes)
+        return Verdict(
+            "note",
+            "Too few images to judge the codebook",
+            f"{where}{count(level.usage.codes_used, 'code')} of {level.codebook_size:,} in {level.choices:,} choices. Give "
+            f"--num-images {math.ceil(ENOUGH * level.codebook_size / places)} or more.",
+        )
+    return found._replace(text=where + found.text)
+
+
+def latents_verdict(latents: LatentStatistics) -> Verdict | None:
+    """Whether latents with a posterior carry the image; none for latents without."""
+    if latents.collapsed is None:
+        return None
+    share = float(latents.collapsed.mean())
+    if share == 0:
+        return Verdict("good", "Every dimension of the latents carries the image", "None is collapsed.")
+    title = f"{percent(share)} of the latents’ dimensions are collapsed"
+    text = "Their posterior is nearly the same for every image, so they carry nothing of it."
+    if share > MOSTLY:
+        text += " Train with a smaller --reconstruction.kl, or with fewer --model.latent-channels."
+    return Verdict("note", title, text)
