@@ -1,8 +1,11 @@
 """The parts that encoder and decoder are made of. GroupNorm throughout: BatchNorm's statistics differ by rank under DDP."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from training_harness.machine import products_are_rounded
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -55,11 +58,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution, which leaves no checkerboard."""
+    """Twice the resolution: nearest neighbour, then a convolution, which leaves no checkerboard.
+
+    Both together are one transposed convolution by the sums of neighbouring weights, of 16 products a value in place of 36 and
+    without the enlarged map. On CPUs that is up to twice as fast where products are not rounded.
+    """
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not products_are_rounded(x.device):
+            kernel = (
+                F.avg_pool2d(F.pad(self.conv.weight.flip(-2, -1), (1, 1, 1, 1)), 2, stride=1) * 4
+            )  # (out, in, 4, 4)
+            return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

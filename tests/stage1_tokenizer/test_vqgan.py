@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_parts import one_line, some_pixels, whole_config, whole_tokenizer
+from tiny_models import seeded
 
-from stage1_tokenizer.blocks import AttentionBlock, ResidualBlock, group_norm
+from stage1_tokenizer.blocks import AttentionBlock, ResidualBlock, Upsample, group_norm
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import ConfigError, UserError
@@ -129,6 +130,22 @@ def test_attention_sees_every_position():
     altered = x.clone()
     altered[..., -1, -1] += 1
     assert not torch.equal(layer(x)[..., 0, 0], layer(altered)[..., 0, 0])
+
+
+def test_an_upsampling_is_nearest_neighbour_and_a_convolution_values_and_gradients_alike():
+    layer = Upsample(6, 5).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, generator=seeded(0)).requires_grad_()
+    enlarged = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    expected, found = layer.conv(enlarged), layer(x)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn(found.shape, dtype=torch.float64, generator=seeded(1))
+    parameters = (x, layer.conv.weight, layer.conv.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, parameters, gradient),
+        torch.autograd.grad(expected, parameters, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (6, 1), (8, 2), (16, 4), (64, 16), (128, 32), (192, 32)])
