@@ -7,7 +7,17 @@ import argparse
 import importlib
 import time
 
-NAMES = ("where_time_goes", "set_metrics", "evaluation_memory", "loop_cost", "quantizers", "tokenizer_step", "glue")
+NAMES = (
+    "where_time_goes",
+    "set_metrics",
+    "evaluation_memory",
+    "loop_cost",
+    "quantizers",
+    "tokenizer_step",
+    "tokenizer_quality",
+    "tokenizer_quality_colour",
+    "glue",
+)
 
 
 def main() -> None:

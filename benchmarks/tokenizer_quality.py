@@ -76,7 +76,7 @@ def picture_set(name: str) -> PictureSet:
     if name == "embedded":
         judge = feature_extractor("judge", judge=judge_path())
         return PictureSet(name, FASHION_MNIST, load_source(FASHION_MNIST), 28, judge)
-    folder = getattr(picture_sets, name)(CACHE / name)
+    folder = picture_sets.colour(CACHE / name)
     return PictureSet(
         name, str(folder), open_source(folder), picture_sets.SIDE, feature_extractor("efficientnet-lite0")
     )
@@ -125,14 +125,15 @@ def measured(pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str
         shown[name] = rebuilt[:SHOWN]
         print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
 
-    for recipe in recipes:
-        add(recipe, lambda: ours(pictures, recipe, minutes, seed))  # noqa: B023 - called at once
-    seconds = rows[recipes[0]]["seconds"]
-    grids = sorted({pictures.size, 32})  # at f = 4: as many codes as ours, and 64
-    for size in grids:
-        add(f"{PEER}, {(size // 4) ** 2} codes", lambda: theirs(pictures, size, seconds, seed))  # noqa: B023
-    for share in SHARES if len(recipes) > 1 else ():
-        add(f"{recipes[0]}, {share:g} of the time", lambda: ours(pictures, recipes[0], share * minutes, seed))  # noqa: B023
+    default, *others = recipes
+    add(default, lambda: ours(pictures, default, minutes, seed))
+    for size in sorted({pictures.size, 32}):  # at f = 4: as many codes as ours, and 64
+        seconds = rows[default]["seconds"]
+        add(f"{PEER}, {(size // 4) ** 2} codes", lambda: theirs(pictures, size, seconds, seed))  # noqa: B023 - called at once
+    for share in SHARES if others else ():
+        add(f"{default}, {share:g} of the time", lambda: ours(pictures, default, share * minutes, seed))  # noqa: B023
+    for recipe in others:
+        add(recipe, lambda: ours(pictures, recipe, minutes, seed))  # noqa: B023
     held_out = len(pictures.originals)
     figures = {
         "seed": seed,

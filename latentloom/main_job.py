@@ -52,6 +52,20 @@ def check_bounds(minutes: float | None, num_images: int) -> None:
     check_count("--num-images", num_images)
 
 
+def check_codes(tokenizer: TokenizerTraining) -> None:
+    """Refuses before anything is trained what the prior could not be trained on."""
+    model = tokenizer.model
+    if model.name == "vqgan" and model.quantizer.name != "residual":
+        return
+    found = "several levels of codes" if model.name == "vqgan" else "no codes"
+    hint = ", or train-tokenizer alone: it samples without a prior" if model.prior == "standard_normal" else ""
+    kind = "residual" if model.name == "vqgan" else model.name
+    raise UserError(
+        f"the tokenizer {kind} has {found} and the autoregressive prior needs one level of them; expected another tokenizer; "
+        f"give --tokenizer-recipe vqgan-f4{hint}"
+    )
+
+
 def run_main_job(
     output: Path,
     source: ImageSource,

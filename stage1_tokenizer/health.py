@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the report reads run folders with these words and without t
     from stage1_tokenizer.quantizers import QuantizerConfig
 
 LOW_USAGE = 0.10  # of K: below it a codebook has collapsed
+ENOUGH = 4  # choices a code, before anything is said of those that were not used
 WON = 0.05  # mean loss of a discriminator that is never wrong; 1 (hinge) or 0.69 is that of one that guesses
 WORSE = 1.0  # dB of PSNR lost since the decoder hears of the discriminator
 
@@ -36,13 +37,14 @@ class Health:
         self,
         psnr: float,
         usage: dict[str, float],
+        choices: int,
         codebook_size: int | None,
         quantizer: QuantizerConfig,
         adversarial_share: float,
     ) -> dict[str, str]:
         """What is to be said of the figures found at this step, by what it is about."""
         found = {
-            "codebook": codebook_warning(usage, codebook_size, quantizer),
+            "codebook": codebook_warning(usage, choices, codebook_size, quantizer),
             "discriminator": discriminator_warning(self._mean_loss()),
             "reconstruction": reconstruction_warning(psnr, self.best_psnr) if adversarial_share > 0 else None,
         }
@@ -71,8 +73,10 @@ class Health:
         self.best_psnr, self.said = state["best_psnr"], set(state["said"])
 
 
-def codebook_warning(usage: dict[str, float], codebook_size: int | None, quantizer: QuantizerConfig) -> str | None:
-    if not usage or not codebook_size or usage["codes_used"] >= LOW_USAGE * codebook_size:
+def codebook_warning(
+    usage: dict[str, float], choices: int, codebook_size: int | None, quantizer: QuantizerConfig
+) -> str | None:
+    if not codebook_size or choices < ENOUGH * codebook_size or usage["codes_used"] >= LOW_USAGE * codebook_size:
         return None
     return (
         f"the codebook has collapsed: {usage['codes_used']:.0f} of {codebook_size} codes were used since the last validation; "

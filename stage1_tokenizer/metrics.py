@@ -93,6 +93,11 @@ class CodeUsage:
         """indices: int64 of any shape."""
         self.counts += summed(torch.bincount(indices.flatten(), minlength=len(self.counts))).cpu()
 
+    @property
+    def choices(self) -> int:
+        """Codes chosen since the last look, each as often as it was."""
+        return int(self.counts.sum())
+
     def since_last(self) -> dict[str, float]:
         """`codes_used` and `perplexity`, by name; counting begins anew."""
         found = codebook_usage(self.counts)._asdict() if len(self.counts) else {}

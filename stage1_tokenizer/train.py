@@ -130,10 +130,10 @@ def train_tokenizer(
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            found, used = validation_psnr(ema.model, validation), usage.since_last()
+            found, choices, used = validation_psnr(ema.model, validation), usage.choices, usage.since_last()
             run.log_row(step, {"validation_psnr": found} | used)
             quantizer = config.model.quantizer
-            for about, text in health.warnings(found, used, tokenizer.codebook_size, quantizer, share).items():
+            for about, text in health.warnings(found, used, choices, tokenizer.codebook_size, quantizer, share).items():
                 run.warn(step, about, text)
             run.judge(step, -found)
             if accelerator.is_main_process:

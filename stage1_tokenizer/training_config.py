@@ -99,6 +99,12 @@ def parse_size(resolution: int | str) -> tuple[int, int]:
 def completed(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerTraining:
     """`config` with resolution and channels filled in from the pictures where the user gave none."""
     height, width = survey.commonest_size if config.resolution is None else parse_size(config.resolution)
+    asked, found = config.image_channels, survey.channels
+    if asked is not None and max(asked, found) > 4 and asked != found:
+        raise ConfigError(
+            f"--image-channels is {asked} and the pictures have {found}; expected 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) "
+            "of picture files, and all the channels of NumPy files; leave it out"
+        )
     return replace(
         config,
         resolution=f"{height}x{width}",

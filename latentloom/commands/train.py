@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from latentloom.arguments import parse, recipe_help, training_values
 from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.dry_run import closing, dry_run
-from latentloom.main_job import check_bounds, run_main_job, summary
+from latentloom.main_job import check_bounds, check_codes, run_main_job, summary
 from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
 from latentloom.stages import load_source, say
 from stage1_tokenizer.registry import new_tokenizer
@@ -79,6 +79,7 @@ def main(words: list[str]) -> None:
     }
     values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
     tokenizer = completed(from_mapping(TokenizerTraining, values), seen)
+    check_codes(tokenizer)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
     prior = from_mapping(PriorTraining, training_values("prior", choice.prior, None, given | of_codes))
     if a.max_steps is None:

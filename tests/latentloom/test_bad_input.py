@@ -102,7 +102,7 @@ CASES = {
     "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
     "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "Expected one of ('vq', 'ema'"),
     "an unknown recipe": (f"{TOKENIZER} --recipe vqgan-f44", "'vqgan-f44'", "did you mean 'vqgan-f4'?"),
-    "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: bsq, fsq, ibq"),
+    "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: bsq, ema, fsq"),
     "a prior's recipe for a tokenizer": (f"{TOKENIZER} --recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),
     "a tokenizer's recipe for a prior": (f"{PRIOR} --recipe vqgan-f4", "no prior recipe 'vqgan-f4'", "ar-tiny"),
     "an unknown recipe of both": (f"{TRAIN} --recipe ar-tini", "'ar-tini'", "did you mean 'ar-tiny'?"),
@@ -117,13 +117,41 @@ CASES = {
     "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
     "another stage's configuration": (
         f"{PRIOR} --config job/tokenizer/config.yaml",
-        "'model.channels'",
+        "'model.name'",
         "expected one of",
     ),
     "an empty codebook": (f"{TOKENIZER} --model.codebook-size 0", "model.codebook_size is 0", "expected at least 1"),
     "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
     "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one a level"),
     "channels that no picture has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
+    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "model.attention names 64", "1, 2, 4"),
+    "levels that do not multiply to K": (
+        f"{TOKENIZER} --recipe fsq --model.codebook-size 500",
+        "model.codebook_size is 500",
+        "expected 512 and 3",
+    ),
+    "codes of bits that are no power of two": (
+        f"{TOKENIZER} --recipe lfq --model.codebook-size 500",
+        "model.codebook_size is 500",
+        "expected 2^channels",
+    ),
+    "a normal prior of codes": (f"{TOKENIZER} --model.prior standard_normal", "model.prior", "give --model.name kl"),
+    "a prior of codes for a tokenizer without": (
+        f"{TRAIN} --tokenizer-recipe kl",
+        "the tokenizer kl has no codes",
+        "--tokenizer-recipe vqgan-f4",
+    ),
+    "a prior of codes for several levels": (
+        f"{TRAIN} --tokenizer-recipe residual --dry-run",
+        "the tokenizer residual has several levels",
+        "--tokenizer-recipe vqgan-f4",
+    ),
+    "a dry run of nothing": (f"{TOKENIZER} --recipe identity --dry-run", "has nothing to learn", "without --dry-run"),
+    "a perceptual loss without its weights": (
+        f"{TOKENIZER} --perceptual lpips",
+        "vgg16",
+        "--perceptual efficientnet-lite0",
+    ),
     "a size that f does not divide": (
         f"{TOKENIZER} --resolution 30x29 --padding refuse",
         "30x29",
@@ -372,5 +400,5 @@ def test_a_disk_that_is_full_is_one_line_too(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("latentloom.commands.sample.save_picture", full)
+    monkeypatch.setattr("stage1_tokenizer.pictures.save_picture", full)
     assert "No space left on device" in refusal(capsys, SAMPLE)

@@ -9,6 +9,7 @@ from small_parts import write_pictures
 
 from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.health import Health, discriminator_warning, usage_remedy
+from stage1_tokenizer.metrics import CodeUsage
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from stage1_tokenizer.sources import open_source
@@ -20,13 +21,14 @@ from training_harness.metric_log import read_metrics
 EMA = QuantizerConfig()
 
 
-def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, quantizer: QuantizerConfig = EMA):
-    return health.warnings(psnr, {"codes_used": used, "perplexity": used / 2}, 512, quantizer, share)
+def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, choices: int = 2048):
+    return health.warnings(psnr, {"codes_used": used, "perplexity": used / 2}, choices, 512, EMA, share)
 
 
 def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
     health = Health()
     assert said(health, used=52) == {}
+    assert said(health, used=3, choices=2047) == {}  # too early to say
     found = said(health, used=51)
     assert list(found) == ["codebook"]
     assert "51 of 512" in found["codebook"]
@@ -89,13 +91,14 @@ def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dic
 
 
 def small(**fields) -> TokenizerTraining:
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 0), latent_channels=4, codebook_size=4096)
+    model = TokenizerModel(channels=(8, 8), blocks=(0, 0), latent_channels=4, codebook_size=64)
     plain = TokenizerTraining(output=Path("x"), data="x", model=model, batch_size=4, max_steps=8, sample_every=4)
     return replace(plain, **fields)
 
 
-def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys):
-    rows = trained(tmp_path / "run", pictures, small())  # 4,096 codes for 256 positions a batch
+def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(CodeUsage, "count", lambda usage, indices: usage.counts[:1].add_(indices.numel()))
+    rows = trained(tmp_path / "run", pictures, small())
     warnings = [row for row in rows if "warning" in row]
     assert [(row["step"], row["about"]) for row in warnings] == [(4, "codebook")]
     assert f"warning at step 4: {warnings[0]['warning']}" in capsys.readouterr().err

@@ -1,0 +1,8 @@
+"""`tokenizer_quality` on a second set, in colour: emoji and crops of photographs, 32×32 pixels."""
+
+from frame import Report
+from tokenizer_quality import run_set
+
+
+def run(quick: bool) -> Report:
+    return run_set("colour", 5.0, quick)

@@ -1,8 +1,0 @@
-"""`tokenizer_quality` on a second set, in colour: crops of photographs, 32×32 pixels."""
-
-from frame import Report
-from tokenizer_quality import run_set
-
-
-def run(quick: bool) -> Report:
-    return run_set("photographs", 5.0, quick)
