@@ -55,17 +55,24 @@ class AutoencoderConfig(TokenizerConfig):
     def downsampling_factor(self) -> int:
         return 2 ** (len(self.channels) - 1)
 
+    def encoder(self, encoded_channels: int) -> Encoder:
+        return Encoder(self.image_channels, *self._shape, encoded_channels)
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.image_channels, *self._shape, self.latent_channels)
+
+    @property
+    def _shape(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.channels), list(self.blocks), list(self.attention)
+
 
 class Autoencoder(Tokenizer):
     config: AutoencoderConfig
     end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
     tile_size: int | None = None  # of `enable_tiling`; not part of what is saved
 
-    def __init__(self, config: AutoencoderConfig, encoded_channels: int) -> None:
-        super().__init__(config)
-        shape = (list(config.channels), list(config.blocks), list(config.attention))
-        self.encoder = Encoder(config.image_channels, *shape, encoded_channels)
-        self.decoder = Decoder(config.image_channels, *shape, config.latent_channels)
+    encoder: Encoder
+    decoder: Decoder
 
     @property
     def latent_channels(self) -> int:

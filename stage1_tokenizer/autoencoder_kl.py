@@ -30,7 +30,8 @@ class AutoencoderKL(Autoencoder):
     config: AutoencoderKLConfig
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
-        super().__init__(config, encoded_channels=2 * config.latent_channels)
+        super().__init__(config)
+        self.encoder, self.decoder = config.encoder(2 * config.latent_channels), config.decoder()
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:

@@ -41,9 +41,11 @@ class VQGAN(Autoencoder):
     embedding_tables = ("quantizer.codebook", "quantizer.basis")
 
     def __init__(self, config: VQGANConfig) -> None:
-        super().__init__(config, encoded_channels=config.latent_channels)
+        super().__init__(config)
+        self.encoder = config.encoder(config.latent_channels)
         quantizer = config.quantizer_config
         self.quantizer = QUANTIZERS[quantizer.name](quantizer, config.codebook_size, config.latent_channels)
+        self.decoder = config.decoder()
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stage1_tokenizer.quantizers.protocol import LEARNT
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import flat, from_mapping, merged, nearest, to_mapping
@@ -171,6 +172,17 @@ def own_values(space: Space, base: Training) -> dict[str, Any]:
     return {field: drawn for field, drawn in held.items() if drawn is not None}
 
 
+def bottleneck_words(base: TokenizerTraining) -> list[str]:
+    """How strongly the latents are held, a factor of 4 either side, and the decay of a codebook that has one."""
+    model, weights = base.model, base.reconstruction
+    quantizer = model.quantizer.name if model.name == "vqgan" else None
+    name = "kl" if model.name == "kl" else "commitment"
+    weight = getattr(weights, name)
+    held = weight > 0 and (model.name == "kl" or quantizer not in (None, "fsq"))
+    words = [f"reconstruction.{name}={weight / 4:.6g}..{weight * 4:.6g}"] if held else []
+    return [*words, "model.quantizer.usage_decay=0.9|0.95|0.99"] if quantizer in LEARNT else words
+
+
 def default_words(base: Training) -> list[str]:
     """The search that is made where none was asked for: rates a factor of 4 either side, and what else often matters."""
     optimizer, size = base.optimizer, base.batch_size
@@ -179,6 +191,6 @@ def default_words(base: Training) -> list[str]:
         rates["matrix_learning_rate"] = optimizer.matrix_learning_rate
     words = [f"optimizer.{name}={rate / 4:.6g}..{rate * 4:.6g}" for name, rate in rates.items()]
     if isinstance(base, TokenizerTraining):
-        return [*words, "reconstruction.commitment=0.25..2", "model.quantizer.usage_decay=0.9|0.95|0.99"]
+        return [*words, *bottleneck_words(base)]
     sizes = sorted({max(1, size // 2), size, 2 * size})
     return [*words, "model.dropout=0..0.3", f"batch_size={'|'.join(map(str, sizes))}"]
