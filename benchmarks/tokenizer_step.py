@@ -264,7 +264,8 @@ def run(quick: bool) -> Report:
             compute,
             f"A step of ours is {share:.1%} of the arithmetic of VQModel's, enlarging as it does; without rounded products "
             "ours needs less, since upsampling and its convolution are one transposed convolution. Our training loop takes "
-            f"{own:.0f} ms a step; VQModel in a plain loop takes {first} times as long, and {same} times with the same two settings.",
+            f"{own:.0f} ms a step; VQModel in a plain loop takes {first} times as long, and {same} times with the same two "
+            "settings.",
             table(["plain loop", "VQModel, ms", "ours, ms", "ratio (quartiles)", "ratio to our training loop"], rows),
         ]
     )
