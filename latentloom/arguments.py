@@ -140,6 +140,13 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed is {seed}; expected a whole number from 0 to 2^63 − 1")
 
 
+def check_page(path: Path, name: str) -> None:
+    """Refuses what cannot be an HTML file; `name` is that of the page in a folder."""
+    if path.is_dir() or path.suffix != ".html":
+        such = path / name if path.is_dir() else path.with_suffix(".html")
+        raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuses a folder with files in it, unless they may be written over."""
     if folder.exists() and any(folder.iterdir()) and not overwrite:

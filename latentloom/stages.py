@@ -81,14 +81,16 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
 
     if minutes is not None and config.model.learns:
         config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
+    folder = config.output / "model"
     if (done := check_folder(config, "tokenizer")) is not None:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
-        return config.output / "model"
-    with advice_when_memory_runs_out(config, rehearse):
-        train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
-        train.report_skipped()
-        folder = train_tokenizer(config, model, train, validation, perceptual)
-    if config.model.prior == "standard_normal" and is_main_process():
+    else:
+        with advice_when_memory_runs_out(config, rehearse):
+            train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
+            train.report_skipped()
+            train_tokenizer(config, model, train, validation, perceptual)
+    whole = up_to_date(config.output / "pipeline" / INDEX, made_from=folder / "config.json")
+    if config.model.prior == "standard_normal" and is_main_process() and not whole:
         save_generator(folder, config)
     return folder
 

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import check_count, check_seed, parse
+from latentloom.arguments import check_count, check_page, check_seed, parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.feature_files import drawn_positions
 from stage1_tokenizer.pixels import Pixels
-from training_harness.errors import UserError
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 
@@ -30,10 +29,7 @@ class Arguments:
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
         check_seed(self.seed)
-        path = self.output
-        if path.is_dir() or path.suffix != ".html":
-            such = path / "inspection.html" if path.is_dir() else path.with_suffix(".html")
-            raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+        check_page(self.output, "inspection.html")
 
 
 def main(words: list[str]) -> None:

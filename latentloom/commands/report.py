@@ -6,10 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.arguments import parse
+from latentloom.arguments import check_page, parse
 from latentloom.report.page import page
 from latentloom.report.reading import read_job
-from training_harness.errors import UserError
 from training_harness.files import write_text
 
 
@@ -21,10 +20,8 @@ class Arguments:
     """HTML file; by default report.html in that folder."""
 
     def __post_init__(self) -> None:
-        path = self.output
-        if path is not None and (path.is_dir() or path.suffix != ".html"):
-            such = path / "report.html" if path.is_dir() else path.with_suffix(".html")
-            raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+        if self.output is not None:
+            check_page(self.output, "report.html")
 
 
 def main(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The page of an inspected tokenizer: one file that loads nothing, runs nothing, and may not (its own policy forbids it)."""
+"""The page of an inspected tokenizer: one file that loads nothing and runs nothing."""
 
 import math
 from collections.abc import Iterator
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from latentloom import __version__, report
+from latentloom import report
 from latentloom.inspection.codes import LevelUsage, by_level
 from latentloom.inspection.findings import codebook_verdict, latents_verdict
 from latentloom.inspection.measure import Inspection
-from latentloom.inspection.sections import Section, codes_look, codes_use, examples, latents_by_channel
+from latentloom.inspection.sections import codes_look, codes_use, examples, latents_by_channel
+from latentloom.report.document import document
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.widgets import Tile, tiles, verdict_list
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from stage1_tokenizer.vqgan import VQGANConfig
 from training_harness.pretrained import WeightlessModel, count_parameters
 
 STYLES = (Path(report.__file__).parent / "page.css", Path(__file__).parent / "page.css")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 EXACT = 100.0  # dB that stand for infinity
 
 
@@ -44,40 +44,19 @@ def page(subject: Subject, found: Inspection) -> str:
         parts += [codes_look(tokenizer, found.codes, levels), codes_use(levels)]
     if found.latents is not None:
         parts.append(latents_by_channel(tokenizer, found.latents))
-    return document(subject.name, overview(subject, found, levels), parts)
+    anchors = "".join(f'<a href="#{part.place}">{escape(part.title)}</a>' for part in parts)
+    body = "".join(f'<section id="{part.place}"><h2>{escape(part.title)}</h2>{part.html}</section>' for part in parts)
+    return document(
+        name=subject.name,
+        kind="a tokenizer, inspected",
+        head=f"<nav>{anchors}</nav>",
+        main=overview(subject, found, levels) + body,
+        styles=STYLES,
+    )
 
 
 def levels_of(tokenizer: Tokenizer, found: Inspection) -> list[LevelUsage]:
     return [] if found.codes is None else by_level(found.codes, tokenizer.codebook_size or 0)
-
-
-def document(name: str, head: str, sections: list[Section]) -> str:
-    title = escape(name)
-    anchors = "".join(f'<a href="#{section.place}">{escape(section.title)}</a>' for section in sections)
-    body = "".join(
-        f'<section id="{section.place}"><h2>{escape(section.title)}</h2>{section.html}</section>'
-        for section in sections
-    )
-    style = "".join(path.read_text(encoding="utf-8") for path in STYLES)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="color-scheme" content="light dark">
-<title>{title} · latentloom</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<header><p class="kind">latentloom · a tokenizer, inspected</p><h1>{title}</h1><nav>{anchors}</nav></header>
-<main>{head}{body}</main>
-<footer>Drawn by latentloom {escape(__version__)}.</footer>
-</body>
-</html>
-"""
 
 
 def overview(subject: Subject, found: Inspection, levels: list[LevelUsage]) -> str:

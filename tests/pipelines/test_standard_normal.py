@@ -1,5 +1,6 @@
 """A variational autoencoder samples through the same pipeline, without a stage two: its latents come from N(0, I)."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_a_prior_of_another_tokenizer_s_latents_is_refused_with_what_differs():
 def test_one_recipe_trains_it_and_leaves_a_pipeline_that_samples_and_is_measured(tmp_path, capsys):
     data, output = write_pictures(tmp_path / "pictures"), tmp_path / "vae"
     words = f"train-tokenizer --data {data} --output {output} --recipe vae --resolution 32 --max-steps 2 --batch-size 4"
+    assert main(words.split()) == 0
+    shutil.rmtree(output / "pipeline")  # as after a kill between model and pipeline
     assert main(words.split()) == 0
     words = f"sample --pipeline {output} --num-images 3 --output {tmp_path / 'samples'} --temperature 0.8"
     assert main(words.split()) == 0
