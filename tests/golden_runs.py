@@ -22,7 +22,9 @@ FOLDER, STEPS = Path(__file__).parent / "golden", 20
 
 def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
     """Loss terms by name, a step each."""
-    size = min(64, 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1))  # 4×4 codes or fewer
+    size = min(
+        64, 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1)
+    )  # 4×4 codes or fewer
     fields = {"output": str(folder / "run"), "max_steps": STEPS, "batch_size": 4, "log_every": 1, "seed": 0}
     fields |= {"sample_every": STEPS, "checkpoint_every": STEPS, "matmul_precision": "highest"}
     logged: list[dict[str, float]] = []
