@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.protocol import averaged, summed
+from stage1_tokenizer.quantizers.protocol import averaged
 from training_harness.errors import ConfigError
 from training_harness.optimization import steps_of
 from training_harness.precision import widened
@@ -125,5 +125,4 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_adversary,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
     weight = widened(of_reconstruction).norm() / (widened(of_adversary).norm() + 1e-4)
-    processes = summed(torch.ones_like(weight))
-    return summed(weight.clamp(0, 1e4).detach()) / processes
+    return averaged(weight.clamp(0, 1e4).detach())

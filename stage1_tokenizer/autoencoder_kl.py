@@ -36,10 +36,11 @@ class AutoencoderKL(Autoencoder):
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         mean, log_variance = self._posterior(pixel_values)
-        drawn = torch.randn_like(mean) if self.training else torch.zeros_like(mean)  # seeded by step in training
-        latents = (mean + (0.5 * log_variance).exp() * drawn).to(pixel_values.dtype)
+        latents = (
+            mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.training else mean
+        )  # seeded by step
         divergence = gaussian_divergence(mean, log_variance).sum() / pixel_values.numel()
-        return TokenizerOutput(self._decode(latents), None, {"kl": divergence})
+        return TokenizerOutput(self._decode(latents.to(pixel_values.dtype)), None, {"kl": divergence})
 
     def encode_latents(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, log_variance = self._posterior(pixel_values)

@@ -6,10 +6,10 @@ from latentloom.inspection.codes import LevelUsage
 from latentloom.inspection.latents import LatentStatistics
 from latentloom.report.numbers import count, percent
 from latentloom.report.verdicts import Verdict, codebook_remedy, codebook_use
+from stage1_tokenizer.health import ENOUGH
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vqgan import VQGANConfig
 
-ENOUGH = 4  # choices a code, below which a code that nothing chose may only not have had its turn
 MOSTLY = 0.5  # of the latents' dimensions
 
 
