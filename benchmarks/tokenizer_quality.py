@@ -1,9 +1,9 @@
 """The same minutes for every quantizer and for diffusers' VQModel: what each makes of a set of small pictures.
 
 Each is trained anew, from reading the pictures to a saved model, its learning rate decaying over the time it is given; VQModel
-as tuned for the comparison of whole stacks (docs/LOG.md), for the seconds that our default took, at the same number of codes and
-with padding to 64 of them. Figures are on held-out pictures. The Fréchet distance is on features that none was trained on: of
-the judge for the embedded set, of EfficientNet-Lite0 for pictures in colour.
+as tuned for the comparison of whole stacks (docs/LOG.md), for the seconds that our default took. Where pictures are no 32×32 both
+are also trained on pictures padded to that, for 64 codes at f = 4. Figures are on held-out pictures. The Fréchet distance is on
+features that none was trained on: of the judge for the embedded set, of EfficientNet-Lite0 for pictures in colour.
 """
 
 import math
@@ -37,7 +37,8 @@ from training_harness.machine import rounded_products
 
 PEER = "diffusers VQModel"
 RECIPES = ("ema", "vq-vae", "rotation", "normalized", "simvq", "ibq", "fsq", "lfq", "bsq", "residual")
-SHARES = (0.125, 0.25, 0.5)  # of the minutes, for our default alone: when is it where VQModel ends?
+SHARES = (0.125, 0.25, 0.5)  # of the minutes, for our default on the first set: when is it where VQModel ends?
+PADDED = 32  # pixels a side, for 64 codes at f = 4
 CACHE = Path("~/.cache/latentloom/benchmarks").expanduser()
 SHOWN = 12
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet": "Fréchet distance", "perplexity": "perplexity"}
@@ -82,10 +83,11 @@ def picture_set(name: str) -> PictureSet:
     )
 
 
-def ours(pictures: PictureSet, recipe: str, minutes: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+def ours(pictures: PictureSet, recipe: str, size: int, minutes: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+    """A recipe on the pictures, padded where they are smaller than `size` pixels a side."""
     with TemporaryDirectory() as temporary:
         fields = {"data": pictures.data, "output": str(Path(temporary) / "run"), "seed": seed, "sample_every": 10**9}
-        fields |= {"resolution": str(pictures.size)}
+        fields |= {"resolution": str(size)}
         config = from_mapping(TokenizerTraining, training_values("tokenizer", recipe, None, fields))
         begin = time.perf_counter()
         folder = run_tokenizer(replace(config, checkpoint_every=10**9), pictures.source, minutes)
@@ -99,7 +101,7 @@ def ours(pictures: PictureSet, recipe: str, minutes: float, seed: int) -> tuple[
 
 
 def theirs(pictures: PictureSet, size: int, seconds: float, seed: int) -> tuple[dict[str, Any], Tensor]:
-    """VQModel on the pictures padded to `size` pixels a side."""
+    """VQModel on the same."""
     import glue_stack
 
     content = (pictures.size, pictures.size)
@@ -116,7 +118,9 @@ def theirs(pictures: PictureSet, size: int, seconds: float, seed: int) -> tuple[
     return pictures.figures(rebuilt, codes, glue_stack.CODES) | {"seconds": seconds, "rate": rate}, rebuilt
 
 
-def measured(pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str, ...]) -> Report:
+def measured(
+    pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str, ...], shares: tuple[float, ...]
+) -> Report:
     rows: dict[str, dict[str, Any]] = {}
     shown = {"original": pictures.originals[:SHOWN]}
 
@@ -125,15 +129,19 @@ def measured(pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str
         shown[name] = rebuilt[:SHOWN]
         print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
 
+    def add_ours(name: str, recipe: str, size: int, share: float = 1.0) -> None:
+        add(name, lambda: ours(pictures, recipe, size, share * minutes, seed))
+
     default, *others = recipes
-    add(default, lambda: ours(pictures, default, minutes, seed))
-    for size in sorted({pictures.size, 32}):  # at f = 4: as many codes as ours, and 64
-        seconds = rows[default]["seconds"]
-        add(f"{PEER}, {(size // 4) ** 2} codes", lambda: theirs(pictures, size, seconds, seed))  # noqa: B023 - called at once
-    for share in SHARES if others else ():
-        add(f"{default}, {share:g} of the time", lambda: ours(pictures, default, share * minutes, seed))  # noqa: B023
+    own = sizes_of(pictures) if others else [pictures.size]
+    for size in own:
+        name = f"{default}, {codes_of(size)} codes"
+        add_ours(name, default, size)
+        add(f"{PEER}, {codes_of(size)} codes", lambda: theirs(pictures, size, rows[name]["seconds"], seed))  # noqa: B023 - called at once
+    for share in shares:
+        add_ours(f"{default}, {codes_of(pictures.size)} codes, {share:g} of the time", default, pictures.size, share)
     for recipe in others:
-        add(recipe, lambda: ours(pictures, recipe, minutes, seed))  # noqa: B023
+        add_ours(recipe, recipe, pictures.size)
     held_out = len(pictures.originals)
     figures = {
         "seed": seed,
@@ -152,36 +160,50 @@ def measured(pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str
     )
 
 
+def sizes_of(pictures: PictureSet) -> list[int]:
+    return sorted({pictures.size, PADDED})
+
+
+def codes_of(size: int) -> int:
+    """At f = 4."""
+    return (size // 4) ** 2
+
+
 def words(pictures: PictureSet, minutes: float, rows: dict[str, dict[str, Any]], default: str) -> str:
     body = table(["", *COLUMNS.values()], [[name, *(row[key] for key in COLUMNS)] for name, row in rows.items()])
-    peers = {name: row for name, row in rows.items() if name.startswith(PEER)}
-    own, best = rows[default], max(peers.values(), key=lambda row: row["psnr"])
-    early = {name: row for name, row in rows.items() if name.startswith(f"{default}, ")}
-    reached = next((row["seconds"] for row in early.values() if row["psnr"] >= best["psnr"]), None)
-    when = (
-        f"It is where VQModel ends after {reached / best['seconds']:.0%} of the seconds."
-        if reached
-        else "No shorter run of it was where VQModel ends."
-        if early
-        else ""
-    )
+    said = []
+    for codes in map(codes_of, sizes_of(pictures)):
+        if (own := rows.get(f"{default}, {codes} codes")) is None:
+            continue
+        peer = rows[f"{PEER}, {codes} codes"]
+        said.append(
+            f"At {codes} codes our default, `{default}`, is {own['psnr'] - peer['psnr']:+.2f} dB from VQModel, with "
+            f"{own['frechet'] / peer['frechet']:.0%} of its distance."
+        )
+        early = [row for name, row in rows.items() if name.startswith(f"{default}, {codes} codes, ")]
+        reached = [row["seconds"] for row in early if row["psnr"] >= peer["psnr"]]
+        if reached:
+            said.append(
+                f"Trained for {min(reached) / peer['seconds']:.0%} of the seconds it is where VQModel ends, or better."
+            )
+        elif early:
+            said.append("No shorter run of it was where VQModel ends.")
     return "\n\n".join(
         [
             (__doc__ or "").partition("\n\n")[2].strip(),
             f"{len(pictures.train):,} pictures of {pictures.size}×{pictures.size}, {pictures.channels} channel"
             f"{'s' * (pictures.channels > 1)}; {len(pictures.originals):,} held out; {minutes:g} minutes each; one seed.",
             body,
-            f"Our default, `{default}`, is {own['psnr'] - best['psnr']:+.2f} dB from the better VQModel, with "
-            f"{own['frechet'] / min(row['frechet'] for row in peers.values()):.0%} of the better one's distance. {when}",
+            " ".join(said),
         ]
     )
 
 
-def run_set(name: str, minutes: float, quick: bool) -> Report:
+def run_set(name: str, minutes: float, quick: bool, shares: tuple[float, ...] = ()) -> Report:
     if quick:
-        return measured(picture_set(name), 0.1, 0, RECIPES[:1])
-    return measured(picture_set(name), minutes, 0, RECIPES)
+        return measured(picture_set(name), 0.05, 0, RECIPES[:1], ())
+    return measured(picture_set(name), minutes, 0, RECIPES, shares)
 
 
 def run(quick: bool) -> Report:
-    return run_set("embedded", 5.0, quick)
+    return run_set("embedded", 5.0, quick, SHARES)

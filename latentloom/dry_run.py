@@ -14,7 +14,7 @@ UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (0.0, "MFLOP"))
 def dry_run(title: str, config: RunConfig, images: int, rehearse: Rehearse) -> tuple[str, float]:
     """What the run of `config` on so many training images would take, as text and in seconds."""
     found = footprint(config, rehearse)
-    seconds = rehearse(config).seconds_per_step((WARM_UP, MEASURED))
+    seconds = rehearse(config).seconds_per_step(WARM_UP, MEASURED)
     total = seconds * config.max_steps
     a_step = config.batch_size * config.accumulation_steps * number_of_processes()
     work = found.flop * config.batch_size * config.accumulation_steps  # of this process
@@ -25,7 +25,7 @@ def dry_run(title: str, config: RunConfig, images: int, rehearse: Rehearse) -> t
         ("compute", f"{_operations(work)} a step, forward and backward: {_operations(work / seconds)} a second"),
         ("data", f"{images:,} images an epoch of {-(-images // a_step):,} steps of {a_step} images"),
         ("length", f"{config.max_steps:,} steps, {config.max_steps * a_step / images:.1f} epochs"),
-        ("time", f"{_duration(total)}, at {1000 * seconds:.3g} ms a step (median of {MEASURED}), without previews"),
+        ("time", f"{_duration(total)}, at {1000 * seconds:.3g} ms a step (mean of {MEASURED}), without previews"),
         ("rate", f"{a_step / seconds:,.0f} images a second on {accelerated_device().type}"),
     ]
     return "\n".join([title, *(f"  {name:<12}{text}" for name, text in rows)]), total

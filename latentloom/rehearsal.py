@@ -1,5 +1,6 @@
 """Training steps on random data, before a run or in place of one: to say what a step takes, or how many fit into a time."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +19,11 @@ from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import PriorTraining
+from training_harness.ema import EMA
 from training_harness.errors import UserError
 from training_harness.machine import rounded_products
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
-from training_harness.run import RunConfig
 
 WARM_UP, MEASURED = 3, 7
 
@@ -34,40 +35,47 @@ class Rehearsal:
     `parts` are the trained networks by name, `loss` is all that a step's backward pass begins from, for so many images.
     """
 
-    config: RunConfig
+    config: TokenizerTraining | PriorTraining
     device: torch.device
     parts: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
 
-    def step(self) -> None:
+    def step(self, average: EMA[nn.Module]) -> None:
         with torch.autocast(self.device.type, *self._precision()):
             loss = self.loss(self.config.batch_size)
         loss.backward()
+        nn.utils.clip_grad_norm_(
+            next(iter(self.parts.values())).parameters(), self.config.optimizer.max_grad_norm or math.inf
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        average.update(1)
 
     def _precision(self) -> tuple[torch.dtype, bool]:
         wanted = self.config.mixed_precision
         return (torch.float16 if wanted == "fp16" else torch.bfloat16), wanted != "no"
 
-    def seconds_per_step(self, steps: tuple[int, int] | None = None) -> float:
-        """Median seconds of an optimiser step, with all the batches that it accumulates; `steps` to warm up and to measure."""
-        times = []
-        warm_up, measured = steps or (WARM_UP, MEASURED)
+    def seconds_per_step(self, warm_up: int = WARM_UP, measured: int = MEASURED, at_least: float = 0.0) -> float:
+        """Mean seconds of an optimiser step, with all the batches that it accumulates.
+
+        Of `measured` steps after `warm_up`, or of as many as fill `at_least` seconds: a machine may be quicker at first than
+        it stays.
+        """
+        times = list[float]()
+        average = EMA(next(iter(self.parts.values())), self.config.ema)
         for part in self.parts.values():
             part.to(memory_format=torch.channels_last)
             if self.config.compile:
                 part.compile()
         with rounded_products(self.device, self.config.matmul_precision == "high"):
-            for i in range(warm_up + measured):
+            while len(times) < warm_up + measured or sum(times[warm_up:]) < at_least:
                 begin = time.perf_counter()
-                self.step()
+                self.step(average)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
-                if i >= warm_up:
-                    times.append(time.perf_counter() - begin)
-        return self.config.accumulation_steps * statistics.median(times)
+                times.append(time.perf_counter() - begin)
+        return self.config.accumulation_steps * statistics.fmean(times[warm_up:])
 
 
 def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig) -> Rehearsal:

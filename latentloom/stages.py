@@ -42,6 +42,7 @@ from training_harness.run_folder import check_folder
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
+REHEARSED = 0.01  # of `minutes`: for how long a step is timed before a run
 
 
 def say(line: str) -> None:
@@ -80,7 +81,7 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
         return rehearse_tokenizer(changed, model)
 
     if minutes is not None and config.model.learns:
-        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
+        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes))
     folder = config.output / "model"
     if (done := check_folder(config, "tokenizer")) is not None:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
@@ -132,7 +133,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         return rehearse_prior(changed, codes.spec, len(codes.label_names or ()))
 
     if minutes is not None:
-        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step())
+        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes))
     folder = config.output / "pipeline"
     whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
     if (done := check_folder(config, "prior")) is not None and whole:
