@@ -16,6 +16,8 @@ NAMES = (
     "tokenizer_step",
     "tokenizer_quality",
     "tokenizer_quality_colour",
+    "decoding",
+    "prior_step",
     "glue",
 )
 

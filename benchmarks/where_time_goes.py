@@ -34,8 +34,9 @@ from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.autoregressive.blocks import Attention, FeedForward
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.model import Attention, AutoregressivePrior, FeedForward
+from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeSplit
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA

@@ -14,6 +14,7 @@ VERBS = {
     "sample": "generate images with a pipeline",
     "reconstruct": "pass images through a tokenizer and back, side by side",
     "inspect-tokenizer": "draw one HTML page of a tokenizer: errors, codes, where they are used",
+    "inspect-prior": "draw one HTML page of a prior: what surprises it, what it repeats",
     "evaluate": "measure a pipeline or a tokenizer against reference images",
     "report": "draw one HTML page of a run: curves, samples, health, configuration",
     "push": "upload a pipeline to the Hugging Face Hub",

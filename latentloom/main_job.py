@@ -55,14 +55,12 @@ def check_bounds(minutes: float | None, num_images: int) -> None:
 def check_codes(tokenizer: TokenizerTraining) -> None:
     """Refuses before anything is trained what the prior could not be trained on."""
     model = tokenizer.model
-    if model.name == "vqgan" and model.quantizer.name != "residual":
+    if model.name == "vqgan":
         return
-    found = "several levels of codes" if model.name == "vqgan" else "no codes"
     hint = ", or train-tokenizer alone: it samples without a prior" if model.prior == "standard_normal" else ""
-    kind = "residual" if model.name == "vqgan" else model.name
     raise UserError(
-        f"the tokenizer {kind} has {found} and the autoregressive prior needs one level of them; expected another tokenizer; "
-        f"give --tokenizer-recipe vqgan-f4{hint}"
+        f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer; give "
+        f"--tokenizer-recipe vqgan-f4{hint}"
     )
 
 

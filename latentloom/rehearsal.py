@@ -133,7 +133,8 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
         prior.recompute_blocks()
 
     def loss(images: int) -> Tensor:
-        codes = torch.randint(spec.codebook_size or 1, (images, spec.height, spec.width), device=device)
+        shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
+        codes = torch.randint(spec.codebook_size or 1, (images, *shape), device=device)
         return prior(codes, torch.full((images,), -1, device=device)).total
 
     return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)

@@ -2,7 +2,8 @@
 
     class labels → prior.sample → indices or latents → tokenizer.decode_… → pixels
 
-One generator yields one seed an image, drawn up front, so that image i has the same draws at any batch size.
+With a picture given, a part of its codes is kept and the rest drawn (`editing`). One generator yields one seed an image, drawn
+up front, so that image i has the same draws at any batch size.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pipelines.editing import DEFAULT_STRENGTH, Edit, Pictures, check_edit
 from pipelines.hub import create_repository, local_folder, upload_folder
 from pipelines.model_card import pipeline_card
 from stage1_tokenizer.image_processor import to_pil
@@ -26,7 +28,7 @@ from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.prior import Prior
+from stage2_prior.prior import UNKNOWN, Known, Prior
 from stage2_prior.standard_normal import StandardNormalPrior
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
@@ -83,6 +85,9 @@ class LatentGenerationPipeline:
         batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
         callback_on_step_end: StepCallback | None = None,
         return_dict: bool = True,
         **options: Any,
@@ -93,13 +98,19 @@ class LatentGenerationPipeline:
             class_labels: one or several ids or names; none samples without a class.
             batch_size: images a forward pass; the images do not depend on it.
             generator: one, from which each image's seed is drawn; or one an image; none is random.
-            callback_on_step_end: called as f(pipeline, step, step, {"tokens": codes so far (B, step + 1)}), or with "latents".
-            options: those of the prior; for an autoregressive one guidance_scale, temperature, top_k, top_p, for a standard
-                normal one temperature.
+            image: what to go on from: PIL pictures, arrays (h, w, C) or tensors (C, h, w), of uint8 or in [0, 1]; one, or one a
+                label. A picture of another size is cropped and resized as in training.
+            mask_image: white where to draw, black where the picture stays exactly as it is; of the picture's size.
+            strength: share in (0, 1] of the codes that are drawn anew; by default all under a mask, and 0.8 without one.
+            callback_on_step_end: called as f(pipeline, step, step, {"tokens": the grid so far (B, h, w), −1 where there is no
+                code yet}), or with "latents"; `decode` makes a picture of either.
+            options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a standard normal one
+                temperature.
         Returns:
             ImagePipelineOutput(images), or (images,) with return_dict=False.
         Raises:
-            UserError for a class that does not exist, a count below 1, or an option that the prior does not take.
+            UserError for a class that does not exist, a count below 1, an option that the prior does not take, or a picture or
+            mask that do not fit.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")
@@ -107,8 +118,20 @@ class LatentGenerationPipeline:
             raise UserError(f"batch_size is {batch_size}; expected at least 1")
         if num_images_per_label < 1:
             raise UserError(f"num_images_per_label is {num_images_per_label}; expected at least 1")
-        labels = torch.tensor(self.label_ids(class_labels)).repeat_interleave(num_images_per_label)
-        pictures = self.sample_pixels(labels, generator, batch_size, callback_on_step_end, **options)
+        check_edit(image, mask_image, strength)
+        labels = torch.tensor(self.label_ids(class_labels))
+        edit = None if image is None else Edit.of(self.tokenizer, image, mask_image)
+        if edit is not None and len(edit.originals) != len(labels):
+            labels, edit = matched(labels, edit)
+        labels = labels.repeat_interleave(num_images_per_label)
+        generators, known = image_generators(generator, len(labels)), None
+        if edit is not None:
+            edit = edit.repeated(num_images_per_label)
+            strength = strength or (1.0 if mask_image is not None else DEFAULT_STRENGTH)
+            known = edit.known(strength, self.prior.fills_any_place, generators)
+        pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, **options)
+        if edit is not None:
+            pictures = edit.composited(pictures)
         images = self._as(output_type, pictures)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -118,6 +141,7 @@ class LatentGenerationPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         callback_on_step_end: StepCallback | None = None,
+        known: Known | None = None,
         **options: Any,
     ) -> Tensor:
         """One image for each class id of (N,) int64, −1 for no class: float32 (N, C, h, w) in [0, 1], on the CPU."""
@@ -126,26 +150,32 @@ class LatentGenerationPipeline:
         spec = self.tokenizer.latent_spec()
         size = batch_size or DEFAULT_BATCH_SIZE
         starts = range(0, len(labels), size)
-        pictures = []
-        with tqdm(
-            total=len(starts) * self.prior.num_steps(spec, chosen), unit="step", **self._progress_bar_config
-        ) as bar:
+        pictures = list[Tensor]()
+        steps = self.prior.num_steps(spec, chosen)
+        with tqdm(total=len(starts) * steps, unit="step", **self._progress_bar_config) as bar:
 
             def on_step(step: int, codes: Tensor) -> None:
-                bar.update()
+                bar.update(len(pictures) * steps + step + 1 - bar.n)  # what is known takes no step
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, step, {self.prior.draws: codes})
 
             for start in starts:
                 part = slice(start, start + size)
-                codes = self.prior.sample(spec, labels[part].to(self.device), chosen, generators[part], on_step)
+                given = known and Known(*(x[part].to(self.device) for x in known))
+                codes = self.prior.sample(spec, labels[part].to(self.device), chosen, generators[part], on_step, given)
                 pictures.append(self.decode(codes))
         return torch.cat(pictures)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Indices (B, h, w) int64 or latents (B, c, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding."""
+        """Indices (B, h, w) int64 or latents (B, c, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding.
+
+        Where a grid has no code yet, −1, the mean latent stands.
+        """
         codes = codes.to(self.tokenizer.device)
+        if not codes.is_floating_point() and (unknown := codes == UNKNOWN).any():
+            nothing = unknown.view(len(codes), -1, *codes.shape[-2:]).any(1, keepdim=True)
+            codes = self.tokenizer.indices_to_latents(codes.clamp(min=0)).masked_fill(nothing, 0.0)
         decoder = self.tokenizer.decode_latents if codes.is_floating_point() else self.tokenizer.decode_indices
         return self.tokenizer.config.image_processor.to_unit_range(decoder(codes)).cpu()
 
@@ -314,6 +344,17 @@ class LatentGenerationPipeline:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder, metrics=metrics, samples=samples, repo_id=repo_id)
             return upload_folder(folder, repo_id, token=token, commit_message=commit_message)
+
+
+def matched(labels: Tensor, edit: Edit) -> tuple[Tensor, Edit]:
+    """One label for several pictures, or one picture for several labels."""
+    if len(labels) == 1:
+        return labels.expand(len(edit.originals)), edit
+    if len(edit.originals) == 1:
+        return labels, edit.repeated(len(labels))
+    raise UserError(
+        f"{len(edit.originals)} images were given for {len(labels)} class labels; expected one, or one a label"
+    )
 
 
 def image_generators(

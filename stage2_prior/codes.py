@@ -101,10 +101,21 @@ class CodeCache:
         return self.path / "tokenizer"
 
     def code_vectors(self) -> Tensor:
-        """(K, c) float32: each code's latent, normalised over the training set as the tokenizer does."""
-        tokenizer = saved_tokenizer(self.tokenizer_folder)
-        every_code = torch.arange(self.spec.codebook_size or 0).view(1, 1, -1)
-        return tokenizer.indices_to_latents(every_code)[0, :, 0].T.detach()
+        """(levels · K, c) float32: each code's latent, normalised over the training set as the tokenizer does.
+
+        A code of one level among several has what it adds to a latent, less what the codes of its level add on average.
+        """
+        tokenizer, spec = saved_tokenizer(self.tokenizer_folder), self.spec
+        every_code = torch.arange(spec.codebook_size or 0).view(1, 1, -1)
+        if spec.levels == 1:
+            return tokenizer.indices_to_latents(every_code)[0, :, 0].T.detach()
+        levels = []
+        for level in range(spec.levels):
+            indices = every_code.new_zeros(1, spec.levels, 1, every_code.shape[-1])
+            indices[:, level] = every_code
+            latents = tokenizer.indices_to_latents(indices)[0, :, 0].T.detach()
+            levels.append(latents - latents.mean(0))
+        return torch.cat(levels)
 
     def verify(self) -> None:
         """Compares every shard with its sha256; raises UserError that names the first that differs."""

@@ -16,6 +16,16 @@ class PriorLoss(NamedTuple):
     terms: dict[str, Tensor]  # its parts by name, scalars
 
 
+UNKNOWN = -1  # stands in a grid of codes where there is none yet
+
+
+class Known(NamedTuple):
+    """What is given of images before they are drawn."""
+
+    codes: Tensor  # (B, h, w) or (B, levels, h, w) int64
+    kept: Tensor  # (B, h, w) bool: places that stay as they are; what `codes` has at the others is not used
+
+
 class Prior(StrictModel):
     options_class: ClassVar[type[Any]]
     """Dataclass of the options that `sample` takes."""
@@ -24,6 +34,11 @@ class Prior(StrictModel):
     draws: ClassVar[str]
     """What `on_step` is shown: "tokens" or "latents"."""
 
+    @property
+    def fills_any_place(self) -> bool:
+        """Whether it can be given any part of an image to go on from, not only the beginning."""
+        return False
+
     def sample(
         self,
         spec: LatentSpec,
@@ -31,11 +46,12 @@ class Prior(StrictModel):
         options: Any,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Indices (B, h, w) int64, or normalised latents (B, c, h, w), for class ids (B,); one generator an image.
 
         `on_step(i, codes)` is called after each of `num_steps` steps. Raises SpecMismatchError when `spec` is not that of the
-        codes the prior was trained on.
+        codes the prior was trained on, UserError when it cannot go on from what is known.
         """
         raise NotImplementedError
 

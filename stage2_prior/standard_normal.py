@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.prior import Prior
+from stage2_prior.prior import Known, Prior
 from training_harness.errors import UserError
 from training_harness.pretrained import StrictConfig, WeightlessModel
 
@@ -54,8 +54,14 @@ class StandardNormalPrior(Prior, WeightlessModel):
         options: StandardNormalOptions,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         self.check_spec(spec)
+        if known is not None:
+            raise UserError(
+                "a standard normal prior draws whole images; expected a prior that can keep a part of one, such as an "
+                "autoregressive one; give neither image nor mask_image"
+            )
         shape = (spec.channels, spec.height, spec.width)
         latents = options.temperature * torch.stack(
             [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]

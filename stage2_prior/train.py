@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.orders import drawn_orders
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
 from stage2_prior.model_card import prior_card
@@ -57,13 +58,10 @@ def train_prior(
             f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
             "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4"
         )
-    if codes.spec.levels > 1:
-        raise UserError(
-            f"the codes in {codes.path} have {codes.spec.levels} levels a position; expected one for an autoregressive prior; "
-            "train a tokenizer without residual quantisation, such as --recipe vqgan-f4"
-        )
     codes.train.require("indices")
-    model_config = config.model.for_spec(codes.spec, len(codes.label_names or ()))  # refused before a folder is made
+    model_config = config.model.for_spec(
+        codes.spec, len(codes.label_names or ()), config.order.final
+    )  # refused before a folder is made
     run = Run(config)
     run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
@@ -84,11 +82,15 @@ def train_prior(
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
         for number in order.numbers(step, config.accumulation_steps):
-            rows, draws = order.batch(number), torch.from_numpy(order.draws(number))
+            rows = order.batch(number)
+            draws = torch.from_numpy(order.draws(number, 2 + model_config.places if config.order.ever_random else 1))
             indices = codes.train.indices(rows).to(accelerator.device)
-            labels = without_some(codes.train.labels(rows), draws, config.model.class_dropout).to(accelerator.device)
+            labels = without_some(codes.train.labels(rows), draws[:, 0], config.model.class_dropout).to(
+                accelerator.device
+            )
+            orders = drawn_orders(draws[:, 1:].to(accelerator.device), config.order.at(step, config.max_steps))
             with accelerator.accumulate(model):
-                loss = model(indices, labels)  # through forward: DDP hooks nothing else
+                loss = model(indices, labels, orders)  # through forward: DDP hooks nothing else
                 accelerator.backward(loss.total)
                 run.optimizer_step(step, optimizer, model, loss.terms, config.optimizer.max_grad_norm)
         ema.update(step)

@@ -8,7 +8,7 @@ from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.arguments import training_values
-from latentloom.recipes import recipe_values
+from latentloom.recipes import recipe_names, recipe_values
 from latentloom.stages import run_prior, run_tokenizer
 from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.sources import open_source
@@ -17,6 +17,11 @@ from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
+# What learns nothing, and what a test could not train.
+WITHOUT = ("identity", "ar-llamagen")
+RECIPES = [
+    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(WITHOUT)
+]
 FOLDER, STEPS = Path(__file__).parent / "golden", 20
 
 

@@ -4,13 +4,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from golden_runs import FOLDER, STEPS, kept, losses_of
+from golden_runs import FOLDER, RECIPES, STEPS, kept, losses_of
 
-from latentloom.recipes import recipe_names
-
-RECIPES = [
-    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if name != "identity"
-]  # learns nothing
 # Machines and versions of torch sum in other orders: 1e-7 at the first step, which training makes larger with each further one.
 # In a tokenizer a vector between two codes then takes the other one, which moves its losses by percents: means are compared.
 EARLY, LATE = 1e-4, {"tokenizer": 0.1, "prior": 1e-3}

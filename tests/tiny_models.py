@@ -12,7 +12,8 @@ from torch import Tensor
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.sources import ImageSource, ImageSplit
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
-from stage2_prior.autoregressive.model import AutoregressivePrior, AutoregressivePriorConfig
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.model import AutoregressivePrior
 
 NAMES = ("cat", "dog", "7")
 
@@ -41,7 +42,7 @@ def tiny_prior(seed: int = 0, sharpness: float = 20.0, **fields: Any) -> Autoreg
         torch.manual_seed(seed)
         prior = AutoregressivePrior(AutoregressivePriorConfig(**sizes | parts | fields))
     with torch.no_grad():
-        prior.head.weight.mul_(sharpness)
+        (prior.code_embedding if prior.head is None else prior.head).weight.mul_(sharpness)
     return prior.eval()
 
 

@@ -33,15 +33,18 @@ class BatchOrder:
         """What this process sees in optimiser step `step`, from 1."""
         return np.concatenate([self.batch(number) for number in self.numbers(step, accumulated)])
 
-    def draws(self, number: int) -> np.ndarray:
-        """A number in [0, 1) for each example of `batch(number)`: a function of the seed and its place among all batches.
+    def draws(self, number: int, count: int = 1) -> np.ndarray:
+        """(batch_size, count) numbers in [0, 1), `count` for each example of `batch(number)`.
 
-        So an example has the same draw whatever the number of processes. splitmix64 (Steele, Lea, Flood 2014).
+        They are a function of the seed, the example's place among all batches and their column, so the same whatever the number
+        of processes. splitmix64 (Steele, Lea, Flood 2014).
         """
         start = (number * self.processes + self.rank) * self.batch_size
-        places = np.arange(start, start + self.batch_size, dtype=np.uint64)
+        places = np.arange(start, start + self.batch_size, dtype=np.uint64)[:, None]
+        columns = np.arange(count, dtype=np.uint64)
         with np.errstate(over="ignore"):
-            x = (places + np.uint64(self.seed) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+            x = places + np.uint64(self.seed) * np.uint64(0xD1342543DE82EF95) + columns * np.uint64(0xA24BAED4963EE407)
+            x = x * np.uint64(0x9E3779B97F4A7C15)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

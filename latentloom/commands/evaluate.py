@@ -37,6 +37,7 @@ from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
 from stage1_tokenizer.survey import survey
+from stage2_prior.autoregressive.sampling import SAMPLING, GuidanceSchedule, Weights
 from training_harness.errors import UserError
 from training_harness.files import write_json
 from training_harness.processes import accelerated_device, is_main_process
@@ -60,10 +61,14 @@ class Arguments:
     """Training images looked at, for the noise floor, the probe and the memorisation."""
     seed: int = 0
     guidance_scale: float | None = None
-    """By default what the pipeline was saved with, as for the next three."""
+    """By default what the pipeline was saved with, as for the next five."""
+    guidance_schedule: GuidanceSchedule | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    weights: Weights | None = None
+    """int8 draws faster on a CPU, one or a few images at a time, from weights of eight bits."""
     output: Path | None = None
     """JSON file for the figures; a sheet of samples and the figures by class go beside it as pictures."""
     save_samples: Path | None = None
@@ -81,7 +86,7 @@ class Arguments:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+        return {name: getattr(self, name) for name in SAMPLING if name != "num_candidates"}
 
 
 class Samples(NamedTuple):

@@ -4,14 +4,19 @@ import re
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import cast
 
+import PIL.Image
 import torch
 
 from latentloom.arguments import check_count, check_output, check_seed, parse
 from latentloom.stages import say
 from pipelines.across_processes import sample_across_processes
-from pipelines.latent_generation import LatentGenerationPipeline
+from pipelines.editing import check_edit
+from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.pictures import image_grid, save_images, save_picture
+from stage2_prior.autoregressive.sampling import SAMPLING, GuidanceSchedule, Weights
+from training_harness.errors import UserError
 from training_harness.processes import accelerated_device, is_main_process
 
 
@@ -28,10 +33,22 @@ class Arguments:
     overwrite: bool = False
     """Write into a folder that holds files already."""
     guidance_scale: float | None = None
-    """1 is without guidance; by default what the pipeline was saved with, as for the next three."""
+    """1 is without guidance; by default what the pipeline was saved with, as for the next six."""
+    guidance_schedule: GuidanceSchedule | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    weights: Weights | None = None
+    """int8 draws faster on a CPU, one or a few images at a time, from weights of eight bits."""
+    num_candidates: int | None = None
+    """How many candidates for a hole a raster-order prior weighs by what is known after it."""
+    image: Path | None = None
+    """Picture to go on from: under a mask it is inpainted, without one it is varied."""
+    mask_image: Path | None = None
+    """White where to draw, black where the picture stays exactly as it is."""
+    strength: float | None = None
+    """Share of the codes that are drawn anew; by default all under a mask, and 0.8 without one."""
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,6 +56,7 @@ class Arguments:
         check_seed(self.seed)
         if self.batch_size is not None:
             check_count("--batch-size", self.batch_size)
+        check_edit(self.image, self.mask_image, self.strength)
 
 
 def main(words: list[str]) -> None:
@@ -48,15 +66,32 @@ def main(words: list[str]) -> None:
     every_class = range(pipeline.prior.config.num_classes)
     wanted = pipeline.label_ids(a.classes or list(every_class) or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
-    options = {name: getattr(a, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    options = {name: getattr(a, name) for name in SAMPLING}
     generator = torch.Generator().manual_seed(a.seed)
-    images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)
+    if a.image is None:
+        images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)
+    elif is_main_process():
+        pipeline_options = options | {"image": opened(a.image), "strength": a.strength, "batch_size": a.batch_size}
+        if a.mask_image is not None:
+            pipeline_options["mask_image"] = opened(a.mask_image)
+        (drawn,) = pipeline(labels, output_type="pt", generator=generator, return_dict=False, **pipeline_options)
+        images = to_uint8(cast("torch.Tensor", drawn))
     if not is_main_process():
         return
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     save_images(images, [a.output / name for name in names])
     save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
+
+
+def opened(path: Path) -> PIL.Image.Image:
+    """A picture file; raises UserError when it cannot be read."""
+    try:
+        with PIL.Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} could not be read ({error}); expected a picture such as a PNG or JPEG file") from error
 
 
 def _file_name(pipeline: LatentGenerationPipeline, number: int, label: int) -> str:

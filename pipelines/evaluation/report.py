@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +27,7 @@ from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
 from pipelines.evaluation.kernel_distance import kernel_distance
+from pipelines.evaluation.likelihood import likelihood_figures, surprise
 from pipelines.evaluation.linear_probe import fit_probe
 from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage, nearest_distances, precision_recall
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -334,34 +334,24 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | 
     ).cpu(), output.indices if output.indices is None else output.indices.cpu()
 
 
-@torch.inference_mode()
 def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
-    """What the prior needs to write down an image's codes given its class: −log₂ p by token, overall and by class.
-
-    `bits_per_token_uniform` is log₂ K, which a prior that has learnt nothing would need. None where the prior gives codes no
-    probability.
-    """
+    """Figures of `likelihood_figures` on images; none where the prior gives codes no probability."""
     prior, processor = pipeline.prior, pipeline.tokenizer.config.image_processor
     if not isinstance(prior, AutoregressivePrior):
         return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
-    labels, totals, classes = images.labels(), [], []
+    labels, bits, classes = images.labels(), [], []
     for positions, batch in images.batches(BATCH):
-        codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
-        conditioning = torch.tensor([-1 if labels is None else labels[i] for i in positions])
-        tokens = codes.flatten(1).to(pipeline.device)
-        logits = prior.logits(tokens, conditioning.to(pipeline.device)).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        totals.append(nats.double().mean(1).cpu() / math.log(2))
-        classes.append(conditioning)
-    bits, label = torch.cat(totals), torch.cat(classes)
-    names = pipeline.label_names or ()
-    return {
-        "bits_per_token": bits.mean().item(),
-        "bits_per_token_uniform": math.log2(prior.config.codebook_size),
-        "bits_per_token_by_class": {
-            name: bits[label == i].mean().item() for i, name in enumerate(names) if (label == i).any()
-        },
-    }
+        with torch.inference_mode():
+            codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
+        classes.append(torch.tensor([-1 if labels is None else labels[i] for i in positions]))
+        bits.append(surprise(prior, codes, classes[-1]))
+    return likelihood_figures(
+        torch.cat(bits),
+        torch.cat(classes),
+        pipeline.label_names or (),
+        prior.config.codebook_size,
+        math.prod(processor.content_size),
+    )
 
 
 def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:

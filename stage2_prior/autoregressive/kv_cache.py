@@ -28,3 +28,8 @@ class KVCache:
         self._values[:, :, self.tokens : end] = values
         self.tokens = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Row i goes on as row `rows[i]`; (B,) int64."""
+        for held in (self._keys, self._values):
+            held[:, :, : self.tokens] = held[rows, :, : self.tokens]

@@ -1,197 +1,151 @@
-r"""The autoregressive prior: a decoder-only transformer over the codes in raster order.
+r"""The autoregressive prior: a decoder-only transformer over the codes, one place after another.
 
-    p(k | y) = Π_i p(k_i | y, k_1 … k_{i−1}),     L = −mean_i log p(k_i | …)
+    p(k | y) = Π_i p(k_{π(i)} | y, k_{π(1)} … k_{π(i−1)}),     L = −mean_i log p(k_{π(i)} | …)
 
-The sequence is the class prefix and then the codes; position i sees the prefix and codes before i and predicts code i, so
-the last code is never an input. Blocks are pre-norm with RMSNorm and SwiGLU as in Llama (Touvron et al. 2023, arXiv
-2302.13971), laid over image tokens as in LlamaGen (Sun et al. 2024, arXiv 2406.06525). log K is the loss of a uniform guess.
+The order π is that of the raster unless another is given (`orders`). The sequence is the class prefix and then the codes; slot i
+sees the prefix and the first i codes and predicts the next one, so the last code is never an input. Blocks are those of Llama,
+laid over image tokens as in LlamaGen (Sun et al. 2024, arXiv 2406.06525). log K is the loss of a uniform guess.
+
+Residual codes have several levels a place: a place's input is the sum of their vectors, and a small transformer (`depth`)
+predicts them one after another. In a sequence of tokens the levels of a place follow one another.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.autoregressive.blocks import Block
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.decoding import decode
+from stage2_prior.autoregressive.depth import DepthTransformer
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.rotary import rotary_angles, rotate, turns
-from stage2_prior.autoregressive.sampling import SamplingOptions, decode
+from stage2_prior.autoregressive.orders import kept_first
+from stage2_prior.autoregressive.rotary import rotary_angles, turns
+from stage2_prior.autoregressive.sampling import SamplingOptions
+from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
-from stage2_prior.prior import Prior, PriorLoss
-from training_harness.errors import ConfigError
-from training_harness.precision import widened
-from training_harness.pretrained import StrictConfig, count_parameters
+from stage2_prior.prior import Known, Prior, PriorLoss
+from training_harness.pretrained import count_parameters
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
-SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
-Turns = tuple[Tensor, Tensor]  # cosines and signed sines (tokens, head_dim)
-
-
-@strict
-class AutoregressivePriorConfig(StrictConfig):
-    model_type: ClassVar[str] = "latentloom-autoregressive"
-
-    codebook_size: int = 512
-    height: int = 8
-    width: int = 8
-    num_classes: int = 0
-    hidden_size: int = 192
-    num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 512
-    dropout: float = 0.0
-    qk_norm: bool = True
-    positions: Literal["1d", "2d"] = "2d"
-    learned_positions: bool = False
-    """Adds a learnt vector to each place, beside the rotary positions."""
-    rope_theta: float | int = 10_000.0
-    rms_norm_eps: float = 1e-6
-    tokenizer_id: str = ""
-    """Of the tokenizer whose codes the prior was trained on."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        for name in ("codebook_size", "height", "width", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
-        if not 0 <= self.dropout <= 1:
-            raise ConfigError(f"model.dropout is {self.dropout}; expected a share in [0, 1], such as 0.1")
-        axes = int(self.positions[0])
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
-            raise ConfigError(
-                f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of "
-                f"{2 * axes * self.num_heads}, for {self.positions} rotary positions"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions; with a cache, over all tokens so far."""
-
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads, self.dropout = config.num_heads, config.dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.query_norm, self.key_norm = (
-            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
-
-    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
-        query, key, value = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, head_dim)
-            for project in (self.query, self.key, self.value)
-        )
-        query, key = rotate(self.query_norm(query), *turned), rotate(self.key_norm(key), *turned)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        new, seen = query.shape[2], key.shape[2]
-        causal, mask = 1 < new == seen, None  # one new token sees everything
-        if 1 < new < seen:  # torch's `is_causal` would count from the first key, which is the oldest
-            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        dropout = self.dropout if self.training else 0.0
-        if causal and new <= SHORT and x.device.type == "cpu" and torch.is_grad_enabled():
-            attended = causal_attention(query, key, value, dropout)
-        else:
-            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V of (B, heads, tokens, d), as plain products.
-
-    torch's blocked kernel for CPUs is eight times as slow at 49 tokens where products round their factors.
-    """
-    tokens, width = query.shape[-2:]
-    mask = query.new_full((tokens, tokens), -math.inf).triu(1)
-    query, key, values = (x.reshape(-1, tokens, width) for x in (query, key, value))
-    scores = torch.baddbmm(mask.expand(len(query), -1, -1), query, key.mT, alpha=width**-0.5)
-    return (F.dropout(scores.softmax(-1), dropout) @ values).view(value.shape)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: down(SiLU(gate x) · up x). Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(GradientCheckpointingLayer):
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+FRESH_HEAD_STD = 0.02
 
 
 class AutoregressivePrior(Prior):
     config_class = AutoregressivePriorConfig
     config: AutoregressivePriorConfig
     options_class = SamplingOptions
-    spec_fields = ("codebook_size", "height", "width", "tokenizer_id")
+    spec_fields = ("codebook_size", "levels", "height", "width", "tokenizer_id")
     draws = "tokens"
     _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it; units of FSDP
     end_layers = ("head",)  # read and written by other rules than hidden matrices
 
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__(config)
+        codes = config.levels * config.codebook_size
         self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size)
-        self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
-        places = config.height * config.width
-        self.position_embedding = nn.Embedding(places, config.hidden_size) if config.learned_positions else None
+        self.code_embedding = nn.Embedding(codes, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.places, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.depth = DepthTransformer(config) if config.levels > 1 else None
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, codes, bias=False)
         self._draw_weights()
         self.post_init()
 
-    def forward(self, codes: Tensor, conditioning: Tensor) -> PriorLoss:
-        """Loss of codes (B, h, w) int64 given class ids (B,) int64: nats a token."""
-        tokens = codes.flatten(1)
-        logits = widened(self.logits(tokens, conditioning))
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    def forward(self, codes: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> PriorLoss:
+        """Loss of codes (B, h, w) int64, or (B, levels, h, w), given class ids (B,) int64: nats a token.
+
+        Args:
+            orders: (B, h·w) int64, the place that is predicted i-th; none is raster order.
+        """
+        tokens = self.tokens_of(codes, orders)
+        states = self.states(tokens, conditioning, orders)
+        losses = [
+            head_cross_entropy(
+                states[:, :, level].flatten(0, 1), self.head_rows(level), tokens[:, level :: self.levels].flatten()
+            )
+            for level in range(self.levels)
+        ]
+        loss = torch.stack(losses).mean() if self.levels > 1 else losses[0]
         return PriorLoss(loss, {"nats_per_token": loss})
 
-    def logits(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
-        """(B, h·w) codes → (B, h·w, K); position i depends on the codes before i alone."""
+    @property
+    def levels(self) -> int:
+        return self.config.levels
+
+    def tokens_of(self, codes: Tensor, orders: Tensor | None = None) -> Tensor:
+        """Codes of a grid as a sequence (B, h·w·levels), place after place in the given order."""
+        by_place = codes.flatten(-2).view(len(codes), self.levels, -1).mT  # (B, h·w, levels)
+        if orders is not None:
+            by_place = by_place.gather(1, orders[:, :, None].expand_as(by_place))
+        return by_place.flatten(1)
+
+    def codes_of(self, tokens: Tensor, orders: Tensor | None = None) -> Tensor:
+        """What `tokens_of` undoes: (B, h·w·levels) → (B, h, w), or (B, levels, h, w)."""
+        config, by_place = self.config, tokens.unflatten(1, (-1, self.levels))
+        if orders is not None:
+            by_place = torch.empty_like(by_place).scatter_(1, orders[:, :, None].expand_as(by_place), by_place)
+        levels = (self.levels,) if self.levels > 1 else ()
+        return by_place.mT.reshape(len(tokens), *levels, config.height, config.width)
+
+    def logits(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
+        """(B, n) tokens in that order → (B, n, K); logits i depend on the tokens before i alone."""
+        states = self.states(tokens, conditioning, orders)
+        return torch.stack([self.level_logits(states[:, :, n], n) for n in range(self.levels)], dim=2).flatten(1, 2)
+
+    def states(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
+        """What the head is given for each token: (B, h·w, levels, hidden)."""
+        vectors = self.code_vectors(tokens.unflatten(1, (-1, self.levels)))  # (B, h·w, levels, hidden)
         prefix = self.class_embedding(conditioning)[:, None]
-        inputs = torch.cat([prefix, self.code_embedding(tokens[:, :-1])], dim=1)
-        return self.head(self.hidden_states(inputs))
+        hidden = self.hidden_states(torch.cat([prefix, vectors[:, :-1].sum(2)], dim=1), orders)
+        if self.depth is None:
+            return hidden.unsqueeze(2)
+        return self.depth(hidden.flatten(0, 1), vectors[:, :, :-1].flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
-    def hidden_states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
-        """Embedded inputs (B, tokens, hidden) → the same shape after all blocks and the last norm.
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        """Embeddings (B, places, n, hidden) of the first n levels' codes (B, places, n)."""
+        if self.levels > 1:  # each level has a table of its own
+            codes = codes + self.config.codebook_size * torch.arange(codes.shape[2], device=codes.device)
+        return self.code_embedding(codes)
 
-        With caches, the inputs follow the tokens that the caches hold.
+    def place_vectors(self, codes: Tensor) -> Tensor:
+        """What stands for places (B, places, hidden), given their codes (B, places, n): the sum over levels."""
+        return self.code_vectors(codes).sum(2)
+
+    def hidden_states(
+        self, inputs: Tensor, orders: Tensor | None = None, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
+        """Embedded inputs (B, n, hidden) of slots → the same shape after all blocks and the last norm.
+
+        With caches, the inputs follow the slots that the caches hold.
         """
         first = caches[0].tokens if caches else 0
-        places = slice(first, first + inputs.shape[1])
-        turned = turns(self.angles(inputs.device)[places])
-        if self.position_embedding is not None:  # of the place that is predicted
-            inputs = inputs + self.position_embedding.weight[places]
+        slots = slice(first, first + inputs.shape[1])
+        order = torch.arange(self.config.places, device=inputs.device) if orders is None else orders
+        angles = self.angles(inputs.device)[
+            F.pad(order + 1, (1, 0))[..., slots]
+        ]  # of the prefix, and of each code's own place
+        turned = turns(angles if orders is None else angles[:, None])
+        if self.position_embedding is not None:
+            inputs = inputs + self.position_embedding(order[..., slots])
         for i, block in enumerate(self.blocks):
             inputs = block(inputs, turned, caches[i] if caches else None)
         return self.norm(inputs)
+
+    def head_rows(self, level: int) -> Tensor:
+        """(K, hidden): whose products with a hidden state are the logits of a level's codes."""
+        size = self.config.codebook_size
+        rows = self.code_embedding.weight * (FRESH_HEAD_STD / EMBEDDING_STD) if self.head is None else self.head.weight
+        return rows[level * size : (level + 1) * size]
+
+    def level_logits(self, states: Tensor, level: int) -> Tensor:
+        return F.linear(states, self.head_rows(level))
 
     def angles(self, device: torch.device) -> Tensor:
         config = self.config
@@ -199,10 +153,14 @@ class AutoregressivePrior(Prior):
         return rotary_angles(config.height, config.width, config.head_dim, axes, config.rope_theta).to(device)
 
     def new_caches(self, batch: int) -> list[KVCache]:
-        config = self.config
-        tokens = config.height * config.width
-        like = self.head.weight
-        return [KVCache(batch, config.num_heads, tokens, config.head_dim, like) for _ in self.blocks]
+        return self._caches(batch, self.config.places, len(self.blocks))
+
+    def new_level_caches(self, batch: int) -> list[KVCache]:
+        return [] if self.depth is None else self._caches(batch, self.levels, len(self.depth.blocks))
+
+    def _caches(self, batch: int, tokens: int, layers: int) -> list[KVCache]:
+        config, like = self.config, self.code_embedding.weight
+        return [KVCache(batch, config.key_value_heads, tokens, config.head_dim, like) for _ in range(layers)]
 
     def sample(
         self,
@@ -211,23 +169,30 @@ class AutoregressivePrior(Prior):
         options: SamplingOptions,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         self.check_spec(spec)
-        tokens = decode(self, conditioning, options, generators, on_step)
-        return tokens.view(-1, spec.height, spec.width)
+        orders = kept_first(known.kept.flatten(1)) if known is not None and self.fills_any_place else None
+        return decode(self, conditioning, options, generators, on_step, known, orders)
+
+    @property
+    def fills_any_place(self) -> bool:
+        return self.config.random_order > 0
 
     def num_steps(self, spec: LatentSpec, options: SamplingOptions) -> int:
-        return spec.tokens
+        return self.config.places
 
     def describe(self, spec: LatentSpec) -> str:
+        levels = f" with {spec.levels} levels" if spec.levels > 1 else ""
         return (
             f"an autoregressive prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} codes of "
-            f"{spec.codebook_size}"
+            f"{spec.codebook_size}{levels}"
         )
 
     @torch.no_grad()
     def start_from_code_vectors(self, vectors: Tensor) -> None:
-        """Lets codes that look alike start alike: (K, c) vectors, near unit variance, randomly rotated into embeddings and head.
+        """Lets codes that look alike start alike: vectors (K, c), or (levels · K, c), near unit variance, are rotated at
+        random into embeddings and head.
 
         Rows drawn at random would have to learn from which codes meet what the codebook knows already.
         """
@@ -235,7 +200,8 @@ class AutoregressivePrior(Prior):
         rotation = nn.init.orthogonal_(vectors.new_empty(channels, hidden))
         rows = vectors @ rotation * math.sqrt(max(hidden / channels, 1))  # (K, hidden), near unit variance
         self.code_embedding.weight.copy_(EMBEDDING_STD * rows)
-        self.head.weight.copy_(HEAD_STD * rows)
+        if self.head is not None:
+            self.head.weight.copy_(HEAD_STD * rows)
 
     def _draw_weights(self) -> None:
         """Normal: matrices with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
@@ -244,6 +210,7 @@ class AutoregressivePrior(Prior):
             if parameter.ndim == 2 and "embedding" not in name:
                 std = parameter.shape[1] ** -0.5
                 small = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=std / depth if small else 0.02 if name == "head.weight" else std)
+                head = name == "head.weight"
+                nn.init.normal_(parameter, std=std / depth if small else FRESH_HEAD_STD if head else std)
             elif "embedding" in name:
                 nn.init.normal_(parameter, std=EMBEDDING_STD)

@@ -9,6 +9,8 @@ code shares the prefix's place and each knows its own from its distance to the p
 import torch
 from torch import Tensor
 
+Turns = tuple[Tensor, Tensor]  # cosines and signed sines, (tokens, head_dim) or (B, 1, tokens, head_dim)
+
 
 def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: float) -> Tensor:
     """Angles (1 + h·w, head_dim / 2) float32 of the prefix and the codes in raster order; axes is 1 or 2."""
@@ -23,13 +25,13 @@ def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: floa
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
-def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (tokens, d) of angles (tokens, d / 2), as `rotate` takes them."""
+def turns(angles: Tensor) -> Turns:
+    """Cosines and signed sines (…, d) of angles (…, d / 2), as `rotate` takes them."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, heads, tokens, d); cos, sin: (tokens, d) of `turns`. Computed in float32 or wider, returned in x's type."""
+    """x: (B, heads, tokens, d); cos, sin: those of `turns`. Computed in float32 or wider, returned in x's type."""
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     return (wide * cos).addcmul(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

@@ -1,38 +1,42 @@
-r"""Decoding: one code after another, from the guided, tempered and truncated distribution.
+r"""From logits to a code: guidance, temperature, truncation, and one uniform number.
 
-    logits = null + s · (conditional − null)   →   / temperature   →   top-k   →   top-p   →   softmax   →   draw
+    logits = null + s_i · (conditional − null)   →   / temperature   →   top-k   →   top-p   →   min-p   →   softmax   →   draw
 
-in this order, in float32. A draw is one uniform number u an image and token, taken up front from the image's own generator:
-the first code whose cumulated probability exceeds u. Image i so has the same draws at any batch size.
-Top-p (nucleus) sampling: Holtzman et al. 2019, arXiv 1904.09751.
+in this order, in float32. A draw is one uniform number u: the first code whose cumulated probability exceeds it. Top-p (nucleus)
+sampling: Holtzman et al. 2019, arXiv 1904.09751; min-p: Nguyen et al. 2024, arXiv 2407.01082. A guidance scale that grows from
+1 while an image is drawn keeps its first codes diverse (Chang et al. 2023, arXiv 2301.00704).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stage2_prior.conditioning import guided
 from training_harness.errors import UserError
 
-if TYPE_CHECKING:
-    from stage2_prior.autoregressive.model import AutoregressivePrior
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+Weights = Literal["full", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     guidance_scale: float = 1.0
     """1 is the conditional model; above it, samples are more typical of their class and less diverse."""
+    guidance_schedule: GuidanceSchedule = "constant"
+    """How the scale goes from 1 to `guidance_scale` while an image is drawn; `constant` has it from the first code."""
     temperature: float = 1.0
     top_k: int = 0
     """Keeps the k most probable codes; 0 keeps all."""
     top_p: float = 1.0
     """Keeps the most probable codes that together reach this probability."""
+    min_p: float = 0.0
+    """Keeps codes at least this many times as probable as the most probable one."""
+    weights: Weights = "full"
+    """`int8`, on a CPU: weights of eight bits, faster for one or a few images at a time and a little less likely samples."""
+    num_candidates: int = 8
+    """How many candidates for a hole a raster-order prior weighs by what is known after it; 1 ignores that."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < math.inf:  # not a number fails too
@@ -43,46 +47,23 @@ class SamplingOptions:
             raise UserError(f"top_k is {self.top_k}; expected a number of codes, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; expected a probability in (0, 1]; 1 keeps all codes")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; expected a share in [0, 1]; 0 keeps all codes")
+        if self.num_candidates < 1:
+            raise UserError(f"num_candidates is {self.num_candidates}; expected at least 1")
+
+    def scale_at(self, place: int, places: int) -> float:
+        """Guidance scale for the codes of the `place`-th place, from 0, of `places`."""
+        progress = (place + 1) / places
+        shape = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
+        return 1 + (self.guidance_scale - 1) * shape[self.guidance_schedule]
 
 
-@torch.no_grad()
-def decode(
-    prior: AutoregressivePrior,
-    conditioning: Tensor,
-    options: SamplingOptions,
-    generators: Sequence[torch.Generator],
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Codes (B, tokens) int64 for class ids (B,).
-
-    With guidance both halves run in one batch of 2 B rows; at scale 1 the null half is left out. `on_step(i, tokens)` is
-    called after each token with the codes so far, (B, i + 1).
-    """
-    batch, length = len(conditioning), prior.config.height * prior.config.width
-    guidance = options.guidance_scale != 1.0
-    draws = torch.stack([torch.rand(length, generator=g, device=g.device).cpu() for g in generators])
-    draws = draws.to(conditioning.device)  # (B, tokens)
-    if guidance:
-        null = torch.full_like(conditioning, prior.class_embedding.null_class)
-        conditioning = torch.cat([conditioning, null])
-    caches = prior.new_caches(len(conditioning))
-    inputs = prior.class_embedding(conditioning)[:, None]
-    tokens = torch.empty(batch, length, dtype=torch.int64, device=conditioning.device)
-    for i in range(length):
-        logits = prior.head(prior.hidden_states(inputs, caches)[:, -1]).float()
-        if guidance:
-            conditional, without = logits.chunk(2)
-            logits = guided(conditional, without, options.guidance_scale)
-        tokens[:, i] = draw(truncated(logits / options.temperature, options.top_k, options.top_p), draws[:, i])
-        chosen = tokens[:, i].repeat(2) if guidance else tokens[:, i]
-        inputs = prior.code_embedding(chosen)[:, None]
-        if on_step is not None:
-            on_step(i, tokens[:, : i + 1])
-    return tokens
+SAMPLING = tuple(field.name for field in fields(SamplingOptions))
 
 
-def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(B, K) logits with −∞ where top-k, and then top-p, leave a code out; the most probable code always stays."""
+def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """(B, K) logits with −∞ where top-k, then top-p, then min-p leave a code out; the most probable code always stays."""
     if 0 < top_k < logits.shape[1]:
         threshold = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -91,6 +72,8 @@ def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         probabilities = ordered.softmax(1)
         outside = probabilities.cumsum(1) - probabilities >= top_p  # what came before suffices
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(1, keepdim=True) + math.log(min_p), -torch.inf)
     return logits
 
 

@@ -141,10 +141,36 @@ CASES = {
         "the tokenizer kl has no codes",
         "--tokenizer-recipe vqgan-f4",
     ),
-    "a prior of codes for several levels": (
-        f"{TRAIN} --tokenizer-recipe residual --dry-run",
-        "the tokenizer residual has several levels",
-        "--tokenizer-recipe vqgan-f4",
+    "random orders without learnt positions": (
+        f"{PRIOR} --order.random 0.5 --model.learned-positions False",
+        "model.learned_positions is false",
+        "expected model.learned_positions to be true",
+    ),
+    "a share of orders beyond 1": (f"{PRIOR} --order.random 1.5", "order.random is 1.5", "expected a share"),
+    "heads that do not share keys evenly": (
+        f"{PRIOR} --model.num-key-value-heads 3",
+        "model.num_key_value_heads is 3 for 4 heads",
+        "divides the heads",
+    ),
+    "a mask without a picture": (
+        "sample --pipeline job --mask-image mask.png",
+        "mask_image was given without image",
+        "give image=",
+    ),
+    "a strength beyond 1": (
+        "sample --pipeline job --image picture.png --strength 1.5",
+        "strength is 1.5",
+        "expected a share",
+    ),
+    "a picture to edit that is none": (
+        "sample --pipeline job --image job/metrics.json",
+        "metrics.json could not be read",
+        "expected a picture",
+    ),
+    "nothing to inspect of a prior": (
+        "inspect-prior --pipeline job --data images --num-samples 0",
+        "is 0",
+        "at least 1",
     ),
     "a dry run of nothing": (f"{TOKENIZER} --recipe identity --dry-run", "has nothing to learn", "without --dry-run"),
     "a perceptual loss without its weights": (

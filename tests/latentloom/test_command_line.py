@@ -31,6 +31,7 @@ OPTIONS = {
     "sample": "--pipeline --classes --num-images --seed --output --guidance-scale --temperature --top-k --top-p",
     "reconstruct": "--tokenizer --data --num-images --output",
     "inspect-tokenizer": "--tokenizer --data --num-images --output --seed",
+    "inspect-prior": "--pipeline --data --num-images --num-samples --max-training-images --output --seed",
     "evaluate": "--pipeline --tokenizer --samples --reference --features --num-images --save-samples --output",
     "report": "--output",
     "push": "--pipeline --repo-id --private",

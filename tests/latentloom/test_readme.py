@@ -19,6 +19,7 @@ SHORTER = {
     "train-tokenizer": SMALL,
     "train-prior": ["--batch-size", "8", "--max-steps", "2"],
     "evaluate": ["--num-images", "20"],
+    "inspect-prior": ["--num-samples", "10"],
     "sweep": ["--trials", "1", "--max-steps", "2"],
 }
 
@@ -51,7 +52,7 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
         assert set(hub.repos) == {"me/my-generator"}
     assert set(ran) == {
         "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push",
-        "report", "inspect-tokenizer", "sweep",
+        "report", "inspect-tokenizer", "inspect-prior", "sweep",
     }  # fmt: skip
 
 

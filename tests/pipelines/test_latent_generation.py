@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pipelines.latent_generation import ImagePipelineOutput, LatentGenerationPipeline
+from stage2_prior.prior import UNKNOWN
 from training_harness.errors import SpecMismatchError, UserError
 
 
@@ -20,7 +21,7 @@ def pipeline() -> LatentGenerationPipeline:
 
 
 def sampled(pipeline: LatentGenerationPipeline, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in [0, 1] and the codes (N, h·w) they were decoded from."""
+    """Images (N, C, H, W) in [0, 1] and the codes (N, h, w) they were decoded from."""
     codes: list[Tensor] = []
 
     def keep(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ def test_the_images_do_not_depend_on_the_batch_size(pipeline: LatentGenerationPi
     ]
     images, codes = runs[0]
     assert images.shape == (8, 1, 14, 14)
-    assert len({tuple(row.tolist()) for row in codes}) == 8
+    assert len({tuple(row.flatten().tolist()) for row in codes}) == 8
     for others, other_codes in runs[1:]:
         assert torch.equal(other_codes, codes)
         assert_close(others, images, rtol=0, atol=1e-5)
@@ -149,7 +150,7 @@ def test_an_option_of_another_prior_is_an_error_naming_those_this_one_takes(
         pipeline(0, num_inference_steps=25)
     assert str(caught.value) == (
         "num_inference_steps is no option of a AutoregressivePrior; "
-        "expected any of: guidance_scale, temperature, top_k, top_p"
+        "expected any of: guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p, weights, num_candidates"
     )
 
 
@@ -232,14 +233,28 @@ def test_pictures_that_are_not_square_keep_height_and_width() -> None:
 
 
 def test_the_callback_is_called_once_a_token_with_the_codes_so_far(pipeline: LatentGenerationPipeline) -> None:
-    calls: list[tuple[int, int, tuple[int, ...]]] = []
+    calls: list[tuple[int, int, tuple[int, ...], int]] = []
 
     def note(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
         assert pipe is pipeline
-        calls.append((step, timestep, tuple(values["tokens"].shape)))
+        known = (values["tokens"] != UNKNOWN).flatten(1)
+        assert known[:, : step + 1].all()
+        calls.append((step, timestep, tuple(values["tokens"].shape), int(known.sum(1).unique())))
 
     pipeline([0, 1], 2, batch_size=3, callback_on_step_end=note)
-    assert calls == [(i, i, (batch, i + 1)) for batch in (3, 1) for i in range(16)]
+    assert calls == [(i, i, (batch, 4, 4), i + 1) for batch in (3, 1) for i in range(16)]
+
+
+def test_a_grid_that_is_not_whole_yet_decodes_with_the_mean_latent_where_a_code_is_missing(
+    pipeline: LatentGenerationPipeline,
+) -> None:
+    codes = torch.randint(16, (2, 4, 4), generator=seeded(0))
+    partial = codes.clone()
+    partial[:, 2:] = UNKNOWN
+    latents = pipeline.tokenizer.indices_to_latents(codes)
+    latents[:, :, 2:] = 0
+    assert_close(pipeline.decode(partial), pipeline.decode(latents))
+    assert not torch.equal(pipeline.decode(partial), pipeline.decode(codes))
 
 
 def test_the_images_can_be_changed_in_place_and_enter_a_gradient(pipeline: LatentGenerationPipeline) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
+from stage2_prior.autoregressive.blocks import causal_attention
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.model import AutoregressivePrior, AutoregressivePriorConfig, causal_attention
+from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import ConfigError, SpecMismatchError, UserError
 
 LLAMA_NAMES = {
@@ -95,7 +97,7 @@ def test_hidden_states_with_caches_equal_those_without_for_any_cut_of_the_sequen
     x = torch.randn(2, 16, 32, generator=seeded(1))
     caches = prior.new_caches(2)
     with torch.no_grad():
-        parts = [prior.hidden_states(part, caches) for part in x.split(chunks, dim=1)]
+        parts = [prior.hidden_states(part, caches=caches) for part in x.split(chunks, dim=1)]
         assert_close(torch.cat(parts, dim=1), prior.hidden_states(x), rtol=0, atol=1e-5)
 
 
@@ -173,6 +175,8 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"random_order": -0.5}, "random_order is -0.5"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3 for 4 heads; expected a number that divides the heads"),
         ({"hiden_size": 64}, "hiden_size.*did you mean 'hidden_size'"),
     ],
 )

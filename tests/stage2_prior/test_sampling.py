@@ -12,8 +12,11 @@ from tiny_models import seeded, tiny_prior, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
+from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.sampling import SamplingOptions, decode, draw, truncated
+from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
+from stage2_prior.autoregressive.stepping import PackedStepper
+from stage2_prior.prior import UNKNOWN
 from training_harness.errors import SpecMismatchError, UserError
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=24, unique=True)
@@ -21,11 +24,12 @@ ALMOST_ONE = 1 - 2**-24  # the largest float32 below 1
 
 
 def decoded(prior: AutoregressivePrior, labels: list[int], seeds: list[int], **options: float) -> Tensor:
-    return decode(prior, torch.tensor(labels), SamplingOptions(**options), [seeded(seed) for seed in seeds])  # type: ignore[arg-type]
+    generators = [seeded(seed) for seed in seeds]
+    return decode(prior, torch.tensor(labels), SamplingOptions(**options), generators).flatten(1)  # type: ignore[arg-type]
 
 
-def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> set[int]:
-    return set(truncated(torch.tensor([logits]), top_k, top_p).isfinite()[0].nonzero().flatten().tolist())
+def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
+    return set(truncated(torch.tensor([logits]), top_k, top_p, min_p).isfinite()[0].nonzero().flatten().tolist())
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
@@ -110,6 +114,46 @@ def test_top_p_looks_at_what_top_k_left() -> None:
     assert kept(logits, top_k=2, top_p=0.75) == {0, 1}
 
 
+@given(LOGITS, st.floats(0.001, 1))
+@settings(max_examples=100, deadline=None)
+def test_min_p_keeps_what_is_at_least_that_share_of_the_most_probable(logits: list[float], share: float) -> None:
+    top = max(logits)
+    for x in logits:
+        assume(abs(x - top - math.log(share)) > 1e-5)  # there float32 may decide otherwise
+    assert kept(logits, min_p=share) == {i for i, x in enumerate(logits) if x - top >= math.log(share)}
+
+
+def test_min_p_looks_at_the_most_probable_code_whatever_top_p_left() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert kept(logits, min_p=0.25) == {0, 1, 2}
+    assert kept(logits, top_p=0.7, min_p=0.25) == {0, 1}
+    assert kept(logits, top_p=0.99, min_p=0.35) == {0, 1}
+
+
+def test_the_guidance_scale_grows_to_its_end_and_a_constant_one_begins_there() -> None:
+    ends = {
+        name: SamplingOptions(guidance_scale=3.0, guidance_schedule=name) for name in ("constant", "linear", "cosine")
+    }  # type: ignore[arg-type]
+    for options in ends.values():
+        assert options.scale_at(15, 16) == pytest.approx(3.0)
+    assert ends["constant"].scale_at(0, 16) == 3.0
+    assert ends["linear"].scale_at(7, 16) == pytest.approx(2.0)
+    assert ends["cosine"].scale_at(7, 16) == pytest.approx(2.0)
+    assert 1 < ends["cosine"].scale_at(0, 16) < ends["linear"].scale_at(0, 16) < 1.2
+
+
+def test_a_schedule_guides_each_place_by_its_own_scale() -> None:
+    prior, labels = tiny_prior(), torch.tensor([0, 1])
+    options = SamplingOptions(guidance_scale=4.0, guidance_schedule="linear")
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    uniform = torch.stack([torch.rand(16, generator=seeded(seed)) for seed in (5, 6)])
+    with torch.no_grad():
+        for i in range(16):
+            without, conditional = (prior.logits(tokens, y)[:, i] for y in (torch.full_like(labels, 3), labels))
+            tokens[:, i] = draw(without + (1 + 3 * (i + 1) / 16) * (conditional - without), uniform[:, i])
+    assert torch.equal(decode(prior, labels, options, [seeded(5), seeded(6)]).flatten(1), tokens)
+
+
 def test_what_is_kept_keeps_its_logits_and_rows_do_not_mix() -> None:
     logits = torch.randn(4, 16, generator=seeded(0))
     result = truncated(logits, 5, 0.9)
@@ -132,6 +176,9 @@ def test_what_is_kept_keeps_its_logits_and_rows_do_not_mix() -> None:
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("num_candidates", 0),
     ],
 )
 def test_an_option_out_of_its_range_is_named_with_its_value(name: str, value: float) -> None:
@@ -143,12 +190,17 @@ def test_an_option_out_of_its_range_is_named_with_its_value(name: str, value: fl
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])
-def test_cached_logits_equal_uncached_ones_at_every_step(scale: float) -> None:
+def test_cached_logits_equal_uncached_ones_at_every_step(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     prior, labels = tiny_prior(), [0, 2, -1]
     steps: list[Tensor] = []
-    hook = prior.head.register_forward_hook(lambda module, inputs, output: steps.append(output))
+    logits = PackedStepper.logits
+
+    def noted(stepper: PackedStepper, states: Tensor, level: int) -> Tensor:
+        steps.append(logits(stepper, states, level))
+        return steps[-1]
+
+    monkeypatch.setattr(PackedStepper, "logits", noted)
     tokens = decoded(prior, labels, [1, 2, 3], guidance_scale=scale)
-    hook.remove()
     cached = torch.stack(steps, dim=1)  # (B or 2 B, h·w, K)
     assert cached.shape == (3 if scale == 1 else 6, 16, 16)
     halves = [labels] if scale == 1 else [labels, [3, 3, 3]]
@@ -215,7 +267,9 @@ def test_every_step_is_reported_with_the_codes_so_far() -> None:
         prior, torch.tensor([0, 1]), SamplingOptions(), generators, lambda i, t: seen.append((i, t.clone()))
     )
     assert [i for i, _ in seen] == list(range(16))
-    assert all(torch.equal(codes, tokens[:, : i + 1]) for i, codes in seen)
+    for i, grid in seen:
+        assert torch.equal(grid.flatten(1)[:, : i + 1], tokens.flatten(1)[:, : i + 1])
+        assert (grid.flatten(1)[:, i + 1 :] == UNKNOWN).all()
 
 
 def test_sample_gives_the_grid_in_raster_order_and_refuses_another_spec() -> None:
@@ -224,7 +278,7 @@ def test_sample_gives_the_grid_in_raster_order_and_refuses_another_spec() -> Non
     labels, options = torch.tensor([0, 1]), SamplingOptions()
     grid = prior.sample(tokenizer.latent_spec(), labels, options, [seeded(0), seeded(1)])
     assert grid.shape == (2, 4, 4)
-    assert torch.equal(grid.flatten(1), decode(prior, labels, options, [seeded(0), seeded(1)]))
+    assert torch.equal(grid, decode(prior, labels, options, [seeded(0), seeded(1)]))
     with pytest.raises(SpecMismatchError, match="tokenizer_id"):
         prior.sample(tiny_tokenizer(seed=1).latent_spec(), labels, options, [seeded(0), seeded(1)])
 

@@ -55,11 +55,15 @@ def test_an_example_s_draw_depends_on_its_place_and_the_seed_and_not_on_the_proc
         halves = BatchOrder(30, 4, seed=3, rank=rank, processes=2)
         for number, both in enumerate(whole):
             assert np.array_equal(halves.draws(number), both[4 * rank : 4 * rank + 4])
+    columns = BatchOrder(30, 8, seed=3).draws(0, 5)
+    assert columns.shape == (8, 5)
+    assert np.array_equal(columns[:, :1], whole[0]), "more numbers an example leave the first as it is"
     assert not np.array_equal(BatchOrder(30, 8, seed=4).draws(0), whole[0])
 
 
-def test_draws_are_spread_evenly():
-    draws = BatchOrder(10, 100_000, seed=0).draws(0)
+@pytest.mark.parametrize("columns", [1, 50])
+def test_draws_are_spread_evenly(columns):
+    draws = BatchOrder(10, 100_000 // columns, seed=0).draws(0, columns).ravel()
     assert ((draws >= 0) & (draws < 1)).all()
     counts = np.histogram(draws, 20, (0, 1))[0]
     chi_square = ((counts - 5000) ** 2 / 5000).sum()

@@ -1,0 +1,86 @@
+"""Decoding side by side with transformers' `generate`: 256 codes of a small decoder, without guidance.
+
+6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024; a class prefix and 256 codes, drawn at temperature 1: ours from its prior,
+transformers from a `LlamaForCausalLM` of the same sizes, with its dynamic and its static cache, of which the faster counts. The
+bound is what reading the weights once a step would take at the speed that this machine reads memory with. int8 is ours with its
+products' weights as 8-bit integers, an option that costs likelihood: what it costs is measured on the quickstart's prior.
+"""
+
+from typing import Any
+
+import torch
+from frame import OURS, Report, compared, interleaved, table
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from where_time_goes import machine_speed
+
+from pipelines.latent_generation import image_generators
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.decoding import decode
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.sampling import SamplingOptions
+
+CODES, SIDE, CLASSES = 1024, 16, 10
+SIZES = {"hidden_size": 384, "intermediate_size": 1024}
+BATCHES = (1, 8, 32)
+INT8, DYNAMIC, STATIC = f"{OURS}, int8", "transformers, dynamic cache", "transformers, static cache"
+
+
+def our_prior() -> AutoregressivePrior:
+    sizes: dict[str, Any] = {"codebook_size": CODES, "height": SIDE, "width": SIDE, "num_classes": CLASSES}
+    return AutoregressivePrior(AutoregressivePriorConfig(**sizes, **SIZES, num_layers=6, num_heads=6)).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=CODES + CLASSES + 1, **SIZES, num_hidden_layers=6, num_attention_heads=6)
+    ).eval()
+
+
+def contenders(ours: AutoregressivePrior, theirs: LlamaForCausalLM, batch: int, tokens: int) -> dict[str, Any]:
+    labels = torch.arange(batch) % CLASSES
+    generators = image_generators(torch.Generator().manual_seed(0), batch)
+
+    def draw(**options: Any) -> object:
+        return decode(ours, labels, SamplingOptions(**options), generators)
+
+    def generate(cache: str) -> object:
+        config = GenerationConfig(
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=CODES,
+            cache_implementation=cache,
+            disable_compile=True,
+        )
+        return theirs.generate((CODES + labels)[:, None], generation_config=config)
+
+    found = {OURS: draw, INT8: lambda: draw(weights="int8")}
+    return found | {DYNAMIC: lambda: generate("dynamic"), STATIC: lambda: generate("static")}
+
+
+@torch.no_grad()
+def run(quick: bool) -> Report:
+    torch.manual_seed(0)
+    rounds, batches = (2, (1, 8)) if quick else (7, BATCHES)
+    ours, theirs, tokens = our_prior(), llama(), SIDE**2
+    memory = machine_speed(3).memory
+    weights = sum(p.nbytes for name, p in ours.named_parameters() if "embedding" not in name)
+    rows, figures = [], {}
+    for batch in batches:
+        found = compared(interleaved(contenders(ours, theirs, batch, tokens), rounds))
+        bound = memory / weights * batch
+        figures[batch] = {"bound": bound} | found
+        for name, row in found.items():
+            rate = batch * tokens / row["seconds"]
+            low, high = row["quartiles"]
+            rows.append([batch, name, rate, row["ratio"], f"{low:.2f} … {high:.2f}", f"{rate / bound:.0%}"])
+    head = ["images at once", "", "codes/s", "time, ours = 1", "quartiles", "of the bound"]
+    words = f"Weights read at each step: {weights / 2**20:.0f} MiB; memory reads {memory / 1e9:.1f} GB/s."
+    return Report(
+        name="decoding",
+        title="Decoding: codes a second",
+        text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), words, table(head, rows)]),
+        figures={"memory": memory, "weights": weights, "batches": figures},
+        peers=("transformers",),
+    )

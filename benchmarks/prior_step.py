@@ -1,0 +1,83 @@
+"""A stage-two training step against one of transformers' Llama of the same size.
+
+6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024, 256 codes after a class prefix, batches of 32: forward, loss, backward,
+clipping and fused AdamW, for both. Ours takes its loss by chunks of the head; Llama the cross-entropy of all logits, with torch's
+attention and with its own eager one. Both round the factors of products where the machine gains from it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from decoding import CLASSES, CODES, SIDE, SIZES, our_prior
+from frame import OURS, Report, compared, interleaved, table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from where_time_goes import by_kind, machine_speed
+
+from training_harness.allocator import keep_freed_memory
+from training_harness.machine import rounded_products
+from training_harness.processes import accelerated_device
+
+BATCH = 32
+
+
+def stepping(model: nn.Module, loss_of: Callable[[], Tensor], steps: int) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def take() -> None:
+        for _ in range(steps):
+            loss_of().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return take
+
+
+def run(quick: bool) -> Report:
+    keep_freed_memory()
+    torch.manual_seed(0)
+    steps, rounds, tokens = (1, 2, SIDE**2) if quick else (4, 7, SIDE**2)
+    codes, labels = torch.randint(CODES, (BATCH, SIDE, SIDE)), torch.arange(BATCH) % CLASSES
+    sequence = torch.cat([CODES + labels[:, None], codes.flatten(1)], dim=1)
+    ours = our_prior().train()
+    takes: dict[str, Any] = {OURS: stepping(ours, lambda: ours(codes, labels).total, steps)}
+    for attention in ("sdpa", "eager"):
+        sizes = {"vocab_size": CODES + CLASSES + 1, "num_hidden_layers": 6, "num_attention_heads": 6}
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, **SIZES, attn_implementation=attention)).train()
+
+        def loss(llama: LlamaForCausalLM = llama) -> Tensor:
+            logits = llama(input_ids=sequence[:, :-1], use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1), sequence[:, 1:].flatten())
+
+        takes[f"transformers Llama, {attention}"] = stepping(llama, loss, steps)
+    with rounded_products(accelerated_device(), enabled=True):
+        speed = machine_speed(3).product
+        with FlopCounterMode(display=False) as counter:
+            ours(codes, labels).total.backward()
+        found = compared(interleaved(takes, rounds))
+    flop = by_kind(counter)["product"]
+    rows = []
+    for name, row in found.items():
+        low, high = row["quartiles"]
+        seconds = row["seconds"] / steps
+        rows.append([name, 1e3 * seconds, BATCH * tokens / seconds, row["ratio"], f"{low:.2f} … {high:.2f}"])
+    own = found[OURS]["seconds"] / steps
+    share = flop / own / speed
+    words = f"Ours computes {flop / own / 1e9:,.0f} GFLOP/s in products, {share:.0%} of what this machine reaches in a large one."
+    return Report(
+        name="prior_step",
+        title="A stage-two training step",
+        text="\n\n".join(
+            [
+                (__doc__ or "").partition("\n\n")[2].strip(),
+                table(["", "ms a step", "codes/s", "time, ours = 1", "quartiles"], rows),
+                words,
+            ]
+        ),
+        figures={"flop": flop, "product": speed, "share": share, "contenders": found},
+        peers=("transformers",),
+    )

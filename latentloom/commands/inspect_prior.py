@@ -1,0 +1,69 @@
+"""latentloom inspect-prior: one HTML page of what surprises a pipeline's prior, and whether it repeats its training images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentloom.arguments import check_count, check_page, check_seed, parse
+from latentloom.inspection.prior_measure import inspect_prior
+from latentloom.inspection.prior_page import prior_page
+from latentloom.report.numbers import count, number, percent
+from latentloom.stages import load_source, say
+from pipelines.evaluation.feature_files import drawn_positions
+from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.sources import ImageSplit
+from training_harness.files import write_text
+from training_harness.processes import accelerated_device, is_main_process, main_process_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    pipeline: str
+    """Run folder, pipeline folder or Hub repository."""
+    data: str
+    """The images it was trained on: their test split where they have one, else the validation split, is held out."""
+    num_images: int = 1000
+    """Held-out images, at most."""
+    num_samples: int = 200
+    """Samples that are compared with training images, as many of each class."""
+    max_training_images: int = 50_000
+    output: Path = Path("prior.html")
+    """HTML file."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--num-images", self.num_images),
+            ("--num-samples", self.num_samples),
+            ("--max-training-images", self.max_training_images),
+        ):
+            check_count(option, value)
+        check_seed(self.seed)
+        check_page(self.output, "prior.html")
+
+
+def main(words: list[str]) -> None:
+    a = parse(Arguments, "inspect-prior", words)
+    with main_process_first():
+        if is_main_process():
+            draw(a)
+
+
+def draw(a: Arguments) -> None:
+    pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
+    source = load_source(a.data)
+
+    def pixels(split: ImageSplit, most: int) -> Pixels:
+        drawn = drawn_positions(len(split), most, a.seed).tolist()
+        found = Pixels(split.select(drawn), pipeline.tokenizer.config.image_processor)
+        found.report_skipped()
+        return found
+
+    held_out, train = pixels(source.held_out, a.num_images), pixels(source.train, a.max_training_images)
+    found = inspect_prior(pipeline, held_out, train, a.num_samples, a.seed)
+    write_text(a.output, prior_page(pipeline, found, a.pipeline, a.data))
+    shared = percent(float(found.neighbours.samples.median()))
+    say(
+        f"{count(len(found.bits), 'image')}, {number(found.bits.mean().item())} bits a code, {shared} of a sample's codes shared "
+        f"with the nearest training image: {a.output}"
+    )

@@ -1,0 +1,98 @@
+"""Blocks of the transformer: pre-norm, causal self-attention with rotary positions, SwiGLU.
+
+As in Llama (Touvron et al. 2023, arXiv 2302.13971); grouped queries: Ainslie et al. 2023, arXiv 2305.13245; norms of queries
+and keys: Henry et al. 2020, arXiv 2010.04245.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.kv_cache import KVCache
+from stage2_prior.autoregressive.rotary import Turns, rotate
+from stage2_prior.normalization import RMSNorm
+
+SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; with a cache, over all tokens so far."""
+
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        width, shared = config.hidden_size, config.key_value_heads * config.head_dim
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.groups = config.num_heads // config.key_value_heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key, self.value = (nn.Linear(width, shared, bias=False) for _ in range(2))
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, tokens, head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        query, key = rotate(self.query_norm(query), *turned), rotate(self.key_norm(key), *turned)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        new, seen = query.shape[2], key.shape[2]
+        causal, mask = 1 < new == seen, None  # one new token sees everything
+        if 1 < new < seen:  # torch's `is_causal` would count from the first key, which is the oldest
+            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+        dropout = self.dropout if self.training else 0.0
+        if causal and new <= SHORT and x.device.type == "cpu" and torch.is_grad_enabled():
+            key, value = (
+                shared.repeat_interleave(self.groups, 1) if self.groups > 1 else shared for shared in (key, value)
+            )
+            attended = causal_attention(query, key, value, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout, is_causal=causal, enable_gqa=self.groups > 1
+            )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """softmax(QKᵀ / √d + mask) V of (B, heads, tokens, d), as plain products.
+
+    torch's blocked kernel for CPUs is eight times as slow at 49 tokens where products round their factors.
+    """
+    tokens, width = query.shape[-2:]
+    mask = query.new_full((tokens, tokens), -math.inf).triu(1)
+    query, key, values = (x.reshape(-1, tokens, width) for x in (query, key, value))
+    scores = torch.baddbmm(mask.expand(len(query), -1, -1), query, key.mT, alpha=width**-0.5)
+    return (F.dropout(scores.softmax(-1), dropout) @ values).view(value.shape)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(SiLU(gate x) · up x). Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

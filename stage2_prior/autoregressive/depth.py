@@ -1,0 +1,40 @@
+r"""The codes of one place of a residual grid, level by level.
+
+    p(k_1 … k_L | h) = Π_l p(k_l | h, k_1 … k_{l−1}),     inputs: h, then the sum of the vectors of the codes so far
+
+h is what the prior says of the place. Lee et al. 2022, arXiv 2203.01941 (RQ-Transformer).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stage2_prior.autoregressive.blocks import Block
+from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.kv_cache import KVCache
+from stage2_prior.autoregressive.rotary import rotary_angles, turns
+from stage2_prior.normalization import RMSNorm
+
+
+class DepthTransformer(nn.Module):
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
+        super().__init__()
+        self.levels, self.head_dim, self.theta = config.levels, config.head_dim, config.rope_theta
+        self.level_embedding = nn.Embedding(config.levels, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Hidden states of places (N, hidden) and vectors of their first codes (N, levels − 1, hidden) → (N, levels, hidden)."""
+        return self.states(torch.cat([hidden[:, None], codes.cumsum(1)], dim=1))
+
+    def states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """(N, n, hidden) inputs of as many levels → the same shape; with caches they follow the levels these hold."""
+        first = caches[0].tokens if caches else 0
+        levels = slice(first, first + inputs.shape[1])
+        turned = turns(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
+        inputs = inputs + self.level_embedding.weight[levels]
+        for i, block in enumerate(self.blocks):
+            inputs = block(inputs, turned, caches[i] if caches else None)
+        return self.norm(inputs)

@@ -1,0 +1,102 @@
+"""The page of a prior: its figures are those of the codes, and what it says of copies is true of them."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import latentloom
+from small_parts import write_pictures
+from test_report_page import Page
+from tiny_models import seeded, tiny_pipeline, tiny_prior
+from torch.testing import assert_close
+
+from latentloom.inspection.prior_measure import Neighbours
+from latentloom.inspection.prior_page import copies
+from pipelines.evaluation.likelihood import likelihood_figures, nearest_grids, surprise
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_surprise_of_all_codes_is_the_loss_in_bits(levels: int) -> None:
+    prior, labels = tiny_prior(levels=levels), torch.tensor([0, 1, -1, 2])
+    codes = torch.randint(16, (4, 4, 4) if levels == 1 else (4, levels, 4, 4), generator=seeded(0))
+    bits = surprise(prior, codes, labels)
+    assert bits.shape == codes.shape
+    with torch.no_grad():
+        nats = prior(codes, labels).total
+    assert_close(bits.mean().float(), nats / math.log(2), rtol=1e-4, atol=0)
+
+
+def test_the_surprise_at_a_place_is_that_of_its_own_code() -> None:
+    prior, codes, label = tiny_prior(), torch.randint(16, (1, 4, 4), generator=seeded(0)), torch.tensor([1])
+    altered = codes.clone()
+    altered[0, 2, 1] = (altered[0, 2, 1] + 1) % 16
+    before, after = surprise(prior, codes, label)[0].flatten(), surprise(prior, altered, label)[0].flatten()
+    assert torch.equal(before[:9], after[:9])
+    assert before[9] != after[9]
+
+
+def test_figures_are_means_over_codes_classes_and_places() -> None:
+    bits = torch.tensor([[[1.0, 3.0]], [[2.0, 6.0]], [[4.0, 4.0]]], dtype=torch.float64)
+    found = likelihood_figures(bits, torch.tensor([0, 0, 2]), ("a", "b", "c"), codebook_size=64, pixels=8)
+    assert found["bits_per_token"] == pytest.approx(20 / 6)
+    assert found["prior_bits_per_image"] == pytest.approx(20 / 3)
+    assert found["prior_bits_per_pixel"] == pytest.approx(20 / 24)
+    assert found["bits_per_token_by_class"] == {"a": 3.0, "c": 4.0}
+    assert found["bits_per_token_by_position"] == [[pytest.approx(7 / 3), pytest.approx(13 / 3)]]
+    assert found["bits_per_token_uniform"] == 6
+
+
+def test_the_nearest_grid_is_the_one_that_shares_most_codes_wherever_it_stands() -> None:
+    training = torch.randint(16, (250, 4, 4), generator=seeded(0))
+    codes = training[[7, 130, 249]].clone()
+    codes[0, 0, :2] = 16  # two of sixteen codes of no training grid
+    codes[2] = 16
+    shares, where = nearest_grids(codes, iter(training.split(100)))
+    assert shares.tolist() == [14 / 16, 1.0, 0.0]
+    assert where[:2].tolist() == [7, 130]
+
+
+def test_samples_that_are_training_images_again_are_told() -> None:
+    held_out = torch.full((100,), 0.4)
+    for copied, level in ((0, "good"), (30, "bad")):
+        samples = torch.cat([torch.ones(copied), torch.full((100 - copied,), 0.4)])
+        found = copies(Neighbours(samples, held_out, [], 10))
+        assert found.level == level
+        assert ("30" in found.title) == (level == "bad")
+
+
+def test_the_command_draws_a_page_of_the_priors_own_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    for split, count in (("train", 5), ("test", 4)):
+        write_pictures(tmp_path / "data" / split, count)
+    words = ["--pipeline", tmp_path / "pipeline", "--data", tmp_path / "data", "--num-samples", 6]
+    for name in ("a", "b"):
+        assert latentloom("inspect-prior", *words, "--output", tmp_path / f"{name}.html") == 0
+    page, again = ((tmp_path / f"{name}.html").read_text(encoding="utf-8") for name in ("a", "b"))
+    assert page == again, "the same pipeline and images give the same bytes"
+    text = " ".join(Page(page).text.split())
+    for shown in (
+        "Bits a code",
+        "a uniform guess needs 4",
+        "Most surprising",
+        "nearest training image",
+        "Does it repeat",
+    ):
+        assert shown in text, shown
+    assert "of a sample's codes shared with the nearest training image" in capsys.readouterr().out
+
+
+def test_a_prior_without_likelihoods_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.latent_generation import LatentGenerationPipeline
+    from stage2_prior.standard_normal import StandardNormalPrior
+
+    tokenizer = tiny_pipeline().tokenizer
+    LatentGenerationPipeline(tokenizer, StandardNormalPrior.for_spec(tokenizer.latent_spec())).save_pretrained(
+        tmp_path / "p"
+    )
+    write_pictures(tmp_path / "data", 3)
+    words = ["--pipeline", tmp_path / "p", "--data", tmp_path / "data", "--output", tmp_path / "a.html"]
+    assert latentloom("inspect-prior", *words) == 2
+    assert "StandardNormalPrior gives codes no probability" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Filling a hole, against the exact distribution of a prior small enough to enumerate."""
+
+from itertools import product
+
+import pytest
+import torch
+from tiny_models import seeded, tiny_prior
+
+from stage2_prior.autoregressive.decoding import decode
+from stage2_prior.autoregressive.orders import kept_first
+from stage2_prior.autoregressive.sampling import SamplingOptions
+from stage2_prior.prior import Known
+
+SIZE, DRAWS = 4, 6000
+GIVEN = torch.tensor([[0, 3, 1, 2, 2, 0]])  # 2 × 3 places
+KEPT = torch.tensor([[True, False, False, True, True, True]])
+
+
+def small(**fields: object) -> torch.nn.Module:
+    return tiny_prior(codebook_size=SIZE, height=2, width=3, sharpness=60, **fields)
+
+
+def exact(prior: torch.nn.Module, orders: torch.Tensor | None = None) -> torch.Tensor:
+    """p(hole | kept) over the SIZE² fillings of the two places."""
+    fillings = torch.tensor(list(product(range(SIZE), repeat=2)))
+    grids = GIVEN.repeat(len(fillings), 1)
+    grids[:, 1:3] = fillings
+    labels = torch.zeros(len(fillings), dtype=torch.int64)
+    wanted = None if orders is None else orders.expand(len(fillings), -1)
+    tokens = prior.tokens_of(grids.view(-1, 2, 3), wanted)
+    with torch.no_grad():
+        log_likelihood = prior.logits(tokens, labels, wanted).log_softmax(2).gather(2, tokens[:, :, None]).sum((1, 2))
+    return log_likelihood.double().softmax(0)
+
+
+def found(prior: torch.nn.Module, count: int, orders: torch.Tensor | None = None) -> torch.Tensor:
+    """Shares of the fillings among DRAWS images."""
+    known = Known(GIVEN.view(1, 2, 3).expand(DRAWS, -1, -1), KEPT.view(1, 2, 3).expand(DRAWS, -1, -1))
+    options = SamplingOptions(num_candidates=count)
+    wanted = None if orders is None else orders.expand(DRAWS, -1)
+    generators = [seeded(i) for i in range(DRAWS)]
+    labels = torch.zeros(DRAWS, dtype=torch.int64)
+    codes = decode(prior, labels, options, generators, known=known, orders=wanted).flatten(1)
+    assert torch.equal(codes[:, KEPT[0]], GIVEN[:, KEPT[0]].expand(DRAWS, -1)), "what is known stays"
+    return torch.bincount(codes[:, 1] * SIZE + codes[:, 2], minlength=SIZE**2).double() / DRAWS
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Total variation."""
+    return float((a - b).abs().sum() / 2)
+
+
+def test_many_candidates_fill_a_hole_as_the_prior_given_all_that_is_known_and_one_does_not() -> None:
+    prior = small()
+    wanted, naive = exact(prior), found(prior, 1)
+    assert distance(naive, wanted) > 0.2, "or what is known below the hole would not matter here"
+    assert distance(found(prior, 32), wanted) < 0.05
+    assert distance(found(prior, 4), wanted) < distance(naive, wanted) / 2
+
+
+def test_a_prior_of_any_order_fills_a_hole_from_its_own_conditional_distribution() -> None:
+    prior = small(learned_positions=True, random_order=1.0)
+    orders = kept_first(KEPT)
+    assert distance(found(prior, 8, orders), exact(prior, orders)) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_known_everywhere_is_given_back(count: int) -> None:
+    prior, codes = tiny_prior(), torch.randint(16, (2, 4, 4), generator=seeded(0))
+    known = Known(codes, torch.ones(2, 4, 4, dtype=torch.bool))
+    options = SamplingOptions(num_candidates=count, guidance_scale=2.0)
+    assert torch.equal(decode(prior, torch.tensor([0, 1]), options, [seeded(0), seeded(1)], known=known), codes)
+
+
+def test_image_i_is_filled_alike_alone_and_in_a_batch_of_other_holes() -> None:
+    prior, codes = tiny_prior(), torch.randint(16, (4, 4, 4), generator=seeded(0))
+    kept = torch.rand(4, 4, 4, generator=seeded(1)) < 0.5
+    options, labels = SamplingOptions(num_candidates=4, guidance_scale=1.5), torch.tensor([0, 1, 2, 0])
+    together = decode(prior, labels, options, [seeded(i) for i in range(4)], known=Known(codes, kept))
+    for i in range(4):
+        alone = Known(codes[i : i + 1], kept[i : i + 1])
+        assert torch.equal(decode(prior, labels[i : i + 1], options, [seeded(i)], known=alone), together[i : i + 1])
+    assert (together == codes)[kept].all()
+    assert not (together == codes)[~kept].all()
+
+
+def test_nothing_known_is_plain_sampling() -> None:
+    prior, labels = tiny_prior(), torch.tensor([0, 1])
+    nothing = Known(torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool))
+    options = SamplingOptions(guidance_scale=2.0)
+    drawn = [decode(prior, labels, options, [seeded(0), seeded(1)], known=known) for known in (None, nothing)]
+    assert torch.equal(*drawn)

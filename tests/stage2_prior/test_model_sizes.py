@@ -1,0 +1,39 @@
+"""The named sizes, built without memory: their parameters are those of the published models."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from latentloom.arguments import training_values
+from latentloom.recipes import recipe_names
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.training_config import PriorTraining
+from training_harness.configuration import from_mapping
+from training_harness.pretrained import count_parameters
+
+# Sun et al. 2024 (arXiv 2406.06525), table 1.
+MILLIONS = {
+    "ar-llamagen-b": 111,
+    "ar-llamagen-l": 343,
+    "ar-llamagen-xl": 775,
+    "ar-llamagen-xxl": 1400,
+    "ar-llamagen-3b": 3100,
+}
+SMALL = {"ar-tiny": 1, "ar-tiny-any-order": 1, "ar-mini": 3, "ar-small": 11}
+SPEC: dict[str, Any] = {"channels": 8, "levels": 1, "image_channels": 3, "downsampling_factor": 16, "tokenizer_id": "0"}
+
+
+@pytest.mark.parametrize(("recipe", "millions"), (MILLIONS | SMALL).items())
+def test_a_named_size_has_its_parameters(recipe: str, millions: int) -> None:
+    config = from_mapping(PriorTraining, training_values("prior", recipe, None, {"codes": "codes", "output": "run"}))
+    codes = 16_384 if recipe in MILLIONS else 512
+    spec = LatentSpec(codebook_size=codes, height=16, width=16, image_height=256, image_width=256, **SPEC)
+    with torch.device("meta"):
+        prior = AutoregressivePrior(config.model.for_spec(spec, 1000 if recipe in MILLIONS else 10))
+    assert count_parameters(prior) / 1e6 == pytest.approx(millions, rel=0.02 if recipe in MILLIONS else 0.25)
+
+
+def test_every_recipe_of_an_autoregressive_prior_has_its_size_here() -> None:
+    assert {name for name in recipe_names("prior") if name.startswith("ar-")} == MILLIONS.keys() | SMALL.keys()

@@ -1,0 +1,101 @@
+"""The packed steps on a CPU against the modules, in every setting that the model has."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import seeded, tiny_prior
+from torch.testing import assert_close
+
+from stage2_prior.autoregressive.decoding import decode
+from stage2_prior.autoregressive.packed_product import packed_product
+from stage2_prior.autoregressive.sampling import SamplingOptions
+from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "without norms of queries and keys": {"qk_norm": False},
+    "grouped queries": {"num_heads": 4, "num_key_value_heads": 2, "positions": "1d"},
+    "one axis": {"positions": "1d"},
+    "learnt positions": {"learned_positions": True},
+    "tied": {"tie_embeddings": True},
+}
+
+
+def with_gains(**fields: Any) -> Any:
+    prior = tiny_prior(**fields)
+    with torch.no_grad():  # gains of one would hide a norm that is left out or misplaced
+        for norm in (module for module in prior.modules() if isinstance(module, torch.nn.RMSNorm)):
+            norm.weight.copy_(1 + 0.3 * torch.randn(norm.weight.shape, generator=seeded(5)))
+    return prior
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bool, rows: int) -> None:
+    prior = with_gains(**SETTINGS[setting])
+    orders = torch.rand(rows, 16, generator=seeded(2)).argsort(1) if ordered else None
+    with torch.no_grad():
+        packed = PackedStepper(prior, prior.new_caches(rows), orders, rows)
+        plain = ModuleStepper(prior, prior.new_caches(rows), orders)
+        for i in range(16):
+            inputs = torch.randn(rows, 1, 32, generator=seeded(i))
+            states = [stepper.hidden(inputs) for stepper in (packed, plain)]
+            assert_close(*states, rtol=0, atol=2e-5)
+            assert_close(packed.logits(states[1], 0), plain.logits(states[1], 0), rtol=0, atol=1e-4)
+
+
+def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
+    prior = with_gains()
+    x = torch.randn(2, 16, 32, generator=seeded(0))
+    with torch.no_grad():
+        caches = prior.new_caches(2)
+        prior.hidden_states(x[:, :7], caches=caches)
+        stepper = PackedStepper(prior, caches, None, 2)
+        found = [stepper.hidden(x[:, i : i + 1]) for i in range(7, 16)]
+        assert_close(torch.stack(found, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
+
+
+def test_only_float32_on_a_cpu_is_packed() -> None:
+    prior = tiny_prior()
+    assert isinstance(stepper_for(prior, [], None, 1, False), PackedStepper)
+    assert isinstance(stepper_for(prior.double(), [], None, 1, False), ModuleStepper)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_packed_product_is_the_product(rows: int) -> None:
+    weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(rows, 16, generator=seeded(1))
+    assert_close(packed_product(weight, rows)(x), F.linear(x, weight))
+
+
+def test_eight_bit_weights_err_by_less_than_a_hundredth() -> None:
+    weight, x = torch.randn(64, 128, generator=seeded(0)), torch.randn(4, 128, generator=seeded(1))
+    exact = F.linear(x, weight)
+    error = (
+        packed_product(weight, 4, eight_bits=True)(x) - exact
+    ).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 1e-4 < error < 0.01
+
+
+def test_where_private_operators_are_missing_the_plain_product_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
+    eight = packed_product(weight, 3, eight_bits=True)(x)
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing, raising=False)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
+    assert torch.equal(packed_product(weight, 3)(x), F.linear(x, weight))
+    assert_close(packed_product(weight, 3, eight_bits=True)(x), eight, rtol=0.02, atol=0.05)
+
+
+def test_eight_bit_weights_draw_nearly_the_same_images() -> None:
+    prior, labels = tiny_prior(), torch.arange(12) % 3
+    full, eight = (
+        decode(prior, labels, SamplingOptions(weights=kind), [seeded(i) for i in range(12)])
+        for kind in ("full", "int8")
+    )
+    assert 0.6 < (full == eight).double().mean() < 1
