@@ -142,7 +142,7 @@ CASES = {
         "--tokenizer-recipe vqgan-f4",
     ),
     "random orders without learnt positions": (
-        f"{PRIOR} --order.random 0.5 --model.learned-positions False",
+        f"{PRIOR} --order.random 0.5 --model.no-learned-positions",
         "model.learned_positions is false",
         "expected model.learned_positions to be true",
     ),

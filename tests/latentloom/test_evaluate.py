@@ -1,6 +1,7 @@
 """`latentloom evaluate`: what its JSON holds, the pictures and arrays beside it, and images from elsewhere."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from latentloom.evaluation_pictures import draw_by_class
 from stage1_tokenizer.sources import open_source
+from stage2_prior.autoregressive.sampling import SamplingOptions
 
 
 def evaluated(output: Path, *words: object) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def test_the_figures_of_a_pipeline_say_every_setting_and_come_with_two_pictures(
         "image_size": [16, 16],
     }
     assert {name: figures[name] for name in settings} == settings
-    assert figures["sampling"] == {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 7, "top_p": 1.0}
+    assert figures["sampling"] == asdict(SamplingOptions(guidance_scale=2.0, top_k=7))
     assert len(figures["classes"]) == 10
     assert {"torch", "python", "latentloom"} <= figures["versions"].keys()
     assert {"processor", "threads", "device"} <= figures["machine"].keys()

@@ -11,7 +11,7 @@ from stage2_prior.autoregressive.orders import kept_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.prior import Known
 
-SIZE, DRAWS = 4, 6000
+SIZE, DRAWS = 4, 2000
 GIVEN = torch.tensor([[0, 3, 1, 2, 2, 0]])  # 2 × 3 places
 KEPT = torch.tensor([[True, False, False, True, True, True]])
 
@@ -54,14 +54,15 @@ def test_many_candidates_fill_a_hole_as_the_prior_given_all_that_is_known_and_on
     prior = small()
     wanted, naive = exact(prior), found(prior, 1)
     assert distance(naive, wanted) > 0.2, "or what is known below the hole would not matter here"
-    assert distance(found(prior, 32), wanted) < 0.05
-    assert distance(found(prior, 4), wanted) < distance(naive, wanted) / 2
+    error = distance(naive, wanted)  # and falls as one over the number of candidates, to that of 2,000 draws
+    assert distance(found(prior, 4), wanted) < error / 2
+    assert distance(found(prior, 32), wanted) < error / 5
 
 
 def test_a_prior_of_any_order_fills_a_hole_from_its_own_conditional_distribution() -> None:
     prior = small(learned_positions=True, random_order=1.0)
     orders = kept_first(KEPT)
-    assert distance(found(prior, 8, orders), exact(prior, orders)) < 0.05
+    assert distance(found(prior, 8, orders), exact(prior, orders)) < 0.06  # 16 fillings, 2,000 draws
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -69,7 +69,7 @@ def test_the_verdicts_do_not_depend_on_the_scale_of_the_features_or_their_origin
     held_out, _ = clouds(500, apart=0.5, seed=2)
     expected = fit_probe(features, labels, CLASSES).logits(held_out)
     found = fit_probe((features + 10) * scale, labels, CLASSES).logits((held_out + 10) * scale)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # what float32 keeps of features ten deviations away
     assert (found.argmax(1) == expected.argmax(1)).double().mean() > 0.995
 
 
