@@ -3,7 +3,7 @@
 6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024; a class prefix and 256 codes, drawn at temperature 1: ours from its prior,
 transformers from a `LlamaForCausalLM` of the same sizes, with its dynamic and its static cache, of which the faster counts. The
 bound is what reading the weights once a step would take at the speed that this machine reads memory with. int8 is ours with its
-products' weights as 8-bit integers, an option that costs likelihood: what it costs is measured on the quickstart's prior.
+products' weights as 8-bit integers, an option that costs likelihood; how much is not measured here.
 """
 
 from typing import Any
