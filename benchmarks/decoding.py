@@ -30,10 +30,9 @@ def our_prior() -> AutoregressivePrior:
     return AutoregressivePrior(AutoregressivePriorConfig(**sizes, **SIZES, num_layers=6, num_heads=6)).eval()
 
 
-def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=CODES + CLASSES + 1, **SIZES, num_hidden_layers=6, num_attention_heads=6)
-    ).eval()
+def llama(**fields: Any) -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {"vocab_size": CODES + CLASSES + 1, "num_hidden_layers": 6, "num_attention_heads": 6}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **SIZES, **fields)).eval()
 
 
 def contenders(ours: AutoregressivePrior, theirs: LlamaForCausalLM, batch: int, tokens: int) -> dict[str, Any]:

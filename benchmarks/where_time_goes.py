@@ -34,9 +34,11 @@ from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.autoregressive import decoding
 from stage2_prior.autoregressive.blocks import Attention, FeedForward
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.stepping import PackedBlock, PackedStepper
 from stage2_prior.codes import CodeSplit
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA
@@ -131,11 +133,10 @@ ENCODING = {
     (VectorQuantizer, "quantize"): "nearest codes",
 }
 SAMPLING = {
-    (Attention, "forward"): "attention and its projections",
-    (FeedForward, "forward"): "feed-forward",
+    (PackedStepper, "__init__"): "packing the weights",
+    (PackedBlock, "__call__"): "blocks",
     (KVCache, "append"): "key-value cache",
-    (AutoregressivePrior, "hidden_states"): "norms and residuals",
-    (torch.nn.Linear, "forward"): "products",
+    (decoding, "drawn_place"): "head and draw",
 }
 
 

@@ -41,13 +41,16 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
 
+    @property
+    def main(self) -> nn.Module:
+        """The network that is averaged and saved."""
+        return next(iter(self.parts.values()))
+
     def step(self, average: EMA[nn.Module]) -> None:
         with torch.autocast(self.device.type, *self._precision()):
             loss = self.loss(self.config.batch_size)
         loss.backward()
-        nn.utils.clip_grad_norm_(
-            next(iter(self.parts.values())).parameters(), self.config.optimizer.max_grad_norm or math.inf
-        )
+        nn.utils.clip_grad_norm_(self.main.parameters(), self.config.optimizer.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         average.update(1)
@@ -63,7 +66,7 @@ class Rehearsal:
         it stays.
         """
         times = list[float]()
-        average = EMA(next(iter(self.parts.values())), self.config.ema)
+        average = EMA(self.main, self.config.ema)
         for part in self.parts.values():
             part.to(memory_format=torch.channels_last)
             if self.config.compile:

@@ -81,7 +81,7 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
         return rehearse_tokenizer(changed, model)
 
     if minutes is not None and config.model.learns:
-        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes))
+        config = bounded(config, minutes, rehearse)
     folder = config.output / "model"
     if (done := check_folder(config, "tokenizer")) is not None:
         say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
@@ -133,7 +133,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         return rehearse_prior(changed, codes.spec, len(codes.label_names or ()))
 
     if minutes is not None:
-        config = bounded(config, minutes, lambda: rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes))
+        config = bounded(config, minutes, rehearse)
     folder = config.output / "pipeline"
     whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
     if (done := check_folder(config, "prior")) is not None and whole:
@@ -173,10 +173,10 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
     return image_grid(pictures, columns, names)
 
 
-def bounded(config: Training, minutes: float, seconds_per_step: Callable[[], float]) -> Training:
+def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Rehearsal]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
     if (steps := held_steps(config.output)) is None:
-        seconds = seconds_per_step()
+        seconds = rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes)
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
         steps = measured[0]

@@ -39,12 +39,12 @@ class Edit:
     @classmethod
     def of(cls, tokenizer: Tokenizer, images: Pictures, masks: Pictures | None) -> Self:
         """Raises UserError when the pictures cannot be read, or a mask has not the size of its picture."""
-        processor, pictures = tokenizer.config.image_processor, _as_list(images)
+        processor, pictures = tokenizer.config.image_processor, _as_pictures(images)
         originals = torch.stack([_read(picture, processor, "image") for picture in pictures])
         if masks is None:
             mask = torch.ones(len(originals), 1, *originals.shape[2:], dtype=torch.bool)
         else:
-            mask = _masks(_as_list(masks), pictures, processor)
+            mask = _masks(_as_pictures(masks), pictures, processor)
         spec, given = tokenizer.latent_spec(), filled(originals, mask) if masks is not None else originals
         with torch.no_grad():
             codes = tokenizer.encode_indices(processor.preprocess(given).to(tokenizer.device, tokenizer.dtype))
@@ -86,6 +86,8 @@ def filled(pictures: Tensor, mask: Tensor) -> Tensor:
         reached = rest & (share > 0)
         result = torch.where(reached, total / share.clamp(min=1e-12), result)
         rest = rest & ~reached
+        if not rest.any():
+            break
     return torch.where(rest, 127.0, result).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -98,11 +100,11 @@ def check_edit(image: object, mask_image: object, strength: float | None) -> Non
         raise UserError(f"strength is {strength}; expected a share in (0, 1]; 1 draws everything anew")
 
 
-def _as_list(pictures: Pictures) -> list[Any]:
+def _as_pictures(pictures: Pictures) -> list[Picture]:
     """One picture or several, alone, in a sequence or in a batch."""
-    if isinstance(pictures, np.ndarray | Tensor):
-        return list(pictures) if pictures.ndim == 4 else [pictures]
-    return [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray | Tensor) and pictures.ndim < 4):
+        return [_as_picture(pictures)]
+    return [_as_picture(picture) for picture in pictures]
 
 
 def _as_picture(picture: Any) -> Picture:
@@ -127,24 +129,23 @@ def _as_picture(picture: Any) -> Picture:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def _read(picture: Any, processor: ImageProcessor, name: str) -> Tensor:
+def _read(picture: Picture, processor: ImageProcessor, name: str) -> Tensor:
     try:
-        return processor.read(_as_picture(picture))
+        return processor.read(picture)
     except (ValueError, OSError, IndexError) as error:
         raise UserError(
             f"{name} could not be read: {error}; expected a picture like those the tokenizer knows"
         ) from error
 
 
-def _masks(masks: Sequence[Any], pictures: Sequence[Any], processor: ImageProcessor) -> Tensor:
+def _masks(masks: Sequence[Picture], pictures: Sequence[Picture], processor: ImageProcessor) -> Tensor:
     """(N, 1, h, w) bool, true where white."""
     if len(masks) not in (1, len(pictures)):
         raise UserError(f"{len(masks)} masks were given for {len(pictures)} images; expected one, or one an image")
     grey, found = replace(processor, channels=1), []
     for picture, mask in zip(pictures, [*masks] * (len(pictures) // len(masks)), strict=True):
-        sizes = [_size(_as_picture(of)) for of in (mask, picture)]
-        if sizes[0] != sizes[1]:
-            (rows, columns), (height, width) = sizes
+        (rows, columns), (height, width) = _size(mask), _size(picture)
+        if (rows, columns) != (height, width):
             raise UserError(
                 f"the mask is {rows}×{columns} and its image {height}×{width}; expected the same size; draw the mask on the image"
             )

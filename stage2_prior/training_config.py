@@ -1,5 +1,6 @@
 """Configuration of a stage-two run. What the codes determine (K, grid, classes) is taken from them and not asked for."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,25 +42,16 @@ class PriorModel:
             raise ConfigError(f"model.class_dropout is {self.class_dropout}; expected a share in [0, 1], such as 0.1")
 
     def for_spec(self, spec: LatentSpec, num_classes: int, random_order: float = 0.0) -> AutoregressivePriorConfig:
+        own = dataclasses.asdict(self)
+        del own["class_dropout"]  # of training alone
         return AutoregressivePriorConfig(
+            **own,
             codebook_size=spec.codebook_size or 0,
             levels=spec.levels,
             height=spec.height,
             width=spec.width,
             num_classes=num_classes,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            depth_layers=self.depth_layers,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            intermediate_size=self.intermediate_size,
-            dropout=self.dropout,
-            qk_norm=self.qk_norm,
-            tie_embeddings=self.tie_embeddings,
-            positions=self.positions,
-            learned_positions=self.learned_positions,
             random_order=random_order,
-            rope_theta=self.rope_theta,
             tokenizer_id=spec.tokenizer_id,
         )
 

@@ -3,22 +3,18 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 
-from latentloom import report
 from latentloom.inspection.codes import LevelUsage, by_level
 from latentloom.inspection.findings import codebook_verdict, latents_verdict
+from latentloom.inspection.layout import laid_out
 from latentloom.inspection.measure import Inspection
 from latentloom.inspection.sections import codes_look, codes_use, examples, latents_by_channel
-from latentloom.report.document import document
 from latentloom.report.numbers import count, number, percent
-from latentloom.report.widgets import Tile, tiles, verdict_list
+from latentloom.report.widgets import Tile, fact_list, tiles, verdict_list
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vqgan import VQGANConfig
 from training_harness.pretrained import WeightlessModel, count_parameters
 
-STYLES = (Path(report.__file__).parent / "page.css", Path(__file__).parent / "page.css")
 EXACT = 100.0  # dB that stand for infinity
 
 
@@ -44,15 +40,8 @@ def page(subject: Subject, found: Inspection) -> str:
         parts += [codes_look(tokenizer, found.codes, levels), codes_use(levels)]
     if found.latents is not None:
         parts.append(latents_by_channel(tokenizer, found.latents))
-    anchors = "".join(f'<a href="#{part.place}">{escape(part.title)}</a>' for part in parts)
-    body = "".join(f'<section id="{part.place}"><h2>{escape(part.title)}</h2>{part.html}</section>' for part in parts)
-    return document(
-        name=subject.name,
-        kind="a tokenizer, inspected",
-        head=f"<nav>{anchors}</nav>",
-        main=overview(subject, found, levels) + body,
-        styles=STYLES,
-    )
+    above = overview(subject, found, levels)
+    return laid_out(name=subject.name, kind="a tokenizer, inspected", overview=above, sections=parts)
 
 
 def levels_of(tokenizer: Tokenizer, found: Inspection) -> list[LevelUsage]:
@@ -63,9 +52,8 @@ def overview(subject: Subject, found: Inspection, levels: list[LevelUsage]) -> s
     verdicts = [codebook_verdict(subject.tokenizer, levels)] if levels else []
     if found.latents is not None and (said := latents_verdict(found.latents)) is not None:
         verdicts.append(said)
-    entries = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts(subject, found)]
     figures = tiles(list(key_figures(subject.tokenizer, found, levels)))
-    return f'{figures}{verdict_list(verdicts)}<dl class="facts">{"".join(entries)}</dl>'
+    return figures + verdict_list(verdicts) + fact_list(facts(subject, found))
 
 
 def facts(subject: Subject, found: Inspection) -> Iterator[tuple[str, str]]:

@@ -2,26 +2,22 @@
 
 import math
 from collections.abc import Iterator
-from html import escape
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentloom import report
 from latentloom.inspection.colours import coloured, legend
 from latentloom.inspection.drawing import heat_map, histogram
+from latentloom.inspection.layout import laid_out
 from latentloom.inspection.prior_measure import Neighbours, PriorInspection, Surprising
-from latentloom.inspection.sections import SMALL, Section, picture
-from latentloom.report.document import document
+from latentloom.inspection.sections import SMALL, Section, side_by_side
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.verdicts import Verdict
-from latentloom.report.widgets import Tile, image, table, tiles, verdict_list
+from latentloom.report.widgets import Tile, fact_list, table, tiles, verdict_list
 from pipelines.evaluation.likelihood import likelihood_figures
 from pipelines.latent_generation import LatentGenerationPipeline
 
-STYLES = (Path(report.__file__).parent / "page.css", Path(__file__).parent / "page.css")
 BINS = 20
 COPY = 0.95  # share of codes from which a sample counts as a training image again
 
@@ -34,23 +30,14 @@ def prior_page(pipeline: LatentGenerationPipeline, found: PriorInspection, name:
     figures = likelihood_figures(found.bits, found.labels, names, size, pixels)
     parts = [surprises(found.examples, spec.levels * math.log2(size)), where_and_which(found, figures, size)]
     parts.append(memory(found.neighbours))
-    anchors = "".join(f'<a href="#{part.place}">{escape(part.title)}</a>' for part in parts)
-    body = "".join(f'<section id="{part.place}"><h2>{escape(part.title)}</h2>{part.html}</section>' for part in parts)
     facts = {
         "prior": pipeline.prior.describe(spec),
         "tokenizer id": spec.tokenizer_id,
         "data": f"{data}: {count(len(found.bits), 'held-out image')}, {count(found.neighbours.num_training, 'training image')}",
         "samples": f"{len(found.neighbours.samples)}, with what the pipeline was saved with: {pipeline.sampling}",
     }
-    entries = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
     overview = tiles(list(key_figures(figures, found.neighbours))) + verdict_list([copies(found.neighbours)])
-    return document(
-        name=name,
-        kind="a prior, inspected",
-        head=f"<nav>{anchors}</nav>",
-        main=f'{overview}<dl class="facts">{entries}</dl>{body}',
-        styles=STYLES,
-    )
+    return laid_out(name=name, kind="a prior, inspected", overview=overview + fact_list(facts.items()), sections=parts)
 
 
 def key_figures(figures: dict[str, float], neighbours: Neighbours) -> Iterator[Tile]:
@@ -103,16 +90,6 @@ def pair(example: Surprising, top: float) -> str:
         (example.kind, f"{number(float(example.bits.sum()))} bits"),
         {"image": example.original, "surprise": surprise_map(example.bits, top, example.original)},
         example.source_id,
-    )
-
-
-def side_by_side(heads: tuple[str, str], shown: dict[str, Tensor], caption: str) -> str:
-    images = "".join(
-        f"<div>{image(picture(pixels), said)}<small>{said}</small></div>" for said, pixels in shown.items()
-    )
-    return (
-        f'<figure class="picture"><h4><span>{heads[0]}</span><span>{heads[1]}</span></h4><div class="trio two">{images}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -1,7 +1,7 @@
 """The page's sections: examples with their errors, what codes look like, how often and where they are used, latents."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from latentloom.inspection.latents import LatentStatistics
 from latentloom.inspection.measure import Example, Examples
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.reading import Picture
-from latentloom.report.widgets import image, table
+from latentloom.report.widgets import fact_list, image, table
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
 
@@ -67,12 +67,20 @@ def trio(name: str, example: Example, top: int) -> str:
         "reconstruction": example.reconstruction,
         "error": error_map(error, top),
     }
+    said = f"{example.source_id}; largest error {float(error.max()):.0f}"
+    return side_by_side((name, f"{example.psnr:.2f} dB"), shown, said)
+
+
+def side_by_side(heads: tuple[str, str], shown: Mapping[str, Tensor], caption: str) -> str:
+    """Two or three pictures, uint8 (C, h, w), by the words below each; `heads` stand above them, left and right."""
+    left, right = map(escape, heads)
+    kind = "trio" if len(shown) == 3 else "trio two"
     images = "".join(
         f"<div>{image(picture(pixels), said)}<small>{said}</small></div>" for said, pixels in shown.items()
     )
     return (
-        f'<figure class="picture"><h4><span>{name}</span><span>{example.psnr:.2f} dB</span></h4><div class="trio">{images}</div>'
-        f"<figcaption>{escape(example.source_id)}; largest error {float(error.max()):.0f}</figcaption></figure>"
+        f'<figure class="picture"><h4><span>{left}</span><span>{right}</span></h4><div class="{kind}">{images}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -197,6 +205,5 @@ def channel(tokenizer: Tokenizer, found: LatentStatistics, i: int) -> str:
         entries["in training"] = f"{number(config.latent_mean[i], 3)}, {number(config.latent_std[i], 3)}"
     if found.collapsed is not None:
         entries["collapsed"] = percent(float(found.collapsed[i]))
-    said = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries.items())
     bars = histogram(found.histograms[i].tolist(), f"Histogram of channel {i + 1}")
-    return f'<figure class="picture"><h4>Channel {i + 1}</h4>{bars}<dl class="facts">{said}</dl></figure>'
+    return f'<figure class="picture"><h4>Channel {i + 1}</h4>{bars}{fact_list(entries.items())}</figure>'

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -74,6 +74,11 @@ def machine_facts(environment: Mapping[str, Any]) -> str:
         facts.append(("processes", f"{processes} ({kind})" if processes > 1 and kind else str(processes)))
     if versions:
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return fact_list(facts)
+
+
+def fact_list(facts: Iterable[tuple[str, str]]) -> str:
+    """Names and values; nothing without any."""
     entries = [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts]
     return f'<dl class="facts">{"".join(entries)}</dl>' if entries else ""
 

@@ -40,14 +40,15 @@ class Candidates:
         )
         self._log_weights = torch.zeros(batch, count, dtype=torch.float64, device=device)
 
-    def weigh(self, place: int, codes: Tensor, logits: Tensor, known: Tensor) -> Tensor | None:
+    def weigh(self, place: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
         """Rows (batch · count,) that go on in each row's stead, or none when all go on as they are.
 
         Args:
-            codes: (batch · count, levels) of a place, with their logits (batch · count, levels, K).
+            codes: (batch · count, levels) of a place, with logits (batch · count, K) of each level.
             known: (batch,), whether they were known.
         """
-        likelihood = logits.log_softmax(2).gather(2, codes[:, :, None]).sum((1, 2)).view_as(self._log_weights)
+        of_levels = [of.log_softmax(1).gather(1, codes[:, i : i + 1]) for i, of in enumerate(logits)]
+        likelihood = torch.cat(of_levels, 1).sum(1).view_as(self._log_weights)
         self._log_weights += torch.where(known[:, None], likelihood, 0.0)
         weights = self._log_weights.softmax(1)
         uneven = 1 / weights.square().sum(1) < ENOUGH * self.count  # (batch,)

@@ -28,7 +28,7 @@ class Place(NamedTuple):
     """The codes of one place, drawn or forced."""
 
     codes: Tensor  # (B, levels) int64
-    logits: Tensor  # (B, levels, K) float32, guided and tempered
+    logits: list[Tensor]  # (B, K) float32 of each level, guided and tempered
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def drawn_place(
         seen.append(logits)
         if level + 1 < prior.levels:
             inputs = prior.place_vectors(doubled(codes[:, None, : level + 1], guidance))
-    return Place(codes, torch.stack(seen, 1))
+    return Place(codes, seen)
 
 
 def doubled(tokens: Tensor, guidance: bool) -> Tensor:

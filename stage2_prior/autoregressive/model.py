@@ -23,7 +23,7 @@ from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.depth import DepthTransformer
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.orders import kept_first
+from stage2_prior.autoregressive.orders import inverse, kept_first
 from stage2_prior.autoregressive.rotary import rotary_angles, turns
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
@@ -90,7 +90,7 @@ class AutoregressivePrior(Prior):
         """What `tokens_of` undoes: (B, h·w·levels) → (B, h, w), or (B, levels, h, w)."""
         config, by_place = self.config, tokens.unflatten(1, (-1, self.levels))
         if orders is not None:
-            by_place = torch.empty_like(by_place).scatter_(1, orders[:, :, None].expand_as(by_place), by_place)
+            by_place = by_place.gather(1, inverse(orders)[:, :, None].expand_as(by_place))
         levels = (self.levels,) if self.levels > 1 else ()
         return by_place.mT.reshape(len(tokens), *levels, config.height, config.width)
 
@@ -141,8 +141,10 @@ class AutoregressivePrior(Prior):
     def head_rows(self, level: int) -> Tensor:
         """(K, hidden): whose products with a hidden state are the logits of a level's codes."""
         size = self.config.codebook_size
-        rows = self.code_embedding.weight * (FRESH_HEAD_STD / EMBEDDING_STD) if self.head is None else self.head.weight
-        return rows[level * size : (level + 1) * size]
+        own = slice(level * size, (level + 1) * size)
+        if self.head is not None:
+            return self.head.weight[own]
+        return self.code_embedding.weight[own] * (FRESH_HEAD_STD / EMBEDDING_STD)
 
     def level_logits(self, states: Tensor, level: int) -> Tensor:
         return F.linear(states, self.head_rows(level))
