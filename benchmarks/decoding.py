@@ -48,7 +48,7 @@ def contenders(ours: AutoregressivePrior, theirs: LlamaForCausalLM, batch: int, 
             min_new_tokens=tokens,
             do_sample=True,
             top_k=0,
-            pad_token_id=CODES,
+            pad_token_id=CODES + CLASSES,
             cache_implementation=cache,
             disable_compile=True,
         )
