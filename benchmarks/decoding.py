@@ -1,9 +1,9 @@
 """Decoding side by side with transformers' `generate`: 256 codes of a small decoder, without guidance.
 
 6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024; a class prefix and 256 codes, drawn at temperature 1: ours from its prior,
-transformers from a `LlamaForCausalLM` of the same sizes, with its dynamic and its static cache, of which the faster counts. The
-bound is what reading the weights once a step would take at the speed that this machine reads memory with. int8 is ours with its
-products' weights as 8-bit integers, an option that costs likelihood; how much is not measured here.
+transformers from a `LlamaForCausalLM` of the same sizes, with its dynamic and its static cache. Ours norms queries and keys, which
+Llama does not. The bound is what reading the weights once a step would take at the speed that this machine reads memory with. int8
+is ours with its products' weights as 8-bit integers; what that costs in bits a code stands in `prior_likelihood`.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ BATCHES = (1, 8, 32)
 INT8, DYNAMIC, STATIC = f"{OURS}, int8", "transformers, dynamic cache", "transformers, static cache"
 
 
-def our_prior() -> AutoregressivePrior:
+def our_prior(**fields: Any) -> AutoregressivePrior:
     sizes: dict[str, Any] = {"codebook_size": CODES, "height": SIDE, "width": SIDE, "num_classes": CLASSES}
-    return AutoregressivePrior(AutoregressivePriorConfig(**sizes, **SIZES, num_layers=6, num_heads=6)).eval()
+    return AutoregressivePrior(AutoregressivePriorConfig(**sizes, **SIZES, num_layers=6, num_heads=6, **fields)).eval()
 
 
 def llama(**fields: Any) -> LlamaForCausalLM:

@@ -135,7 +135,7 @@ ENCODING = {
 SAMPLING = {
     (PackedStepper, "__init__"): "packing the weights",
     (PackedBlock, "__call__"): "blocks",
-    (KVCache, "append"): "key-value cache",
+    (KVCache, "append_one"): "key-value cache",
     (decoding, "drawn_place"): "head and draw",
 }
 

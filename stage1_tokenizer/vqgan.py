@@ -16,6 +16,7 @@ from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from stage1_tokenizer.tokenizer import TokenizerOutput
 from training_harness.configuration import from_mapping
+from training_harness.errors import UserError
 
 
 @strict
@@ -56,10 +57,10 @@ class VQGAN(Autoencoder):
         return self.quantizer.quantize(self._encode(pixel_values))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        return super()._decode(self.quantizer.lookup(indices))
+        return super()._decode(self._vectors(indices))
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        return self._normalized(self.quantizer.lookup(indices))
+        return self._normalized(self._vectors(indices))
 
     @property
     def codebook_size(self) -> int:
@@ -68,6 +69,14 @@ class VQGAN(Autoencoder):
     @property
     def levels(self) -> int:
         return self.quantizer.depth
+
+    def _vectors(self, indices: Tensor) -> Tensor:
+        low, high = indices.min(), indices.max()
+        if low < 0 or high >= self.codebook_size:
+            raise UserError(
+                f"codes from {low} to {high} were given; expected 0 to {self.codebook_size - 1}; take codes of this tokenizer"
+            )
+        return self.quantizer.lookup(indices)
 
     def _decode(self, raw: Tensor) -> Tensor:
         return self.decode_indices(self.quantizer.quantize(raw))

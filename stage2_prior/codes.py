@@ -45,6 +45,10 @@ class CodeSplit:
         levels = (spec.levels,) if spec.levels > 1 else ()
         return codes.view(len(rows), *levels, spec.height, spec.width)
 
+    def highest_code(self) -> int:
+        """−1 where there is none."""
+        return max((int(part.max()) for part in self._columns.get("indices", ()) if part.size), default=-1)
+
     def latents(self, rows: np.ndarray) -> Tensor:
         """(B, c, h, w) float32."""
         latents = torch.from_numpy(self._take("latents", rows).astype(np.float32))
@@ -118,7 +122,7 @@ class CodeCache:
         return torch.cat(levels)
 
     def verify(self) -> None:
-        """Compares every shard with its sha256; raises UserError that names the first that differs."""
+        """Compares every shard with its sha256, and codes with the codebook's size; raises UserError for the first that differs."""
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
                 with (self.path / shard["file"]).open("rb") as file:
@@ -128,6 +132,12 @@ class CodeCache:
                         f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "
                         "the file was altered: remove the folder and write it again with `latentloom tokenize`"
                     )
+        highest = max(self.train.highest_code(), self.validation.highest_code())
+        if self.spec.codebook_size is not None and highest >= self.spec.codebook_size:
+            raise UserError(
+                f"{self.path} holds the code {highest}; expected 0 to {self.spec.codebook_size - 1}, the codes of its tokenizer; "
+                "remove the folder and write it again with `latentloom tokenize`"
+            )
 
 
 def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -36,8 +36,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         normalized, scale, weight = ctx.saved_tensors
         gradient = gradients[0].to(normalized.dtype)
-        of_weight = (gradient * normalized).flatten(0, -2).sum(0)
-        gradient = gradient * weight
-        shared = torch.linalg.vecdot(gradient, normalized).div_(-normalized.shape[-1]).unsqueeze(-1)
-        of_x = torch.addcmul(gradient, normalized, shared).mul_(scale)
+        together = gradient * normalized
+        of_weight = together.flatten(0, -2).sum(0)
+        shared = (together @ weight.to(together.dtype)).div_(-normalized.shape[-1]).unsqueeze(-1)
+        of_x = (gradient * weight).addcmul_(normalized, shared).mul_(scale)
         return of_x.to(gradients[0].dtype), of_weight.to(weight.dtype), None

@@ -12,6 +12,7 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.orders import drawn_orders
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
+from stage2_prior.health import turned
 from stage2_prior.model_card import prior_card
 from stage2_prior.training_config import PriorTraining
 from training_harness.batch_order import BatchOrder
@@ -79,6 +80,7 @@ def train_prior(
     )
     run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
 
+    warned = False
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
         for number in order.numbers(step, config.accumulation_steps):
@@ -101,6 +103,9 @@ def train_prior(
             bits = nats / math.log(2) * codes.spec.tokens
             run.log_row(step, {"validation_nats_per_token": nats, "validation_bits_per_image": bits})
             run.judge(step, nats)
+            if not warned and run.best and (text := turned(nats, run.best["value"], int(run.best["step"]))):
+                run.warn(step, "validation", text)
+                warned = True
             if preview is not None:
                 preview(averaged, run.picture(step))
                 run.show_picture(step)

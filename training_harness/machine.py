@@ -1,7 +1,8 @@
 """What makes one machine fast, for as long as a training loop runs.
 
 Products of float32 matrices and convolutions may round their factors: to TF32 on a GPU, to bfloat16 on a CPU with AMX, which
-multiplies it several times as fast. Sums stay float32, and so do weights, activations and losses.
+multiplies it several times as fast. Sums stay float32, and so do weights, activations and losses. A CPU that knows bfloat16 and has
+no AMX gives the products to oneDNN in the same way, which there rounds nothing and is up to a fifth faster than what torch takes.
 """
 
 from collections.abc import Iterator
@@ -15,26 +16,32 @@ MKLDNN: Any = torch.backends.mkldnn
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has AMX; on others bfloat16 products can be hundreds of times slower than float32."""
+    """Whether this CPU does; on others bfloat16 products can be hundreds of times slower than float32."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def convolves_bfloat16() -> bool:
+    """Whether this CPU gains from it in convolutions too: it has AMX."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 @contextmanager
 def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
     """Within it, products of float32 on `device` round their factors where that is faster."""
-    settings: tuple[Any, Any]
+    settings: dict[Any, bool]
     if device.type == "cuda":
-        settings, precision = (torch.backends.cuda.matmul, CUDNN.conv), "tf32"
+        settings, precision = {torch.backends.cuda.matmul: True, CUDNN.conv: True}, "tf32"
     else:
-        settings, precision = (MKLDNN.matmul, MKLDNN.conv), "bf16"
-        enabled = enabled and device.type == "cpu" and multiplies_bfloat16()
-    before = [setting.fp32_precision for setting in settings]
+        settings, precision = {MKLDNN.matmul: multiplies_bfloat16(), MKLDNN.conv: convolves_bfloat16()}, "bf16"
+        enabled = enabled and device.type == "cpu"
+    before = {setting: setting.fp32_precision for setting in settings}
     try:
-        for setting in settings if enabled else ():
-            setting.fp32_precision = precision
+        for setting, gains in settings.items():
+            if enabled and gains:
+                setting.fp32_precision = precision
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
+        for setting, value in before.items():
             setting.fp32_precision = value
 
 
@@ -49,6 +56,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def products_are_rounded(device: torch.device) -> bool:
-    """Whether products of float32 on a CPU round their factors to bfloat16 now."""
+def products_in_bfloat16(device: torch.device) -> bool:
+    """Whether products on a CPU may be in bfloat16 now, and are fast in it."""
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
+
+
+def convolutions_in_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" and MKLDNN.conv.fp32_precision == "bf16"

@@ -6,8 +6,8 @@ NS(X) pushes the singular values of X / ‖X‖ towards 1 by five steps of X ←
 (a, b, c) = (3.4445, −4.7750, 2.0315). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
 torch.optim.Muon iterates in bfloat16, matrix by matrix, and refuses convolution kernels. Here matrices of one shape
-are iterated together, in bfloat16 on GPUs and where products of float32 are rounded to it, in float32 elsewhere (on a
-CPU without AMX bfloat16 products can be hundreds of times slower). Kernels are seen as (out, in · height · width), and
+are iterated together, in bfloat16 on GPUs and where products of float32 may be rounded to it, in float32 elsewhere (on a
+CPU that does not know bfloat16 its products can be hundreds of times slower). Kernels are seen as (out, in · height · width), and
 one optimiser holds both kinds of parameters, so that a loop has a single `step()`. Of a sharded model every process
 iterates the whole matrices, since their singular values belong to no shard: for large priors AdamW is the quicker one.
 """
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_harness.machine import products_are_rounded
+from training_harness.machine import products_in_bfloat16
 from training_harness.sharding import sharded_as, whole
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and within `rounded_products`, five times as fast there; float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" or products_are_rounded(device) else torch.float32
+    """bfloat16 on GPUs and within `rounded_products`, two to five times as fast there; float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" or products_in_bfloat16(device) else torch.float32
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from latentloom.report.numbers import count, number, percent
 from latentloom.report.reading import RunRecord
 from latentloom.report.svg_charts import Points
 from stage1_tokenizer.health import LOW_USAGE, usage_remedy
+from stage2_prior.health import REMEDY
 
 LOW_PERPLEXITY = 0.25  # of K: below it a codebook is used unevenly
 WORSE = 1e-3  # of the best validation figure: less is noise
@@ -64,9 +65,9 @@ def codebook_remedy(quantizer: str | None, threshold: float | None, size: int) -
 
 
 def warned(run: RunRecord) -> Iterator[Verdict]:
-    """What the run itself warned of, but for the codebook, which is looked at anew."""
+    """What the run itself warned of, but for what is looked at anew: the codebook, and validation."""
     for row in run.rows:
-        if row.get("about") not in (None, "codebook"):
+        if row.get("about") not in (None, "codebook", "validation"):
             text = f"{row['warning']}. {NEW_OUTPUT}"
             yield Verdict("bad", f"A warning at step {count_of(row['step'])}", text[0].upper() + text[1:])
 
@@ -126,8 +127,7 @@ def worse_on_held_out_images(run: RunRecord, step: int, best: float, last: float
         "bad",
         "The prior overfits",
         f"{found}, while the training loss fell from {number(then)} to {number(now)}: it learns its training images by heart. "
-        f"More images, mirrored ones (latentloom tokenize --flip), --model.dropout 0.1 or a smaller model help; so does "
-        f"stopping earlier.{kept(run, step)}",
+        f"{REMEDY[0].upper()}{REMEDY[1:]}.{kept(run, step)}",
     )
 
 

@@ -13,23 +13,36 @@ class KVCache:
     """
 
     def __init__(self, batch: int, heads: int, max_tokens: int, head_dim: int, like: Tensor) -> None:
-        shape = (batch, heads, max_tokens, head_dim)
-        self._keys, self._values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        shape = (2, batch, heads, max_tokens, head_dim)
+        self.held = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.max_tokens, self.tokens = max_tokens, 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, heads, new tokens, head_dim) and returns all keys and values so far, as views."""
-        end = self.tokens + keys.shape[2]
+        begin = self._make_room(keys.shape[2])
+        self.held[0, :, :, begin : self.tokens] = keys
+        self.held[1, :, :, begin : self.tokens] = values
+        return self.seen()
+
+    def append_one(self, joined: Tensor) -> None:
+        """`append` of one token, its keys and then its values: (B, 2 · heads, head_dim)."""
+        slot = self._make_room(1)
+        self.held.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """All keys and all values so far (B, heads, tokens, head_dim), as views."""
+        keys, values = self.held.narrow(3, 0, self.tokens).unbind()
+        return keys, values
+
+    def select(self, rows: Tensor) -> None:
+        """Row i goes on as row `rows[i]`; (B,) int64."""
+        self.held[:, :, :, : self.tokens] = self.held[:, rows, :, : self.tokens]
+
+    def _make_room(self, count: int) -> int:
+        begin, end = self.tokens, self.tokens + count
         if end > self.max_tokens:
             raise ValueError(
                 f"the KV cache was given token {end - 1} and holds {self.max_tokens}; build it with max_tokens={end}"
             )
-        self._keys[:, :, self.tokens : end] = keys
-        self._values[:, :, self.tokens : end] = values
         self.tokens = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Row i goes on as row `rows[i]`; (B,) int64."""
-        for held in (self._keys, self._values):
-            held[:, :, : self.tokens] = held[rows, :, : self.tokens]
+        return begin

@@ -30,6 +30,7 @@ from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.prior import Known, Prior, PriorLoss
+from training_harness.errors import SpecMismatchError
 from training_harness.pretrained import count_parameters
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
@@ -81,6 +82,13 @@ class AutoregressivePrior(Prior):
 
     def tokens_of(self, codes: Tensor, orders: Tensor | None = None) -> Tensor:
         """Codes of a grid as a sequence (B, h·w·levels), place after place in the given order."""
+        levels = (self.levels,) if self.levels > 1 else ()
+        if codes.shape[1:] != (shape := (*levels, self.config.height, self.config.width)):
+            found, expected = ("×".join(map(str, sizes)) for sizes in (codes.shape[1:], shape))
+            raise SpecMismatchError(
+                f"the grid of codes is {found}; expected {expected}, which the prior was trained on; tokenize images of the size "
+                "that it was trained with, or train a prior on these codes"
+            )
         by_place = codes.flatten(-2).view(len(codes), self.levels, -1).mT  # (B, h·w, levels)
         if orders is not None:
             by_place = by_place.gather(1, orders[:, :, None].expand_as(by_place))

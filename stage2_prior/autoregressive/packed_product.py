@@ -1,11 +1,12 @@
 r"""Products with a fixed matrix on a CPU, laid out for the number of rows that come at once.
 
     y = x Wᵀ,     x (rows, in),   W (out, in)
+    one row:   y = Σ_i x_i W_{:, i}     a weighted bag of the rows of an embedding table, read from beginning to end
 
-A row alone reads the whole matrix for two operations a number, so memory decides: the transpose is read along its rows. Several
-rows are a small product, for which oneDNN lays the matrix out in blocks once (`prepacked`); elsewhere it does so at each call.
+A row alone reads the whole matrix for two operations a number, so memory decides, and torch's bags read it faster than its products
+do. Several rows are a small product, for which oneDNN lays the matrix out in blocks once; elsewhere that is done at each call.
 Eight-bit weights, W ≈ diag(s) Q with s = max |row| / 127, are read in a quarter of the time and multiply activations in bfloat16.
-Both operators are private to torch; where one is missing, or fails, the plain product stands in.
+Two operators are private to torch; where one is missing, or fails, the plain product stands in.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+BAG = 256  # numbers of a bag at most: its sum stays in registers, and threads share the bags
 
 
 def packed_product(weight: Tensor, rows: int, eight_bits: bool = False) -> Product:
     """A function of x (rows, in) that gives x Wᵀ (rows, out) for the weight (out, in) as it is now."""
+    weight = weight.detach()
     if eight_bits:
         return _eight_bit_product(weight)
-    if rows == 1:
-        transposed = weight.detach().T.contiguous()
-        return lambda x: torch.mm(x, transposed)
-    return _prepacked_product(weight.detach(), rows)
+    return _bagged_product(weight) if rows == 1 else _blocked_product(weight, rows)
 
 
-def _prepacked_product(weight: Tensor, rows: int) -> Product:
+def _bagged_product(weight: Tensor) -> Product:
+    size, inputs = weight.shape
+    bags = next(count for count in range(2, size + 1) if size % count == 0 and size // count <= BAG) if size > 1 else 1
+    table = weight.view(bags, size // bags, inputs).mT.reshape(bags * inputs, -1).contiguous()
+    everything = torch.arange(bags * inputs, dtype=torch.int32)
+    begins, repeated = everything[::inputs].contiguous(), weight.new_empty(bags, inputs)
+    factors = repeated.view(-1)
+
+    def product(x: Tensor) -> Tensor:
+        repeated.copy_(x)
+        return torch.embedding_bag(table, everything, begins, False, 0, False, factors)[0].view(1, -1)
+
+    return product
+
+
+def _blocked_product(weight: Tensor, rows: int) -> Product:
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), rows)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
         def product(x: Tensor) -> Tensor:
-            return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
 
         product(weight.new_zeros(rows, weight.shape[1]))
     except (AttributeError, RuntimeError):
@@ -41,8 +56,8 @@ def _prepacked_product(weight: Tensor, rows: int) -> Product:
 
 
 def _eight_bit_product(weight: Tensor) -> Product:
-    scale = (weight.detach().abs().amax(1) / 127).clamp(min=1e-12)
-    quantized, scale = (weight.detach() / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+    quantized, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
     try:
         torch._weight_int8pack_mm(torch.zeros(1, weight.shape[1], dtype=torch.bfloat16), quantized, scale)
     except (AttributeError, RuntimeError):

@@ -59,6 +59,7 @@ class SamplingOptions:
         return 1 + (self.guidance_scale - 1) * shape[self.guidance_schedule]
 
 
+BELOW_ONE = 1 - 2**-24  # the next number of float32: further off than sums of float64 err, so no code left out is drawn
 SAMPLING = tuple(field.name for field in fields(SamplingOptions))
 
 
@@ -80,8 +81,5 @@ def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float =
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """The code (B,) at which the cumulated probabilities of (B, K) logits pass uniform numbers (B,) in [0, 1)."""
     cumulated = logits.double().softmax(1).cumsum(1)
-    place = torch.searchsorted(cumulated, uniform.double()[:, None] * cumulated[:, -1:], right=True).squeeze(1)
-    last = (
-        logits.shape[1] - 1 - logits.flip(1).isfinite().int().argmax(1)
-    )  # rounding never passes the last allowed code
-    return torch.minimum(place, last)
+    points = uniform.double().clamp(max=BELOW_ONE)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, points, right=True).squeeze(1)

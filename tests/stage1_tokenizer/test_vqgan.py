@@ -272,3 +272,13 @@ def test_fields_that_contradict_each_other_are_one_line(fields):
     with pytest.raises(ConfigError) as caught:
         whole_config(**fields)
     one_line(caught)
+
+
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_codes_that_the_codebook_does_not_have_are_one_line(tokenizer, wrong):
+    assert tokenizer.codebook_size == 16
+    indices = torch.zeros(1, 2, 2, dtype=torch.long)
+    indices[0, 1, 0] = wrong
+    for call in (tokenizer.decode_indices, tokenizer.indices_to_latents):
+        with pytest.raises(UserError, match=rf"codes from {min(wrong, 0)} to {max(wrong, 0)} .* expected 0 to 15"):
+            call(indices)

@@ -227,3 +227,8 @@ def test_attention_by_plain_products_equals_torch_s_with_its_gradients() -> None
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (ours, theirs)]
     for own, other in zip(*gradients, strict=True):
         assert_close(own, other)
+
+
+def test_a_grid_that_the_prior_was_not_trained_on_is_refused_though_it_has_as_many_codes() -> None:
+    with pytest.raises(SpecMismatchError, match="is 2×8; expected 4×4, which the prior was trained on"):
+        tiny_prior()(codes(2).view(2, 2, 8), torch.zeros(2, dtype=torch.long))

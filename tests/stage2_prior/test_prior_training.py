@@ -197,3 +197,23 @@ def test_a_nan_in_the_loss_is_named_with_the_images_and_reaches_no_weight(
     state = torch.load(config.output / "checkpoints" / "step_000007" / "state.pt", weights_only=True)["objects"]
     assert all(value.isfinite().all() for name in ("model", "ema") for value in state[name].values())
     train_prior(config, codes)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"), [([2.0, 1.9, 1.905, 2.1, 2.2], [(4, "validation")]), ([2.0, 1.9, 1.8, 1.81, 1.7], [])]
+)
+def test_a_validation_loss_that_turns_is_said_once_with_the_step_to_go_back_to(
+    losses: list[float],
+    said: list[tuple[int, str]],
+    codes: CodeCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = iter(losses)
+    monkeypatch.setattr("stage2_prior.train.validation_loss", lambda *_: next(found))
+    train_prior(configuration(codes, tmp_path / "run", max_steps=5, sample_every=1, checkpoint_every=5), codes)
+    assert rows(tmp_path / "run", "step", "about") == said
+    assert ("after 1.900 at step 2" in capsys.readouterr().err) == bool(said)
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert f"step_{1 + losses.index(min(losses)):06d}" in kept

@@ -31,7 +31,7 @@ def with_gains(**fields: Any) -> Any:
     return prior
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bool, rows: int) -> None:
@@ -68,6 +68,15 @@ def test_only_float32_on_a_cpu_is_packed() -> None:
 def test_a_packed_product_is_the_product(rows: int) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(rows, 16, generator=seeded(1))
     assert_close(packed_product(weight, rows)(x), F.linear(x, weight))
+
+
+def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
+    product, expected = packed_product(weight, 3), F.linear(x, weight)
+    calls: list[object] = []
+    monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(arguments) or expected)
+    assert_close(product(x), expected)
+    assert bool(calls) == (not torch.backends.mkldnn.is_available())
 
 
 def test_eight_bit_weights_err_by_less_than_a_hundredth() -> None:

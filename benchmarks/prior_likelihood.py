@@ -1,0 +1,103 @@
+"""What a prior of the quickstart's codes needs for a held-out code, beside transformers' Llama of the same size.
+
+Ours is `ar-tiny`, trained as in the quickstart; Llama has its sizes, is tuned as in the comparison of whole stacks and trained for
+as many seconds, its learning rate decaying over them. Both average their weights. Bits are those of the test images' codes, each
+given its class and all codes before it; of Llama's vocabulary only the codes count. The last row is ours with its products'
+weights as 8-bit integers, one place at a time, as it decodes.
+"""
+
+import dataclasses
+import math
+import time
+
+import glue_stack
+import torch
+import torch.nn.functional as F
+from frame import OURS, Report, table
+from quickstart_codes import codes_folder, trained_prior
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from pipelines.evaluation.likelihood import surprise
+from pipelines.latent_generation import LatentGenerationPipeline
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.stepping import stepper_for
+from stage2_prior.codes import CodeCache, CodeSplit
+from training_harness.machine import rounded_products
+
+BATCH = 250
+
+
+def everything(split: CodeSplit) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(split)).numpy()
+    return split.indices(rows), split.labels(rows)
+
+
+@torch.no_grad()
+def llama_bits(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> float:
+    nats = []
+    for part, classes in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
+        sequence = torch.cat([glue_stack.CODES + classes[:, None], part], dim=1)
+        logits = model(input_ids=sequence[:, :-1], use_cache=False).logits[..., : glue_stack.CODES]
+        nats.append(F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none"))
+    return torch.cat(nats).mean().item() / math.log(2)
+
+
+@torch.no_grad()
+def stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eight_bits: bool) -> float:
+    """As the prior decodes: place after place, from its caches."""
+    nats = []
+    for part, classes in zip(codes.split(BATCH), labels.split(BATCH), strict=True):
+        tokens, caches = prior.tokens_of(part), prior.new_caches(len(part))
+        stepper = stepper_for(prior, caches, None, len(part), eight_bits)
+        vectors = torch.cat([prior.class_embedding(classes)[:, None], prior.place_vectors(tokens[:, :-1, None])], 1)
+        logits = [stepper.logits(stepper.hidden(x[:, None]), 0) for x in vectors.unbind(1)]
+        nats.append(F.cross_entropy(torch.stack(logits, 1).flatten(0, 1), tokens.flatten(), reduction="none"))
+    return torch.cat(nats).mean().item() / math.log(2)
+
+
+def run(quick: bool) -> Report:
+    share, seed = (0.05, 0) if quick else (1.0, 0)
+    folder = codes_folder(share, seed)
+    codes = CodeCache(folder)
+    begin = time.perf_counter()
+    pipeline = LatentGenerationPipeline.from_pretrained(trained_prior(folder, "ar-tiny", share, seed))
+    seconds = time.perf_counter() - begin
+    prior, (held_out, labels) = pipeline.prior.eval(), everything(codes.validation)
+    config, (known, classes) = prior.config, everything(codes.train)
+    tuning = dataclasses.replace(
+        glue_stack.Tuning(),
+        hidden_size=config.hidden_size,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+    )
+    with rounded_products(torch.device("cpu"), enabled=True):
+        llama = glue_stack.train_prior(known.flatten(1), classes, seconds, tuning, seed)
+    bits = {
+        OURS: surprise(prior, held_out, labels).mean().item(),
+        "transformers Llama": llama_bits(llama.model, held_out.flatten(1), labels),
+        f"{OURS}, a place at a time": stepped_bits(prior, held_out, labels, eight_bits=False),
+        f"{OURS}, int8": stepped_bits(prior, held_out, labels, eight_bits=True),
+    }
+    uniform = math.log2(config.codebook_size)
+    rows = [[name, value, f"{value / uniform:.1%}"] for name, value in bits.items()]
+    parameters = {OURS: prior, "transformers Llama": llama.model}
+    sizes = ", ".join(f"{sum(p.numel() for p in m.parameters()):,} ({name})" for name, m in parameters.items())
+    words = (
+        f"{seconds:.0f} seconds each, {len(held_out):,} test images, seed {seed}; parameters: {sizes}. A uniform guess costs "
+        f"{uniform:.0f} bits."
+    )
+    return Report(
+        name="prior_likelihood",
+        title="Bits a code, at equal seconds",
+        text="\n\n".join(
+            [
+                (__doc__ or "").partition("\n\n")[2].strip(),
+                words,
+                table(["", "bits a code", "of a uniform guess"], rows),
+            ]
+        ),
+        figures={"seed": seed, "seconds": seconds, "num_images": len(held_out), "bits_per_token": bits},
+        peers=("transformers",),
+    )

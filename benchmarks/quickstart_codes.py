@@ -1,0 +1,33 @@
+"""The quickstart's tokenizer and codes, trained once for all benchmarks of a process that work on them, and priors on them."""
+
+import functools
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from frame import recipe
+
+from latentloom.embedded import FASHION_MNIST
+from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.training_config import PriorTraining
+
+_HELD: list[TemporaryDirectory[str]] = []  # until the process ends
+
+
+@functools.cache
+def codes_folder(share: float, seed: int) -> Path:
+    """Codes of the embedded images, of a tokenizer that was trained for a share of the quickstart's steps."""
+    _HELD.append(TemporaryDirectory())
+    folder, source = Path(_HELD[-1].name), load_source(FASHION_MNIST)
+    tokenizer = recipe(
+        TokenizerTraining, "tokenizer", "vqgan-f4", share, seed, data=FASHION_MNIST, output=folder / "tokenizer"
+    )
+    run_tokenizer(tokenizer, source)
+    return run_tokenize(tokenizer.output, source, folder / "codes")
+
+
+def trained_prior(codes: Path, name: str, share: float, seed: int, **given: Any) -> Path:
+    """Its pipeline's folder, trained unless it is there."""
+    output = codes.with_name(f"{name}-{seed}")
+    return run_prior(recipe(PriorTraining, "prior", name, share, seed, codes=codes, output=output, **given))

@@ -1,0 +1,17 @@
+"""A sign that a prior learns its training images by heart, with what to do about it."""
+
+TURNED = 0.01  # of the best validation loss: a rise by more is no noise
+REMEDY = (
+    "more images, mirrored ones (latentloom tokenize --flip), --model.dropout 0.1 or a smaller model help; so does stopping "
+    "earlier"
+)
+
+
+def turned(nats: float, best: float, best_step: int) -> str | None:
+    """What is to be said of a validation loss, in nats a token, when the best one was found at `best_step`."""
+    if nats <= best * (1 + TURNED):
+        return None
+    return (
+        f"validation has turned: {nats:.3f} nats a token, after {best:.3f} at step {best_step}, whose checkpoint is kept; the "
+        f"prior learns its training images by heart: {REMEDY}"
+    )
