@@ -30,7 +30,9 @@ def packed_product(weight: Tensor, rows: int, eight_bits: bool = False) -> Produ
 def _bagged_product(weight: Tensor) -> Product:
     size, inputs = weight.shape
     bags = next(count for count in range(2, size + 1) if size % count == 0 and size // count <= BAG) if size > 1 else 1
-    table = weight.view(bags, size // bags, inputs).mT.reshape(bags * inputs, -1).contiguous()
+    table = weight.new_empty(bags * inputs, size // bags)
+    for part, rows in zip(weight.chunk(bags), table.chunk(bags), strict=True):
+        rows.copy_(part.T)
     everything = torch.arange(bags * inputs, dtype=torch.int32)
     begins, repeated = everything[::inputs].contiguous(), weight.new_empty(bags, inputs)
     factors = repeated.view(-1)

@@ -121,7 +121,7 @@ class PackedBlock:
         gains = cos.new_ones(self.heads + self.shared, self.head_dim)
         if self.head_length is not None:
             for part, norm in ((gains[: self.heads], "query_norm"), (gains[self.heads :], "key_norm")):
-                part.copy_(getattr(attention, norm).weight)
+                part.copy_(getattr(attention, norm).weight.detach())
             gains *= self.head_length.root
         gains[: self.heads] *= self.head_dim**-0.5
         return cos[:, None] * gains, sin[:, None] * gains.roll(self.head_dim // 2, -1)
