@@ -4,23 +4,26 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# A test computes with one thread: files of tests run side by side.
+PYTEST = python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 .PHONY: quickstart test test-all test-oldest check format bench golden clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/latentloom quickstart $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # The lowest versions that pyproject.toml allows, in an environment of their own. The peers of the benchmarks need newer ones.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) scripts/lowest_versions.py > .venv-oldest/lowest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[dev]"
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	.venv-oldest/bin/$(PYTEST) $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

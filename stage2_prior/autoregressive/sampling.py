@@ -2,9 +2,9 @@ r"""From logits to a code: guidance, temperature, truncation, and one uniform nu
 
     logits = null + s_i · (conditional − null)   →   / temperature   →   top-k   →   top-p   →   min-p   →   softmax   →   draw
 
-in this order, in float32. A draw is one uniform number u: the first code whose cumulated probability exceeds it. Top-p (nucleus)
-sampling: Holtzman et al. 2019, arXiv 1904.09751; min-p: Nguyen et al. 2024, arXiv 2407.01082. A guidance scale that grows from
-1 while an image is drawn keeps its first codes diverse (Chang et al. 2023, arXiv 2301.00704).
+in this order, in float32. A draw is one uniform number u: the first code whose probabilities, summed in float64, exceed it. Top-p
+(nucleus) sampling: Holtzman et al. 2019, arXiv 1904.09751; min-p: Nguyen et al. 2024, arXiv 2407.01082. A guidance scale that grows
+from 1 while an image is drawn keeps its first codes diverse (Chang et al. 2023, arXiv 2301.00704).
 """
 
 import math
@@ -80,6 +80,6 @@ def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float =
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """The code (B,) at which the cumulated probabilities of (B, K) logits pass uniform numbers (B,) in [0, 1)."""
-    cumulated = logits.double().softmax(1).cumsum(1)
+    cumulated = logits.softmax(1).cumsum(1, dtype=torch.float64)
     points = uniform.double().clamp(max=BELOW_ONE)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, points, right=True).squeeze(1)

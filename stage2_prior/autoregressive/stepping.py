@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stage2_prior.autoregressive.blocks import Attention, Block
 from stage2_prior.autoregressive.cached_attention import CachedAttention
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.packed_product import packed_product
+from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.rotary import turns
 
 if TYPE_CHECKING:
@@ -109,11 +109,13 @@ class PackedBlock:
         self.head_length = None if isinstance(attention.query_norm, nn.Identity) else UnitLength(self.head_dim, eps)
         self.cos, self.sin = self._turns(attention, *turned)
         joined = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
-        gated = torch.cat([feed_forward.gate.weight, feed_forward.up.weight])
+        gate, up = (
+            project.weight * block.feed_forward_norm.weight * self.length.root
+            for project in (feed_forward.gate, feed_forward.up)
+        )
         self.qkv = packed_product(joined * block.attention_norm.weight * self.length.root, rows, eight_bits)
         self.out = packed_product(attention.out.weight, rows, eight_bits)
-        self.inner = feed_forward.gate.out_features
-        self.gate_up = packed_product(gated * block.feed_forward_norm.weight * self.length.root, rows, eight_bits)
+        self.gated = gated_product(gate, up, rows, eight_bits)
         self.down = packed_product(feed_forward.down.weight, rows, eight_bits)
 
     def _turns(self, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +140,7 @@ class PackedBlock:
             qk.div_(length)
         cache.append_one(qkv.narrow(1, self.heads, 2 * self.shared))
         x = x + self.out(self.attend(qkv.narrow(1, 0, self.heads), cache))
-        gate_up = self.gate_up(self.length.divide(x))
-        gate, up = gate_up.narrow(1, 0, self.inner), gate_up.narrow(1, self.inner, self.inner)
-        return x + self.down(F.silu(gate).mul_(up))
+        return x + self.down(self.gated(self.length.divide(x)))
 
 
 class UnitLength:

@@ -9,7 +9,7 @@ from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.packed_product import packed_product
+from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
 
@@ -68,6 +68,15 @@ def test_only_float32_on_a_cpu_is_packed() -> None:
 def test_a_packed_product_is_the_product(rows: int) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(rows, 16, generator=seeded(1))
     assert_close(packed_product(weight, rows)(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_gated_product_is_that_of_swiglu(rows: int, eight_bits: bool) -> None:
+    gate, up, x = (torch.randn(size, 16, generator=seeded(i)) for i, size in enumerate((24, 24, rows)))
+    found = gated_product(gate, up, rows, eight_bits)(x)
+    rtol, atol = (0.1, 0.2) if eight_bits else (1e-5, 1e-5)
+    assert_close(found, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
 
 
 def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
