@@ -18,6 +18,8 @@ NAMES = (
     "tokenizer_quality_colour",
     "decoding",
     "prior_step",
+    "prior_likelihood",
+    "editing",
     "glue",
 )
 
