@@ -1,6 +1,6 @@
 """Runs benchmarks and writes them into docs/benchmarks.md: `python benchmarks/run.py [--quick] [NAME …]`.
 
---quick makes all of them end within about five minutes: smaller, fewer rounds, printed and not written to the page.
+--quick makes all of them end within minutes: smaller, fewer rounds, printed and not written to the page.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NAMES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES)}; by default all")
-    parser.add_argument("--quick", action="store_true", help="five minutes in all; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="smaller, some minutes in all; nothing is written")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; expected any of {', '.join(NAMES)}")
