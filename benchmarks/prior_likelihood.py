@@ -1,9 +1,9 @@
 """What a prior of the quickstart's codes needs for a held-out code, beside transformers' Llama of the same size.
 
 Ours is `ar-tiny`, trained as in the quickstart; Llama has its sizes, is tuned as in the comparison of whole stacks and trained for
-as many seconds, its learning rate decaying over them. Both average their weights. Bits are those of the test images' codes, each
-given its class and all codes before it; of Llama's vocabulary only the codes count. The last row is ours with its products'
-weights as 8-bit integers, one place at a time, as it decodes.
+as many seconds, its learning rate decaying over them. Both average their weights. Bits are those of the codes of the validation
+images, each given its class and all codes before it; of Llama's vocabulary only the codes count. The last row is ours with its
+products' weights as 8-bit integers, one place at a time, as it decodes.
 """
 
 import dataclasses
@@ -81,11 +81,11 @@ def run(quick: bool) -> Report:
         f"{OURS}, int8": stepped_bits(prior, held_out, labels, eight_bits=True),
     }
     uniform = math.log2(config.codebook_size)
-    rows = [[name, value, f"{value / uniform:.1%}"] for name, value in bits.items()]
+    rows = [[name, f"{value:.4f}", f"{value / uniform:.1%}"] for name, value in bits.items()]
     parameters = {OURS: prior, "transformers Llama": llama.model}
     sizes = ", ".join(f"{sum(p.numel() for p in m.parameters()):,} ({name})" for name, m in parameters.items())
     words = (
-        f"{seconds:.0f} seconds each, {len(held_out):,} test images, seed {seed}; parameters: {sizes}. A uniform guess costs "
+        f"{seconds:.0f} seconds each, {len(held_out):,} validation images, seed {seed}; parameters: {sizes}. A uniform guess costs "
         f"{uniform:.0f} bits."
     )
     return Report(

@@ -6,7 +6,7 @@ r"""Products with a fixed matrix on a CPU, laid out for the number of rows that 
 A row alone reads the whole matrix for two operations a number, so memory decides, and torch's bags read it faster than its products
 do. Several rows are a small product, for which oneDNN lays the matrix out in blocks once; elsewhere that is done at each call.
 Eight-bit weights, W ≈ diag(s) Q with s = max |row| / 127, are read in a quarter of the time and multiply activations in bfloat16.
-Two operators are private to torch; where one is missing, or fails, the plain product stands in.
+Those of oneDNN and of eight bits are private to torch; where one is missing, or fails, the plain product stands in.
 """
 
 from collections.abc import Callable
