@@ -51,7 +51,7 @@ def test_the_figures_of_a_pipeline_say_every_setting_and_come_with_two_pictures(
         "image_size": [16, 16],
     }
     assert {name: figures[name] for name in settings} == settings
-    assert figures["sampling"] == asdict(SamplingOptions(guidance_scale=2.0, guidance_schedule="linear", top_k=7))
+    assert figures["sampling"] == asdict(SamplingOptions(guidance_scale=4.0, guidance_schedule="linear", top_k=7))
     assert len(figures["classes"]) == 10
     assert {"torch", "python", "latentloom"} <= figures["versions"].keys()
     assert {"processor", "threads", "device"} <= figures["machine"].keys()
