@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from frame import Report, table
 from quickstart_codes import codes_folder, trained_prior
+from tokenizer_quality import picture_set
 from torch import Tensor
 
-from latentloom.embedded import FASHION_MNIST, judge_path
-from latentloom.stages import load_source
-from pipelines.evaluation.features import feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.pictures import image_grid, save_picture
-from stage1_tokenizer.pixels import Pixels
 
-SIDE, HOLE = 28, slice(6, 22)  # pixels
+HOLE = slice(6, 22)  # pixels, of rows and of columns
 SHOWN = 12
 NAIVE, ANY_ORDER = "raster order, 1 candidate", "any order, 1 candidate"
 
@@ -41,12 +37,10 @@ def seam(pictures: Tensor) -> Tensor:
 
 def run(quick: bool) -> Report:
     share, count, seed = (0.05, 100, 0) if quick else (1.0, 2000, 0)
-    codes, source = codes_folder(share, seed), load_source(FASHION_MNIST)
-    test = Pixels(source.held_out, ImageProcessor(channels=1, content_size=(SIDE, SIDE), image_size=(SIDE, SIDE)))
-    originals, labels = test[range(count)], torch.tensor(test.labels()[:count])
-    judge = feature_extractor("judge", judge=judge_path())
-    real = judge.extract(originals).features
-    mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    codes, pictures = codes_folder(share, seed), picture_set("embedded")
+    originals, labels = pictures.originals[:count], torch.tensor(pictures.test.labels()[:count])
+    judge, side = pictures.extractor, pictures.size
+    mask = torch.zeros(side, side, dtype=torch.bool)
     mask[HOLE, HOLE] = True
     raster, anywhere = (
         LatentGenerationPipeline.from_pretrained(trained_prior(codes, name, share, seed))
@@ -59,7 +53,7 @@ def run(quick: bool) -> Report:
     rows, shown = {}, {"original": originals[:SHOWN], "hole": originals[:SHOWN].masked_fill(mask, 127)}
     for name, (pipeline, options) in tried.items():
         pipeline.set_progress_bar_config(disable=True)
-        pictures = pipeline(
+        drawn = pipeline(
             labels.tolist(),
             image=list(originals),
             mask_image=mask.numpy(),
@@ -67,12 +61,12 @@ def run(quick: bool) -> Report:
             output_type="pt",
             **options,
         ).images
-        edited = to_uint8(pictures)
+        edited = to_uint8(drawn)
         assert torch.equal(edited.masked_select(~mask), originals.masked_select(~mask))
         seen = judge.extract(edited)
         error = (edited.float() - originals.float())[..., HOLE, HOLE].abs().mean()
         rows[name] = {
-            "frechet": frechet_distance(seen.features, real),
+            "frechet": frechet_distance(seen.features, pictures.real),
             "agreement": class_agreement(seen.class_logits, labels),
             "seam": (seam(edited) - seam(originals)).mean().item(),
             "error": error.item(),
@@ -81,9 +75,9 @@ def run(quick: bool) -> Report:
         print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
     head = ["", "Fréchet distance", "agreement", "seam", "error"]
     body = table(head, [[name, *row.values()] for name, row in rows.items()])
-    side = HOLE.stop - HOLE.start
+    hole = HOLE.stop - HOLE.start
     words = (
-        f"{count:,} test images, a hole of {side} pixels a side in {SIDE}, guidance as the recipe has it; seed {seed}."
+        f"{count:,} test images, a hole of {hole} pixels a side in {side}, guidance as the recipe has it; seed {seed}."
     )
 
     def chart(path: Path) -> None:

@@ -3,7 +3,6 @@
 import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from frame import recipe
 
@@ -27,7 +26,7 @@ def codes_folder(share: float, seed: int) -> Path:
     return run_tokenize(tokenizer.output, source, folder / "codes")
 
 
-def trained_prior(codes: Path, name: str, share: float, seed: int, **given: Any) -> Path:
+def trained_prior(codes: Path, name: str, share: float, seed: int) -> Path:
     """Its pipeline's folder, trained unless it is there."""
     output = codes.with_name(f"{name}-{seed}")
-    return run_prior(recipe(PriorTraining, "prior", name, share, seed, codes=codes, output=output, **given))
+    return run_prior(recipe(PriorTraining, "prior", name, share, seed, codes=codes, output=output))

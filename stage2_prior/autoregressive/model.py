@@ -80,11 +80,16 @@ class AutoregressivePrior(Prior):
     def levels(self) -> int:
         return self.config.levels
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of an image's codes: (h, w), or (levels, h, w)."""
+        levels = (self.levels,) if self.levels > 1 else ()
+        return (*levels, self.config.height, self.config.width)
+
     def tokens_of(self, codes: Tensor, orders: Tensor | None = None) -> Tensor:
         """Codes of a grid as a sequence (B, h·w·levels), place after place in the given order."""
-        levels = (self.levels,) if self.levels > 1 else ()
-        if codes.shape[1:] != (shape := (*levels, self.config.height, self.config.width)):
-            found, expected = ("×".join(map(str, sizes)) for sizes in (codes.shape[1:], shape))
+        if codes.shape[1:] != self.grid:
+            found, expected = ("×".join(map(str, sizes)) for sizes in (codes.shape[1:], self.grid))
             raise SpecMismatchError(
                 f"the grid of codes is {found}; expected {expected}, which the prior was trained on; tokenize images of the size "
                 "that it was trained with, or train a prior on these codes"
@@ -96,11 +101,10 @@ class AutoregressivePrior(Prior):
 
     def codes_of(self, tokens: Tensor, orders: Tensor | None = None) -> Tensor:
         """What `tokens_of` undoes: (B, h·w·levels) → (B, h, w), or (B, levels, h, w)."""
-        config, by_place = self.config, tokens.unflatten(1, (-1, self.levels))
+        by_place = tokens.unflatten(1, (-1, self.levels))
         if orders is not None:
             by_place = by_place.gather(1, inverse(orders)[:, :, None].expand_as(by_place))
-        levels = (self.levels,) if self.levels > 1 else ()
-        return by_place.mT.reshape(len(tokens), *levels, config.height, config.width)
+        return by_place.mT.reshape(len(tokens), *self.grid)
 
     def logits(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
         """(B, n) tokens in that order → (B, n, K); logits i depend on the tokens before i alone."""
