@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
-from stage2_prior.autoregressive.kv_cache import KVCache
+from stage2_prior.autoregressive.kv_cache import Cache
 from stage2_prior.autoregressive.rotary import Turns, rotate
 from stage2_prior.normalization import RMSNorm
 
@@ -34,18 +34,17 @@ class Attention(nn.Module):
             RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, tokens, head_dim)
             for project in (self.query, self.key, self.value)
         )
         query, key = rotate(self.query_norm(query), *turned), rotate(self.key_norm(key), *turned)
+        mask = None
         if cache is not None:
-            key, value = cache.append(key, value)
-        new, seen = query.shape[2], key.shape[2]
-        causal, mask = 1 < new == seen, None  # one new token sees everything
-        if 1 < new < seen:  # torch's `is_causal` would count from the first key, which is the oldest
-            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+            key, value, mask = cache.append(key, value)
+        new = query.shape[2]
+        causal = mask is None and 1 < new == key.shape[2]  # one new token sees everything
         dropout = self.dropout if self.training else 0.0
         if causal and new <= SHORT and x.device.type == "cpu" and torch.is_grad_enabled():
             key, value = (
@@ -93,6 +92,6 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turned: Turns, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

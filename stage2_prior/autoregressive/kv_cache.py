@@ -1,7 +1,14 @@
 """Keys and values of the tokens seen so far, in place: one allocation, no concatenation."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Cache(Protocol):
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds (B, heads, new tokens, head_dim); all keys and values, and which a new token sees where it is not all so far."""
 
 
 class KVCache:
@@ -17,16 +24,19 @@ class KVCache:
         self.held = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.max_tokens, self.tokens = max_tokens, 0
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, heads, new tokens, head_dim) and returns all keys and values so far, as views."""
-        begin = self._make_room(keys.shape[2])
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        new = keys.shape[2]
+        begin = self.make_room(new)
         self.held[0, :, :, begin : self.tokens] = keys
         self.held[1, :, :, begin : self.tokens] = values
-        return self.seen()
+        mask = None
+        if begin > 0 and new > 1:  # torch's `is_causal` would count from the first key, which is the oldest
+            mask = torch.ones(new, self.tokens, dtype=torch.bool, device=keys.device).tril(begin)
+        return *self.seen(), mask
 
     def append_one(self, joined: Tensor) -> None:
         """`append` of one token, its keys and then its values: (B, 2 · heads, head_dim)."""
-        slot = self._make_room(1)
+        slot = self.make_room(1)
         self.held.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
 
     def seen(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +48,8 @@ class KVCache:
         """Row i goes on as row `rows[i]`; (B,) int64."""
         self.held[:, :, :, : self.tokens] = self.held[:, rows, :, : self.tokens]
 
-    def _make_room(self, count: int) -> int:
+    def make_room(self, count: int) -> int:
+        """Counts as many more tokens, and returns the slot of the first."""
         begin, end = self.tokens, self.tokens + count
         if end > self.max_tokens:
             raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stage2_prior.autoregressive.blocks import Attention, Block
 from stage2_prior.autoregressive.cached_attention import CachedAttention
+from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.rotary import turns
@@ -162,4 +163,6 @@ def stepper_for(
     weight = prior.code_embedding.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         return PackedStepper(prior, caches, orders, rows, eight_bits)
+    if weight.is_cuda and not torch.distributed.is_initialized():  # a sharded prior gathers its weights as it goes
+        return GraphStepper(prior, caches, orders)
     return ModuleStepper(prior, caches, orders)

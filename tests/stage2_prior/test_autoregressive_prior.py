@@ -104,7 +104,7 @@ def test_hidden_states_with_caches_equal_those_without_for_any_cut_of_the_sequen
 def test_a_full_cache_refuses_another_token_and_says_how_large_it_should_be() -> None:
     cache = KVCache(batch=2, heads=1, max_tokens=3, head_dim=4, like=torch.zeros(1))
     keys = torch.randn(2, 1, 3, 4, generator=seeded(0))
-    held, _ = cache.append(keys, keys)
+    held, *_ = cache.append(keys, keys)
     assert torch.equal(held, keys)
     with pytest.raises(ValueError, match="given token 3 and holds 3; build it with max_tokens=4"):
         cache.append(keys[:, :, :1], keys[:, :, :1])

@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import seeded, tiny_prior
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+from stage2_prior.autoregressive import decoding
 from stage2_prior.autoregressive.decoding import decode
+from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
@@ -56,6 +59,46 @@ def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
         stepper = PackedStepper(prior, caches, None, 2)
         found = [stepper.hidden(x[:, i : i + 1]) for i in range(7, 16)]
         assert_close(torch.stack(found, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_steps_that_a_graph_can_repeat_equal_the_modules_at_every_place(setting: str, ordered: bool) -> None:
+    prior = with_gains(**SETTINGS[setting])
+    orders = torch.rand(3, 16, generator=seeded(2)).argsort(1) if ordered else None
+    x = torch.randn(3, 16, 32, generator=seeded(0))
+    with torch.no_grad():
+        caches = prior.new_caches(3)
+        for cache in caches:
+            cache.held.fill_(torch.nan)  # memory as it was found
+        stepper = GraphStepper(prior, caches, orders)
+        prior.hidden_states(x[:, :5], orders, caches)
+        found = [stepper.hidden(x[:, i : i + 1]) for i in range(5, 16)]
+        assert_close(torch.stack(found, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
+
+
+def test_a_step_to_be_recorded_asks_the_device_for_nothing() -> None:
+    # Tensors without values, on a GPU that need not be there: reading a number of one is an error.
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        prior = tiny_prior(learned_positions=True)
+        caches = prior.new_caches(2)
+        stepper = GraphStepper(prior, caches, torch.zeros(2, 16, dtype=torch.int64))
+        states = stepper.step()
+        assert (states.device.type, states.dtype, states.shape) == ("cuda", torch.float32, (2, 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_codes_from_a_recorded_step_are_those_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = tiny_prior().cuda()
+    labels, options = torch.tensor([0, 1, 2], device="cuda"), SamplingOptions(guidance_scale=2.0)
+
+    def drawn() -> torch.Tensor:
+        return decode(prior, labels, options, [seeded(i) for i in range(3)])
+
+    recorded = drawn()
+    monkeypatch.setattr(decoding, "stepper_for", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders))
+    assert torch.equal(recorded, drawn())
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:
