@@ -30,7 +30,7 @@ from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.metrics import codebook_usage, psnr
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.machine import rounded_products
 
 GLUE = "diffusers VQModel + transformers Llama"
@@ -88,7 +88,9 @@ def ours(bench: Bench, shares: tuple[float, float], seed: int) -> dict[str, floa
         tokenizer = recipe(
             TokenizerTraining, "tokenizer", "vqgan-f4", shares[0], seed, data=FASHION_MNIST, output=folder / "t"
         )
-        prior = recipe(PriorTraining, "prior", "ar-tiny", shares[1], seed, codes=folder / "codes", output=folder / "p")
+        prior = recipe(
+            AutoregressiveTraining, "prior", "ar-tiny", shares[1], seed, codes=folder / "codes", output=folder / "p"
+        )
         first = timed(lambda: run_tokenizer(tokenizer, bench.source))
         middle = timed(lambda: run_tokenize(tokenizer.output, bench.source, prior.codes))
         last = timed(lambda: run_prior(prior))

@@ -27,7 +27,7 @@ from stage1_tokenizer.training_config import TokenizerTraining, completed, model
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.machine import rounded_products
@@ -109,7 +109,7 @@ def run(quick: bool) -> Report:
 
         run_tokenizer(replaced(first, 0), source)
         run_tokenize(folder / "0", source, folder / "codes")
-        second = recipe(PriorTraining, "prior", "ar-tiny", 1, 0, codes=folder / "codes", output="p")
+        second = recipe(AutoregressiveTraining, "prior", "ar-tiny", 1, 0, codes=folder / "codes", output="p")
         codes = CodeCache(folder / "codes")
 
         def bare_prior() -> list[float]:

@@ -9,7 +9,7 @@ from frame import recipe
 from latentloom.embedded import FASHION_MNIST
 from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import AutoregressiveTraining
 
 _HELD: list[TemporaryDirectory[str]] = []  # until the process ends
 
@@ -29,4 +29,4 @@ def codes_folder(share: float, seed: int) -> Path:
 def trained_prior(codes: Path, name: str, share: float, seed: int) -> Path:
     """Its pipeline's folder, trained unless it is there."""
     output = codes.with_name(f"{name}-{seed}")
-    return run_prior(recipe(PriorTraining, "prior", name, share, seed, codes=codes, output=output))
+    return run_prior(recipe(AutoregressiveTraining, "prior", name, share, seed, codes=codes, output=output))

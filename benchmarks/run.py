@@ -20,6 +20,7 @@ NAMES = (
     "prior_step",
     "prior_likelihood",
     "editing",
+    "denoising",
     "glue",
 )
 

@@ -35,12 +35,13 @@ from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive import decoding
-from stage2_prior.autoregressive.blocks import Attention, FeedForward
+from stage2_prior.autoregressive.blocks import Attention
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import PackedBlock, PackedStepper
 from stage2_prior.codes import CodeSplit
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.feed_forward import SwiGLU
+from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.ema import EMA
 from training_harness.machine import rounded_products
 from training_harness.muon import Muon
@@ -121,7 +122,7 @@ STAGE_ONE = {
 STAGE_TWO = {
     (AutoregressivePrior, "forward"): "embedding, norms, head, loss",
     (Attention, "forward"): "attention, forward",
-    (FeedForward, "forward"): "feed-forward, forward",
+    (SwiGLU, "forward"): "feed-forward, forward",
     (Accelerator, "backward"): "backward",
     (Run, "optimizer_step"): "gradient norm and checks",
     (Muon, "step"): "optimiser",
@@ -239,7 +240,7 @@ def run(quick: bool) -> Report:
             return run_tokenizer(replaced(config, n), source)
 
         def prior(n: int) -> object:
-            config = recipe(PriorTraining, "prior", PRIOR, 1.0, 0, codes=folder / "codes", output=folder / "p")
+            config = recipe(AutoregressiveTraining, "prior", PRIOR, 1.0, 0, codes=folder / "codes", output=folder / "p")
             return run_prior(replaced(config, n))
 
         jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 16)", STAGE_ONE, tokenizer, steps, rounded))

@@ -16,6 +16,8 @@ __getattr__, __dir__ = lazy_names(
         "StandardNormalPrior": "stage2_prior.standard_normal",
         "AutoregressivePrior": "stage2_prior.autoregressive.model",
         "AutoregressivePriorConfig": "stage2_prior.autoregressive.model",
+        "DiffusionPrior": "stage2_prior.diffusion.model",
+        "DiffusionPriorConfig": "stage2_prior.diffusion.config",
         "CodeCache": "stage2_prior.codes",
         "open_source": "stage1_tokenizer.sources",
     },

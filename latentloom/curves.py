@@ -8,7 +8,7 @@ from training_harness.files import whole_file
 from training_harness.metric_log import read_metrics
 
 
-def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int, path: Path) -> None:
+def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None, path: Path) -> None:
     """Draws `curves.png` from two `metrics.jsonl`."""
     import matplotlib
 
@@ -26,17 +26,22 @@ def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int, path: 
     losses.legend()
 
     quality.plot(*series(stage1, "validation_psnr"), "o-", color="tab:blue", ms=3)
-    quality.set(title="Tokenizer: validation PSNR and codebook usage", xlabel="step", ylabel="PSNR, dB")
-    usage = quality.twinx()
-    usage.plot(*series(stage1, "perplexity"), "s--", color="tab:orange", ms=3, label="perplexity")
-    usage.plot(*series(stage1, "codes_used"), "^:", color="tab:green", ms=3, label="codes used")
-    usage.set(ylabel=f"codes of {codebook_size}", ylim=(0, codebook_size * 1.05))
-    usage.legend(loc="lower right")
+    quality.set(title="Tokenizer: validation PSNR", xlabel="step", ylabel="PSNR, dB")
+    if codebook_size is not None:
+        quality.set(title="Tokenizer: validation PSNR and codebook usage")
+        usage = quality.twinx()
+        usage.plot(*series(stage1, "perplexity"), "s--", color="tab:orange", ms=3, label="perplexity")
+        usage.plot(*series(stage1, "codes_used"), "^:", color="tab:green", ms=3, label="codes used")
+        usage.set(ylabel=f"codes of {codebook_size}", ylim=(0, codebook_size * 1.05))
+        usage.legend(loc="lower right")
 
-    prior.plot(*series(stage2, "nats_per_token"), lw=1, label="training")
-    prior.plot(*series(stage2, "validation_nats_per_token"), "o-", ms=3, label="validation (averaged weights)")
-    prior.axhline(math.log(codebook_size), color="grey", ls=":", label="log K: a uniform guess")
-    prior.set(title="Prior: nats a token", xlabel="step")
+    of_tokens = codebook_size is not None and any("nats_per_token" in row for row in stage2)
+    loss = "nats_per_token" if of_tokens else "squared_error"
+    prior.plot(*series(stage2, loss), lw=1, label="training")
+    prior.plot(*series(stage2, f"validation_{loss}"), "o-", ms=3, label="validation (averaged weights)")
+    if codebook_size is not None and of_tokens:
+        prior.axhline(math.log(codebook_size), color="grey", ls=":", label="log K: a uniform guess")
+    prior.set(title="Prior: nats a token" if of_tokens else "Prior: squared error of the prediction", xlabel="step")
     prior.legend()
 
     with whole_file(path) as beside:

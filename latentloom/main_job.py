@@ -52,15 +52,15 @@ def check_bounds(minutes: float | None, num_images: int) -> None:
     check_count("--num-images", num_images)
 
 
-def check_codes(tokenizer: TokenizerTraining) -> None:
+def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
     """Refuses before anything is trained what the prior could not be trained on."""
     model = tokenizer.model
-    if model.name == "vqgan":
+    if model.name == "vqgan" or prior.prior == "diffusion":
         return
     hint = ", or train-tokenizer alone: it samples without a prior" if model.prior == "standard_normal" else ""
     raise UserError(
-        f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer; give "
-        f"--tokenizer-recipe vqgan-f4{hint}"
+        f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer or "
+        f"prior; give --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"
     )
 
 
@@ -93,7 +93,7 @@ def run_main_job(
     with timed(phases, "tokenize") as phase:
         with main_process_first():
             remove_codes_of_another(tokenizer.output, prior)
-        run_tokenize(tokenizer.output, source, prior.codes)
+        run_tokenize(tokenizer.output, source, prior.codes, "latents" if prior.prior == "diffusion" else "indices")
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
         folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
@@ -200,14 +200,16 @@ def summary(output: Path, metrics: dict[str, Any]) -> str:
     """What the command closes with: where things are, the figures, what to do next."""
     folder = output
     agreement, frechet, recall = metrics["class_agreement"], metrics["frechet"], metrics["recall"]
+    codes = ""
+    if metrics["perplexity"] is not None:
+        codes = f", {metrics['codes_used']} codes used, perplexity {metrics['perplexity']:.0f}"
     distance = "too few images to compare" if recall is None else f"Fréchet distance {frechet:.3g}, recall {recall:.3f}"
     lines = [
         "",
         f"pictures  {folder}/samples.png  {folder}/reconstructions.png  {folder}/curves.png",
         f"pipeline  {folder}/pipeline     all figures: {folder}/metrics.json",
         "",
-        f"  reconstruction   PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']} codes used, "
-        f"perplexity {metrics['perplexity']:.0f} ({metrics['num_reference_images']} held-out images)",
+        f"  reconstruction   PSNR {metrics['psnr']:.2f} dB{codes} ({metrics['num_reference_images']} held-out images)",
         f"  samples          {distance} ({metrics['num_images']} images, features: {metrics['features']})",
         *(
             []

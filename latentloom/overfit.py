@@ -18,15 +18,15 @@ from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMAConfig
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 from training_harness.run import RunConfig
 
-Training = TypeVar("Training", TokenizerTraining, PriorTraining)
+Training = TypeVar("Training", bound=TokenizerTraining | PriorTraining)
 STEPS = 300
-FALL = {"l2": 0.25, "nats_per_token": 0.5}  # what must be left at most of a loss's first value
+FALL = {"l2": 0.25, "nats_per_token": 0.5, "squared_error": 0.5}  # what must be left at most of a loss's first value
 
 
 def overfit_tokenizer(config: TokenizerTraining, source: ImageSource) -> str:
@@ -45,9 +45,13 @@ def overfit_prior(config: PriorTraining) -> str:
     codes = CodeCache(config.codes)
     codes.train = codes.validation = codes.train.select(_spread(len(codes.train), config.batch_size))
     short = _short(config, replace(config.ema, decay=0.9))
-    plain = replace(short, model=replace(config.model, dropout=0.0, class_dropout=0.0))
+    if isinstance(short, DiffusionTraining):
+        plain: PriorTraining = replace(short, model=replace(short.model, class_dropout=0.0))
+        term = "squared_error"
+    else:
+        plain, term = replace(short, model=replace(short.model, dropout=0.0, class_dropout=0.0)), "nats_per_token"
     train_prior(plain, codes)
-    return _verdict(plain, "nats_per_token")
+    return _verdict(plain, term)
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:

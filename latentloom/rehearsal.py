@@ -17,7 +17,7 @@ from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.training_config import PriorTraining
 from training_harness.ema import EMA
 from training_harness.errors import UserError
@@ -131,13 +131,16 @@ def check_learns(config: TokenizerTraining) -> None:
 def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) -> Rehearsal:
     device = accelerated_device()
     with device:
-        prior = AutoregressivePrior(config.model.for_spec(spec, num_classes)).train()
+        prior = config.new_prior(spec, num_classes).train()
     if config.gradient_checkpointing:
         prior.recompute_blocks()
 
     def loss(images: int) -> Tensor:
+        labels = torch.full((images,), -1, device=device)
+        if isinstance(prior, DiffusionPrior):
+            latents, noise = torch.randn(2, images, spec.channels, spec.height, spec.width, device=device)
+            return prior(latents, labels, torch.rand(images, device=device), noise).total
         shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
-        codes = torch.randint(spec.codebook_size or 1, (images, *shape), device=device)
-        return prior(codes, torch.full((images,), -1, device=device)).total
+        return prior(torch.randint(spec.codebook_size or 1, (images, *shape), device=device), labels).total
 
     return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)

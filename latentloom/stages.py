@@ -27,8 +27,9 @@ from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
-from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
+from stage2_prior.prior import Prior
+from stage2_prior.registry import saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
@@ -141,7 +142,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         return folder
     tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
-    def preview(prior: AutoregressivePrior, path: Path) -> None:
+    def preview(prior: Prior, path: Path) -> None:
         tokenizer.to(prior.device)
         pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
         drawn = sample_grid(pipeline, config.seed)
@@ -150,7 +151,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
 
     with advice_when_memory_runs_out(config, rehearse):
         model = train_prior(config, codes, preview)
-    prior = AutoregressivePrior.from_pretrained(model)
+    prior = saved_prior(model)
     pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
     drawn = preview_of_these.exists()

@@ -27,9 +27,8 @@ from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.prior import UNKNOWN, Known, Prior
-from stage2_prior.standard_normal import StandardNormalPrior
+from stage2_prior.registry import PRIORS
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.files import whole_folder, write_json, write_text
@@ -38,7 +37,6 @@ from training_harness.processes import accelerated_device
 INDEX = "model_index.json"
 FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds
 TOKENIZER_CLASSES = {kind.__name__: kind for kind in TOKENIZERS.values()}
-PRIOR_CLASSES: dict[str, type[Prior]] = {kind.__name__: kind for kind in (AutoregressivePrior, StandardNormalPrior)}
 DEFAULT_BATCH_SIZE = 100
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -104,8 +102,8 @@ class LatentGenerationPipeline:
             strength: share in (0, 1] of the codes that are drawn anew; by default all under a mask, and 0.8 without one.
             callback_on_step_end: called as f(pipeline, step, step, {"tokens": the grid so far (B, h, w), −1 where there is no
                 code yet}), or with "latents"; `decode` makes a picture of either.
-            options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a standard normal one
-                temperature.
+            options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a diffusion prior those of
+                `DiffusionOptions`, for a standard normal one temperature.
         Returns:
             ImagePipelineOutput(images), or (images,) with return_dict=False.
         Raises:
@@ -304,7 +302,7 @@ class LatentGenerationPipeline:
         folder = local_folder(source, INDEX, "pipeline", revision=revision, token=token, cache_dir=cache_dir)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            tokenizer_class, prior_class = TOKENIZER_CLASSES[index["tokenizer"]], PRIOR_CLASSES[index["prior"]]
+            tokenizer_class, prior_class = TOKENIZER_CLASSES[index["tokenizer"]], PRIORS[index["prior"]]
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "

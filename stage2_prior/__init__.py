@@ -10,6 +10,10 @@ __getattr__, __dir__ = lazy_names(
         "SamplingOptions": "stage2_prior.autoregressive.sampling",
         "CodeCache": "stage2_prior.codes",
         "train_prior": "stage2_prior.train",
-        "PriorTraining": "stage2_prior.training_config",
+        "AutoregressiveTraining": "stage2_prior.training_config",
+        "DiffusionTraining": "stage2_prior.training_config",
+        "DiffusionPrior": "stage2_prior.diffusion.model",
+        "DiffusionPriorConfig": "stage2_prior.diffusion.config",
+        "DiffusionOptions": "stage2_prior.diffusion.sampling",
     },
 )

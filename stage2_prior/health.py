@@ -7,11 +7,11 @@ REMEDY = (
 )
 
 
-def turned(nats: float, best: float, best_step: int) -> str | None:
-    """What is to be said of a validation loss, in nats a token, when the best one was found at `best_step`."""
-    if nats <= best * (1 + TURNED):
+def turned(loss: float, best: float, best_step: int) -> str | None:
+    """What is to be said of a validation loss when the best one was found at `best_step`."""
+    if loss <= best * (1 + TURNED):
         return None
     return (
-        f"validation has turned: {nats:.3f} nats a token, after {best:.3f} at step {best_step}, whose checkpoint is kept; the "
+        f"validation has turned: {loss:.3f} after {best:.3f} at step {best_step}, whose checkpoint is kept; the "
         f"prior learns its training images by heart: {REMEDY}"
     )

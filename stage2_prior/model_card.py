@@ -3,30 +3,43 @@
 from pathlib import Path
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.prior import Prior
 from training_harness.metric_log import read_metrics
 from training_harness.pretrained import count_parameters
 
 
-def prior_card(prior: AutoregressivePrior, metrics: Path) -> str:
-    config = prior.config
-    rows = [row for row in read_metrics(metrics) if "validation_nats_per_token" in row]
-    last = rows[-1] if rows else {}
+def prior_card(prior: Prior, metrics: Path) -> str:
+    config, last = prior.config, dict[str, float]()
+    for row in read_metrics(metrics):
+        last |= {name: value for name, value in row.items() if name.startswith("validation_")}
+    kind, what, loss = _described(prior, last)
     classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
     return f"""---
 library_name: latentloom
-tags: [image-generation, autoregressive]
+tags: [image-generation, {kind.lower()}]
 ---
 
-# Autoregressive prior
+# {kind} prior
 
-A decoder-only transformer over {config.height}×{config.width} image codes of {config.codebook_size}, with {classes}. It
-samples images together with its tokenizer, as a `LatentGenerationPipeline`.
+{what}, with {classes}. It samples images together with its tokenizer, as a `LatentGenerationPipeline`.
 
 | | |
 |---|---|
 | parameters | {count_parameters(prior):,} |
 | layers, width, heads | {config.num_layers}, {config.hidden_size}, {config.num_heads} |
-| validation loss | {last.get("validation_nats_per_token", float("nan")):.3f} nats a token, \
-{last.get("validation_bits_per_image", float("nan")):.0f} bits an image |
+| validation loss | {loss} |
 | tokenizer id | `{config.tokenizer_id}` |
 """
+
+
+def _described(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
+    """The kind, what it is, and its last validation loss."""
+    config, nothing = prior.config, float("nan")
+    if isinstance(prior, AutoregressivePrior):
+        nats, bits = (last.get(f"validation_{name}", nothing) for name in ("nats_per_token", "bits_per_image"))
+        what = f"A decoder-only transformer over {config.height}×{config.width} image codes of {config.codebook_size}"
+        return "Autoregressive", what, f"{nats:.3f} nats a token, {bits:.0f} bits an image"
+    assert isinstance(prior, DiffusionPrior)
+    what = f"A diffusion transformer over {config.height}×{config.width} latents of {config.channels} channels"
+    return "Diffusion", what, f"{last.get('validation_squared_error', nothing):.4f} squared error of its prediction"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from training_harness.errors import SpecMismatchError
-from training_harness.pretrained import StrictModel
+from training_harness.pretrained import StrictConfig, StrictModel
 
 
 class PriorLoss(NamedTuple):
@@ -27,6 +27,7 @@ class Known(NamedTuple):
 
 
 class Prior(StrictModel):
+    config_class: type[StrictConfig]
     options_class: ClassVar[type[Any]]
     """Dataclass of the options that `sample` takes."""
     spec_fields: ClassVar[tuple[str, ...]]

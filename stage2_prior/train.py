@@ -1,29 +1,27 @@
 """Stage two: trains a prior on a code cache."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.orders import drawn_orders
-from stage2_prior.codes import CodeCache, CodeSplit
-from stage2_prior.conditioning import without_some
+from stage2_prior.autoregressive.objective import AutoregressiveObjective
+from stage2_prior.codes import CodeCache
+from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.health import turned
 from stage2_prior.model_card import prior_card
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.objective import Objective
+from stage2_prior.prior import Prior
+from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.errors import SpecMismatchError, UserError
+from training_harness.errors import SpecMismatchError
 from training_harness.files import whole_folder, write_text
 from training_harness.optimization import build_optimizer, set_learning_rate
-from training_harness.processes import mean_over_processes, share_of
 from training_harness.run import Run
 
-Preview = Callable[[AutoregressivePrior, Path], None]
+Preview = Callable[[Prior, Path], None]
 """Decodes samples of a prior and saves them at a path, all processes together: this stage knows no pixels."""
 
 
@@ -52,22 +50,13 @@ def train_prior(
 ) -> Path:
     """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
 
-    `on_validation` is called with each step that is validated and its nats a token; what it raises ends the run.
+    `on_validation` is called with each step that is validated and its first figure; what it raises ends the run.
     """
-    if codes.spec.codebook_size is None:
-        raise UserError(
-            f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
-            "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4"
-        )
-    codes.train.require("indices")
-    model_config = config.model.for_spec(
-        codes.spec, len(codes.label_names or ()), config.order.final
-    )  # refused before a folder is made
+    objective = objective_of(config, codes)  # refused before a folder is made
     run = Run(config)
     run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
-    prior = AutoregressivePrior(model_config)
-    prior.start_from_code_vectors(codes.code_vectors())
+    prior = objective.new_prior()
     if config.gradient_checkpointing:
         prior.recompute_blocks()
     optimizer = build_optimizer(prior, config.optimizer)
@@ -85,25 +74,21 @@ def train_prior(
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
         for number in order.numbers(step, config.accumulation_steps):
             rows = order.batch(number)
-            draws = torch.from_numpy(order.draws(number, 2 + model_config.places if config.order.ever_random else 1))
-            indices = codes.train.indices(rows).to(accelerator.device)
-            labels = without_some(codes.train.labels(rows), draws[:, 0], config.model.class_dropout).to(
-                accelerator.device
-            )
-            orders = drawn_orders(draws[:, 1:].to(accelerator.device), config.order.at(step, config.max_steps))
+            draws = torch.from_numpy(order.draws(number, objective.draws))
+            inputs = [x if x is None else x.to(accelerator.device) for x in objective.inputs(rows, draws, step)]
             with accelerator.accumulate(model):
-                loss = model(indices, labels, orders)  # through forward: DDP hooks nothing else
+                loss = model(*inputs)  # through forward: DDP hooks nothing else
                 accelerator.backward(loss.total)
                 run.optimizer_step(step, optimizer, model, loss.terms, config.optimizer.max_grad_norm)
         ema.update(step)
         run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
             averaged = ema.collect()
-            nats = validation_loss(averaged, codes.validation, config.validation_images)
-            bits = nats / math.log(2) * codes.spec.tokens
-            run.log_row(step, {"validation_nats_per_token": nats, "validation_bits_per_image": bits})
-            run.judge(step, nats)
-            if not warned and run.best and (text := turned(nats, run.best["value"], int(run.best["step"]))):
+            figures = objective.validation(averaged)
+            judged = next(iter(figures.values()))
+            run.log_row(step, figures)
+            run.judge(step, judged)
+            if not warned and run.best and (text := turned(judged, run.best["value"], int(run.best["step"]))):
                 run.warn(step, "validation", text)
                 warned = True
             if preview is not None:
@@ -121,12 +106,7 @@ def train_prior(
     return folder
 
 
-@torch.no_grad()
-def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
-    """Nats a token on the first `limit` images of a split, of which each process takes its share."""
-    positions, total = np.array(share_of(min(limit, len(split)))), 0.0
-    for start in range(0, len(positions), 250):
-        rows = positions[start : start + 250]
-        loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
-        total += float(loss.total) * len(rows)
-    return mean_over_processes(total, len(positions))
+def objective_of(config: PriorTraining, codes: CodeCache) -> Objective:
+    if isinstance(config, DiffusionTraining):
+        return DiffusionObjective(config, codes)
+    return AutoregressiveObjective(config, codes)

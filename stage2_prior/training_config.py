@@ -1,14 +1,23 @@
 """Configuration of a stage-two run. What the codes determine (K, grid, classes) is taken from them and not asked for."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.orders import OrderConfig
 from stage2_prior.autoregressive.sampling import SamplingOptions
+from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.process import Prediction
+from stage2_prior.diffusion.sampling import DiffusionOptions
+from stage2_prior.diffusion.schedule import Schedule
+from stage2_prior.diffusion.times import TimesConfig
+from training_harness.configuration import from_mapping
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
@@ -16,7 +25,7 @@ from training_harness.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorModel:
+class AutoregressiveModel:
     hidden_size: int = 192
     num_layers: int = 4
     depth_layers: int = 2
@@ -38,8 +47,7 @@ class PriorModel:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.class_dropout <= 1:
-            raise ConfigError(f"model.class_dropout is {self.class_dropout}; expected a share in [0, 1], such as 0.1")
+        check_class_dropout(self.class_dropout)
 
     def for_spec(self, spec: LatentSpec, num_classes: int, random_order: float = 0.0) -> AutoregressivePriorConfig:
         own = dataclasses.asdict(self)
@@ -57,16 +65,49 @@ class PriorModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTraining(RunConfig):
+class DiffusionModel:
+    patch_size: int = 1
+    """Sides of the square of latents that is a token."""
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_heads: int = 6
+    intermediate_size: int = 1536
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    positions: Literal["sincos", "2d"] = "sincos"
+    """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
+    rope_theta: float = 10_000.0
+    class_dropout: float = 0.1
+    """How often a label is replaced by the null class in training; guidance needs it above 0."""
+    schedule: Schedule = "flow"
+    """How the noise grows: `flow` along straight lines; linear, scaled-linear and cosine as in DDPM, in 1,000 levels."""
+    prediction: Prediction = "flow"
+    """What the network says of a noisy latent: its velocity, v, the noise, or the sample."""
+    zero_terminal_snr: bool = False
+    """Lets linear, scaled-linear and cosine end with noise alone."""
+
+    def __post_init__(self) -> None:
+        check_class_dropout(self.class_dropout)
+
+    def for_spec(self, spec: LatentSpec, num_classes: int) -> DiffusionPriorConfig:
+        own = dataclasses.asdict(self)
+        del own["class_dropout"]  # of training alone
+        sizes = {name: getattr(spec, name) for name in ("channels", "height", "width", "tokenizer_id")}
+        return DiffusionPriorConfig(**own, **sizes, num_classes=num_classes)
+
+
+def check_class_dropout(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"model.class_dropout is {rate}; expected a share in [0, 1], such as 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTwoTraining(RunConfig):
     codes: Path
     """Code cache written by `latentloom tokenize`."""
     validation_images: int = 1000
     """Images of the validation split that each validation loss is measured on."""
-    model: PriorModel = field(default_factory=PriorModel)
-    order: OrderConfig = field(default_factory=OrderConfig)
-    """In which orders codes are predicted while training."""
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """What the pipeline samples with when it is told nothing else."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -75,8 +116,55 @@ class PriorTraining(RunConfig):
         super().__post_init__()
         if self.validation_images < 1:
             raise ConfigError(f"--validation-images is {self.validation_images}; expected a number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveTraining(StageTwoTraining):
+    prior: Literal["autoregressive"] = "autoregressive"
+    model: AutoregressiveModel = field(default_factory=AutoregressiveModel)
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """In which orders codes are predicted while training."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """What the pipeline samples with when it is told nothing else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order.ever_random and not self.model.learned_positions:
             raise ConfigError(
                 "order.random or order.final is above 0 and model.learned_positions is false, so the prior could not tell which "
                 "place it predicts; expected model.learned_positions to be true"
             )
+
+    def new_prior(self, spec: LatentSpec, num_classes: int) -> AutoregressivePrior:
+        """An untrained prior for the codes of a tokenizer; ConfigError where the settings do not fit them."""
+        return AutoregressivePrior(self.model.for_spec(spec, num_classes, self.order.final))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTraining(StageTwoTraining):
+    prior: Literal["diffusion"] = "diffusion"
+    model: DiffusionModel = field(default_factory=DiffusionModel)
+    times: TimesConfig = field(default_factory=TimesConfig)
+    """At which times the network learns, and how much each counts."""
+    sampling: DiffusionOptions = field(default_factory=DiffusionOptions)
+    """What the pipeline samples with when it is told nothing else."""
+
+    def new_prior(self, spec: LatentSpec, num_classes: int) -> DiffusionPrior:
+        """An untrained prior for the latents of a tokenizer; ConfigError where the settings do not fit them."""
+        return DiffusionPrior(self.model.for_spec(spec, num_classes))
+
+
+PriorTraining = AutoregressiveTraining | DiffusionTraining
+KINDS: dict[str, type[PriorTraining]] = {"autoregressive": AutoregressiveTraining, "diffusion": DiffusionTraining}
+
+
+def training_class(values: Mapping[str, object]) -> type[PriorTraining]:
+    """The configuration that a mapping's `prior` names; without one it is an autoregressive one."""
+    kind = str(values.get("prior", "autoregressive"))
+    if kind not in KINDS:
+        raise ConfigError(f"prior is {kind!r}; expected one of: {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def prior_training(values: Mapping[str, object]) -> PriorTraining:
+    return from_mapping(training_class(values), values)

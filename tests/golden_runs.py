@@ -13,7 +13,7 @@ from latentloom.stages import run_prior, run_tokenizer
 from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
@@ -50,9 +50,11 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
             run_tokenizer(from_mapping(TokenizerTraining, values), open_source(data))
         else:
             tiny_tokenizer().save_pretrained(folder / "tokenizer")
-            codes = write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
+            codes = write_code_cache(
+                tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes", contents="both"
+            )
             values = training_values(stage, recipe, None, fields | {"codes": str(codes)})
-            run_prior(from_mapping(PriorTraining, values))
+            run_prior(prior_training(values))
     finally:
         Run.log = log  # type: ignore[method-assign]
         torch.set_num_threads(threads)

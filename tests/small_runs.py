@@ -30,7 +30,7 @@ from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
 from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
-from stage2_prior.training_config import PriorModel, PriorTraining
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness import checkpoints
 from training_harness.metric_log import MetricLog, read_metrics
 from training_harness.processes import accelerated_device
@@ -49,9 +49,9 @@ def prepare(folder: Path) -> None:
 
 def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropout: float, adversarial: float) -> None:
     if stage == "prior":
-        model = PriorModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=dropout)
+        model = AutoregressiveModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=dropout)
         codes = CodeCache(folder / "codes")
-        train_prior(PriorTraining(output=output, codes=codes.path, model=model, **fields), codes)
+        train_prior(AutoregressiveTraining(output=output, codes=codes.path, model=model, **fields), codes)
         return
     source = open_source(folder / "pictures")
     seen = survey(source.train)

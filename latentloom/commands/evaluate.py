@@ -15,6 +15,7 @@ from latentloom.arguments import check_count, check_seed, parse
 from latentloom.embedded import data_path
 from latentloom.evaluation_pictures import draw_by_class
 from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
+from latentloom.sampling_arguments import SamplingArguments
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
@@ -37,14 +38,13 @@ from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
 from stage1_tokenizer.survey import survey
-from stage2_prior.autoregressive.sampling import SAMPLING, GuidanceSchedule, Weights
 from training_harness.errors import UserError
 from training_harness.files import write_json
 from training_harness.processes import accelerated_device, is_main_process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(SamplingArguments):
     reference: str
     """Images to compare with: their test split where they have one, else the validation split; or an ADM .npz."""
     pipeline: str | None = None
@@ -60,15 +60,6 @@ class Arguments:
     max_training_images: int = 50_000
     """Training images looked at, for the noise floor, the probe and the memorisation."""
     seed: int = 0
-    guidance_scale: float | None = None
-    """By default what the pipeline was saved with, as for the next five."""
-    guidance_schedule: GuidanceSchedule | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    weights: Weights | None = None
-    """int8 draws faster on a CPU, one or a few images at a time, from weights of eight bits."""
     output: Path | None = None
     """JSON file for the figures; a sheet of samples and the figures by class go beside it as pictures."""
     save_samples: Path | None = None
@@ -83,10 +74,6 @@ class Arguments:
         check_count("--num-images", self.num_images)
         check_count("--max-training-images", self.max_training_images)
         check_seed(self.seed)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in SAMPLING if name != "num_candidates"}
 
 
 class Samples(NamedTuple):
@@ -206,7 +193,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
     pipeline = None
     if a.pipeline is not None:
         pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-        pipeline.sampling = pipeline.sampling_options(a.sampling)
+        pipeline.sampling = pipeline.sampling_options(a.sampling_options())
         pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
         labels = balanced_labels(pipeline, a.num_images)
         batches = sampled_batches(pipeline, labels, a.seed)

@@ -9,15 +9,15 @@ from latentloom.embedded import FASHION_MNIST
 from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.stages import load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping
 
-RECIPES = {"autoregressive": "ar-tiny"}
+RECIPES = {"autoregressive": "ar-tiny", "diffusion": "diffusion-tiny"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    prior: Literal["autoregressive"] = "autoregressive"
+    prior: Literal["autoregressive", "diffusion"] = "autoregressive"
     output: Path = Path("runs/quickstart")
     minutes: float | None = None
     """Scales the steps to what fits into this time on this machine; without it they are fixed, and a seed repeats."""
@@ -39,7 +39,7 @@ def main(words: list[str]) -> None:
     of_images = {"data": FASHION_MNIST, "output": str(a.output / "tokenizer")}
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
     tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", "vqgan-f4", None, given | of_images))
-    prior = from_mapping(PriorTraining, training_values("prior", RECIPES[a.prior], None, given | of_codes))
+    prior = prior_training(training_values("prior", RECIPES[a.prior], None, given | of_codes))
     metrics = run_main_job(
         a.output, load_source(FASHION_MNIST), tokenizer, prior, minutes=a.minutes, num_images=a.num_images
     )

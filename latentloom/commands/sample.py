@@ -10,18 +10,18 @@ import PIL.Image
 import torch
 
 from latentloom.arguments import check_count, check_output, check_seed, parse
+from latentloom.sampling_arguments import SamplingArguments
 from latentloom.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.pictures import image_grid, save_images, save_picture
-from stage2_prior.autoregressive.sampling import SAMPLING, GuidanceSchedule, Weights
 from training_harness.errors import UserError
 from training_harness.processes import accelerated_device, is_main_process
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(SamplingArguments):
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     classes: tuple[str, ...] = ()
@@ -32,17 +32,8 @@ class Arguments:
     output: Path = Path("samples")
     overwrite: bool = False
     """Write into a folder that holds files already."""
-    guidance_scale: float | None = None
-    """1 is without guidance; by default what the pipeline was saved with, as for the next six."""
-    guidance_schedule: GuidanceSchedule | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    weights: Weights | None = None
-    """int8 draws faster on a CPU, one or a few images at a time, from weights of eight bits."""
     num_candidates: int | None = None
-    """How many candidates for a hole a raster-order prior weighs by what is known after it."""
+    """How many candidates for a hole an autoregressive prior of raster order weighs by what is known after it."""
     image: Path | None = None
     """Picture to go on from: under a mask it is inpainted, without one it is varied."""
     mask_image: Path | None = None
@@ -66,7 +57,7 @@ def main(words: list[str]) -> None:
     every_class = range(pipeline.prior.config.num_classes)
     wanted = pipeline.label_ids(a.classes or list(every_class) or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
-    options = {name: getattr(a, name) for name in SAMPLING}
+    options = a.sampling_options() | {"num_candidates": a.num_candidates}
     generator = torch.Generator().manual_seed(a.seed)
     if a.image is None:
         images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)

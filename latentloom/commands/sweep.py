@@ -19,7 +19,7 @@ from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer
 from latentloom.stages import check_minutes, load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.codes import CodeCache
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping, merged
 from training_harness.errors import UserError
 
@@ -79,9 +79,9 @@ def main(words: list[str]) -> None:
 
 
 def sweep_prior(a: Arguments, folder: Path) -> None:
-    recipe = a.recipe or (None if a.config else train_prior.Arguments.recipe)
+    recipe = a.recipe or (None if a.config else train_prior.DEFAULT_RECIPE)
     values = training_values("prior", recipe, a.config, {"codes": str(folder)} | common(a))
-    base, codes = from_mapping(PriorTraining, values), CodeCache(folder)
+    base, codes = prior_training(values), CodeCache(folder)
     plan = plan_of(a, base, codes.spec.tokenizer_id)
     done = run_sweep(plan, lambda: prior_trainer(base, codes))
     say(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
@@ -103,7 +103,7 @@ def common(a: Arguments) -> dict[str, object]:
 
 
 def plan_of(a: Arguments, base: Training, trained_on: str = "") -> Plan:
-    stage = "prior" if isinstance(base, PriorTraining) else "tokenizer"
+    stage = "tokenizer" if isinstance(base, TokenizerTraining) else base.prior
     space = parse_space(list(chain(*a.search)) or default_words(base), base)
     steps = a.max_steps or math.ceil(base.max_steps / 4)
     return Plan(

@@ -14,7 +14,7 @@ from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import ImageSurvey, survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import PriorTraining, prior_training
 from training_harness.configuration import from_mapping
 from training_harness.processes import accelerated_device
 from training_harness.trackers import TrackerName
@@ -79,9 +79,9 @@ def main(words: list[str]) -> None:
     }
     values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
     tokenizer = completed(from_mapping(TokenizerTraining, values), seen)
-    check_codes(tokenizer)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    prior = from_mapping(PriorTraining, training_values("prior", choice.prior, None, given | of_codes))
+    prior = prior_training(training_values("prior", choice.prior, None, given | of_codes))
+    check_codes(tokenizer, prior)
     if a.max_steps is None:
         steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
         tokenizer = replace(tokenizer, max_steps=steps)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar, cast
 
 import tyro
 
@@ -12,13 +12,16 @@ from latentloom.overfit import overfit_prior
 from latentloom.rehearsal import rehearse_prior
 from latentloom.stages import run_prior, say
 from stage2_prior.codes import CodeCache
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import PriorTraining, training_class
+
+Training = TypeVar("Training", bound=PriorTraining)
+DEFAULT_RECIPE = "ar-tiny"
 
 
 @dataclass(frozen=True)
-class Arguments:
-    training: Annotated[PriorTraining, tyro.conf.arg(name="")]
-    recipe: Annotated[str, recipe_help("Configuration to start from", "prior")] = "ar-tiny"
+class Arguments(Generic[Training]):
+    training: Annotated[Training, tyro.conf.arg(name="")]
+    recipe: Annotated[str, recipe_help("Configuration to start from", "prior")] = DEFAULT_RECIPE
     config: Path | None = None
     """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
     minutes: float | None = None
@@ -31,13 +34,15 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     recipe, config = recipe_and_config(words)
-    values = training_values("prior", recipe or (None if config else Arguments.recipe), config)
-    training = with_required_missing(PriorTraining, values, ("codes", "output"))
-    arguments = parse(Arguments, "train-prior", words, Arguments(training))
+    values = training_values("prior", recipe or (None if config else DEFAULT_RECIPE), config)
+    kind = training_class(values)
+    training = with_required_missing(kind, values, ("codes", "output"))
+    shown = cast("type[Arguments[PriorTraining]]", Arguments[kind])  # type: ignore[valid-type]
+    arguments = parse(shown, "train-prior", words, Arguments(training))
     if arguments.dry_run:
         codes = CodeCache(arguments.training.codes)
         classes = len(codes.label_names or ())
-        title = f"prior {recipe or ('' if config else Arguments.recipe)}".rstrip()
+        title = f"prior {recipe or ('' if config else DEFAULT_RECIPE)}".rstrip()
         text, seconds = dry_run(
             title,
             arguments.training,

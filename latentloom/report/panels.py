@@ -38,6 +38,16 @@ PANELS = (
         unit="nats a token",
         note="log K is a uniform guess. Validation is measured with the averaged weights, training with those of the step.",
     ),
+    Panel(
+        title="Squared error",
+        figures={"squared_error": "training", "validation_squared_error": "validation"},
+        note="Of the network’s predictions, over all times. Validation is measured with the averaged weights.",
+    ),
+    Panel(
+        title="Squared error by time",
+        figures={f"validation_squared_error_t0.{tenth}": f"around t = 0.{tenth}" for tenth in (1, 3, 5, 7, 9)},
+        note="t = 0 is data, t = 1 is noise.",
+    ),
     Panel(title="Validation PSNR", figures={"validation_psnr": "PSNR"}, unit="dB"),
     Panel(title="Codebook", figures={"codes_used": "codes used", "perplexity": "perplexity"}),
     Panel(title="Adversarial losses", figures={"generator": "generator", "discriminator": "discriminator"}),

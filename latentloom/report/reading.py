@@ -161,7 +161,7 @@ def read_run(folder: Path) -> RunRecord:
     ]
     names = [path.name for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     logged = {name for row in rows for name in row}
-    stage: Stage = "prior" if "codes" in configuration or "nats_per_token" in logged else "tokenizer"
+    stage: Stage = "prior" if "codes" in configuration or logged & {"nats_per_token", "squared_error"} else "tokenizer"
     return RunRecord(
         name=folder.resolve().name,
         stage=stage,

@@ -74,7 +74,7 @@ def warned(run: RunRecord) -> Iterator[Verdict]:
 
 def validation_name(run: RunRecord) -> str | None:
     """The figure that the best checkpoint is chosen by."""
-    known = ("validation_psnr", "validation_nats_per_token")
+    known = ("validation_psnr", "validation_nats_per_token", "validation_squared_error")
     others = sorted(name for name in run.figures if name.startswith("validation_"))
     return next((name for name in (*known, *others) if name in run.figures), None)
 
@@ -118,7 +118,7 @@ def worse_on_held_out_images(run: RunRecord, step: int, best: float, last: float
     found = (
         f"Validation was best at step {count_of(step)} with {number(best)}{unit} and has risen to {number(last)} since"
     )
-    training = run.figures.get("nats_per_token") or run.figures.get("loss") or []
+    training = run.figures.get("nats_per_token") or run.figures.get("squared_error") or run.figures.get("loss") or []
     then = mean_of([value for at, value in training if at <= step][-WINDOW:])
     now = mean_of([value for at, value in training if at > step][-WINDOW:])
     if then is None or now is None or now >= then:

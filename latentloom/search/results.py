@@ -30,7 +30,8 @@ class Metric:
 
 
 METRICS = {
-    "prior": Metric("validation_nats_per_token", "nats a token", 1),
+    "autoregressive": Metric("validation_nats_per_token", "nats a token", 1),
+    "diffusion": Metric("validation_squared_error", "squared error", 1),
     "tokenizer": Metric("validation_psnr", "dB PSNR", -1),
 }
 

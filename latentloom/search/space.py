@@ -193,4 +193,5 @@ def default_words(base: Training) -> list[str]:
     if isinstance(base, TokenizerTraining):
         return [*words, *bottleneck_words(base)]
     sizes = sorted({max(1, size // 2), size, 2 * size})
-    return [*words, "model.dropout=0..0.3", f"batch_size={'|'.join(map(str, sizes))}"]
+    dropout = ["model.dropout=0..0.3"] if base.prior == "autoregressive" else []
+    return [*words, *dropout, f"batch_size={'|'.join(map(str, sizes))}"]

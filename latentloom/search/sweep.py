@@ -35,7 +35,7 @@ from stage1_tokenizer.survey import survey
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage2_prior.codes import CodeCache
-from stage2_prior.train import train_prior
+from stage2_prior.train import objective_of, train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
@@ -170,7 +170,7 @@ def closing(plan: Plan, done: Sequence[TrialResult]) -> str:
 
 def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
     codes.verify()
-    base.model.for_spec(codes.spec, len(codes.label_names or ()))  # the recipe itself is refused before any trial
+    objective_of(base, codes)  # the recipe itself is refused before any trial
     return lambda config, told: train_prior(config, codes, None, told)
 
 

@@ -13,8 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import Cache
-from stage2_prior.autoregressive.rotary import Turns, rotate
+from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.normalization import RMSNorm
+from stage2_prior.rotary import Turns, rotate
 
 SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
 
@@ -70,26 +71,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) 
     return (F.dropout(scores.softmax(-1), dropout) @ values).view(value.shape)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(SiLU(gate x) · up x). Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class Block(GradientCheckpointingLayer):
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:

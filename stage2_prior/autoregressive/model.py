@@ -24,12 +24,12 @@ from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.depth import DepthTransformer
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.orders import inverse, kept_first
-from stage2_prior.autoregressive.rotary import rotary_angles, turns
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.prior import Known, Prior, PriorLoss
+from stage2_prior.rotary import rotary_angles, turns
 from training_harness.errors import SpecMismatchError
 from training_harness.pretrained import count_parameters
 

@@ -8,7 +8,7 @@ from 1 while an image is drawn keeps its first codes diverse (Chang et al. 2023,
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -60,7 +60,6 @@ class SamplingOptions:
 
 
 BELOW_ONE = 1 - 2**-24  # the next number of float32: further off than sums of float64 err, so no code left out is drawn
-SAMPLING = tuple(field.name for field in fields(SamplingOptions))
 
 
 def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:

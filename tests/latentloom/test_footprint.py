@@ -16,20 +16,20 @@ from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
 from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
-from stage2_prior.training_config import PriorModel, PriorTraining
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness.errors import UserError
 from training_harness.optimization import OptimizerConfig
 
-PRIOR = PriorModel(hidden_size=64, num_layers=3, num_heads=2, intermediate_size=128)
+PRIOR = AutoregressiveModel(hidden_size=64, num_layers=3, num_heads=2, intermediate_size=128)
 SPEC = tiny_tokenizer().latent_spec()
 SHAPE = VQGANConfig(image_channels=1, image_size=(32, 32), channels=(8, 16), blocks=(1, 1))
 
 
-def prior_training(**fields: Any) -> PriorTraining:
-    return PriorTraining(output=Path("run"), codes=Path("codes"), **{"model": PRIOR, "batch_size": 6} | fields)
+def prior_training(**fields: Any) -> AutoregressiveTraining:
+    return AutoregressiveTraining(output=Path("run"), codes=Path("codes"), **{"model": PRIOR, "batch_size": 6} | fields)
 
 
-def of_prior(config: PriorTraining) -> Rehearsal:
+def of_prior(config: AutoregressiveTraining) -> Rehearsal:
     return rehearse_prior(config, SPEC, num_classes=3)
 
 

@@ -32,7 +32,7 @@ from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.codes import CodeCache
-from stage2_prior.training_config import PriorModel, PriorTraining
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, prior_training
 from training_harness.configuration import from_mapping, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
@@ -41,8 +41,8 @@ from training_harness.signals import Interrupted
 
 Told = Callable[[int, float], None]
 
-SMALL = PriorModel(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
-PRIOR = PriorTraining(output=Path("search"), codes=Path("codes"), model=SMALL, max_steps=40, batch_size=4)
+SMALL = AutoregressiveModel(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
+PRIOR = AutoregressiveTraining(output=Path("search"), codes=Path("codes"), model=SMALL, max_steps=40, batch_size=4)
 TOKENIZER = TokenizerTraining(output=Path("search"), data="pictures")
 RATE, DROPOUT = "optimizer.learning_rate", "model.dropout"
 WORDS = (f"{RATE}=1e-5..1e-1", f"{DROPOUT}=0..0.5", "model.num_layers=1|2|4")
@@ -163,10 +163,10 @@ def test_a_field_given_twice_is_refused() -> None:
 def test_where_nothing_is_asked_for_the_search_holds_each_recipe_and_goes_a_factor_of_four_either_side(
     stage: str,
 ) -> None:
-    start = PRIOR if stage == "prior" else TOKENIZER
     places = {"output": "search"} | ({"codes": "codes"} if stage == "prior" else {"data": "pictures"})
     for name in recipe_names(stage):
-        base = from_mapping(type(start), recipe_values(name, stage) | places)
+        values = recipe_values(name, stage) | places
+        base = prior_training(values) if stage == "prior" else from_mapping(TokenizerTraining, values)
         space = parse_space(default_words(base), base)
         assert set(own_values(space, base)) == {p.field for p in space}, name
         rate = next(p for p in space if p.field == RATE)
@@ -183,15 +183,15 @@ def test_where_nothing_is_asked_for_the_search_holds_each_recipe_and_goes_a_fact
 def plan_in(folder: Path, words: tuple[str, ...] = WORDS, trials: int = 12, seed: int = 0, **fields: Any) -> Plan:
     base = replace(PRIOR, output=folder, seed=seed)
     space = parse_space(words, base)
-    return Plan(base=base, space=space, metric=METRICS["prior"], steps=STEPS, trials=trials, **fields)
+    return Plan(base=base, space=space, metric=METRICS["autoregressive"], steps=STEPS, trials=trials, **fields)
 
 
-def bowl(config: PriorTraining) -> float:
+def bowl(config: AutoregressiveTraining) -> float:
     """Least at a rate of 1e-3 and a dropout of 0.2."""
     return (math.log10(config.optimizer.learning_rate) + 3) ** 2 + (config.model.dropout - 0.2) ** 2
 
 
-def pretend(config: PriorTraining, told: Told) -> None:
+def pretend(config: AutoregressiveTraining, told: Told) -> None:
     """Falls towards the bowl, validation by validation."""
     for step in range(config.sample_every, config.max_steps + 1, config.sample_every):
         told(step, bowl(config) + 1 / step)
@@ -235,7 +235,7 @@ def test_a_search_that_was_stopped_ends_with_the_trials_of_one_that_was_not(
     assert {outcome for _, outcome, *_ in whole} == {"finished", "pruned"}
     plan, begun = plan_in(tmp_path / "stopped"), 0
 
-    def stopping(config: PriorTraining, told: Told, at: int) -> None:
+    def stopping(config: AutoregressiveTraining, told: Told, at: int) -> None:
         nonlocal begun
         if config.output == plan.trial_folder(at + 1):
             told(config.sample_every, bowl(config))  # some of it was done
@@ -273,7 +273,7 @@ def test_more_trials_extend_a_finished_search(tmp_path: Path) -> None:
 def test_a_hopeless_trial_ends_before_its_last_step_and_a_good_one_does_not(tmp_path: Path) -> None:
     told_of: dict[str, int] = {}
 
-    def watched(config: PriorTraining, told: Told) -> None:
+    def watched(config: AutoregressiveTraining, told: Told) -> None:
         for step in range(2, STEPS + 1, 2):
             told_of[config.output.name] = step
             hopeless = config.output.name == "006" or (config.output.name == "007" and step == STEPS)
@@ -295,7 +295,7 @@ def test_what_goes_wrong_in_a_trial_does_not_end_the_search(tmp_path: Path) -> N
         "004": ConfigError("model.hidden_size is 32 for 5 heads; expected a multiple of 20"),
     }
 
-    def failing(config: PriorTraining, told: Told) -> None:
+    def failing(config: AutoregressiveTraining, told: Told) -> None:
         if config.output.name in wrong:
             raise wrong[config.output.name]
         if config.output.name == "005":
@@ -318,7 +318,7 @@ def test_what_goes_wrong_in_a_trial_does_not_end_the_search(tmp_path: Path) -> N
 
 
 def test_an_error_of_the_program_is_not_taken_for_a_trial_that_failed(tmp_path: Path) -> None:
-    def broken(config: PriorTraining, told: Told) -> None:
+    def broken(config: AutoregressiveTraining, told: Told) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -330,7 +330,7 @@ def test_minutes_bound_the_search_and_the_next_one_does_the_trial_again(
 ) -> None:
     clock = 0.0
 
-    def slow(config: PriorTraining, told: Told) -> None:
+    def slow(config: AutoregressiveTraining, told: Told) -> None:
         nonlocal clock
         for step in range(2, STEPS + 1, 2):
             clock += 10
@@ -418,8 +418,8 @@ def test_a_search_leaves_the_trial_of_the_least_validation_figure_as_a_recipe(
 
     recipe = read_yaml(output / "best.yaml")
     assert not {"output", "codes"} & set(recipe)
-    config = from_mapping(PriorTraining, recipe | {"output": "there", "codes": "codes"})
-    trial = from_mapping(PriorTraining, read_yaml(output / "trials" / best / "config.yaml"))
+    config = prior_training(recipe | {"output": "there", "codes": "codes"})
+    trial = prior_training(read_yaml(output / "trials" / best / "config.yaml"))
     assert (config.model, config.optimizer, config.seed) == (trial.model, trial.optimizer, trial.seed)
     assert (config.max_steps, trial.max_steps, trial.seed) == (40, 8, 3)
 
@@ -502,7 +502,7 @@ def test_a_trial_leaves_neither_its_network_nor_its_hold_on_signals_to_the_next(
     monkeypatch.setattr("optuna.Trial.should_prune", lambda trial: trial.number == 0)
     train, seen = prior_trainer(PRIOR, CodeCache(place / "codes")), []
 
-    def watched(config: PriorTraining, told: Told) -> None:
+    def watched(config: AutoregressiveTraining, told: Told) -> None:
         priors = sum(type(thing) is AutoregressivePrior for thing in gc.get_objects())
         seen.append((priors, signal.getsignal(signal.SIGINT)))
         train(config, told)

@@ -9,8 +9,7 @@ from latentloom.arguments import training_values
 from latentloom.recipes import recipe_names
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.training_config import PriorTraining
-from training_harness.configuration import from_mapping
+from stage2_prior.training_config import prior_training
 from training_harness.pretrained import count_parameters
 
 # Sun et al. 2024 (arXiv 2406.06525), table 1.
@@ -27,7 +26,7 @@ SPEC: dict[str, Any] = {"channels": 8, "levels": 1, "image_channels": 3, "downsa
 
 @pytest.mark.parametrize(("recipe", "millions"), (MILLIONS | SMALL).items())
 def test_a_named_size_has_its_parameters(recipe: str, millions: int) -> None:
-    config = from_mapping(PriorTraining, training_values("prior", recipe, None, {"codes": "codes", "output": "run"}))
+    config = prior_training(training_values("prior", recipe, None, {"codes": "codes", "output": "run"}))
     codes = 16_384 if recipe in MILLIONS else 512
     spec = LatentSpec(codebook_size=codes, height=16, width=16, image_height=256, image_width=256, **SPEC)
     with torch.device("meta"):

@@ -13,16 +13,17 @@ from tiny_models import tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.code_cache import write_code_cache
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.objective import validation_loss
 from stage2_prior.codes import CodeCache
-from stage2_prior.train import train_prior, validation_loss
-from stage2_prior.training_config import PriorModel, PriorTraining
+from stage2_prior.train import train_prior
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
 from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig
 
-MODEL = PriorModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=0.1)
+MODEL = AutoregressiveModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeCache:
     return CodeCache(write_code_cache(tokenizer, folder / "tokenizer", tiny_source(), folder / "codes"))
 
 
-def configuration(codes: CodeCache, output: Path, **fields: Any) -> PriorTraining:
+def configuration(codes: CodeCache, output: Path, **fields: Any) -> AutoregressiveTraining:
     steps = {"max_steps": 6, "batch_size": 8, "log_every": 1, "sample_every": 3, "checkpoint_every": 3}
-    return PriorTraining(output=output, codes=codes.path, **{"model": MODEL} | steps | fields)
+    return AutoregressiveTraining(output=output, codes=codes.path, **{"model": MODEL} | steps | fields)
 
 
 def rows(folder: Path, *names: str) -> list[tuple[Any, ...]]:
@@ -211,7 +212,7 @@ def test_a_validation_loss_that_turns_is_said_once_with_the_step_to_go_back_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = iter(losses)
-    monkeypatch.setattr("stage2_prior.train.validation_loss", lambda *_: next(found))
+    monkeypatch.setattr("stage2_prior.autoregressive.objective.validation_loss", lambda *_: next(found))
     train_prior(configuration(codes, tmp_path / "run", max_steps=5, sample_every=1, checkpoint_every=5), codes)
     assert rows(tmp_path / "run", "step", "about") == said
     assert ("after 1.900 at step 2" in capsys.readouterr().err) == bool(said)

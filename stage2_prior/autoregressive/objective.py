@@ -1,0 +1,59 @@
+"""Stage two's loop for an autoregressive prior: the next code, in orders that may be random."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.autoregressive.orders import drawn_orders
+from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.conditioning import without_some
+from stage2_prior.training_config import AutoregressiveTraining
+from training_harness.errors import UserError
+from training_harness.processes import mean_over_processes, share_of
+
+VALIDATION_BATCH = 250
+
+
+class AutoregressiveObjective:
+    def __init__(self, config: AutoregressiveTraining, codes: CodeCache) -> None:
+        """Raises UserError for codes that the prior could not learn."""
+        if codes.spec.codebook_size is None:
+            raise UserError(
+                f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
+                "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4, or a prior of latents, "
+                "such as --recipe diffusion-tiny"
+            )
+        codes.train.require("indices")
+        self.config, self.codes = config, codes
+        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()), config.order.final)
+        self.draws = 2 + self.model.places if config.order.ever_random else 1
+
+    def new_prior(self) -> AutoregressivePrior:
+        prior = AutoregressivePrior(self.model)
+        prior.start_from_code_vectors(self.codes.code_vectors())
+        return prior
+
+    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        config, split = self.config, self.codes.train
+        labels = without_some(split.labels(rows), draws[:, 0], config.model.class_dropout)
+        orders = drawn_orders(draws[:, 1:], config.order.at(step, config.max_steps))
+        return split.indices(rows), labels, orders
+
+    def validation(self, prior: AutoregressivePrior) -> dict[str, float]:
+        nats = validation_loss(prior, self.codes.validation, self.config.validation_images)
+        bits = nats / math.log(2) * self.codes.spec.tokens
+        return {"validation_nats_per_token": nats, "validation_bits_per_image": bits}
+
+
+@torch.no_grad()
+def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
+    """Nats a token on the first `limit` images of a split, of which each process takes its share."""
+    positions, total = np.array(share_of(min(limit, len(split)))), 0.0
+    for start in range(0, len(positions), VALIDATION_BATCH):
+        rows = positions[start : start + VALIDATION_BATCH]
+        loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
+        total += float(loss.total) * len(rows)
+    return mean_over_processes(total, len(positions))

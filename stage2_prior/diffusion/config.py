@@ -1,0 +1,71 @@
+"""Configuration of the diffusion prior, as it stands in a model's config.json."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+
+from stage2_prior.diffusion.process import Prediction
+from stage2_prior.diffusion.schedule import Schedule
+from training_harness.errors import ConfigError
+from training_harness.pretrained import StrictConfig
+
+
+@strict
+class DiffusionPriorConfig(StrictConfig):
+    model_type: ClassVar[str] = "latentloom-diffusion"
+
+    channels: int = 16
+    height: int = 8
+    width: int = 8
+    num_classes: int = 0
+    patch_size: int = 1
+    """Sides of the square of latents that is a token."""
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_heads: int = 6
+    intermediate_size: int = 1536
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    positions: Literal["sincos", "2d"] = "sincos"
+    """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
+    rope_theta: float | int = 10_000.0
+    schedule: Schedule = "flow"
+    prediction: Prediction = "flow"
+    zero_terminal_snr: bool = False
+    tokenizer_id: str = ""
+    """Of the tokenizer whose latents the prior was trained on."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in (
+            "channels",
+            "height",
+            "width",
+            "patch_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "intermediate_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
+        if self.height % self.patch_size or self.width % self.patch_size:
+            raise ConfigError(
+                f"model.patch_size is {self.patch_size} for {self.height}×{self.width} latents; expected a number that divides "
+                "both sides, such as 1"
+            )
+        if self.hidden_size % (4 * self.num_heads):
+            raise ConfigError(
+                f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of {4 * self.num_heads}"
+            )
+        if self.zero_terminal_snr and self.schedule == "flow":
+            raise ConfigError(
+                "model.zero_terminal_snr is true for a flow, which ends with noise alone as it is; expected it with linear, "
+                "scaled-linear or cosine; leave it out"
+            )
+        if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
+            raise ConfigError(
+                f"model.prediction is epsilon and the schedule {self.schedule} ends with noise alone, of which it tells nothing; "
+                "expected v_prediction, flow or sample"
+            )

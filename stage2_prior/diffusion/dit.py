@@ -1,0 +1,161 @@
+r"""DiT: a transformer over patches of noisy latents, told the time and the class by adaptive norms.
+
+    c = SiLU(time(t) + class(y)),     (shift, scale, gate) × 2 = W c + b
+    x ← x + gate₁ · attention((1 + scale₁) norm(x) + shift₁),     x ← x + gate₂ · feed_forward((1 + scale₂) norm(x) + shift₂)
+
+W, b and the last layer start at 0 (adaLN-zero), so each block starts as the identity and the network predicts 0. Peebles, Xie
+2022, arXiv 2212.09748. RMSNorm, SwiGLU, norms of queries and keys and rotary positions in their places: as in LightningDiT, Yao
+et al. 2025, arXiv 2501.01423.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.feed_forward import SwiGLU
+from stage2_prior.normalization import RMSNorm
+from stage2_prior.rotary import Turns, rotary_angles, rotate, turns
+
+EPS = 1e-6
+FREQUENCIES, TIME_SCALE = 256, 1000.0
+EMBEDDING_STD = 0.02
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiffusionPriorConfig) -> None:
+        super().__init__()
+        self.config, size, width = config, config.patch_size, config.hidden_size
+        self.grid = config.height // size, config.width // size
+        self.patch = nn.Linear(config.channels * size**2, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.class_embedding = ClassEmbedding(config.num_classes, width)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
+        self.norm = norm_layer(config)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, config.channels * size**2)
+        self._draw_weights()
+
+    def forward(self, latents: Tensor, times: Tensor, conditioning: Tensor) -> Tensor:
+        """(B, c, h, w) noisy latents, (B,) times in [0, 1], (B,) class ids → (B, c, h, w) prediction."""
+        x = self.patch(self.patches(latents))
+        turned = None
+        if self.config.positions == "sincos":
+            x = x + sincos_positions(*self.grid, x.shape[-1]).to(x)
+        else:
+            angles = rotary_angles(
+                *self.grid, self.config.hidden_size // self.config.num_heads, 2, self.config.rope_theta
+            )
+            turned = turns(angles[1:].to(x.device))  # the first is that of a class prefix
+        condition = F.silu(self.time_embedding(times) + self.class_embedding(conditioning))
+        for block in self.blocks:
+            x = block(x, condition, turned)
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.whole(self.final(modulated(self.norm(x), shift, scale)))
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) → (B, tokens, c · p²), row after row."""
+        size, (rows, columns) = self.config.patch_size, self.grid
+        x = latents.unflatten(2, (rows, size)).unflatten(4, (columns, size))  # (B, c, rows, p, columns, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), rows * columns, -1)
+
+    def whole(self, patches: Tensor) -> Tensor:
+        """What `patches` undoes."""
+        size, (rows, columns) = self.config.patch_size, self.grid
+        x = patches.view(len(patches), rows, columns, self.config.channels, size, size)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.config.channels, rows * size, columns * size)
+
+    def _draw_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=EMBEDDING_STD)
+        for linear in (self.time_embedding.first, self.time_embedding.second):
+            nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+        for name, parameter in self.named_parameters():
+            if name.endswith("modulation.weight") or name == "final.weight":
+                nn.init.zeros_(parameter)
+
+
+class DiTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: DiffusionPriorConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.attention_norm, self.feed_forward_norm = norm_layer(config), norm_layer(config)
+        self.attention = SelfAttention(config)
+        self.feed_forward = (
+            SwiGLU(width, inner)
+            if config.feed_forward == "swiglu"
+            else nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, turned: Turns | None) -> Tensor:
+        """x (B, tokens, hidden), condition (B, hidden)."""
+        shift, scale, gate, shift_after, scale_after, gate_after = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = torch.addcmul(x, gate, self.attention(modulated(self.attention_norm(x), shift, scale), turned))
+        return torch.addcmul(
+            x, gate_after, self.feed_forward(modulated(self.feed_forward_norm(x), shift_after, scale_after))
+        )
+
+
+class SelfAttention(nn.Module):
+    """Every token to every token."""
+
+    def __init__(self, config: DiffusionPriorConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = width // config.num_heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query_norm, self.key_norm = (
+            RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, turned: Turns | None) -> Tensor:
+        query, key, value = (
+            self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, tokens, d)
+        query, key = self.query_norm(query), self.key_norm(key)
+        if turned is not None:
+            query, key = rotate(query, *turned), rotate(key, *turned)
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) in [0, 1] → (B, hidden): cosines and sines of 1,000 t at 128 frequencies from 1 to 1e-4, then two layers."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FREQUENCIES, hidden_size), nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, times: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device) / half)
+        angles = TIME_SCALE * times.float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
+
+
+def norm_layer(config: DiffusionPriorConfig) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, eps=EPS)
+    return nn.LayerNorm(config.hidden_size, eps=EPS, elementwise_affine=False)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+    """(rows · columns, width): half of the channels for the row, half for the column, each sines and then cosines."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
+    of_rows, of_columns = (torch.arange(count)[:, None] * frequencies for count in (rows, columns))
+    both = [of_rows.repeat_interleave(columns, 0), of_columns.repeat(rows, 1)]
+    return torch.cat([wave for angles in both for wave in (angles.sin(), angles.cos())], dim=1)

@@ -1,0 +1,116 @@
+r"""The diffusion prior: a network that tells latents from noise, and samplers that follow it from noise to latents.
+
+    L = E ‖prediction(x_t, t, y) − target(x, ε, t)‖²,     x_t = α_t x + σ_t ε           (`process`, `schedule`)
+
+Ho, Jain, Abbeel 2020, arXiv 2006.11239. Latents come with zero mean and unit variance a channel, so no scale has to be known.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage2_prior.conditioning import guided
+from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.dit import DiT
+from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
+from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
+from stage2_prior.diffusion.schedule import NoiseSchedule
+from stage2_prior.prior import Known, Prior, PriorLoss
+from training_harness.errors import UserError
+from training_harness.pretrained import count_parameters
+
+
+class DiffusionPrior(Prior):
+    config_class = DiffusionPriorConfig
+    config: DiffusionPriorConfig
+    options_class = DiffusionOptions
+    spec_fields = ("channels", "height", "width", "tokenizer_id")
+    draws = "latents"
+    _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - as transformers has it; units of FSDP
+    end_layers = ("denoiser.patch", "denoiser.final")  # read and written by other rules than hidden matrices
+
+    def __init__(self, config: DiffusionPriorConfig) -> None:
+        super().__init__(config)
+        self.denoiser = DiT(config)
+        self.schedule = NoiseSchedule(config.schedule, config.zero_terminal_snr)
+        self.post_init()
+
+    def forward(
+        self, latents: Tensor, conditioning: Tensor, times: Tensor, noise: Tensor, weights: Tensor | None = None
+    ) -> PriorLoss:
+        """Loss of latents (B, c, h, w), given class ids (B,) int64, at times (B,) in (0, 1] with noise (B, c, h, w) ~ N(0, I).
+
+        Args:
+            weights: (B,), of each image's squared error.
+        """
+        errors = self.squared_errors(latents, conditioning, times, noise)
+        loss = errors.mean()
+        return PriorLoss(loss if weights is None else (weights * errors).mean(), {"squared_error": loss})
+
+    def squared_errors(self, latents: Tensor, conditioning: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """Of the predictions, each image's mean: (B,) float32."""
+        level = self.schedule.levels(times)
+        level = Level(*(part[:, None, None, None] for part in level))
+        predicted = self.denoiser(noised(latents, noise, level).to(self.dtype), times, conditioning)
+        target = prediction_of(latents, noise, level, self.config.prediction)
+        return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        spec: LatentSpec,
+        conditioning: Tensor,
+        options: DiffusionOptions,
+        generators: Sequence[torch.Generator],
+        on_step: Callable[[int, Tensor], None] | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        self.check_spec(spec)
+        if known is not None:
+            raise UserError(
+                "a diffusion prior draws whole images; expected a prior that can keep a part of one, such as an autoregressive "
+                "one; give neither image nor mask_image"
+            )
+        shape = (spec.channels, spec.height, spec.width)
+
+        def draw() -> Tensor:
+            numbers = [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
+            return torch.stack(numbers).to(conditioning.device)
+
+        def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
+            return estimate(
+                noisy, self.prediction(noisy, level.time, conditioning, options), level, self.config.prediction
+            )
+
+        times = self.schedule.sampling_times(options.num_inference_steps, options.timestep_spacing)
+        levels = [Level(*level) for level in torch.stack(self.schedule.levels(times), 1).tolist()]
+        latents = draw()
+        states = options.chosen_sampler()(denoise, latents, levels, draw)
+        for step, state in enumerate(states):
+            latents = state
+            if on_step is not None:
+                on_step(step, latents)
+        return latents
+
+    def prediction(self, noisy: Tensor, time: float, conditioning: Tensor, options: DiffusionOptions) -> Tensor:
+        """float32 (B, c, h, w) at one time, with guidance where it is wanted: both halves in one batch of 2 B."""
+        noisy = noisy.to(self.dtype)
+        if not options.guides_at(time):
+            return self.denoiser(noisy, noisy.new_full((len(noisy),), time, dtype=torch.float32), conditioning).float()
+        null = torch.full_like(conditioning, self.denoiser.class_embedding.null_class)
+        times = noisy.new_full((2 * len(noisy),), time, dtype=torch.float32)
+        both = self.denoiser(torch.cat([noisy, noisy]), times, torch.cat([conditioning, null])).float()
+        conditional, without = both.chunk(2)
+        return rescaled(guided(conditional, without, options.guidance_scale), conditional, options.guidance_rescale)
+
+    def num_steps(self, spec: LatentSpec, options: DiffusionOptions) -> int:
+        return options.num_inference_steps
+
+    def describe(self, spec: LatentSpec) -> str:
+        return (
+            f"a diffusion prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} latents of "
+            f"{spec.channels} channels"
+        )

@@ -1,0 +1,59 @@
+"""Stage two's loop for a diffusion prior: what the network predicts of latents at times that are drawn."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage2_prior.codes import CodeCache
+from stage2_prior.conditioning import without_some
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.schedule import NoiseSchedule
+from stage2_prior.training_config import DiffusionTraining
+from training_harness.processes import mean_over_processes, share_of
+
+VALIDATION_BATCH, BANDS = 250, 5
+
+
+class DiffusionObjective:
+    draws = 2  # for the label and the time
+
+    def __init__(self, config: DiffusionTraining, codes: CodeCache) -> None:
+        """Raises UserError for codes that the prior could not learn."""
+        codes.train.require("latents")
+        self.config, self.codes = config, codes
+        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()))
+        self.schedule = NoiseSchedule(self.model.schedule, self.model.zero_terminal_snr)
+
+    def new_prior(self) -> DiffusionPrior:
+        return DiffusionPrior(self.model)
+
+    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        split = self.codes.train
+        labels = without_some(split.labels(rows), draws[:, 0], self.config.model.class_dropout)
+        latents = split.latents(rows)
+        times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
+        weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)
+        return latents, labels, times, torch.randn(latents.shape), weights
+
+    @torch.no_grad()
+    def validation(self, prior: DiffusionPrior) -> dict[str, float]:
+        """Squared errors at evenly spread times, with the same noise whenever it is measured; and in five bands of time."""
+        split, limit = self.codes.validation, min(self.config.validation_images, len(self.codes.validation))
+        generator = torch.Generator().manual_seed(0)
+        shape = (limit, self.model.channels, self.model.height, self.model.width)
+        noise, places = torch.randn(shape, generator=generator), torch.randperm(limit, generator=generator)
+        times = self.schedule.training_times((places + 0.5) / limit)
+        own, totals, counts = torch.tensor(share_of(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
+        for rows in own.split(VALIDATION_BATCH):
+            inputs = (split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows])
+            errors = prior.squared_errors(*(given.to(prior.device) for given in inputs)).cpu()
+            bands = (times[rows] * BANDS).ceil().long().clamp(1, BANDS) - 1
+            totals.index_add_(0, bands, errors)
+            counts += torch.bincount(bands, minlength=BANDS)
+        figures = {"validation_squared_error": mean_over_processes(float(totals.sum()), len(own))}
+        if limit >= BANDS:  # each has an image
+            for band, (total, count) in enumerate(zip(totals.tolist(), counts.tolist(), strict=True)):
+                figures[f"validation_squared_error_t{(band + 0.5) / BANDS:.1f}"] = mean_over_processes(
+                    total, int(count)
+                )
+        return figures

@@ -1,0 +1,17 @@
+"""What a sampler is: a generator of states, x at each level after the first, `sampler(denoise, noise, levels, draw)`.
+
+In the headers of the samplers s is the level after t, x̂ and ε̂ are the network's estimates at t, h = λ_s − λ_t with
+λ = log(α / σ), and z ~ N(0, I).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from stage2_prior.diffusion.process import Estimate, Level
+
+Denoise = Callable[[Tensor, Level[float]], Estimate]
+"""What the network makes of x (B, c, h, w) at a level."""
+Draw = Callable[[], Tensor]
+"""New noise (B, c, h, w) ~ N(0, I), each image's from its own generator."""
+Sampler = Callable[[Denoise, Tensor, Sequence[Level[float]], Draw], Iterator[Tensor]]

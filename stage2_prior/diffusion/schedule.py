@@ -1,0 +1,72 @@
+r"""Noise schedules: α_t and σ_t for t in [0, 1].
+
+    flow            α = 1 − t,  σ = t: the straight path of rectified flow
+    linear          β_i from 1e-4 to 0.02 in equal steps: Ho, Jain, Abbeel 2020, arXiv 2006.11239
+    scaled-linear   √β_i from √0.00085 to √0.012 in equal steps: Rombach et al. 2021, arXiv 2112.10752
+    cosine          ᾱ_i = f(i) / f(0), f(i) = cos²((i/T + 0.008) / 1.008 · π/2), β_i at most 0.999: Nichol, Dhariwal 2021, arXiv
+                    2102.09672
+
+The last three have T = 1,000 levels, t = i / T, α = √ᾱ_i, σ = √(1 − ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j): i = 0 is data without noise,
+and i is timestep i − 1 of diffusers. Zero terminal SNR shifts and scales α so that the last level is noise alone (Lin et al. 2023,
+arXiv 2305.08891, algorithm 1).
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stage2_prior.diffusion.process import Level
+
+Schedule = Literal["flow", "linear", "scaled-linear", "cosine"]
+Spacing = Literal["trailing", "leading", "linspace"]
+LEVELS = 1000
+
+
+class NoiseSchedule:
+    def __init__(self, schedule: Schedule, zero_terminal_snr: bool = False) -> None:
+        self._alphas = None if schedule == "flow" else _alphas(schedule, zero_terminal_snr)
+
+    def levels(self, times: Tensor) -> Level[Tensor]:
+        """α and σ of times in [0, 1], in the times' type; a schedule of T levels rounds to the nearest."""
+        if self._alphas is None:
+            return Level(times, 1 - times, times)
+        alphas = self._alphas.to(times.device)[(times * LEVELS).round().long()]
+        return Level(times, alphas.to(times.dtype), (1 - alphas.square()).clamp(min=0).sqrt().to(times.dtype))
+
+    def training_times(self, shares: Tensor) -> Tensor:
+        """Shares of the time in (0, 1] → times to learn at: never t = 0, where there is nothing to say."""
+        return shares if self._alphas is None else (shares * LEVELS).ceil() / LEVELS
+
+    def sampling_times(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
+        """(steps + 1,) float64, falling from where sampling begins to 0.
+
+        `trailing` begins at t = 1 with equal steps, `leading` ends with a full step to 0, `linspace` has both the first and the
+        last level; a flow, which has no last level above 0, has `trailing` alone.
+        """
+        if self._alphas is None or spacing == "trailing":
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            return times if self._alphas is None else (times * LEVELS).round() / LEVELS
+        if spacing == "leading":
+            first = torch.arange(steps, dtype=torch.float64).flip(0) * (LEVELS // steps)
+        else:
+            first = torch.linspace(0, LEVELS - 1, steps, dtype=torch.float64).flip(0).round()
+        return torch.cat([first + 1, first.new_zeros(1)]) / LEVELS
+
+
+def _alphas(schedule: Schedule, zero_terminal_snr: bool) -> Tensor:
+    """(T + 1,) float64."""
+    if schedule == "cosine":
+        bars = [math.cos((i / LEVELS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(LEVELS + 1)]
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bars)], dtype=torch.float64)
+    elif schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)
+    else:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, dtype=torch.float64).square()
+    alphas = (1 - betas).cumprod(0).sqrt()
+    if zero_terminal_snr:
+        first, last = alphas[0].clone(), alphas[-1].clone()
+        alphas = (alphas - last) * first / (first - last)
+    return torch.cat([alphas.new_ones(1), alphas])

@@ -1,0 +1,49 @@
+r"""At which times a diffusion prior learns, and how much each counts.
+
+uniform         t ~ U(0, 1]
+logit-normal    t = 1 / (1 + exp(−(m + s z))),  z ~ N(0, 1): more in the middle      Esser et al. 2024, arXiv 2403.03206
+min-SNR         an image's squared error of x̂ counts min(α² / σ², γ)                Hang et al. 2023, arXiv 2303.09556
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stage2_prior.diffusion.process import Level, Prediction, error_of_sample
+from training_harness.errors import ConfigError
+
+BELOW_ONE = 1 - 2**-24  # beyond which the normal number would be infinite in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimesConfig:
+    distribution: Literal["uniform", "logit-normal"] = "uniform"
+    logit_mean: float = 0.0
+    """Of logit-normal times: above 0 they are noisier."""
+    logit_std: float = 1.0
+    min_snr_gamma: float = 0.0
+    """Caps how much the times near the data count, 5 in the paper; at 0 the squared errors of predictions count alike."""
+
+    def __post_init__(self) -> None:
+        if self.logit_std <= 0:
+            raise ConfigError(f"times.logit_std is {self.logit_std}; expected a positive number such as 1.0")
+        if self.min_snr_gamma < 0:
+            raise ConfigError(f"times.min_snr_gamma is {self.min_snr_gamma}; expected 0 or more, such as 5.0")
+
+    def shares(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers (B,) in [0, 1) → shares (B,) of the noise's time, in (0, 1]."""
+        share = 1 - uniform
+        if self.distribution == "uniform":
+            return share
+        normal = math.sqrt(2) * torch.erfinv((2 * share - 1).clamp(-BELOW_ONE, BELOW_ONE))
+        return torch.sigmoid(self.logit_mean + self.logit_std * normal)
+
+    def weights(self, level: Level[Tensor], kind: Prediction) -> Tensor | None:
+        """Of the squared errors of predictions, or none where all count alike."""
+        if self.min_snr_gamma == 0:
+            return None
+        ratio = (level.alpha / level.sigma).square()
+        return ratio.clamp(max=self.min_snr_gamma) * error_of_sample(level, kind).square()

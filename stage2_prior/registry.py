@@ -1,0 +1,20 @@
+"""Priors by name: a new one is one file and one line here."""
+
+import json
+from pathlib import Path
+
+from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.prior import Prior
+from stage2_prior.standard_normal import StandardNormalPrior
+
+PRIORS: dict[str, type[Prior]] = {
+    kind.__name__: kind for kind in (AutoregressivePrior, DiffusionPrior, StandardNormalPrior)
+}
+
+
+def saved_prior(folder: Path) -> Prior:
+    """The prior of a model folder that a run has written, whatever its kind."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    found = {kind.config_class.model_type: kind for kind in PRIORS.values()}[model_type]
+    return found.from_pretrained(folder)

@@ -1,0 +1,226 @@
+"""The diffusion transformer against diffusers' blocks and against what it promises; sampling through the prior's contract."""
+
+from typing import Any, get_args
+
+import diffusers.models.attention as their_attention
+import pytest
+import torch
+from tiny_models import NAMES, seeded, tiny_tokenizer
+from torch import Tensor
+from torch.testing import assert_close
+
+from pipelines.latent_generation import LatentGenerationPipeline, image_generators
+from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.dit import DiT, DiTBlock
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.process import Prediction
+from stage2_prior.diffusion.sampling import DiffusionOptions, SamplerName
+from training_harness.errors import ConfigError, UserError
+
+MODERN: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu", "qk_norm": True, "positions": "2d"}
+LOOKS: dict[str, dict[str, Any]] = {"as DiT": {}, "modern": MODERN, "patches of two": {"patch_size": 2}}
+
+
+def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
+    """4×4 latents of 4 channels, three classes; `trained` fills what starts at zero, or the network would predict zero."""
+    sizes = {"channels": 4, "height": 4, "width": 4, "num_classes": len(NAMES)}
+    parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = DiffusionPrior(DiffusionPriorConfig(**sizes | parts | fields))
+        if trained:
+            for parameter in prior.parameters():
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.2)
+    return prior.eval()
+
+
+def some_latents(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    latents = torch.randn(count, 4, 4, 4, generator=seeded(0))
+    return latents, torch.linspace(0.1, 0.9, count), torch.arange(count) % len(NAMES)
+
+
+def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
+    config = DiffusionPriorConfig(hidden_size=32, num_heads=2, intermediate_size=128, num_layers=1)
+    ours = DiTBlock(config).eval()
+    theirs = their_attention.BasicTransformerBlock(
+        32,
+        2,
+        16,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=4,
+        attention_bias=True,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    ).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=seeded(1)) * 0.2)
+        names = dict(zip(("to_q", "to_k", "to_v"), range(3), strict=True))
+        for name, i in names.items():
+            layer = getattr(theirs.attn1, name)
+            layer.weight.copy_(ours.attention.qkv.weight.chunk(3)[i])
+            layer.bias.copy_(ours.attention.qkv.bias.chunk(3)[i])
+        pairs = [
+            (theirs.attn1.to_out[0], ours.attention.out),
+            (theirs.ff.net[0].proj, ours.feed_forward[0]),
+            (theirs.ff.net[2], ours.feed_forward[2]),
+            (theirs.norm1.linear, ours.modulation),
+        ]
+        for his, mine in pairs:
+            his.load_state_dict(mine.state_dict())
+        x, times, labels = torch.randn(2, 9, 32, generator=seeded(2)), torch.tensor([3, 700]), torch.tensor([0, 2])
+        condition = torch.nn.functional.silu(theirs.norm1.emb(times, labels, hidden_dtype=torch.float32))
+        assert_close(ours(x, condition, None), theirs(x, timestep=times, class_labels=labels), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(look: str) -> None:
+    prior = tiny_diffusion(trained=False, **LOOKS[look])
+    latents, times, labels = some_latents()
+    x, condition = torch.randn(3, 16, 32, generator=seeded(1)), torch.randn(3, 32, generator=seeded(2))
+    assert torch.equal(prior.denoiser.blocks[0](x, condition, None), x)
+    assert not prior.denoiser(latents, times, labels).any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_patches_come_apart_and_together(size: int) -> None:
+    denoiser = DiT(
+        DiffusionPriorConfig(channels=3, height=4, width=8, patch_size=size, hidden_size=32, num_heads=2, num_layers=1)
+    )
+    latents = torch.randn(2, 3, 4, 8, generator=seeded(0))
+    patches = denoiser.patches(latents)
+    assert patches.shape == (2, 32 // size**2, 3 * size**2)
+    assert torch.equal(denoiser.whole(patches), latents)
+    assert torch.equal(patches[:, 1].view(2, 3, size, size), latents[:, :, :size, size : 2 * size])
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_time_class_and_place_all_matter(look: str) -> None:
+    denoiser = tiny_diffusion(**LOOKS[look]).denoiser
+    latents, times, labels = some_latents()
+    found = denoiser(latents, times, labels)
+    for other in (denoiser(latents, times + 0.05, labels), denoiser(latents, times, (labels + 1) % 3)):
+        assert not torch.allclose(found, other, atol=1e-3)
+    turned = denoiser(latents.roll(2, -1), times, labels).roll(-2, -1)  # without positions this would be the same
+    assert not torch.allclose(found, turned, atol=1e-3)
+
+
+def test_the_loss_is_the_squared_error_of_the_target() -> None:
+    prior = tiny_diffusion(prediction="flow")
+    latents, times, labels = some_latents()
+    noise = torch.randn(latents.shape, generator=seeded(3))
+    at = times[:, None, None, None]
+    predicted = prior.denoiser((1 - at) * latents + at * noise, times, labels)
+    expected = (predicted - (noise - latents)).square().mean((1, 2, 3))
+    found = prior(latents, labels, times, noise)
+    assert_close(found.total, expected.mean())
+    assert_close(prior(latents, labels, times, noise, torch.tensor([3.0, 0.0, 0.0])).total, expected[0])
+
+
+def drawn(prior: DiffusionPrior, count: int, batch: int, **options: Any) -> Tensor:
+    tokenizer = tiny_tokenizer()
+    prior.config.tokenizer_id = tokenizer.config.tokenizer_id
+    generators = image_generators(seeded(4), count)
+    labels = torch.arange(count) % len(NAMES)
+    spec, chosen = tokenizer.latent_spec(), DiffusionOptions(**{"num_inference_steps": 5} | options)
+    parts = [slice(i, i + batch) for i in range(0, count, batch)]
+    return torch.cat([prior.sample(spec, labels[part], chosen, generators[part]) for part in parts])
+
+
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
+def test_an_image_is_the_same_alone_and_in_a_batch(sampler: SamplerName) -> None:
+    prior = tiny_diffusion()
+    alone, together = (drawn(prior, 4, batch, sampler=sampler, guidance_scale=2.0) for batch in (1, 4))
+    assert_close(alone, together, rtol=0, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[3], atol=0.1)  # of one class: draws of its own
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_guidance_of_one_is_the_conditional_model(schedule: str) -> None:
+    prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")
+    latents, _, labels = some_latents()
+    conditional = prior.denoiser(latents, torch.full((3,), 0.4), labels)
+    assert_close(prior.prediction(latents, 0.4, labels, DiffusionOptions()), conditional)
+    without = prior.denoiser(latents, torch.full((3,), 0.4), torch.full((3,), -1))
+    found = prior.prediction(latents, 0.4, labels, DiffusionOptions(guidance_scale=3.0))
+    assert_close(found, without + 3 * (conditional - without), rtol=0, atol=1e-5)
+    outside = DiffusionOptions(guidance_scale=3.0, guidance_interval=(0.5, 1.0))
+    assert_close(prior.prediction(latents, 0.4, labels, outside), conditional)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_model() -> None:
+    prior = tiny_diffusion()
+    latents, _, labels = some_latents()
+    conditional = prior.prediction(latents, 0.4, labels, DiffusionOptions())
+    whole = prior.prediction(latents, 0.4, labels, DiffusionOptions(guidance_scale=4.0, guidance_rescale=1.0))
+    assert_close(whole.flatten(1).std(1), conditional.flatten(1).std(1))
+
+
+def test_sampling_draws_nothing_from_the_global_state() -> None:
+    prior = tiny_diffusion()
+    before = torch.get_rng_state()
+    drawn(prior, 2, 2, sampler="ddpm")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_pipeline_samples_saves_and_loads_it(tmp_path: Any) -> None:
+    tokenizer, prior = tiny_tokenizer(), tiny_diffusion()
+    prior.config.tokenizer_id = tokenizer.config.tokenizer_id
+    pipeline = LatentGenerationPipeline(
+        tokenizer, prior, NAMES, DiffusionOptions(num_inference_steps=3, sampler="heun")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    seen = list[int]()
+    (first,) = pipeline(
+        ["dog", "cat"],
+        generator=seeded(0),
+        output_type="pt",
+        return_dict=False,
+        callback_on_step_end=lambda pipe, step, _, kept: seen.append(len(pipe.decode(kept["latents"]))),
+    )
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = LatentGenerationPipeline.from_pretrained(tmp_path / "pipeline")
+    again.set_progress_bar_config(disable=True)
+    (second,) = again(["dog", "cat"], generator=seeded(0), output_type="pt", return_dict=False)
+    assert torch.equal(first, second)
+    assert seen == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prediction": "epsilon", "schedule": "cosine", "zero_terminal_snr": True}, "prediction"),
+        ({"prediction": "epsilon", "schedule": "flow"}, "prediction"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr"),
+        ({"patch_size": 3}, "patch_size"),
+        ({"hidden_size": 36}, "hidden_size"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{named} is .*; expected"):
+        tiny_diffusion(**fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_inference_steps": 0},
+        {"guidance_interval": (0.5, 1.5)},
+        {"guidance_interval": (0.8, 0.2)},
+        {"guidance_rescale": 1.5},
+        {"guidance_scale": float("nan")},
+        {"eta": 0.5},
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"expected"):
+        DiffusionOptions(**options)
+
+
+@pytest.mark.parametrize("kind", get_args(Prediction))
+def test_every_prediction_samples_finite_latents_from_noise_alone(kind: Prediction) -> None:
+    fields = {"schedule": "linear"} if kind == "epsilon" else {"schedule": "cosine", "zero_terminal_snr": True}
+    for sampler in get_args(SamplerName):
+        assert drawn(tiny_diffusion(prediction=kind, **fields), 2, 2, sampler=sampler).isfinite().all()

@@ -1,0 +1,136 @@
+"""The stage-two loop with a diffusion prior: what it is given, how it is judged, and that runs go on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import seeded, tiny_source, tiny_tokenizer
+from torch.testing import assert_close
+
+from stage1_tokenizer.code_cache import write_code_cache
+from stage2_prior.codes import CodeCache
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.objective import DiffusionObjective
+from stage2_prior.diffusion.process import Prediction
+from stage2_prior.diffusion.schedule import NoiseSchedule
+from stage2_prior.diffusion.times import TimesConfig
+from stage2_prior.train import train_prior
+from stage2_prior.training_config import AutoregressiveTraining, DiffusionModel, DiffusionTraining, prior_training
+from training_harness.errors import ConfigError, UserError
+from training_harness.optimization import ScheduleConfig
+
+MODEL = DiffusionModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeCache:
+    folder = tmp_path_factory.mktemp("stage-two")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return CodeCache(
+        write_code_cache(tokenizer, folder / "tokenizer", tiny_source(), folder / "codes", contents="latents")
+    )
+
+
+def configuration(codes: CodeCache, output: Path, **fields: Any) -> DiffusionTraining:
+    steps = {"max_steps": 6, "batch_size": 8, "log_every": 1, "sample_every": 3, "checkpoint_every": 3}
+    return DiffusionTraining(output=output, codes=codes.path, **{"model": MODEL} | steps | fields)
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_leaves_a_prior_that_loads_as_it_was(codes: CodeCache, tmp_path: Path) -> None:
+    folder = train_prior(configuration(codes, tmp_path / "run", max_steps=60, sample_every=60), codes)
+    losses = logged(tmp_path / "run", "squared_error")
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    prior = DiffusionPrior.from_pretrained(folder)
+    assert prior.config.tokenizer_id == codes.spec.tokenizer_id
+    assert "# Diffusion prior" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(codes: CodeCache, tmp_path: Path) -> None:
+    constant = {"schedule": ScheduleConfig(warmup=0, decay="constant")}  # of a length that the run does not know
+    train_prior(configuration(codes, tmp_path / "whole", **constant), codes)
+    train_prior(configuration(codes, tmp_path / "parts", max_steps=3, **constant), codes)
+    train_prior(configuration(codes, tmp_path / "parts", **constant), codes)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert logged(tmp_path / "parts", "squared_error") == logged(tmp_path / "whole", "squared_error")
+
+
+def test_validation_is_the_same_whenever_it_is_measured_and_its_bands_are_its_parts(
+    codes: CodeCache, tmp_path: Path
+) -> None:
+    objective = DiffusionObjective(configuration(codes, tmp_path / "run"), codes)
+    prior = objective.new_prior().eval()
+    torch.nn.init.normal_(prior.denoiser.final.weight, std=0.2, generator=seeded(0))
+    first = objective.validation(prior)
+    torch.randn(7)
+    assert objective.validation(prior) == first
+    bands = [value for name, value in first.items() if "_t0." in name]
+    count = len(codes.validation)
+    sizes = [sum(band / 5 < (i + 0.5) / count <= (band + 1) / 5 for i in range(count)) for band in range(5)]
+    assert sum(size * value for size, value in zip(sizes, bands, strict=True)) / count == pytest.approx(
+        first["validation_squared_error"], rel=1e-5
+    )
+
+
+def test_what_predicts_nothing_errs_by_the_size_of_its_target(codes: CodeCache, tmp_path: Path) -> None:
+    objective = DiffusionObjective(configuration(codes, tmp_path / "run"), codes)
+    found = objective.validation(objective.new_prior())["validation_squared_error"]
+    size = float(codes.validation.latents(torch.arange(len(codes.validation)).numpy()).square().mean())
+    assert found == pytest.approx(1 + size, rel=0.15)  # of ε − x, which are independent
+
+
+def test_codes_without_latents_are_refused_with_what_to_run(codes: CodeCache, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = write_code_cache(tokenizer, tmp_path / "tokenizer", tiny_source(), tmp_path / "codes")
+    with pytest.raises(UserError, match=r"no latents; run: latentloom tokenize --contents latents"):
+        train_prior(configuration(CodeCache(folder), tmp_path / "run"), CodeCache(folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_logit_normal_times_have_their_mean_and_spread() -> None:
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    shares = TimesConfig(distribution="logit-normal", logit_mean=0.4, logit_std=0.8).shares(uniform)
+    logits = torch.log(shares / (1 - shares))
+    assert float(logits.mean()) == pytest.approx(0.4, abs=1e-3)
+    assert float(logits.std()) == pytest.approx(0.8, abs=1e-3)
+    assert TimesConfig(distribution="logit-normal").shares(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
+
+
+CLOSED = {  # of SNR r and γ: Hang et al. 2023, and the same written for v
+    "sample": lambda r, gamma: min(r, gamma),
+    "epsilon": lambda r, gamma: min(r, gamma) / r,
+    "v_prediction": lambda r, gamma: min(r, gamma) / (r + 1),
+}
+
+
+@pytest.mark.parametrize("kind", CLOSED)
+def test_min_snr_weights_are_those_of_the_paper(kind: Prediction) -> None:
+    level = NoiseSchedule("cosine").levels(torch.tensor([0.05, 0.2, 0.5, 0.9], dtype=torch.float64))
+    found = TimesConfig(min_snr_gamma=5.0).weights(level, kind)
+    assert found is not None
+    ratios = ((level.alpha / level.sigma) ** 2).tolist()
+    assert_close(found, torch.tensor([CLOSED[kind](ratio, 5.0) for ratio in ratios], dtype=torch.float64))
+    assert TimesConfig().weights(level, kind) is None
+
+
+def test_a_configuration_is_that_of_the_prior_it_names() -> None:
+    places = {"codes": "codes", "output": "run"}
+    assert isinstance(prior_training(places), AutoregressiveTraining)
+    found = prior_training(places | {"prior": "diffusion", "times": {"min_snr_gamma": 5}})
+    assert isinstance(found, DiffusionTraining)
+    assert math.isclose(found.times.min_snr_gamma, 5)
+    with pytest.raises(ConfigError, match=r"prior is 'gan'; expected one of: autoregressive, diffusion"):
+        prior_training(places | {"prior": "gan"})
