@@ -66,6 +66,8 @@ class AutoregressiveModel:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionModel:
+    denoiser: Literal["dit", "unet"] = "dit"
+    """A transformer over patches, or a U-Net of convolutions, for small images and pixels."""
     patch_size: int = 1
     """Sides of the square of latents that is a token."""
     hidden_size: int = 384
@@ -80,6 +82,10 @@ class DiffusionModel:
     rope_theta: float = 10_000.0
     class_dropout: float = 0.1
     """How often a label is replaced by the null class in training; guidance needs it above 0."""
+    channel_multipliers: tuple[int, ...] = ()
+    """Of a U-Net: channels at each resolution, in multiples of hidden_size; its num_layers are blocks a resolution."""
+    attention: tuple[int, ...] = ()
+    """Of a U-Net: downsampling factors at which its blocks attend; the middle always does."""
     schedule: Schedule = "flow"
     """How the noise grows: `flow` along straight lines; linear, scaled-linear and cosine as in DDPM, in 1,000 levels."""
     prediction: Prediction = "flow"

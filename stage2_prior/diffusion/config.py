@@ -18,6 +18,7 @@ class DiffusionPriorConfig(StrictConfig):
     height: int = 8
     width: int = 8
     num_classes: int = 0
+    denoiser: Literal["dit", "unet"] = "dit"
     patch_size: int = 1
     """Sides of the square of latents that is a token."""
     hidden_size: int = 384
@@ -30,6 +31,10 @@ class DiffusionPriorConfig(StrictConfig):
     positions: Literal["sincos", "2d"] = "sincos"
     """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
     rope_theta: float | int = 10_000.0
+    channel_multipliers: tuple[int, ...] | list[int] = ()
+    """Of a U-Net: channels at each resolution, in multiples of hidden_size; its num_layers are blocks a resolution."""
+    attention: tuple[int, ...] | list[int] = ()
+    """Of a U-Net: downsampling factors at which its blocks attend; the middle always does."""
     schedule: Schedule = "flow"
     prediction: Prediction = "flow"
     zero_terminal_snr: bool = False
@@ -59,6 +64,7 @@ class DiffusionPriorConfig(StrictConfig):
             raise ConfigError(
                 f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of {4 * self.num_heads}"
             )
+        self._check_unet()
         if self.zero_terminal_snr and self.schedule == "flow":
             raise ConfigError(
                 "model.zero_terminal_snr is true for a flow, which ends with noise alone as it is; expected it with linear, "
@@ -68,4 +74,22 @@ class DiffusionPriorConfig(StrictConfig):
             raise ConfigError(
                 f"model.prediction is epsilon and the schedule {self.schedule} ends with noise alone, of which it tells nothing; "
                 "expected v_prediction, flow or sample"
+            )
+
+    def _check_unet(self) -> None:
+        if (self.denoiser == "unet") != bool(self.channel_multipliers) or any(m < 1 for m in self.channel_multipliers):
+            raise ConfigError(
+                f"model.channel_multipliers is {list(self.channel_multipliers)} with the denoiser {self.denoiser}; expected "
+                "positive whole numbers for unet, such as 1 2 2, and none for dit"
+            )
+        factors = [2**level for level in range(len(self.channel_multipliers))]
+        if absent := set(self.attention) - set(factors):
+            raise ConfigError(
+                f"model.attention has {', '.join(map(str, sorted(absent)))}, and the denoiser has resolutions at the factors "
+                f"{', '.join(map(str, factors)) or 'none'}; expected some of those; leave the others out"
+            )
+        if factors and (self.height % factors[-1] or self.width % factors[-1]):
+            raise ConfigError(
+                f"model.channel_multipliers halves {len(factors) - 1} times, and {self.height}×{self.width} latents are no "
+                f"multiple of {factors[-1]}; expected fewer of them"
             )

@@ -8,8 +8,6 @@ W, b and the last layer start at 0 (adaLN-zero), so each block starts as the ide
 et al. 2025, arXiv 2501.01423.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +15,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.time_embedding import STD, TimeEmbedding
 from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.rotary import Turns, rotary_angles, rotate, turns
 
 EPS = 1e-6
-FREQUENCIES, TIME_SCALE = 256, 1000.0
-EMBEDDING_STD = 0.02
 
 
 class DiT(nn.Module):
@@ -75,10 +72,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
-        for linear in (self.time_embedding.first, self.time_embedding.second):
-            nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+        for weight in (
+            self.class_embedding.weight,
+            self.time_embedding.first.weight,
+            self.time_embedding.second.weight,
+        ):
+            nn.init.normal_(weight, std=STD)
         for name, parameter in self.named_parameters():
             if name.endswith("modulation.weight") or name == "final.weight":
                 nn.init.zeros_(parameter)
@@ -126,21 +125,6 @@ class SelfAttention(nn.Module):
         if turned is not None:
             query, key = rotate(query, *turned), rotate(key, *turned)
         return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-class TimeEmbedding(nn.Module):
-    """Times (B,) in [0, 1] → (B, hidden): cosines and sines of 1,000 t at 128 frequencies from 1 to 1e-4, then two layers."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(FREQUENCIES, hidden_size), nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, times: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device) / half)
-        angles = TIME_SCALE * times.float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
-        return self.second(F.silu(self.first(waves)))
 
 
 def norm_layer(config: DiffusionPriorConfig) -> nn.Module:

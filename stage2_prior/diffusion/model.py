@@ -18,6 +18,7 @@ from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
+from stage2_prior.diffusion.unet import UNet
 from stage2_prior.prior import Known, Prior, PriorLoss
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
@@ -29,12 +30,16 @@ class DiffusionPrior(Prior):
     options_class = DiffusionOptions
     spec_fields = ("channels", "height", "width", "tokenizer_id")
     draws = "latents"
-    _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - as transformers has it; units of FSDP
-    end_layers = ("denoiser.patch", "denoiser.final")  # read and written by other rules than hidden matrices
+    _no_split_modules = ["DiTBlock", "ConvolutionBlock"]  # noqa: RUF012 - as transformers has it; units of FSDP
+    end_layers = (
+        "denoiser.patch",
+        "denoiser.stem",
+        "denoiser.final",
+    )  # read and written by other rules than hidden matrices
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
         super().__init__(config)
-        self.denoiser = DiT(config)
+        self.denoiser = UNet(config) if config.denoiser == "unet" else DiT(config)
         self.schedule = NoiseSchedule(config.schedule, config.zero_terminal_snr)
         self.post_init()
 

@@ -303,6 +303,23 @@ def test_train_takes_colour_pictures_that_are_not_square(tmp_path: Path, capsys:
     assert pipeline("a", output_type="np").images.shape == (1, 64, 96, 3)
 
 
+@pytest.mark.parametrize("tokenizer", ["vqgan-f4", "kl"])
+def test_changing_the_recipe_changes_the_kind_of_prior_and_nothing_else(
+    tokenizer: str, real_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    recipes = ["--recipe", "diffusion-tiny", "--tokenizer-recipe", tokenizer]
+    assert latentloom(*quick(real_images, job), *recipes) == 0
+    assert names(job) == JOB
+    assert metrics_of(job)["sampling"]["sampler"] == "heun"
+    assert "nan" not in capsys.readouterr().out
+    samples = ["sample", "--pipeline", job / "pipeline", "--num-images", 3, "--output", tmp_path / "samples"]
+    assert latentloom(*samples, "--sampler", "ddim", "--num-inference-steps", 3, "--guidance-interval", 0.2, 0.9) == 0
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 3
+    assert latentloom(*samples, "--overwrite", "--top-k", 3) == 2
+    assert "top_k is no option of a DiffusionPrior; expected any of: num_inference_steps, " in capsys.readouterr().err
+
+
 def test_train_takes_a_flat_folder_without_labels(real_images: Path, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     for path in sorted(real_images.rglob("*.png"))[:30]:

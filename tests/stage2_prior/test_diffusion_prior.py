@@ -18,7 +18,9 @@ from stage2_prior.diffusion.sampling import DiffusionOptions, SamplerName
 from training_harness.errors import ConfigError, UserError
 
 MODERN: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu", "qk_norm": True, "positions": "2d"}
-LOOKS: dict[str, dict[str, Any]] = {"as DiT": {}, "modern": MODERN, "patches of two": {"patch_size": 2}}
+TRANSFORMERS: dict[str, dict[str, Any]] = {"as DiT": {}, "modern": MODERN, "patches of two": {"patch_size": 2}}
+UNET: dict[str, Any] = {"denoiser": "unet", "channel_multipliers": (1, 2), "attention": (2,)}
+LOOKS = TRANSFORMERS | {"U-Net": UNET}
 
 
 def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
@@ -75,13 +77,23 @@ def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
         assert_close(ours(x, condition, None), theirs(x, timestep=times, class_labels=labels), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", TRANSFORMERS)
 def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(look: str) -> None:
     prior = tiny_diffusion(trained=False, **LOOKS[look])
     latents, times, labels = some_latents()
     x, condition = torch.randn(3, 16, 32, generator=seeded(1)), torch.randn(3, 32, generator=seeded(2))
     assert torch.equal(prior.denoiser.blocks[0](x, condition, None), x)
     assert not prior.denoiser(latents, times, labels).any()
+
+
+def test_a_unet_starts_by_predicting_nothing_and_its_lowest_resolution_sees_the_whole_picture() -> None:
+    latents, times, labels = some_latents()
+    assert not tiny_diffusion(trained=False, **UNET).denoiser(latents, times, labels).any()
+    denoiser = tiny_diffusion(**UNET).denoiser
+    altered = latents.clone()
+    altered[:, :, 0, 0] += 1
+    changed = (denoiser(altered, times, labels) - denoiser(latents, times, labels)).abs().amax(1)
+    assert changed.min() > 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -103,7 +115,7 @@ def test_time_class_and_place_all_matter(look: str) -> None:
     found = denoiser(latents, times, labels)
     for other in (denoiser(latents, times + 0.05, labels), denoiser(latents, times, (labels + 1) % 3)):
         assert not torch.allclose(found, other, atol=1e-3)
-    turned = denoiser(latents.roll(2, -1), times, labels).roll(-2, -1)  # without positions this would be the same
+    turned = denoiser(latents.roll(2, -1), times, labels).roll(-2, -1)  # without places this would be the same
     assert not torch.allclose(found, turned, atol=1e-3)
 
 
@@ -196,10 +208,14 @@ def test_a_pipeline_samples_saves_and_loads_it(tmp_path: Any) -> None:
         ({"zero_terminal_snr": True}, "zero_terminal_snr"),
         ({"patch_size": 3}, "patch_size"),
         ({"hidden_size": 36}, "hidden_size"),
+        ({"channel_multipliers": (1, 2)}, "channel_multipliers"),
+        ({"denoiser": "unet"}, "channel_multipliers"),
+        ({"denoiser": "unet", "channel_multipliers": (1, 1, 1, 1)}, "channel_multipliers"),
+        ({"denoiser": "unet", "channel_multipliers": (1, 2), "attention": (4,)}, "attention"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.{named} is .*; expected"):
+    with pytest.raises(ConfigError, match=rf"model\.{named} .*; expected"):
         tiny_diffusion(**fields)
 
 
