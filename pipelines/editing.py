@@ -4,7 +4,8 @@ r"""Editing: what stays of given pictures, as pixels and as codes.
     result = drawn where the mask is white, the picture where it is black: there byte for byte
 
 The encoder sees far, so what stands in the hole would reach the codes beside it; that is why it is filled first. `strength` is
-the share of the places in the hole (without a mask: of all places) that are drawn anew.
+the share of the places in the hole (without a mask: of all places) that are drawn anew; of a prior of latents, how much noise is
+laid on them.
 """
 
 import math
@@ -34,10 +35,10 @@ class Edit:
     originals: Tensor  # (N, C, h, w) uint8
     mask: Tensor  # (N, 1, h, w) bool: pixels that are drawn
     hole: Tensor  # (N, rows, columns) bool: places of the code grid that are drawn
-    codes: Tensor  # (N, rows, columns) int64, or (N, levels, rows, columns)
+    codes: Tensor  # (N, rows, columns) int64, or (N, levels, rows, columns); latents (N, c, rows, columns)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, images: Pictures, masks: Pictures | None) -> Self:
+    def of(cls, tokenizer: Tokenizer, images: Pictures, masks: Pictures | None, latents: bool = False) -> Self:
         """Raises UserError when the pictures cannot be read, or a mask has not the size of its picture."""
         processor, pictures = tokenizer.config.image_processor, _as_pictures(images)
         originals = torch.stack([_read(picture, processor, "image") for picture in pictures])
@@ -46,8 +47,9 @@ class Edit:
         else:
             mask = _masks(_as_pictures(masks), pictures, processor)
         spec, given = tokenizer.latent_spec(), filled(originals, mask) if masks is not None else originals
+        encode = tokenizer.encode_latents if latents else tokenizer.encode_indices
         with torch.no_grad():
-            codes = tokenizer.encode_indices(processor.preprocess(given).to(tokenizer.device, tokenizer.dtype))
+            codes = encode(processor.preprocess(given).to(tokenizer.device, tokenizer.dtype))
         padded = replace(processor, channels=1).preprocess(mask.to(torch.uint8) * 255)
         hole = F.max_pool2d(padded, spec.downsampling_factor).squeeze(1) > -1
         return cls(originals, mask, hole, codes.cpu())

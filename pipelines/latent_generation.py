@@ -99,7 +99,8 @@ class LatentGenerationPipeline:
             image: what to go on from: PIL pictures, arrays (h, w, C) or tensors (C, h, w), of uint8 or in [0, 1]; one, or one a
                 label. A picture of another size is cropped and resized as in training.
             mask_image: white where to draw, black where the picture stays exactly as it is; of the picture's size.
-            strength: share in (0, 1] of the codes that are drawn anew; by default all under a mask, and 0.8 without one.
+            strength: share in (0, 1] of the codes that are drawn anew, or for a diffusion prior how much noise is laid on the
+                picture; by default 1 under a mask, and 0.8 without one.
             callback_on_step_end: called as f(pipeline, step, step, {"tokens": the grid so far (B, h, w), −1 where there is no
                 code yet}), or with "latents"; `decode` makes a picture of either.
             options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a diffusion prior those of
@@ -118,7 +119,8 @@ class LatentGenerationPipeline:
             raise UserError(f"num_images_per_label is {num_images_per_label}; expected at least 1")
         check_edit(image, mask_image, strength)
         labels = torch.tensor(self.label_ids(class_labels))
-        edit = None if image is None else Edit.of(self.tokenizer, image, mask_image)
+        of_latents = self.prior.draws == "latents"
+        edit = None if image is None else Edit.of(self.tokenizer, image, mask_image, of_latents)
         if edit is not None and len(edit.originals) != len(labels):
             labels, edit = matched(labels, edit)
         labels = labels.repeat_interleave(num_images_per_label)
@@ -126,7 +128,11 @@ class LatentGenerationPipeline:
         if edit is not None:
             edit = edit.repeated(num_images_per_label)
             strength = strength or (1.0 if mask_image is not None else DEFAULT_STRENGTH)
-            known = edit.known(strength, self.prior.fills_any_place, generators)
+            known = (
+                Known(edit.codes, ~edit.hole, strength)
+                if of_latents
+                else edit.known(strength, self.prior.fills_any_place, generators)
+            )
         pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, **options)
         if edit is not None:
             pictures = edit.composited(pictures)
@@ -159,7 +165,9 @@ class LatentGenerationPipeline:
 
             for start in starts:
                 part = slice(start, start + size)
-                given = known and Known(*(x[part].to(self.device) for x in known))
+                given = known and Known(
+                    known.codes[part].to(self.device), known.kept[part].to(self.device), known.strength
+                )
                 codes = self.prior.sample(spec, labels[part].to(self.device), chosen, generators[part], on_step, given)
                 pictures.append(self.decode(codes))
         return torch.cat(pictures)

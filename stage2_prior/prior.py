@@ -22,8 +22,11 @@ UNKNOWN = -1  # stands in a grid of codes where there is none yet
 class Known(NamedTuple):
     """What is given of images before they are drawn."""
 
-    codes: Tensor  # (B, h, w) or (B, levels, h, w) int64
-    kept: Tensor  # (B, h, w) bool: places that stay as they are; what `codes` has at the others is not used
+    codes: Tensor  # (B, h, w) or (B, levels, h, w) int64; of a prior of latents (B, c, h, w)
+    kept: Tensor  # (B, h, w) bool: places that stay as they are
+    strength: float = (
+        1.0  # of a prior of latents: how much noise is laid on `codes` at the other places; at 1 they are not used
+    )
 
 
 class Prior(StrictModel):

@@ -14,6 +14,9 @@ from stage1_tokenizer.sources import ImageSource, ImageSplit
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.sampling import DiffusionOptions
 
 NAMES = ("cat", "dog", "7")
 
@@ -46,11 +49,34 @@ def tiny_prior(seed: int = 0, sharpness: float = 20.0, **fields: Any) -> Autoreg
     return prior.eval()
 
 
+def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
+    """4×4 latents of 4 channels, three classes; `trained` fills what starts at zero, or the network would predict zero."""
+    sizes = {"channels": 4, "height": 4, "width": 4, "num_classes": len(NAMES)}
+    parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = DiffusionPrior(DiffusionPriorConfig(**sizes | parts | fields))
+        if trained:
+            for parameter in prior.parameters():
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.2)
+    return prior.eval()
+
+
 def tiny_pipeline(label_names: Sequence[str] | None = NAMES, **tokenizer_fields: Any) -> LatentGenerationPipeline:
     tokenizer = tiny_tokenizer(**tokenizer_fields)
     spec = tokenizer.latent_spec()
     grid = {"height": spec.height, "width": spec.width, "tokenizer_id": spec.tokenizer_id}
     pipeline = LatentGenerationPipeline(tokenizer, tiny_prior(**grid), label_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def diffusion_pipeline(**options: Any) -> LatentGenerationPipeline:
+    tokenizer = tiny_tokenizer()
+    prior = tiny_diffusion(tokenizer_id=tokenizer.config.tokenizer_id)
+    chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
+    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES, chosen)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

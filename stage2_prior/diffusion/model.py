@@ -3,6 +3,9 @@ r"""The diffusion prior: a network that tells latents from noise, and samplers t
     L = E ‖prediction(x_t, t, y) − target(x, ε, t)‖²,     x_t = α_t x + σ_t ε           (`process`, `schedule`)
 
 Ho, Jain, Abbeel 2020, arXiv 2006.11239. Latents come with zero mean and unit variance a channel, so no scale has to be known.
+
+What is known of an image takes the place of x̂ where it stays, at every step; a variation begins with as much noise on the picture
+as `strength` says (Meng et al. 2021, arXiv 2108.01073).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,6 @@ from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
 from stage2_prior.prior import Known, Prior, PriorLoss
-from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
 
@@ -74,11 +76,6 @@ class DiffusionPrior(Prior):
         known: Known | None = None,
     ) -> Tensor:
         self.check_spec(spec)
-        if known is not None:
-            raise UserError(
-                "a diffusion prior draws whole images; expected a prior that can keep a part of one, such as an autoregressive "
-                "one; give neither image nor mask_image"
-            )
         shape = (spec.channels, spec.height, spec.width)
 
         def draw() -> Tensor:
@@ -86,15 +83,19 @@ class DiffusionPrior(Prior):
             return torch.stack(numbers).to(conditioning.device)
 
         def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
-            return estimate(
-                noisy, self.prediction(noisy, level.time, conditioning, options), level, self.config.prediction
-            )
+            prediction = self.prediction(noisy, level.time, conditioning, options)
+            found = estimate(noisy, prediction, level, self.config.prediction)
+            return found if known is None else with_known(found, noisy, level, known)
 
-        times = self.schedule.sampling_times(options.num_inference_steps, options.timestep_spacing)
+        steps = options.num_inference_steps
+        times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [Level(*level) for level in torch.stack(self.schedule.levels(times), 1).tolist()]
-        latents = draw()
-        states = options.chosen_sampler()(denoise, latents, levels, draw)
-        for step, state in enumerate(states):
+        latents, begin = draw(), 0
+        if known is not None and known.strength < 1:
+            begin = steps - max(1, round(known.strength * steps))
+            latents = noised(known.codes, latents, levels[begin])
+        states = options.chosen_sampler()(denoise, latents, levels[begin:], draw)
+        for step, state in enumerate(states, begin):
             latents = state
             if on_step is not None:
                 on_step(step, latents)
@@ -119,3 +120,9 @@ class DiffusionPrior(Prior):
             f"a diffusion prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} latents of "
             f"{spec.channels} channels"
         )
+
+
+def with_known(found: Estimate, noisy: Tensor, level: Level[float], known: Known) -> Estimate:
+    """An estimate that knows the data at the places that stay: there a sampler goes straight to them."""
+    sample = torch.where(known.kept[:, None], known.codes, found.sample)
+    return Estimate(sample, (noisy - level.alpha * sample) / level.sigma)

@@ -1,18 +1,19 @@
 """Editing through the pipeline: what stays stays exactly, and what does not fit is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from command_line import latentloom
 from PIL import Image
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
+from tiny_models import NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.editing import Edit, filled
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import to_pil
+from stage2_prior.diffusion.sampling import SamplerName
 from training_harness.errors import UserError
 
 LEFT = np.zeros((14, 14), dtype=np.uint8)
@@ -34,7 +35,7 @@ def any_order_pipeline() -> LatentGenerationPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, any_order_pipeline])
+@pytest.mark.parametrize("make", [tiny_pipeline, any_order_pipeline, diffusion_pipeline])
 def test_kept_pixels_of_an_inpainting_are_byte_for_byte_the_picture_s(make: Any) -> None:
     originals = pictures(3)
     mask = Image.fromarray(LEFT)
@@ -61,8 +62,44 @@ def test_codes_that_the_hole_does_not_touch_are_those_of_the_picture() -> None:
     assert torch.equal(seen[-1][0][~edit.hole[0]], edit.codes[0][~edit.hole[0]])
 
 
-def test_what_stands_in_the_hole_changes_nothing() -> None:
-    pipeline, mask = tiny_pipeline(), Image.fromarray(LEFT)
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
+def test_latents_that_the_hole_does_not_touch_are_those_of_the_picture(sampler: SamplerName) -> None:
+    pipeline, seen = diffusion_pipeline(sampler=sampler), []
+    image, mask = pictures(1)[0], Image.fromarray(LEFT)
+    pipeline(
+        0,
+        image=image,
+        mask_image=mask,
+        generator=seeded(0),
+        callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]),
+    )
+    edit = Edit.of(pipeline.tokenizer, image, mask, latents=True)
+    kept = ~edit.hole.expand(1, 4, 4, 4)
+    torch.testing.assert_close(seen[-1][kept], edit.codes[kept], rtol=0, atol=1e-5)
+    assert not torch.allclose(seen[-1][~kept], edit.codes[~kept], atol=0.1)
+
+
+def test_a_variation_goes_on_from_as_much_of_the_picture_as_its_strength_leaves() -> None:
+    pipeline, image = diffusion_pipeline(num_inference_steps=50), pictures(1)[0]
+    own = Edit.of(pipeline.tokenizer, image, None, latents=True).codes
+
+    def drawn(**edited: Any) -> torch.Tensor:
+        steps = list[torch.Tensor]()
+        pipeline(0, generator=seeded(0), callback_on_step_end=lambda p, i, t, k: steps.append(k["latents"]), **edited)
+        assert len(steps) == round(50 * edited.get("strength", 1))
+        return steps[-1]
+
+    whole = drawn()
+    torch.testing.assert_close(
+        drawn(image=image, strength=1.0), whole, rtol=0, atol=1e-3
+    )  # nothing of the picture is left
+    far, near = ((drawn(image=image, strength=s) - own).square().mean() for s in (0.9, 0.02))
+    assert near < far
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, diffusion_pipeline])
+def test_what_stands_in_the_hole_changes_nothing(make: Any) -> None:
+    pipeline, mask = make(), Image.fromarray(LEFT)
     one = np.asarray(pictures(1)[0])
     other = np.where(LEFT == 255, 255 - one, one)
     drawn = [

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import diffusers.models.attention as their_attention
 import pytest
 import torch
-from tiny_models import NAMES, seeded, tiny_tokenizer
+from tiny_models import NAMES, seeded, tiny_diffusion, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -21,20 +21,6 @@ MODERN: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu", "qk_norm": Tr
 TRANSFORMERS: dict[str, dict[str, Any]] = {"as DiT": {}, "modern": MODERN, "patches of two": {"patch_size": 2}}
 UNET: dict[str, Any] = {"denoiser": "unet", "channel_multipliers": (1, 2), "attention": (2,)}
 LOOKS = TRANSFORMERS | {"U-Net": UNET}
-
-
-def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
-    """4×4 latents of 4 channels, three classes; `trained` fills what starts at zero, or the network would predict zero."""
-    sizes = {"channels": 4, "height": 4, "width": 4, "num_classes": len(NAMES)}
-    parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        prior = DiffusionPrior(DiffusionPriorConfig(**sizes | parts | fields))
-        if trained:
-            for parameter in prior.parameters():
-                if not parameter.any():
-                    torch.nn.init.normal_(parameter, std=0.2)
-    return prior.eval()
 
 
 def some_latents(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
