@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,10 +20,16 @@ from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.sampling import DiffusionOptions
 
 NAMES = ("cat", "dog", "7")
+PEER = "diffusers, with which it is compared, is in the extra `bench`"
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def their(name: str, **fields: Any) -> Any:
+    """One of diffusers' schedulers; the test is skipped where it is not installed."""
+    return getattr(pytest.importorskip("diffusers", reason=PEER), name)(**fields)
 
 
 def tiny_tokenizer(seed: int = 0, **fields: Any) -> VQGAN:

@@ -9,6 +9,7 @@ as `strength` says (Meng et al. 2021, arXiv 2108.01073).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from stage2_prior.conditioning import guided
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
+from stage2_prior.diffusion.samplers.diffusers_scheduler import sampled_by_scheduler
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
@@ -43,6 +45,8 @@ class DiffusionPrior(Prior):
         super().__init__(config)
         self.denoiser = UNet(config) if config.denoiser == "unet" else DiT(config)
         self.schedule = NoiseSchedule(config.schedule, config.zero_terminal_snr)
+        self.scheduler: Any = None
+        """One of diffusers' schedulers, in place of our samplers."""
         self.post_init()
 
     def forward(
@@ -89,12 +93,15 @@ class DiffusionPrior(Prior):
 
         steps = options.num_inference_steps
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
-        levels = [Level(*level) for level in torch.stack(self.schedule.levels(times), 1).tolist()]
+        levels = [self.schedule.level(time) for time in times.tolist()]
         latents, begin = draw(), 0
         if known is not None and known.strength < 1:
             begin = steps - max(1, round(known.strength * steps))
             latents = noised(known.codes, latents, levels[begin])
-        states = options.chosen_sampler()(denoise, latents, levels[begin:], draw)
+        if self.scheduler is None:
+            states = options.chosen_sampler()(denoise, latents, levels[begin:], draw)
+        else:
+            states = sampled_by_scheduler(self.scheduler, self.schedule, denoise, latents, steps, generators)
         for step, state in enumerate(states, begin):
             latents = state
             if on_step is not None:

@@ -29,6 +29,13 @@ class NoiseSchedule:
     def __init__(self, schedule: Schedule, zero_terminal_snr: bool = False) -> None:
         self._alphas = None if schedule == "flow" else _alphas(schedule, zero_terminal_snr)
 
+    @property
+    def is_flow(self) -> bool:
+        return self._alphas is None
+
+    def level(self, time: float) -> Level[float]:
+        return Level(*torch.stack(self.levels(torch.tensor(time, dtype=torch.float64))).tolist())
+
     def levels(self, times: Tensor) -> Level[Tensor]:
         """α and σ of times in [0, 1], in the times' type; a schedule of T levels rounds to the nearest."""
         if self._alphas is None:

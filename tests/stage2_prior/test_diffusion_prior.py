@@ -2,10 +2,9 @@
 
 from typing import Any, get_args
 
-import diffusers.models.attention as their_attention
 import pytest
 import torch
-from tiny_models import NAMES, seeded, tiny_diffusion, tiny_tokenizer
+from tiny_models import NAMES, PEER, seeded, tiny_diffusion, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -30,6 +29,7 @@ def some_latents(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
     config = DiffusionPriorConfig(hidden_size=32, num_heads=2, intermediate_size=128, num_layers=1)
+    their_attention = pytest.importorskip("diffusers.models.attention", reason=PEER)
     ours = DiTBlock(config).eval()
     theirs = their_attention.BasicTransformerBlock(
         32,

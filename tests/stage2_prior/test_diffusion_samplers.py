@@ -6,10 +6,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from tiny_models import seeded
+from tiny_models import seeded, their
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -120,7 +119,7 @@ def ours(sampler: Sampler, levels: Sequence[Level[float]], kind: Prediction, x: 
     return list(sampler(denoise, x, levels, lambda: torch.randn(x.shape, generator=generator)))
 
 
-def theirs(scheduler: Any, times: Sequence[float], x: Tensor, **options: Any) -> list[Tensor]:
+def steps_of(scheduler: Any, times: Sequence[float], x: Tensor, **options: Any) -> list[Tensor]:
     found, generator = [], seeded(3)
     for time, step in zip(times, scheduler.timesteps, strict=False):
         x = scheduler.step(network(x, time), step, x, generator=generator, **options).prev_sample
@@ -136,21 +135,21 @@ SETTINGS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_steps_of_ddim_are_those_of_diffusers(kind: Prediction, eta: float) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = diffusers.DDIMScheduler(**fields)
+    scheduler = their("DDIMScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = levels_of("scaled-linear", 10), torch.randn(2, 3, generator=seeded(0))
     found = ours(partial(ddim, eta=eta), levels, kind, x)
-    for mine, his in zip(found, theirs(scheduler, [level.time for level in levels], x, eta=eta), strict=True):
+    for mine, his in zip(found, steps_of(scheduler, [level.time for level in levels], x, eta=eta), strict=True):
         assert_close(mine, his, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = diffusers.DDPMScheduler(**fields)
+    scheduler = their("DDPMScheduler", **fields)
     scheduler.set_timesteps(20)
     levels, x = levels_of("scaled-linear", 20), torch.randn(2, 3, generator=seeded(0))
-    mine, his = ours(ddpm, levels, kind, x), theirs(scheduler, [level.time for level in levels], x)
+    mine, his = ours(ddpm, levels, kind, x), steps_of(scheduler, [level.time for level in levels], x)
     assert len(mine) == len(his) == 20
     for a, b in zip(mine, his, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -160,28 +159,28 @@ def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "algorithm_type": algorithm}
-    scheduler = diffusers.DPMSolverMultistepScheduler(**fields, final_sigmas_type="zero")
+    scheduler = their("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
     scheduler.set_timesteps(12)
     levels, x = levels_of("scaled-linear", 12), torch.randn(2, 3, generator=seeded(0))
     assert [round(level.time * LEVELS) - 1 for level in levels[:-1]] == scheduler.timesteps.tolist()
     found = ours(partial(dpm_solver, stochastic=algorithm.startswith("sde")), levels, kind, x)
-    for mine, his in zip(found, theirs(scheduler, [level.time for level in levels], x), strict=True):
+    for mine, his in zip(found, steps_of(scheduler, [level.time for level in levels], x), strict=True):
         assert_close(mine, his, rtol=1e-3, atol=1e-3)
 
 
 def test_steps_of_euler_are_those_of_diffusers_for_a_flow() -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = their("FlowMatchEulerDiscreteScheduler")
     levels, x = levels_of("flow", 8), torch.randn(2, 3, generator=seeded(0))
     scheduler.set_timesteps(sigmas=[level.sigma for level in levels[:-1]])
     found = ours(euler, levels, "flow", x)
-    for mine, his in zip(found, theirs(scheduler, [level.time for level in levels], x), strict=True):
+    for mine, his in zip(found, steps_of(scheduler, [level.time for level in levels], x), strict=True):
         assert_close(mine, his, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_euler_are_those_of_diffusers_in_its_own_scale(kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "final_sigmas_type": "zero"}
-    scheduler = diffusers.EulerDiscreteScheduler(**fields)
+    scheduler = their("EulerDiscreteScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = levels_of("scaled-linear", 10), torch.randn(2, 3, dtype=torch.float64, generator=seeded(0))
     found, scaled = ours(euler, levels, kind, x), x / levels[0].alpha

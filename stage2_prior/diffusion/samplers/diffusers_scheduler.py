@@ -1,0 +1,63 @@
+r"""diffusers' schedulers as samplers: `prior.scheduler = UniPCMultistepScheduler(…)` takes the place of `sampler`.
+
+A scheduler keeps its own state, steps and spacing. It is shown the network's estimate in its own kind of prediction, at its own
+timesteps: n of a schedule of 1,000 levels is t = (n + 1) / 1,000 here, n of a flow is t = n / 1,000.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stage2_prior.diffusion.process import Prediction, prediction_of
+from stage2_prior.diffusion.samplers.protocol import Denoise
+from stage2_prior.diffusion.schedule import LEVELS, NoiseSchedule
+from training_harness.errors import UserError
+
+CLOSE = 1e-4  # between ᾱ of the two, which are float32 there
+
+
+def sampled_by_scheduler(
+    scheduler: Any,
+    schedule: NoiseSchedule,
+    denoise: Denoise,
+    noise: Tensor,
+    steps: int,
+    generators: Sequence[torch.Generator],
+) -> Iterator[Tensor]:
+    """States after each of `steps` steps of the scheduler, from noise (B, c, h, w) ~ N(0, I), in the scheduler's scale.
+
+    Raises UserError for a scheduler of another noise schedule than the prior was trained with.
+    """
+    check_scheduler(scheduler, schedule)
+    flow = schedule.is_flow
+    scheduler.set_timesteps(steps)
+    kind = cast("Prediction", "flow" if flow else scheduler.config.prediction_type)
+    draws = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = noise if flow else noise * scheduler.init_noise_sigma
+    for step in scheduler.timesteps:
+        time = float(step) / LEVELS if flow else (float(step) + 1) / LEVELS
+        level = schedule.level(time)
+        shown = x if flow else scheduler.scale_model_input(x, step)
+        x = scheduler.step(prediction_of(*denoise(shown, level), level, kind), step, x, **draws).prev_sample
+        yield x
+
+
+def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
+    theirs = getattr(scheduler, "alphas_cumprod", None)
+    name = type(scheduler).__name__
+    if schedule.is_flow != (theirs is None):
+        ours = "a flow" if schedule.is_flow else f"a schedule of {LEVELS} levels"
+        raise UserError(
+            f"the scheduler is a {name} and the prior was trained with {ours}; expected a scheduler of the same"
+        )
+    if theirs is not None:
+        times = torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS
+        own = schedule.levels(times).alpha.square()
+        if len(theirs) != LEVELS or not torch.allclose(theirs.double(), own, rtol=0, atol=CLOSE):
+            raise UserError(
+                f"the betas of the {name} are not those that the prior was trained with; expected its beta_schedule, beta_start, "
+                "beta_end and rescale_betas_zero_snr"
+            )

@@ -1,0 +1,71 @@
+"""diffusers' schedulers in the place of our samplers."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import NAMES, seeded, their, tiny_diffusion, tiny_tokenizer
+from torch import Tensor
+from torch.testing import assert_close
+
+from pipelines.latent_generation import image_generators
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.diffusion.sampling import DiffusionOptions
+from training_harness.errors import UserError
+
+LINEAR: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def drawn(prior: DiffusionPrior, scheduler: Any = None, **options: Any) -> Tensor:
+    tokenizer = tiny_tokenizer()
+    prior.config.tokenizer_id = tokenizer.config.tokenizer_id
+    prior.scheduler = scheduler
+    chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
+    labels, generators = torch.arange(3) % len(NAMES), image_generators(seeded(4), 3)
+    return prior.sample(tokenizer.latent_spec(), labels, chosen, generators)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
+    prior, trailing = tiny_diffusion(schedule="linear", prediction=kind), {"timestep_spacing": "trailing"}
+    ddim = their("DDIMScheduler", **LINEAR, **trailing, clip_sample=False)
+    assert_close(drawn(prior, ddim), drawn(prior, sampler="ddim"), rtol=1e-3, atol=1e-3)
+    solver = their("DPMSolverMultistepScheduler", **LINEAR, **trailing, prediction_type="v_prediction")
+    assert_close(drawn(prior, solver), drawn(prior, sampler="dpm-solver++"), rtol=1e-3, atol=1e-3)
+    ancestral = their("DDPMScheduler", **LINEAR, **trailing, clip_sample=False)
+    assert drawn(prior, ancestral).isfinite().all()
+
+
+def test_its_flow_scheduler_draws_what_euler_draws() -> None:
+    prior = tiny_diffusion()
+    scheduler = their("FlowMatchEulerDiscreteScheduler")
+    assert_close(
+        drawn(prior, scheduler, num_inference_steps=200), drawn(prior, num_inference_steps=200), rtol=0, atol=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
+)
+def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> None:
+    prior = tiny_diffusion(schedule="linear", prediction="epsilon")
+    exact = drawn(prior, sampler="ddim", num_inference_steps=1000)
+    scheduler = their(name, **LINEAR, prediction_type="epsilon")
+    error = (drawn(prior, scheduler, num_inference_steps=200) - exact).abs().mean() / exact.abs().mean()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scheduler", "said"),
+    [
+        ("flow", ("DDIMScheduler", LINEAR), "trained with a flow"),
+        ("linear", ("FlowMatchEulerDiscreteScheduler", {}), "a schedule of 1000 levels"),
+        ("cosine", ("DDIMScheduler", LINEAR), "betas of the DDIMScheduler"),
+    ],
+)
+def test_a_scheduler_of_another_noise_is_refused(
+    schedule: str, scheduler: tuple[str, dict[str, Any]], said: str
+) -> None:
+    prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")
+    with pytest.raises(UserError, match=rf"{said}.*; expected"):
+        drawn(prior, their(scheduler[0], **scheduler[1]))
