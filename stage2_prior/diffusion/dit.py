@@ -67,17 +67,12 @@ class DiT(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.config.channels, rows * size, columns * size)
 
     def _draw_weights(self) -> None:
-        for module in self.modules():
+        nn.init.normal_(self.class_embedding.weight, std=STD)
+        for module in (self.patch, self.modulation, self.final, *self.blocks.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for weight in (
-            self.class_embedding.weight,
-            self.time_embedding.first.weight,
-            self.time_embedding.second.weight,
-        ):
-            nn.init.normal_(weight, std=STD)
         for name, parameter in self.named_parameters():
             if name.endswith("modulation.weight") or name == "final.weight":
                 nn.init.zeros_(parameter)

@@ -25,6 +25,7 @@ from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
 from stage2_prior.prior import Known, Prior, PriorLoss
+from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
 
@@ -35,11 +36,7 @@ class DiffusionPrior(Prior):
     spec_fields = ("channels", "height", "width", "tokenizer_id")
     draws = "latents"
     _no_split_modules = ["DiTBlock", "ConvolutionBlock"]  # noqa: RUF012 - as transformers has it; units of FSDP
-    end_layers = (
-        "denoiser.patch",
-        "denoiser.stem",
-        "denoiser.final",
-    )  # read and written by other rules than hidden matrices
+    end_layers = ("denoiser.patch", "denoiser.stem", "denoiser.final")  # no hidden matrices
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
         super().__init__(config)
@@ -96,6 +93,11 @@ class DiffusionPrior(Prior):
         levels = [self.schedule.level(time) for time in times.tolist()]
         latents, begin = draw(), 0
         if known is not None and known.strength < 1:
+            if self.scheduler is not None:
+                raise UserError(
+                    f"strength is {known.strength} with a scheduler of diffusers, which begins with noise alone; expected one of "
+                    "our samplers; set prior.scheduler to None, or give strength=1"
+                )
             begin = steps - max(1, round(known.strength * steps))
             latents = noised(known.codes, latents, levels[begin])
         if self.scheduler is None:
