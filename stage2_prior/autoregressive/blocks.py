@@ -4,20 +4,16 @@ As in Llama (Touvron et al. 2023, arXiv 2302.13971); grouped queries: Ainslie et
 and keys: Henry et al. 2020, arXiv 2010.04245.
 """
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stage2_prior.attention import plain_attention, plain_products_pay
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import Cache
 from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.rotary import Turns, rotate
-
-SHORT = 256  # tokens up to which attention on a CPU is trained as two plain products
 
 
 class Attention(nn.Module):
@@ -47,28 +43,16 @@ class Attention(nn.Module):
         new = query.shape[2]
         causal = mask is None and 1 < new == key.shape[2]  # one new token sees everything
         dropout = self.dropout if self.training else 0.0
-        if causal and new <= SHORT and x.device.type == "cpu" and torch.is_grad_enabled():
+        if causal and plain_products_pay(new, x.device):
             key, value = (
                 shared.repeat_interleave(self.groups, 1) if self.groups > 1 else shared for shared in (key, value)
             )
-            attended = causal_attention(query, key, value, dropout)
+            attended = plain_attention(query, key, value, causal=True, dropout=dropout)
         else:
             attended = F.scaled_dot_product_attention(
                 query, key, value, mask, dropout, is_causal=causal, enable_gqa=self.groups > 1
             )
         return self.out(attended.transpose(1, 2).flatten(2))
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V of (B, heads, tokens, d), as plain products.
-
-    torch's blocked kernel for CPUs is eight times as slow at 49 tokens where products round their factors.
-    """
-    tokens, width = query.shape[-2:]
-    mask = query.new_full((tokens, tokens), -math.inf).triu(1)
-    query, key, values = (x.reshape(-1, tokens, width) for x in (query, key, value))
-    scores = torch.baddbmm(mask.expand(len(query), -1, -1), query, key.mT, alpha=width**-0.5)
-    return (F.dropout(scores.softmax(-1), dropout) @ values).view(value.shape)
 
 
 class Block(GradientCheckpointingLayer):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stage2_prior.attention import plain_attention, plain_products_pay
 from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.time_embedding import STD, TimeEmbedding
@@ -119,7 +120,8 @@ class SelfAttention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if turned is not None:
             query, key = rotate(query, *turned), rotate(key, *turned)
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        attend = plain_attention if plain_products_pay(x.shape[1], x.device) else F.scaled_dot_product_attention
+        return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
 def norm_layer(config: DiffusionPriorConfig) -> nn.Module:

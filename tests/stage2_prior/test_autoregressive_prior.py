@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
-from stage2_prior.autoregressive.blocks import causal_attention
+from stage2_prior.attention import plain_attention
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
@@ -218,10 +218,11 @@ def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_size_is_refused
         AutoregressivePrior.from_pretrained(tmp_path)
 
 
-def test_attention_by_plain_products_equals_torch_s_with_its_gradients() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_plain_products_equals_torch_s_with_its_gradients(causal: bool) -> None:
     query, key, value = (torch.randn(2, 3, 7, 8, generator=seeded(i)).requires_grad_() for i in range(3))
-    ours = causal_attention(query, key, value, dropout=0.0)
-    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    ours = plain_attention(query, key, value, causal=causal)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     assert_close(ours, theirs)
     weights = torch.randn(ours.shape, generator=seeded(3))
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (ours, theirs)]
