@@ -181,7 +181,7 @@ def write_results(
     picture = sheet(kept, pipeline.label_names)
     save_picture(picture, output / "samples.png")
     tokenizer_log, prior_log = (output / stage / "metrics.jsonl" for stage in ("tokenizer", "prior"))
-    draw_curves(tokenizer_log, prior_log, pipeline.tokenizer.config.codebook_size, output / "curves.png")
+    draw_curves(tokenizer_log, prior_log, pipeline.tokenizer.latent_spec().codebook_size, output / "curves.png")
     return figures | settings_of(extractor, processor, pipeline, seed), picture
 
 
