@@ -311,7 +311,7 @@ def test_changing_the_recipe_changes_the_kind_of_prior_and_nothing_else(
     recipes = ["--recipe", "diffusion-tiny", "--tokenizer-recipe", tokenizer]
     assert latentloom(*quick(real_images, job), *recipes) == 0
     assert names(job) == JOB
-    assert metrics_of(job)["sampling"]["sampler"] == "heun"
+    assert metrics_of(job)["sampling"]["sampler"] == "dpm-solver++"
     assert "nan" not in capsys.readouterr().out
     samples = ["sample", "--pipeline", job / "pipeline", "--num-images", 3, "--output", tmp_path / "samples"]
     assert latentloom(*samples, "--sampler", "ddim", "--num-inference-steps", 3, "--guidance-interval", 0.2, 0.9) == 0
