@@ -16,6 +16,11 @@ class PriorLoss(NamedTuple):
     terms: dict[str, Tensor]  # its parts by name, scalars
 
 
+def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, *shape) float32 ~ N(0, I) on the CPU, each image's from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+
+
 UNKNOWN = -1  # stands in a grid of codes where there is none yet
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.prior import Known, Prior
+from stage2_prior.prior import Known, Prior, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import StrictConfig, WeightlessModel
 
@@ -63,9 +63,7 @@ class StandardNormalPrior(Prior, WeightlessModel):
                 "autoregressive one; give neither image nor mask_image"
             )
         shape = (spec.channels, spec.height, spec.width)
-        latents = options.temperature * torch.stack(
-            [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
-        ).to(conditioning.device, self.dtype)
+        latents = options.temperature * randn_per_image(shape, generators).to(conditioning.device, self.dtype)
         if on_step is not None:
             on_step(0, latents)
         return latents

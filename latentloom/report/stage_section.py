@@ -76,11 +76,10 @@ def validation_tiles(run: RunRecord) -> Iterator[Tile]:
     unit, label = {"validation_psnr": ("dB", "PSNR"), "validation_nats_per_token": ("nats a token", "validation")}.get(
         name, ("", name.replace("_", " "))
     )
-    of_tokens = name == "validation_nats_per_token"
     points = run.figures[name]
     (step, best), (last_step, last) = best_of(name, points), points[-1]
     guess = ""
-    if of_tokens and run.codebook_size:
+    if name == "validation_nats_per_token" and run.codebook_size:
         guess = f"; log K is {number(math.log(run.codebook_size), 3)}"
     yield Tile(f"Last {label}", number(last), unit, f"step {last_step:,}{guess}")
     yield Tile(f"Best {label}", number(best), unit, f"step {step:,}")

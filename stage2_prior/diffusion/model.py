@@ -24,7 +24,7 @@ from stage2_prior.diffusion.samplers.diffusers_scheduler import sampled_by_sched
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
-from stage2_prior.prior import Known, Prior, PriorLoss
+from stage2_prior.prior import Known, Prior, PriorLoss, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
@@ -80,8 +80,7 @@ class DiffusionPrior(Prior):
         shape = (spec.channels, spec.height, spec.width)
 
         def draw() -> Tensor:
-            numbers = [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
-            return torch.stack(numbers).to(conditioning.device)
+            return randn_per_image(shape, generators).to(conditioning.device)
 
         def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
             prediction = self.prediction(noisy, level.time, conditioning, options)
