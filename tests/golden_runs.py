@@ -18,7 +18,7 @@ from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
 # What learns nothing, and what a test could not train.
-WITHOUT = ("identity", "ar-llamagen")
+WITHOUT = ("identity", "ar-llamagen", "diffusion-dit")
 RECIPES = [
     (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(WITHOUT)
 ]

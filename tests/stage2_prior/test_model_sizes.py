@@ -9,6 +9,8 @@ from latentloom.arguments import training_values
 from latentloom.recipes import recipe_names
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.dit import DiT
+from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.training_config import prior_training
 from training_harness.pretrained import count_parameters
 
@@ -21,6 +23,8 @@ MILLIONS = {
     "ar-llamagen-3b": 3100,
 }
 SMALL = {"ar-tiny": 1, "ar-tiny-any-order": 1, "ar-mini": 3, "ar-small": 11}
+# Peebles, Xie 2022 (arXiv 2212.09748), table 4: at patches of 2 on 32×32 latents of 4 channels.
+DIT = {"diffusion-dit-s": 33, "diffusion-dit-b": 130, "diffusion-dit-l": 458, "diffusion-dit-xl": 675}
 SPEC: dict[str, Any] = {"channels": 8, "levels": 1, "image_channels": 3, "downsampling_factor": 16, "tokenizer_id": "0"}
 
 
@@ -32,6 +36,21 @@ def test_a_named_size_has_its_parameters(recipe: str, millions: int) -> None:
     with torch.device("meta"):
         prior = AutoregressivePrior(config.model.for_spec(spec, 1000 if recipe in MILLIONS else 10))
     assert count_parameters(prior) / 1e6 == pytest.approx(millions, rel=0.02 if recipe in MILLIONS else 0.25)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize(("recipe", "millions"), DIT.items())
+def test_a_dit_has_its_parameters_and_tokens_at_every_patch_size(recipe: str, millions: int, patch_size: int) -> None:
+    given = {"codes": "codes", "output": "run", "model": {"patch_size": patch_size}}
+    config = prior_training(training_values("prior", recipe, None, given))
+    spec = LatentSpec(
+        codebook_size=None, height=32, width=32, image_height=256, image_width=256, **SPEC | {"channels": 4}
+    )
+    with torch.device("meta"):
+        prior = config.new_prior(spec, 1000)
+    assert count_parameters(prior) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert isinstance(prior, DiffusionPrior) and isinstance(prior.denoiser, DiT)
+    assert prior.denoiser.patches(torch.zeros(1, 4, 32, 32)).shape == (1, (32 // patch_size) ** 2, 4 * patch_size**2)
 
 
 def test_every_recipe_of_an_autoregressive_prior_has_its_size_here() -> None:
