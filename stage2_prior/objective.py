@@ -14,6 +14,9 @@ class Objective(Protocol):
 
     def new_prior(self) -> Prior: ...
 
+    def warnings(self) -> list[str]:
+        """What the user should know of the codes before training."""
+
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
         """What the prior's `forward` is given for the images at `rows` of the training split.
 

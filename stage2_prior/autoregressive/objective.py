@@ -36,6 +36,9 @@ class AutoregressiveObjective:
         prior.start_from_code_vectors(self.codes.code_vectors())
         return prior
 
+    def warnings(self) -> list[str]:
+        return []
+
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         config, split = self.config, self.codes.train
         labels = without_some(split.labels(rows), draws[:, 0], config.model.class_dropout)

@@ -8,10 +8,12 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.conditioning import without_some
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
+from stage2_prior.health import not_normalised
 from stage2_prior.training_config import DiffusionTraining
 from training_harness.processes import mean_over_processes, share_of
 
 VALIDATION_BATCH, BANDS = 250, 5
+MEASURED = 2000  # images, evenly spaced, whose latents are looked at before training
 
 
 class DiffusionObjective:
@@ -26,6 +28,12 @@ class DiffusionObjective:
 
     def new_prior(self) -> DiffusionPrior:
         return DiffusionPrior(self.model)
+
+    def warnings(self) -> list[str]:
+        split = self.codes.train
+        rows = np.linspace(0, len(split) - 1, min(MEASURED, len(split)), dtype=np.int64)
+        text = not_normalised(split.latents(rows))
+        return [] if text is None else [text]
 
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
         split = self.codes.train

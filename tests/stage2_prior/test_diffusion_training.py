@@ -2,21 +2,24 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 from torch.testing import assert_close
 
 from stage1_tokenizer.code_cache import write_code_cache
-from stage2_prior.codes import CodeCache
+from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.times import TimesConfig
+from stage2_prior.health import not_normalised
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveTraining, DiffusionModel, DiffusionTraining, prior_training
 from training_harness.errors import ConfigError, UserError
@@ -134,3 +137,30 @@ def test_a_configuration_is_that_of_the_prior_it_names() -> None:
     assert math.isclose(found.times.min_snr_gamma, 5)
     with pytest.raises(ConfigError, match=r"prior is 'gan'; expected one of: autoregressive, diffusion"):
         prior_training(places | {"prior": "gan"})
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.6, 0.0), (0.6, 0.0), (1.0, 0.5)])
+def test_latents_far_from_mean_0_and_deviation_1_are_named(scale: float, shift: float) -> None:
+    latents = torch.randn(200, 3, 4, 4, generator=seeded(0))  # each figure is within 0.1 of its own: 5 deviations
+    assert not_normalised(latents) is None
+    latents[:, 1] = latents[:, 1] * scale + shift
+    text = not_normalised(latents)
+    assert text is not None
+    said = re.search(r"1 of 3 channels .* channel 1 with (\S+) and (\S+):", text)
+    assert said is not None
+    assert [float(figure) for figure in said.groups()] == pytest.approx([shift, scale], abs=0.1)
+
+
+def test_a_run_on_latents_of_another_size_says_so_once_and_goes_on(
+    codes: CodeCache, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = CodeSplit.latents
+    for factor, times in ((1.0, 0), (3.0, 1)):
+        rows = latents(codes.train, np.arange(len(codes.train)))
+        mean, std = rows.mean((0, 2, 3), keepdim=True), rows.std((0, 2, 3), keepdim=True)
+        monkeypatch.setattr(CodeSplit, "latents", lambda split, at, f=factor: f * (latents(split, at) - mean) / std)  # noqa: B023
+        capsys.readouterr()
+        for steps in (3, 6):
+            train_prior(configuration(codes, tmp_path / f"{factor}", max_steps=steps), codes)
+        assert capsys.readouterr().err.count("channels of the latents are far from") == times
+        assert len(logged(tmp_path / f"{factor}", "warning")) == times

@@ -49,7 +49,8 @@ def test_a_dit_has_its_parameters_and_tokens_at_every_patch_size(recipe: str, mi
     with torch.device("meta"):
         prior = config.new_prior(spec, 1000)
     assert count_parameters(prior) / 1e6 == pytest.approx(millions, rel=0.01)
-    assert isinstance(prior, DiffusionPrior) and isinstance(prior.denoiser, DiT)
+    assert isinstance(prior, DiffusionPrior)
+    assert isinstance(prior.denoiser, DiT)
     assert prior.denoiser.patches(torch.zeros(1, 4, 32, 32)).shape == (1, (32 // patch_size) ** 2, 4 * patch_size**2)
 
 
