@@ -28,13 +28,14 @@ from pipelines.evaluation.report import (
     reconstruct,
     sampled_batches,
 )
+from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
@@ -93,15 +94,19 @@ def run_main_job(
     with timed(phases, "tokenize") as phase:
         with main_process_first():
             remove_codes_of_another(tokenizer.output, prior)
-        run_tokenize(tokenizer.output, source, prior.codes, "latents" if prior.prior == "diffusion" else "indices")
+        if isinstance(prior, DiffusionTraining):
+            run_tokenize(tokenizer.output, source, prior.codes, "latents", degradation=prior.degradation)
+        else:
+            run_tokenize(tokenizer.output, source, prior.codes, "indices")
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
         folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
     if not is_main_process():  # which measures, and is helped to sample
-        for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
-            pass
+        if not pipeline.prior.restores:
+            for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
+                pass
         wait_for_everyone()
         return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
@@ -167,8 +172,11 @@ def write_results(
     processor = pipeline.tokenizer.config.image_processor
     held_out, train = (Pixels(split, processor) for split in (source.held_out, source.train))
     pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
-    labels, kept = balanced_labels(pipeline, num_images), dict[int, list[Tensor]]()
-    batches = keeping_first(sampled_batches(pipeline, labels, seed), labels, kept, GRID_ROWS, GRID_COLUMNS)
+    kept = dict[int, list[Tensor]]()
+    restorations = Restorations(pipeline, held_out, num_images, seed) if pipeline.prior.restores else None
+    labels = balanced_labels(pipeline, num_images) if restorations is None else restorations.labels
+    drawn = sampled_batches(pipeline, labels, seed) if restorations is None else restorations.batches()
+    batches = keeping_first(drawn, labels, kept, GRID_ROWS, GRID_COLUMNS)
     with Evaluator(extractor, features_folder(), seed) as evaluator:
         with timed(phases, "sample") as phase:
             samples = evaluator.measure_stream(batches, labels, "sample")
@@ -176,6 +184,8 @@ def write_results(
         with timed(phases, "evaluate") as phase:
             figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, source.label_names or ())
             phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
+    if restorations is not None:
+        figures |= restorations.figures()
     shown = held_out[range(min(20, len(held_out)))]
     save_picture(before_and_after(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
     picture = sheet(kept, pipeline.label_names)

@@ -17,8 +17,7 @@ from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.diffusion.model import DiffusionPrior
-from stage2_prior.training_config import PriorTraining
+from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMA
 from training_harness.errors import UserError
 from training_harness.machine import rounded_products
@@ -136,10 +135,15 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
         prior.recompute_blocks()
 
     def loss(images: int) -> Tensor:
-        labels = torch.full((images,), -1, device=device)
-        if isinstance(prior, DiffusionPrior):
+        labels = torch.full((images,), min(0, num_classes - 1), device=device)
+        if isinstance(config, DiffusionTraining):
             latents, noise = torch.randn(2, images, spec.channels, spec.height, spec.width, device=device)
-            return prior(latents, labels, torch.rand(images, device=device), noise).total
+            times, ends, guidance = torch.rand(images, device=device), None, None
+            if config.model.mean_flow:
+                times, ends = config.times.spans(times, torch.rand(images, device=device))
+                guidance = torch.full_like(times, config.model.max_guidance)
+            degraded = None if config.degradation == "none" else noise
+            return prior(latents, labels, times, noise, degraded, None, ends, guidance).total
         shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
         return prior(torch.randint(spec.codebook_size or 1, (images, *shape), device=device), labels).total
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,6 +18,7 @@ from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.code_cache import Contents, View, write_code_cache
+from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pictures import image_grid, save_picture
@@ -28,7 +30,7 @@ from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage2_prior.codes import CodeCache
-from stage2_prior.prior import Prior
+from stage2_prior.prior import Known, Prior
 from stage2_prior.registry import saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
@@ -113,6 +115,7 @@ def run_tokenize(
     output: Path,
     contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
+    degradation: Degradation = "none",
     batch_size: int = 128,
 ) -> Path:
     """Writes the code cache of `source`; returns its folder."""
@@ -121,7 +124,16 @@ def run_tokenize(
             return output
         model, folder = load_tokenizer(tokenizer)
         model.to(accelerated_device())
-        return write_code_cache(model, folder, source, output, contents=contents, views=views, batch_size=batch_size)
+        return write_code_cache(
+            model,
+            folder,
+            source,
+            output,
+            contents=contents,
+            views=views,
+            degradation=degradation,
+            batch_size=batch_size,
+        )
 
 
 def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
@@ -145,7 +157,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     def preview(prior: Prior, path: Path) -> None:
         tokenizer.to(prior.device)
         pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
-        drawn = sample_grid(pipeline, config.seed)
+        drawn = sheet_of(pipeline, codes, config.seed)
         if is_main_process():
             save_picture(drawn, path)
 
@@ -155,11 +167,27 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
     drawn = preview_of_these.exists()
-    samples = PIL.Image.open(preview_of_these) if drawn else sample_grid(pipeline, config.seed)
+    samples = PIL.Image.open(preview_of_these) if drawn else sheet_of(pipeline, codes, config.seed)
     with main_process_first():
         if is_main_process():
             pipeline.save_pretrained(folder, samples=samples)
     return folder
+
+
+def sheet_of(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) -> PIL.Image.Image:
+    """Samples; of a prior that restores rows of degraded pictures of the validation split, restored, and as they were."""
+    if not pipeline.prior.restores:
+        return sample_grid(pipeline, seed)
+    split = codes.validation
+    rows = np.arange(min(2 * PREVIEW_COLUMNS, len(split)))
+    labels = split.labels(rows) if pipeline.prior.config.num_classes else torch.full((len(rows),), -1)
+    given, wanted = split.latents(rows, "degraded"), split.latents(rows)
+    pipeline.set_progress_bar_config(disable=True)
+    restored = pipeline.sample_pixels(labels, torch.Generator().manual_seed(seed), known=Known.whole(given))
+    pipeline.set_progress_bar_config(disable=None)
+    pictures = [to_uint8(x).split(PREVIEW_COLUMNS) for x in (pipeline.decode(given), restored, pipeline.decode(wanted))]
+    sheet = torch.cat([part for row in zip(*pictures, strict=True) for part in row])
+    return image_grid(sheet, PREVIEW_COLUMNS, ["given", "restored", "original"] * len(pictures[0]))
 
 
 def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> PIL.Image.Image:

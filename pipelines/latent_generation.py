@@ -8,6 +8,7 @@ up front, so that image i has the same draws at any batch size.
 
 import dataclasses
 import json
+import math
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.prior import UNKNOWN, Known, Prior
+from stage2_prior.prior import UNKNOWN, Known, Prior, randn_per_image
 from stage2_prior.registry import PRIORS
 from training_harness.configuration import from_mapping, nearest
 from training_harness.errors import SpecMismatchError, UserError
@@ -86,6 +87,7 @@ class LatentGenerationPipeline:
         image: Pictures | None = None,
         mask_image: Pictures | None = None,
         strength: float | None = None,
+        latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         return_dict: bool = True,
         **options: Any,
@@ -97,10 +99,11 @@ class LatentGenerationPipeline:
             batch_size: images a forward pass; the images do not depend on it.
             generator: one, from which each image's seed is drawn; or one an image; none is random.
             image: what to go on from: PIL pictures, arrays (h, w, C) or tensors (C, h, w), of uint8 or in [0, 1]; one, or one a
-                label. A picture of another size is cropped and resized as in training.
+                label. A picture of another size is cropped and resized as in training. To a prior that restores, what it restores.
             mask_image: white where to draw, black where the picture stays exactly as it is; of the picture's size.
             strength: share in (0, 1] of the codes that are drawn anew, or for a diffusion prior how much noise is laid on the
                 picture; by default 1 under a mask, and 0.8 without one.
+            latents: (N, c, rows, columns) ~ N(0, I), the noise that a prior of latents makes the N images of; by default drawn.
             callback_on_step_end: called as f(pipeline, step, step, {"tokens": the grid so far (B, h, w), −1 where there is no
                 code yet}), or with "latents"; `decode` makes a picture of either.
             options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a diffusion prior those of
@@ -118,6 +121,10 @@ class LatentGenerationPipeline:
         if num_images_per_label < 1:
             raise UserError(f"num_images_per_label is {num_images_per_label}; expected at least 1")
         check_edit(image, mask_image, strength)
+        if self.prior.restores and (mask_image is not None or strength is not None):
+            raise UserError(
+                "mask_image or strength was given to a prior that restores whole pictures; expected image alone"
+            )
         labels = torch.tensor(self.label_ids(class_labels))
         of_latents = self.prior.draws == "latents"
         edit = None if image is None else Edit.of(self.tokenizer, image, mask_image, of_latents)
@@ -127,13 +134,14 @@ class LatentGenerationPipeline:
         generators, known = image_generators(generator, len(labels)), None
         if edit is not None:
             edit = edit.repeated(num_images_per_label)
-            strength = strength or (1.0 if mask_image is not None else DEFAULT_STRENGTH)
+            whole = mask_image is not None or self.prior.restores
+            strength = strength or (1.0 if whole else DEFAULT_STRENGTH)
             known = (
                 Known(edit.codes, ~edit.hole, strength)
                 if of_latents
                 else edit.known(strength, self.prior.fills_any_place, generators)
             )
-        pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, **options)
+        pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, latents, **options)
         if edit is not None:
             pictures = edit.composited(pictures)
         images = self._as(output_type, pictures)
@@ -146,12 +154,17 @@ class LatentGenerationPipeline:
         batch_size: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         known: Known | None = None,
+        noise: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """One image for each class id of (N,) int64, −1 for no class: float32 (N, C, h, w) in [0, 1], on the CPU."""
         generators = image_generators(generator, len(labels))
         chosen = self.sampling_options(options)
         spec = self.tokenizer.latent_spec()
+        if noise is not None and noise.shape != (wanted := (len(labels), spec.channels, spec.height, spec.width)):
+            raise UserError(
+                f"latents are {tuple(noise.shape)}; expected {wanted}, for each image the noise that it is made of"
+            )
         size = batch_size or DEFAULT_BATCH_SIZE
         starts = range(0, len(labels), size)
         pictures = list[Tensor]()
@@ -168,9 +181,37 @@ class LatentGenerationPipeline:
                 given = known and Known(
                     known.codes[part].to(self.device), known.kept[part].to(self.device), known.strength
                 )
-                codes = self.prior.sample(spec, labels[part].to(self.device), chosen, generators[part], on_step, given)
+                classes, begun = labels[part].to(self.device), None if noise is None else noise[part]
+                codes = self.prior.sample(spec, classes, chosen, generators[part], on_step, given, begun)
                 pictures.append(self.decode(codes))
         return torch.cat(pictures)
+
+    def interpolate(
+        self,
+        seed: int,
+        other_seed: int,
+        num_images: int = 8,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        **arguments: Any,
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """`num_images` of each label on the way from the noise of one seed to that of another.
+
+            ε_s = cos(π s / 2) ε_0 + sin(π s / 2) ε_1,    s from 0 to 1; for every s this is ~ N(0, I)
+
+        The first is what the label gives with `generator=torch.Generator().manual_seed(seed)`.
+
+        Args:
+            arguments: of `__call__`.
+        """
+        spec, count = self.tokenizer.latent_spec(), len(self.label_ids(class_labels)) * num_images
+        if num_images < 2:
+            raise UserError(f"num_images is {num_images}; expected at least 2, the ends of the way")
+        generators = [image_generators(torch.Generator().manual_seed(s), 1)[0] for s in (seed, other_seed)]
+        first, last = randn_per_image((spec.channels, spec.height, spec.width), generators)
+        angles = torch.linspace(0, math.pi / 2, num_images).view(-1, 1, 1, 1)
+        noise = (angles.cos() * first + angles.sin() * last).repeat(count // num_images, 1, 1, 1)
+        own = [generators[0].clone_state() for _ in range(count)]
+        return self(class_labels, num_images, generator=own, latents=noise, **arguments)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
     codes/train-00000.arrow        columns indices and/or latents, label, source_id; an Arrow stream of one record batch
     codes/skipped.jsonl            images that could not be read, and why
 
-Codes are laid out flat, image by image: indices as uint16 where K allows, else int32; latents as float16.
+Codes are laid out flat, image by image: indices as uint16 where K allows, else int32; latents as float16. For a prior that
+restores pictures there are the latents of each view made worse beside them, in the column `degraded` (`degradation`).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from stage1_tokenizer.degradation import Degradation, degraded
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ def write_code_cache(
     *,
     contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
+    degradation: Degradation = "none",
     batch_size: int = 128,
 ) -> Path:
     """Encodes train and validation images of `source` into `output`, which appears whole or not at all.
@@ -47,11 +50,13 @@ def write_code_cache(
         tokenizer_folder: the model folder that `tokenizer` was loaded from; it is copied into the cache.
         contents: by default indices, of a tokenizer without a codebook latents.
         views: what is encoded of each training image: itself, and its mirror image. Validation has the originals.
+        degradation: how a second picture of each view is made, whose latents stand in the column `degraded`.
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
     spec = tokenizer.latent_spec()
-    contents = contents or ("latents" if spec.codebook_size is None else "indices")
+    needs_latents = spec.codebook_size is None or degradation != "none"
+    contents = contents or ("latents" if needs_latents else "indices")
     request = {
         "format": FORMAT,
         "spec": spec.to_dict(),
@@ -59,6 +64,7 @@ def write_code_cache(
         "images": {"train": len(source.train), "validation": len(source.validation)},
         "contents": contents,
         "views": list(views),
+        "degradation": None if degradation == "none" else degradation,
         "label_names": list(source.label_names) if source.label_names else None,
     }
     if (output / "manifest.json").exists():
@@ -81,7 +87,9 @@ def write_code_cache(
             shown = views if name == "train" else ("original",)
             shards = [
                 _write_shard(folder / f"{name}-{number:05d}.arrow", rows)
-                for number, rows in enumerate(_shards(_encoded(tokenizer, pixels, contents, shown, batch_size, name)))
+                for number, rows in enumerate(
+                    _shards(_encoded(tokenizer, pixels, contents, shown, degradation, batch_size, name))
+                )
             ]
             splits[name] = {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
             skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.skipped.values()]
@@ -93,9 +101,15 @@ def write_code_cache(
 
 @torch.no_grad()
 def _encoded(
-    tokenizer: Tokenizer, pixels: Pixels, contents: Contents, views: tuple[View, ...], batch_size: int, name: str
+    tokenizer: Tokenizer,
+    pixels: Pixels,
+    contents: Contents,
+    views: tuple[View, ...],
+    degradation: Degradation,
+    batch_size: int,
+    name: str,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of each batch and view: indices (B, tokens), latents (B, c·h·w), label (B,), source_id (B,)."""
+    """Columns of each batch and view: indices (B, tokens), latents and degraded (B, c·h·w), label (B,), source_id (B,)."""
     processor, spec = tokenizer.config.image_processor, tokenizer.latent_spec()
     labels, ids = pixels.labels(), pixels.source_ids()
     dtype = np.uint16 if (spec.codebook_size or 0) <= 2**16 else np.int32
@@ -109,6 +123,10 @@ def _encoded(
                     columns["indices"] = tokenizer.encode_indices(pixel_values).flatten(1).cpu().numpy().astype(dtype)
                 if contents != "indices":
                     columns["latents"] = tokenizer.encode_latents(pixel_values).flatten(1).half().cpu().numpy()
+                if degradation != "none":
+                    worse = degraded(shown, degradation, processor, positions)
+                    encoded = tokenizer.encode_latents(processor.preprocess(worse.to(tokenizer.device)))
+                    columns["degraded"] = encoded.flatten(1).half().cpu().numpy()
                 columns["label"] = np.array([-1 if labels is None else labels[i] for i in positions], np.int64)
                 columns["source_id"] = np.array([ids[i] for i in positions], object)
                 bar.update(len(positions))

@@ -8,12 +8,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SHORT = 256  # tokens up to which plain products are the quicker ones
 
 
 def plain_products_pay(tokens: int, device: torch.device) -> bool:
     return tokens <= SHORT and device.type == "cpu" and torch.is_grad_enabled()
+
+
+def carries_derivative(x: Tensor) -> bool:
+    """Whether x is differentiated forwards, which torch's fused kernels of attention are not."""
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, dropout: float = 0.0) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError
@@ -49,9 +50,9 @@ class CodeSplit:
         """−1 where there is none."""
         return max((int(part.max()) for part in self._columns.get("indices", ()) if part.size), default=-1)
 
-    def latents(self, rows: np.ndarray) -> Tensor:
-        """(B, c, h, w) float32."""
-        latents = torch.from_numpy(self._take("latents", rows).astype(np.float32))
+    def latents(self, rows: np.ndarray, column: str = "latents") -> Tensor:
+        """(B, c, h, w) float32, of the images or, in the column "degraded", of what was made of them."""
+        latents = torch.from_numpy(self._take(column, rows).astype(np.float32))
         return latents.view(len(rows), self.spec.channels, self.spec.height, self.spec.width)
 
     def labels(self, rows: np.ndarray) -> Tensor:
@@ -91,6 +92,7 @@ class CodeCache:
             self.spec = LatentSpec.from_dict(self.manifest["spec"])
             train, validation = (self.manifest["splits"][name]["shards"] for name in ("train", "validation"))
             names = self.manifest["label_names"]
+            self.degradation: Degradation = self.manifest.get("degradation") or "none"
         except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"no code cache in {self.path} ({type(error).__name__}: {error}); expected a folder with a "

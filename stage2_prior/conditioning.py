@@ -28,6 +28,6 @@ def without_some(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
     return torch.where(draws.to(labels.device) < rate, -1, labels)
 
 
-def guided(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def guided(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance on logits or predictions; scale 1 is the conditional model, above 1 sharpens."""
     return null + scale * (conditional - null)

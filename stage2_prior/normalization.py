@@ -1,6 +1,7 @@
 r"""RMSNorm with a gradient written by hand where torch has no fused kernel.
 
     n = x / √(mean x² + ε),    y = g n,    ∂L/∂x = (g ∂L/∂y − n · mean(n g ∂L/∂y)) / √(mean x² + ε)
+    and forwards, ẏ = g (ẋ − n · mean(n ẋ)) / √(mean x² + ε) + ġ n
 
 Zhang and Sennrich 2019, arXiv 1910.07467. On a CPU torch composes it of seven operations, whose gradients take most of
 the time that a small transformer spends outside its matrix products.
@@ -30,7 +31,16 @@ class _RMSNorm(torch.autograd.Function):
         scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         normalized = wide * scale
         ctx.save_for_backward(normalized, scale, weight)
+        ctx.save_for_forward(normalized, scale, weight)
         return (normalized * weight).to(x.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor, of_weight: Tensor | None, _: None) -> Tensor:
+        normalized, scale, weight = ctx.saved_tensors
+        wide = of_x.to(normalized.dtype)
+        mean = torch.linalg.vecdot(normalized, wide).div_(wide.shape[-1]).unsqueeze(-1)
+        moved = (wide - normalized * mean) * scale * weight
+        return (moved if of_weight is None else moved + normalized * of_weight).to(of_x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

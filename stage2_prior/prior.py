@@ -1,7 +1,7 @@
 """What every prior offers to the pipeline: samples for a tokenizer's codes, and words about itself."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ class Known(NamedTuple):
         1.0  # of a prior of latents: how much noise is laid on `codes` at the other places; at 1 they are not used
     )
 
+    @classmethod
+    def whole(cls, latents: Tensor) -> Self:
+        """Pictures (B, c, h, w) of which nothing stays as it is: those that a prior restores."""
+        return cls(latents, latents.new_zeros((len(latents), *latents.shape[2:]), dtype=torch.bool))
+
 
 class Prior(StrictModel):
     config_class: type[StrictConfig]
@@ -48,6 +53,11 @@ class Prior(StrictModel):
         """Whether it can be given any part of an image to go on from, not only the beginning."""
         return False
 
+    @property
+    def restores(self) -> bool:
+        """Whether it makes better pictures of given ones, which are then `known`, and draws none of its own."""
+        return False
+
     def sample(
         self,
         spec: LatentSpec,
@@ -56,11 +66,15 @@ class Prior(StrictModel):
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
         known: Known | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Indices (B, h, w) int64, or normalised latents (B, c, h, w), for class ids (B,); one generator an image.
 
         `on_step(i, codes)` is called after each of `num_steps` steps. Raises SpecMismatchError when `spec` is not that of the
         codes the prior was trained on, UserError when it cannot go on from what is known.
+
+        Args:
+            noise: (B, c, h, w) ~ N(0, I) that a prior of latents begins with, in place of the first that the generators give.
         """
         raise NotImplementedError
 

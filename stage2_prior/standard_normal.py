@@ -55,6 +55,7 @@ class StandardNormalPrior(Prior, WeightlessModel):
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
         known: Known | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)
         if known is not None:
@@ -63,7 +64,8 @@ class StandardNormalPrior(Prior, WeightlessModel):
                 "autoregressive one; give neither image nor mask_image"
             )
         shape = (spec.channels, spec.height, spec.width)
-        latents = options.temperature * randn_per_image(shape, generators).to(conditioning.device, self.dtype)
+        noise = randn_per_image(shape, generators) if noise is None else noise
+        latents = options.temperature * noise.to(conditioning.device, self.dtype)
         if on_step is not None:
             on_step(0, latents)
         return latents

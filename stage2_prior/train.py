@@ -70,8 +70,8 @@ def train_prior(
     run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
 
     if run.step == 0:
-        for text in objective.warnings():
-            run.warn(0, "codes", text)
+        for finding in objective.warnings():
+            run.warn(0, "codes", finding)
     warned = False
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))

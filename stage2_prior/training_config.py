@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior
@@ -92,15 +93,19 @@ class DiffusionModel:
     """What the network says of a noisy latent: its velocity, v, the noise, or the sample."""
     zero_terminal_snr: bool = False
     """Lets linear, scaled-linear and cosine end with noise alone."""
+    mean_flow: bool = False
+    """Whether the network tells the mean velocity between two times, for sampling in a few steps."""
+    max_guidance: float = 4.0
+    """Of a mean flow: up to which guidance scale it learns."""
 
     def __post_init__(self) -> None:
         check_class_dropout(self.class_dropout)
 
-    def for_spec(self, spec: LatentSpec, num_classes: int) -> DiffusionPriorConfig:
+    def for_spec(self, spec: LatentSpec, num_classes: int, degradation: Degradation = "none") -> DiffusionPriorConfig:
         own = dataclasses.asdict(self)
         del own["class_dropout"]  # of training alone
         sizes = {name: getattr(spec, name) for name in ("channels", "height", "width", "tokenizer_id")}
-        return DiffusionPriorConfig(**own, **sizes, num_classes=num_classes)
+        return DiffusionPriorConfig(**own, **sizes, num_classes=num_classes, degradation=degradation)
 
 
 def check_class_dropout(rate: float) -> None:
@@ -150,6 +155,8 @@ class AutoregressiveTraining(StageTwoTraining):
 class DiffusionTraining(StageTwoTraining):
     prior: Literal["diffusion"] = "diffusion"
     model: DiffusionModel = field(default_factory=DiffusionModel)
+    degradation: Degradation = "none"
+    """What the prior learns to undo: noise, or what a smaller picture has lost; none draws pictures of its own."""
     times: TimesConfig = field(default_factory=TimesConfig)
     """At which times the network learns, and how much each counts."""
     sampling: DiffusionOptions = field(default_factory=DiffusionOptions)
@@ -157,7 +164,7 @@ class DiffusionTraining(StageTwoTraining):
 
     def new_prior(self, spec: LatentSpec, num_classes: int) -> DiffusionPrior:
         """An untrained prior for the latents of a tokenizer; ConfigError where the settings do not fit them."""
-        return DiffusionPrior(self.model.for_spec(spec, num_classes))
+        return DiffusionPrior(self.model.for_spec(spec, num_classes, self.degradation))
 
 
 PriorTraining = AutoregressiveTraining | DiffusionTraining

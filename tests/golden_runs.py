@@ -50,10 +50,15 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
             run_tokenizer(from_mapping(TokenizerTraining, values), open_source(data))
         else:
             tiny_tokenizer().save_pretrained(folder / "tokenizer")
-            codes = write_code_cache(
-                tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes", contents="both"
+            values = training_values(stage, recipe, None, fields | {"codes": str(folder / "codes")})
+            write_code_cache(
+                tiny_tokenizer(),
+                folder / "tokenizer",
+                tiny_source(),
+                folder / "codes",
+                contents="both",
+                degradation=values.get("degradation", "none"),
             )
-            values = training_values(stage, recipe, None, fields | {"codes": str(codes)})
             run_prior(prior_training(values))
     finally:
         Run.log = log  # type: ignore[method-assign]

@@ -32,6 +32,7 @@ from pipelines.evaluation.report import (
     sampled_batches,
     warnings_for,
 )
+from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor, as_rgb
 from stage1_tokenizer.pictures import save_picture
@@ -83,6 +84,8 @@ class Samples(NamedTuple):
     labels: Tensor
     label_names: tuple[str, ...] | None
     processor: ImageProcessor
+    restorations: Restorations | None = None
+    """Of a pipeline that restores held-out pictures."""
 
 
 def main(words: list[str]) -> None:
@@ -145,6 +148,7 @@ def against_images(a: Arguments) -> dict[str, Any]:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         if pipeline is not None:
             figures = pipeline_figures(evaluator, pipeline, measured, held_out, train, names or ())
+            figures |= {} if samples.restorations is None else samples.restorations.figures()
         else:
             real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
             figures = evaluator.sample_figures(measured, real, trained, names or ())
@@ -195,9 +199,18 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
         pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
         pipeline.sampling = pipeline.sampling_options(a.sampling_options())
         pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
+        processor, restorations = pipeline.tokenizer.config.image_processor, None
         labels = balanced_labels(pipeline, a.num_images)
         batches = sampled_batches(pipeline, labels, a.seed)
-        samples = Samples(batches, labels, pipeline.label_names, pipeline.tokenizer.config.image_processor)
+        if pipeline.prior.restores:
+            if a.reference.endswith(".npz"):
+                raise UserError(
+                    f"--reference is {a.reference} for a pipeline that restores; expected a folder of images to restore"
+                )
+            held_out = readable(load_source(a.reference).held_out, processor)
+            restorations = Restorations(pipeline, held_out, a.num_images, a.seed)
+            labels, batches = restorations.labels, restorations.batches() if is_main_process() else iter(())
+        samples = Samples(batches, labels, pipeline.label_names, processor, restorations)
     else:
         samples = read_samples(a.samples or "")
     check_enough(len(samples.labels), "samples")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import PIL.Image
 import torch
@@ -40,6 +40,8 @@ class Arguments(SamplingArguments):
     """White where to draw, black where the picture stays exactly as it is."""
     strength: float | None = None
     """Share of the codes that are drawn anew; by default all under a mask, and 0.8 without one."""
+    interpolate_to: int | None = None
+    """Another seed: the images of each class go from the noise of --seed to its; of a prior of latents."""
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +49,10 @@ class Arguments(SamplingArguments):
         check_seed(self.seed)
         if self.batch_size is not None:
             check_count("--batch-size", self.batch_size)
+        if self.interpolate_to is not None:
+            check_seed(self.interpolate_to)
+            if self.image is not None:
+                raise UserError("--interpolate-to was given with --image; expected one of the two")
         check_edit(self.image, self.mask_image, self.strength)
 
 
@@ -59,7 +65,9 @@ def main(words: list[str]) -> None:
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = a.sampling_options() | {"num_candidates": a.num_candidates}
     generator = torch.Generator().manual_seed(a.seed)
-    if a.image is None:
+    if a.interpolate_to is not None:
+        images = interpolated(pipeline, a.seed, a.interpolate_to, labels, a.batch_size, options)
+    elif a.image is None:
         images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)
     elif is_main_process():
         pipeline_options = options | {"image": opened(a.image), "strength": a.strength, "batch_size": a.batch_size}
@@ -73,6 +81,27 @@ def main(words: list[str]) -> None:
     save_images(images, [a.output / name for name in names])
     save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
+
+
+def interpolated(
+    pipeline: LatentGenerationPipeline,
+    seed: int,
+    other_seed: int,
+    labels: list[int],
+    batch_size: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """uint8 (N, C, h, w) of labels in order, as many of each."""
+    classes = list(dict.fromkeys(labels))
+    each, left = divmod(len(labels), len(classes))
+    if left or each < 2:
+        raise UserError(
+            f"--num-images is {len(labels)} for {len(classes)} classes; expected as many of each, and 2 at least; give "
+            f"--num-images {8 * len(classes)}, or name --classes"
+        )
+    named = None if classes == [-1] else classes
+    drawn = pipeline.interpolate(seed, other_seed, each, named, output_type="pt", batch_size=batch_size, **options)[0]
+    return to_uint8(cast("torch.Tensor", drawn))
 
 
 def opened(path: Path) -> PIL.Image.Image:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from latentloom.arguments import check_count, parse
 from latentloom.stages import load_source, run_tokenize, say
-from stage1_tokenizer.code_cache import Contents
+from stage1_tokenizer.code_cache import Contents, View
+from stage1_tokenizer.degradation import Degradation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Arguments:
     """Indices, latents or both; by default indices, of a tokenizer without a codebook latents."""
     flip: bool = False
     """Also encode each training image's mirror image."""
+    degradation: Degradation = "none"
+    """Also encode a worse version of each image, for a prior that restores pictures."""
     batch_size: int = 128
 
     def __post_init__(self) -> None:
@@ -29,7 +32,6 @@ class Arguments:
 def main(words: list[str]) -> None:
     a = parse(Arguments, "tokenize", words)
     source = load_source(a.data)
-    codes = run_tokenize(
-        a.tokenizer, source, a.output, a.contents, ("original", "flip") if a.flip else ("original",), a.batch_size
-    )
+    views: tuple[View, ...] = ("original", "flip") if a.flip else ("original",)
+    codes = run_tokenize(a.tokenizer, source, a.output, a.contents, views, a.degradation, a.batch_size)
     say(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")

@@ -30,7 +30,7 @@ from stage2_prior.conditioning import ClassEmbedding
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.prior import Known, Prior, PriorLoss
 from stage2_prior.rotary import rotary_angles, turns
-from training_harness.errors import SpecMismatchError
+from training_harness.errors import SpecMismatchError, UserError
 from training_harness.pretrained import count_parameters
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
@@ -184,8 +184,14 @@ class AutoregressivePrior(Prior):
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
         known: Known | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)
+        if noise is not None:
+            raise UserError(
+                "an autoregressive prior draws codes one after another; expected a prior of latents, such as a diffusion prior, to "
+                "begin with given noise; give neither latents nor --interpolate-to"
+            )
         orders = kept_first(known.kept.flatten(1)) if known is not None and self.fills_any_place else None
         return decode(self, conditioning, options, generators, on_step, known, orders)
 

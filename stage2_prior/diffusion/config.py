@@ -4,9 +4,11 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from stage1_tokenizer.degradation import Degradation
 from stage2_prior.diffusion.process import Prediction
+from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.diffusion.schedule import Schedule
-from training_harness.errors import ConfigError
+from training_harness.errors import ConfigError, UserError
 from training_harness.pretrained import StrictConfig
 
 
@@ -38,8 +40,18 @@ class DiffusionPriorConfig(StrictConfig):
     schedule: Schedule = "flow"
     prediction: Prediction = "flow"
     zero_terminal_snr: bool = False
+    mean_flow: bool = False
+    """Whether the network tells the mean velocity between two times, for sampling in a few steps."""
+    max_guidance: float | int = 4.0
+    """Of a mean flow: up to which guidance scale it learns."""
+    degradation: Degradation = "none"
+    """Of the pictures that it restores, whose latents it is given beside the noisy ones."""
     tokenizer_id: str = ""
     """Of the tokenizer whose latents the prior was trained on."""
+
+    @property
+    def input_channels(self) -> int:
+        return self.channels if self.degradation == "none" else 2 * self.channels
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -74,6 +86,33 @@ class DiffusionPriorConfig(StrictConfig):
             raise ConfigError(
                 f"model.prediction is epsilon and the schedule {self.schedule} ends with noise alone, of which it tells nothing; "
                 "expected v_prediction, flow or sample"
+            )
+
+        if self.mean_flow and (self.denoiser, self.schedule, self.prediction) != ("dit", "flow", "flow"):
+            raise ConfigError(
+                f"model.mean_flow is true with the denoiser {self.denoiser}, the schedule {self.schedule} and the prediction "
+                f"{self.prediction}; expected dit, flow and flow"
+            )
+        if self.mean_flow and self.degradation != "none":
+            raise ConfigError(
+                f"model.mean_flow is true and the degradation {self.degradation}; expected one of them; give "
+                "--degradation none, or --model.mean-flow False"
+            )
+        if not self.max_guidance >= 1:
+            raise ConfigError(
+                f"model.max_guidance is {self.max_guidance}; expected 1, which is without guidance, or more"
+            )
+
+    def check_sampling(self, options: DiffusionOptions) -> None:
+        """Raises UserError for what a prior of this kind does not sample with."""
+        if self.mean_flow and not 1 <= options.guidance_scale <= self.max_guidance:
+            raise UserError(
+                f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to {self.max_guidance:g}; "
+                "expected a number between; a larger model.max_guidance in training allows more"
+            )
+        if self.mean_flow and options.guidance_rescale:
+            raise UserError(
+                f"guidance_rescale is {options.guidance_rescale} with a mean flow, whose guidance is learnt; expected 0"
             )
 
     def _check_unet(self) -> None:

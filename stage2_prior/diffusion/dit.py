@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage2_prior.attention import plain_attention, plain_products_pay
-from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.attention import carries_derivative, plain_attention, plain_products_pay
+from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from stage2_prior.diffusion.time_embedding import STD, TimeEmbedding
 from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.rotary import Turns, rotary_angles, rotate, turns
@@ -29,17 +28,23 @@ class DiT(nn.Module):
         super().__init__()
         self.config, size, width = config, config.patch_size, config.hidden_size
         self.grid = config.height // size, config.width // size
-        self.patch = nn.Linear(config.channels * size**2, width)
-        self.time_embedding = TimeEmbedding(width)
-        self.class_embedding = ClassEmbedding(config.num_classes, width)
+        self.patch = nn.Linear(config.input_channels * size**2, width)
+        self.condition = Condition(config, width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.norm = norm_layer(config)
         self.modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, config.channels * size**2)
         self._draw_weights()
 
-    def forward(self, latents: Tensor, times: Tensor, conditioning: Tensor) -> Tensor:
-        """(B, c, h, w) noisy latents, (B,) times in [0, 1], (B,) class ids → (B, c, h, w) prediction."""
+    def forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        classes: Tensor,
+        ends: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
         x = self.patch(self.patches(latents))
         turned = None
         if self.config.positions == "sincos":
@@ -49,7 +54,7 @@ class DiT(nn.Module):
                 *self.grid, self.config.hidden_size // self.config.num_heads, 2, self.config.rope_theta
             )
             turned = turns(angles[1:].to(x.device))  # the first is that of a class prefix
-        condition = F.silu(self.time_embedding(times) + self.class_embedding(conditioning))
+        condition = self.condition(times, classes, ends, guidance)
         for block in self.blocks:
             x = block(x, condition, turned)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
@@ -68,7 +73,6 @@ class DiT(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.config.channels, rows * size, columns * size)
 
     def _draw_weights(self) -> None:
-        nn.init.normal_(self.class_embedding.weight, std=STD)
         for module in (self.patch, self.modulation, self.final, *self.blocks.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -120,7 +124,8 @@ class SelfAttention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if turned is not None:
             query, key = rotate(query, *turned), rotate(key, *turned)
-        attend = plain_attention if plain_products_pay(x.shape[1], x.device) else F.scaled_dot_product_attention
+        plain = plain_products_pay(x.shape[1], x.device) or carries_derivative(x)
+        attend = plain_attention if plain else F.scaled_dot_product_attention
         return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 

@@ -9,16 +9,17 @@ as `strength` says (Meng et al. 2021, arXiv 2108.01073).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.conditioning import guided
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
+from stage2_prior.diffusion.mean_flow import Span, mean_flow_errors
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
 from stage2_prior.diffusion.samplers.diffusers_scheduler import sampled_by_scheduler
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
@@ -27,6 +28,8 @@ from stage2_prior.diffusion.unet import UNet
 from stage2_prior.prior import Known, Prior, PriorLoss, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
+
+STEADY = 0.01  # of a mean flow: squared error far below which examples no longer count alike
 
 
 class DiffusionPrior(Prior):
@@ -47,24 +50,53 @@ class DiffusionPrior(Prior):
         self.post_init()
 
     def forward(
-        self, latents: Tensor, conditioning: Tensor, times: Tensor, noise: Tensor, weights: Tensor | None = None
+        self,
+        latents: Tensor,
+        conditioning: Tensor,
+        times: Tensor,
+        noise: Tensor,
+        degraded: Tensor | None = None,
+        weights: Tensor | None = None,
+        ends: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> PriorLoss:
         """Loss of latents (B, c, h, w), given class ids (B,) int64, at times (B,) in (0, 1] with noise (B, c, h, w) ~ N(0, I).
 
         Args:
+            degraded: (B, c, h, w), latents of the pictures to be restored, of a prior that restores.
             weights: (B,), of each image's squared error.
+            ends, guidance: (B,), of a mean flow: where each image's span ends, in [0, t], and its guidance scale.
         """
-        errors = self.squared_errors(latents, conditioning, times, noise)
+        span = None if ends is None or guidance is None else Span(ends, guidance)
+        errors = self.squared_errors(latents, conditioning, times, noise, degraded, span)
         loss = errors.mean()
+        if span is not None:
+            weights = 1 / (errors.detach() + STEADY)
         return PriorLoss(loss if weights is None else (weights * errors).mean(), {"squared_error": loss})
 
-    def squared_errors(self, latents: Tensor, conditioning: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+    def squared_errors(
+        self,
+        latents: Tensor,
+        conditioning: Tensor,
+        times: Tensor,
+        noise: Tensor,
+        degraded: Tensor | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
         """Of the predictions, each image's mean: (B,) float32."""
         level = self.schedule.levels(times)
         level = Level(*(part[:, None, None, None] for part in level))
-        predicted = self.denoiser(noised(latents, noise, level).to(self.dtype), times, conditioning)
+        noisy = noised(latents, noise, level).to(self.dtype)
         target = prediction_of(latents, noise, level, self.config.prediction)
-        return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+        if span is None:
+            errors = self.denoiser(beside(noisy, degraded), times, conditioning).float() - target.float()
+        else:
+            errors = mean_flow_errors(self.denoiser, noisy, target, times, conditioning, self.null_class, span)
+        return errors.square().flatten(1).mean(1)
+
+    @property
+    def null_class(self) -> int:
+        return self.denoiser.condition.class_embedding.null_class
 
     @torch.no_grad()
     def sample(
@@ -75,22 +107,38 @@ class DiffusionPrior(Prior):
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
         known: Known | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)
+        self.config.check_sampling(options)
         shape = (spec.channels, spec.height, spec.width)
 
         def draw() -> Tensor:
             return randn_per_image(shape, generators).to(conditioning.device)
 
+        degraded = None
+        if self.restores:
+            if known is None:
+                raise UserError(
+                    f"this prior restores pictures (degradation {self.config.degradation}) and was given none; expected image= or "
+                    "--image"
+                )
+            degraded, known = known.codes.to(self.dtype), None
+
         def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
-            prediction = self.prediction(noisy, level.time, conditioning, options)
+            end = ends.get(level.time)
+            prediction = self.prediction(noisy, level.time, conditioning, options, end, degraded)
             found = estimate(noisy, prediction, level, self.config.prediction)
             return found if known is None else with_known(found, noisy, level, known)
 
         steps = options.num_inference_steps
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [self.schedule.level(time) for time in times.tolist()]
-        latents, begin = draw(), 0
+        whole_steps = self.config.mean_flow and options.sampler == "euler" and self.scheduler is None
+        ends = (
+            dict(pairwise(times.tolist())) if whole_steps else {}
+        )  # of a mean flow, whose velocity is that of the whole step
+        latents, begin = draw() if noise is None else noise.to(conditioning.device), 0
         if known is not None and known.strength < 1:
             if self.scheduler is not None:
                 raise UserError(
@@ -109,25 +157,50 @@ class DiffusionPrior(Prior):
                 on_step(step, latents)
         return latents
 
-    def prediction(self, noisy: Tensor, time: float, conditioning: Tensor, options: DiffusionOptions) -> Tensor:
-        """float32 (B, c, h, w) at one time, with guidance where it is wanted: both halves in one batch of 2 B."""
-        noisy = noisy.to(self.dtype)
+    def prediction(
+        self,
+        noisy: Tensor,
+        time: float,
+        conditioning: Tensor,
+        options: DiffusionOptions,
+        end: float | None = None,
+        degraded: Tensor | None = None,
+    ) -> Tensor:
+        """float32 (B, c, h, w) at one time, with guidance where it is wanted: both halves in one batch of 2 B.
+
+        A mean flow knows the guidance, and gives the mean velocity down to `end`, by default that of `time` itself.
+        """
+        noisy = beside(noisy.to(self.dtype), degraded)
+        times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
+        if self.config.mean_flow:
+            ends = None if end is None else torch.full_like(times, end)
+            scale = torch.full_like(times, options.guidance_scale if options.guides_at(time) else 1.0)
+            return self.denoiser(noisy, times, conditioning, ends, scale).float()
         if not options.guides_at(time):
-            return self.denoiser(noisy, noisy.new_full((len(noisy),), time, dtype=torch.float32), conditioning).float()
-        null = torch.full_like(conditioning, self.denoiser.class_embedding.null_class)
-        times = noisy.new_full((2 * len(noisy),), time, dtype=torch.float32)
-        both = self.denoiser(torch.cat([noisy, noisy]), times, torch.cat([conditioning, null])).float()
+            return self.denoiser(noisy, times, conditioning).float()
+        null = torch.full_like(conditioning, self.null_class)
+        both = self.denoiser(torch.cat([noisy, noisy]), times.repeat(2), torch.cat([conditioning, null])).float()
         conditional, without = both.chunk(2)
         return rescaled(guided(conditional, without, options.guidance_scale), conditional, options.guidance_rescale)
+
+    @property
+    def restores(self) -> bool:
+        return self.config.degradation != "none"
 
     def num_steps(self, spec: LatentSpec, options: DiffusionOptions) -> int:
         return options.num_inference_steps
 
     def describe(self, spec: LatentSpec) -> str:
+        does = f"restores from {self.config.degradation}" if self.restores else "draws"
         return (
-            f"a diffusion prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} latents of "
+            f"a diffusion prior ({count_parameters(self):,} parameters) {does} {spec.height}×{spec.width} latents of "
             f"{spec.channels} channels"
         )
+
+
+def beside(noisy: Tensor, degraded: Tensor | None) -> Tensor:
+    """(B, c, h, w) or, with the latents of degraded pictures, (B, 2c, h, w): what the network is given."""
+    return noisy if degraded is None else torch.cat([noisy, degraded.to(noisy)], dim=1)
 
 
 def with_known(found: Estimate, noisy: Tensor, level: Level[float], known: Known) -> Estimate:

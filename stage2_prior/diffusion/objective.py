@@ -4,12 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage2_prior.codes import CodeCache
+from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.health import not_normalised
 from stage2_prior.training_config import DiffusionTraining
+from training_harness.errors import UserError
 from training_harness.processes import mean_over_processes, share_of
 
 VALIDATION_BATCH, BANDS = 250, 5
@@ -17,13 +18,20 @@ MEASURED = 2000  # images, evenly spaced, whose latents are looked at before tra
 
 
 class DiffusionObjective:
-    draws = 2  # for the label and the time
-
     def __init__(self, config: DiffusionTraining, codes: CodeCache) -> None:
         """Raises UserError for codes that the prior could not learn."""
         codes.train.require("latents")
+        if config.degradation != codes.degradation:
+            raise UserError(
+                f"{codes.path} has the degradation {codes.degradation} and the prior is to undo {config.degradation}; expected the "
+                f"same; run: latentloom tokenize --degradation {config.degradation} …"
+            )
         self.config, self.codes = config, codes
-        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()))
+        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()), config.degradation)
+        self.model.check_sampling(config.sampling)
+        self.draws = (
+            4 if self.model.mean_flow else 2
+        )  # for the label, the time, and the span's other end and its guidance
         self.schedule = NoiseSchedule(self.model.schedule, self.model.zero_terminal_snr)
 
     def new_prior(self) -> DiffusionPrior:
@@ -40,8 +48,15 @@ class DiffusionObjective:
         labels = without_some(split.labels(rows), draws[:, 0], self.config.model.class_dropout)
         latents = split.latents(rows)
         times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
+        ends = guidance = None
+        if self.model.mean_flow:
+            times, ends = self.config.times.spans(times, draws[:, 2].float())
+            guidance = self.model.max_guidance ** draws[:, 3].float()
         weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)
-        return latents, labels, times, torch.randn(latents.shape), weights
+        return latents, labels, times, torch.randn(latents.shape), self.degraded(split, rows), weights, ends, guidance
+
+    def degraded(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
+        return None if self.config.degradation == "none" else split.latents(rows, "degraded")
 
     @torch.no_grad()
     def validation(self, prior: DiffusionPrior) -> dict[str, float]:
@@ -53,8 +68,11 @@ class DiffusionObjective:
         times = self.schedule.training_times((places + 0.5) / limit)
         own, totals, counts = torch.tensor(share_of(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
         for rows in own.split(VALIDATION_BATCH):
-            inputs = (split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows])
-            errors = prior.squared_errors(*(given.to(prior.device) for given in inputs)).cpu()
+            given = split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows]
+            latents, labels, at, added = (x.to(prior.device) for x in given)
+            degraded = self.degraded(split, rows.numpy())
+            degraded = degraded if degraded is None else degraded.to(prior.device)
+            errors = prior.squared_errors(latents, labels, at, added, degraded).cpu()
             bands = (times[rows] * BANDS).ceil().long().clamp(1, BANDS) - 1
             totals.index_add_(0, bands, errors)
             counts += torch.bincount(bands, minlength=BANDS)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage1_tokenizer.blocks import AttentionBlock, Downsample, Upsample, group_norm
-from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from stage2_prior.diffusion.time_embedding import STD, TimeEmbedding
 
 
 class UNet(nn.Module):
@@ -27,9 +26,8 @@ class UNet(nn.Module):
         super().__init__()
         sizes = [config.hidden_size * multiplier for multiplier in config.channel_multipliers]
         wide, deepest = 4 * config.hidden_size, sizes[-1]
-        self.time_embedding, self.class_embedding = TimeEmbedding(wide), ClassEmbedding(config.num_classes, wide)
-        nn.init.normal_(self.class_embedding.weight, std=STD)
-        self.stem = nn.Conv2d(config.channels, sizes[0], 3, padding=1)
+        self.condition = Condition(config, wide)
+        self.stem = nn.Conv2d(config.input_channels, sizes[0], 3, padding=1)
 
         def stage(channels: int, beside: int, level: int) -> nn.ModuleList:
             attends = 2**level in config.attention
@@ -49,9 +47,16 @@ class UNet(nn.Module):
         for parameter in self.final.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, latents: Tensor, times: Tensor, conditioning: Tensor) -> Tensor:
-        """(B, c, h, w) noisy latents, (B,) times in [0, 1], (B,) class ids → (B, c, h, w) prediction."""
-        condition = F.silu(self.time_embedding(times) + self.class_embedding(conditioning))
+    def forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        classes: Tensor,
+        ends: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
+        condition = self.condition(times, classes, ends, guidance)
         x, seen = self.stem(latents), list[Tensor]()
         for level, blocks in enumerate(cast("Iterable[nn.ModuleList]", self.down)):
             if level > 0:

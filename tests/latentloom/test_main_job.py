@@ -320,6 +320,25 @@ def test_changing_the_recipe_changes_the_kind_of_prior_and_nothing_else(
     assert "top_k is no option of a DiffusionPrior; expected any of: num_inference_steps, " in capsys.readouterr().err
 
 
+def test_train_leaves_a_pipeline_that_restores_pictures(
+    real_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    assert latentloom(*quick(real_images, job), "--recipe", "diffusion-tiny-upscale") == 0
+    assert names(job) == JOB
+    assert min(metrics_of(job)[name] for name in ("degraded_psnr", "restored_psnr")) > 0
+    with Image.open(next(real_images.rglob("*.png"))) as picture:
+        picture.resize((picture.width // 2, picture.height // 2)).save(tmp_path / "small.png")
+    sample = ["sample", "--pipeline", job / "pipeline", "--num-images", 2]
+    assert latentloom(*sample, "--image", tmp_path / "small.png", "--output", tmp_path / "restored") == 0
+    assert len(names(tmp_path / "restored")) == 3
+    report = ["evaluate", "--pipeline", job / "pipeline", "--reference", real_images, "--num-images", 10]
+    assert latentloom(*report, "--output", tmp_path / "figures.json") == 0
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["restored_psnr"] > 0
+    assert latentloom(*sample, "--output", tmp_path / "none") == 2
+    assert "was given none; expected image= or --image" in capsys.readouterr().err
+
+
 def test_train_takes_a_flat_folder_without_labels(real_images: Path, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     for path in sorted(real_images.rglob("*.png"))[:30]:

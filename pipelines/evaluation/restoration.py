@@ -1,0 +1,46 @@
+"""A pipeline that restores pictures, measured on held-out ones that are made worse as its training images were."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.report import ImageSet
+from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
+from stage1_tokenizer.degradation import degraded
+from stage1_tokenizer.metrics import psnr
+from stage2_prior.diffusion.model import DiffusionPrior
+from stage2_prior.prior import Known
+
+BATCH = 200
+
+
+class Restorations:
+    """At most `count` held-out pictures, restored: `labels` of them, `batches` of uint8 (B, C, h, w), then `figures`."""
+
+    def __init__(self, pipeline: LatentGenerationPipeline, images: ImageSet, count: int, seed: int) -> None:
+        self.pipeline, self.images, self.count = pipeline, images, min(count, len(images))
+        self.seed, self._psnr = seed, dict[str, list[Tensor]](degraded_psnr=[], restored_psnr=[])
+        labels = images.labels()
+        known = labels is not None and pipeline.prior.config.num_classes > 0
+        self.labels = torch.tensor(labels if known else [-1] * len(images))[: self.count]
+
+    def batches(self) -> Iterator[Tensor]:
+        pipeline, processor = self.pipeline, self.pipeline.tokenizer.config.image_processor
+        assert isinstance(pipeline.prior, DiffusionPrior)
+        generators = image_generators(torch.Generator().manual_seed(self.seed), self.count)
+        for positions, originals in islice(self.images.batches(BATCH), -(-self.count // BATCH)):
+            mine = slice(positions[0], min(positions[-1] + 1, self.count))
+            originals = originals[: mine.stop - mine.start]
+            worse = degraded(originals, pipeline.prior.config.degradation, processor, positions[: len(originals)])
+            latents = pipeline.tokenizer.encode_latents(processor.preprocess(worse.to(pipeline.tokenizer.device)))
+            drawn = pipeline.sample_pixels(self.labels[mine], generators[mine], known=Known.whole(latents.detach()))
+            restored = to_uint8(drawn)
+            self._psnr["degraded_psnr"].append(psnr(worse, originals))
+            self._psnr["restored_psnr"].append(psnr(restored, originals))
+            yield restored
+
+    def figures(self) -> dict[str, float]:
+        """Means over images, in dB, once all batches were drawn: of what was given and of what was made of it."""
+        return {name: float(torch.cat(values).mean()) for name, values in self._psnr.items()}

@@ -1,0 +1,71 @@
+r"""Mean flow: the network tells the mean velocity from t down to r, so that one step crosses the whole span.
+
+    u(z_t, r, t) = 1 / (t − r) ∫_r^t v(z_s, s) ds        z_r = z_t − (t − r) u(z_t, r, t),     u(z_t, t, t) = v(z_t, t)
+
+Differentiated in t this is v = u + (t − r) du/dt, and the network learns to make that the velocity of its example:
+
+    V = u_θ(z, r, t) + (t − r) sg[du/dt],     du/dt = ∂_z u · u_θ(z, t, t) + ∂_t u         forwards, in one pass
+    L = E ‖V − ṽ‖²,     ṽ = ω (ε − x) + (1 − ω) sg[u_θ(z, t, t | no class)]
+
+Each example counts 1 / (sg[its squared error] + c): guidance and derivative make some targets far noisier than others.
+ω, the guidance scale, is drawn and told to the network, so that guidance costs no second evaluation when sampling. Geng et al.
+2025, arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from stage2_prior.conditioning import guided
+from training_harness.precision import widened
+
+Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""û of z (B, c, h, w), t, class ids, r and ω, (B,) each."""
+
+
+class Span(NamedTuple):
+    """Where each image's mean velocity goes, and with which guidance: (B,) float32."""
+
+    ends: Tensor  # r in [0, t]
+    guidance: Tensor  # ω, at least 1
+
+
+def mean_flow_errors(
+    network: Network, noisy: Tensor, velocity: Tensor, times: Tensor, classes: Tensor, null_class: int, span: Span
+) -> Tensor:
+    """V − ṽ, (B, c, h, w) in float32 or wider.
+
+    Args:
+        noisy, velocity: z_t and ε − x, (B, c, h, w).
+        classes: (B,) ids; where there is none, or the null class, ω counts as 1.
+    """
+    unknown = (classes < 0) | (classes == null_class)
+    ends, guidance = span.ends, torch.where(unknown, torch.ones_like(span.guidance), span.guidance)
+    predicted = widened(network(noisy, times, classes, ends, guidance))
+    with torch.no_grad():
+        target = widened(velocity).clone()
+        if len(rows := (guidance > 1).nonzero()[:, 0]):
+            null, at = torch.full_like(classes[rows], null_class), times[rows]
+            without = widened(network(noisy[rows], at, null, at, torch.ones_like(at)))
+            target[rows] = guided(target[rows], without, guidance[rows].view(-1, 1, 1, 1))
+        if len(rows := (ends < times).nonzero()[:, 0]):
+            change = total_derivative(network, noisy[rows], times[rows], classes[rows], ends[rows], guidance[rows])
+            target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * widened(change)
+    return predicted - target
+
+
+@torch.no_grad()
+def total_derivative(
+    network: Network, noisy: Tensor, times: Tensor, classes: Tensor, ends: Tensor, guidance: Tensor
+) -> Tensor:
+    """du/dt along the network's own velocity at t, r being kept: (B, c, h, w)."""
+    direction = network(noisy, times, classes, times, guidance).to(noisy.dtype)
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of a module that it loads at the first use
+        moving = forward_ad.make_dual(noisy, direction), forward_ad.make_dual(times, torch.ones_like(times))
+        found = forward_ad.unpack_dual(network(*moving, classes, ends, guidance)).tangent
+    return found
