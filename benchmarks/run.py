@@ -21,6 +21,7 @@ NAMES = (
     "prior_likelihood",
     "editing",
     "denoising",
+    "samplers",
     "glue",
 )
 

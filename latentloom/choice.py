@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from stage1_tokenizer.survey import ImageSurvey
 
-# Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes.
+# Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes; of latents, which
+# have more channels, fewer do.
 FACTORS = ((40, 4), (96, 8), (256, 16))
+LATENT_FACTORS = ((96, 8), (256, 16))
 LARGEST_SIDE, LARGEST_FACTOR = FACTORS[-1]
 SMALL_PRIOR_IMAGES = 20_000
 TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 20
@@ -43,10 +45,18 @@ def choose(
         f"{images} training images, {KINDS.get(seen.channels, f'{seen.channels} channels')}, used at {height}×{width}: {why_size}"
     ]
 
-    factor = next((f for limit, f in FACTORS if max(used) <= limit), LARGEST_FACTOR)
+    of_latents = prior is not None and prior.startswith("diffusion-")
+    factors = LATENT_FACTORS if of_latents else FACTORS
+    factor = next((f for limit, f in factors if max(used) <= limit), LARGEST_FACTOR)
     codes = -(-height // factor) * -(-width // factor)
-    why_tokenizer = "as asked" if tokenizer else f"{codes} codes an image at a downsampling factor of {factor}"
-    tokenizer = tokenizer or f"vqgan-f{factor}"
+    why_tokenizer = (
+        f"{codes} {'places' if of_latents else 'codes'} an image at a downsampling factor of {factor}"
+        if tokenizer is None
+        else "as asked"
+    )
+    if tokenizer is None and of_latents and str(prior).endswith("-pixels"):
+        tokenizer, why_tokenizer = "identity", "the prior works on pixels"
+    tokenizer = tokenizer or f"{'kl' if of_latents else 'vqgan'}-f{factor}"
     reasons.append(f"tokenizer {tokenizer}: {why_tokenizer}")
 
     if prior:

@@ -12,7 +12,7 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping
 
-RECIPES = {"autoregressive": "ar-tiny", "diffusion": "diffusion-tiny"}
+RECIPES = {"autoregressive": ("vqgan-f4", "ar-tiny"), "diffusion": ("kl-f8", "diffusion-tiny")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,9 @@ def main(words: list[str]) -> None:
         given["max_steps"] = a.max_steps
     of_images = {"data": FASHION_MNIST, "output": str(a.output / "tokenizer")}
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", "vqgan-f4", None, given | of_images))
-    prior = prior_training(training_values("prior", RECIPES[a.prior], None, given | of_codes))
+    tokenizer_recipe, prior_recipe = RECIPES[a.prior]
+    tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, given | of_images))
+    prior = prior_training(training_values("prior", prior_recipe, None, given | of_codes))
     metrics = run_main_job(
         a.output, load_source(FASHION_MNIST), tokenizer, prior, minutes=a.minutes, num_images=a.num_images
     )

@@ -14,10 +14,12 @@ from latentloom.sampling_arguments import SamplingArguments
 from latentloom.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
-from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
+from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.pictures import image_grid, save_images, save_picture
 from training_harness.errors import UserError
 from training_harness.processes import accelerated_device, is_main_process
+
+STEP_ROWS, STEP_COLUMNS = 8, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Arguments(SamplingArguments):
     """White where to draw, black where the picture stays exactly as it is."""
     strength: float | None = None
     """Share of the codes that are drawn anew; by default all under a mask, and 0.8 without one."""
+    show_steps: bool = False
+    """Also write steps.png: a row for each of the first images, from the first step to the last."""
     interpolate_to: int | None = None
     """Another seed: the images of each class go from the noise of --seed to its; of a prior of latents."""
     batch_size: int | None = None
@@ -51,8 +55,8 @@ class Arguments(SamplingArguments):
             check_count("--batch-size", self.batch_size)
         if self.interpolate_to is not None:
             check_seed(self.interpolate_to)
-            if self.image is not None:
-                raise UserError("--interpolate-to was given with --image; expected one of the two")
+        if [self.image is not None, self.interpolate_to is not None, self.show_steps].count(True) > 1:
+            raise UserError("two of --image, --interpolate-to and --show-steps were given; expected one of them")
         check_edit(self.image, self.mask_image, self.strength)
 
 
@@ -77,10 +81,28 @@ def main(words: list[str]) -> None:
         images = to_uint8(cast("torch.Tensor", drawn))
     if not is_main_process():
         return
+    if a.show_steps:
+        save_picture(step_grid(pipeline, torch.tensor(labels), a.seed, options), a.output / "steps.png")
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     save_images(images, [a.output / name for name in names])
     save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
+
+
+def step_grid(
+    pipeline: LatentGenerationPipeline, labels: torch.Tensor, seed: int, options: dict[str, Any]
+) -> PIL.Image.Image:
+    """A row for each of the first images that the labels and the seed give, from the first step to the last."""
+    states, count = list[torch.Tensor](), min(STEP_ROWS, len(labels))
+
+    def keep(pipeline: LatentGenerationPipeline, step: int, time: int, values: dict[str, Any]) -> None:
+        states.append(values[pipeline.prior.draws].clone())
+
+    generators = image_generators(torch.Generator().manual_seed(seed), len(labels))[:count]
+    pipeline.sample_pixels(labels[:count], generators, callback_on_step_end=keep, **options)
+    shown = torch.linspace(0, len(states) - 1, min(STEP_COLUMNS, len(states))).round().long().tolist()
+    columns = [to_uint8(pipeline.decode(states[step])) for step in shown]
+    return image_grid(torch.stack(columns, dim=1).flatten(0, 1), columns=len(columns))
 
 
 def interpolated(

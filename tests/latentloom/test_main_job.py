@@ -399,6 +399,9 @@ def test_the_choice_follows_size_count_and_machine_and_says_why() -> None:
     large = choose(seen(128, 128), 50_000, "cuda")
     assert (large.tokenizer, large.prior) == ("vqgan-f16", "ar-small")
     assert choose(seen(128, 128), 500, "cuda").prior == "ar-tiny"
+    assert choose(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-tiny").tokenizer == "kl-f8"
+    assert choose(seen(128, 128), 10_000, "cuda", prior="diffusion-dit-s").tokenizer == "kl-f16"
+    assert choose(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-ddpm-pixels").tokenizer == "identity"
     asked = choose(seen(128, 128), 500, "cpu", size=(64, 96), tokenizer="vqgan-f4", prior="ar-small")
     assert (asked.size, asked.tokenizer, asked.prior) == ((64, 96), "vqgan-f4", "ar-small")
     assert all(line.endswith("as asked") for line in asked.reasons)
