@@ -1,10 +1,10 @@
 """What an evaluation of the network buys: distance of samples against evaluations, for every sampler and for a mean flow.
 
-`diffusion-tiny` on the quickstart's latents of the embedded images, sampled with the guidance of its recipe by each sampler in as
-many steps as the evaluations allow; a guided evaluation, which is a batch of twice the images, counts once. Heun takes two
-evaluations a step but for the last, so its counts are the odd ones below. `diffusion-tiny-few-steps` is the mean flow, trained as
-long, which needs no second half of a batch. Images and their noise are the same everywhere; the distance is the judge's, from the
-test images, and that of the first numbers of evaluations shows how a sampler fails as much as how good it is.
+`diffusion-tiny` on `kl-f8`'s latents of the embedded images, sampled with the guidance of its recipe by each sampler in as many
+steps as the evaluations allow (DDIM's at η = 0 are Euler's); a guided evaluation, which is a batch of twice the images, counts
+once. Heun takes two evaluations a step but for the last, so it has one fewer where the number is even. The mean flow is
+`diffusion-tiny-few-steps`, trained about as long, which needs no second half of a batch. Images and their noise are the same
+everywhere; the distance is the judge's, from the test images.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def measured(
 
 
 def run(quick: bool) -> Report:
-    share, count, seed = (0.02, 100, 0) if quick else (1.0, 1000, 0)
+    share, count, seed = (0.02, 100, 0) if quick else (1.0, 500, 0)
     evaluations = EVALUATIONS[:3] if quick else EVALUATIONS
     codes, pictures = codes_folder(share, seed, "kl-f8"), picture_set("embedded")
     flow, mean_flow = (
@@ -52,7 +52,7 @@ def run(quick: bool) -> Report:
         for name in ("diffusion-tiny", "diffusion-tiny-few-steps")
     )
     tried: dict[str, tuple[LatentGenerationPipeline, dict[str, Any]]] = {
-        sampler: (flow, {"sampler": sampler}) for sampler in get_args(SamplerName)
+        sampler: (flow, {"sampler": sampler}) for sampler in get_args(SamplerName) if sampler != "ddim"
     }
     tried["ddim, η = 1"] = flow, {"sampler": "ddim", "eta": 1.0}
     tried[MEAN_FLOW] = mean_flow, {}

@@ -7,9 +7,9 @@ Differentiated in t this is v = u + (t − r) du/dt, and the network learns to m
     V = u_θ(z, r, t) + (t − r) sg[du/dt],     du/dt = ∂_z u · u_θ(z, t, t) + ∂_t u         forwards, in one pass
     L = E ‖V − ṽ‖²,     ṽ = ω (ε − x) + (1 − ω) sg[u_θ(z, t, t | no class)]
 
-Each example counts 1 / (sg[its squared error] + c): guidance and derivative make some targets far noisier than others.
-ω, the guidance scale, is drawn and told to the network, so that guidance costs no second evaluation when sampling. Geng et al.
-2025, arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012.
+Each example counts 1 / (sg[its squared error] + c): guidance and derivative make some targets far noisier than others. ω, the
+guidance scale, is drawn and told to the network, so that guidance costs no second evaluation when sampling. Geng et al. 2025,
+arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012.
 """
 
 import warnings

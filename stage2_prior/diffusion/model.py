@@ -71,7 +71,8 @@ class DiffusionPrior(Prior):
         errors = self.squared_errors(latents, conditioning, times, noise, degraded, span)
         loss = errors.mean()
         if span is not None:
-            weights = 1 / (errors.detach() + STEADY)
+            balanced = 1 / (errors.detach() + STEADY)
+            weights = balanced if weights is None else weights * balanced
         return PriorLoss(loss if weights is None else (weights * errors).mean(), {"squared_error": loss})
 
     def squared_errors(
@@ -134,10 +135,9 @@ class DiffusionPrior(Prior):
         steps = options.num_inference_steps
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [self.schedule.level(time) for time in times.tolist()]
-        whole_steps = self.config.mean_flow and options.sampler == "euler" and self.scheduler is None
-        ends = (
-            dict(pairwise(times.tolist())) if whole_steps else {}
-        )  # of a mean flow, whose velocity is that of the whole step
+        ends = dict[float, float]()
+        if self.config.mean_flow and options.sampler == "euler" and self.scheduler is None:
+            ends = dict(pairwise(times.tolist()))  # a step goes by the mean velocity to its end
         latents, begin = draw() if noise is None else noise.to(conditioning.device), 0
         if known is not None and known.strength < 1:
             if self.scheduler is not None:
@@ -174,8 +174,8 @@ class DiffusionPrior(Prior):
         times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
         if self.config.mean_flow:
             ends = None if end is None else torch.full_like(times, end)
-            scale = torch.full_like(times, options.guidance_scale if options.guides_at(time) else 1.0)
-            return self.denoiser(noisy, times, conditioning, ends, scale).float()
+            guidance = torch.full_like(times, options.guidance_scale)
+            return self.denoiser(noisy, times, conditioning, ends, guidance).float()
         if not options.guides_at(time):
             return self.denoiser(noisy, times, conditioning).float()
         null = torch.full_like(conditioning, self.null_class)

@@ -103,9 +103,9 @@ def test_at_one_time_the_target_is_the_guided_velocity() -> None:
     with torch.no_grad():
         errors = mean_flow_errors(network, x["noisy"], x["velocity"], x["times"], classes, 5, span)
         null = network(x["noisy"], x["times"], torch.full_like(classes, 5))
-        scale = torch.where(torch.arange(6) < 2, 1, x["guidance"])  # without a class nothing is guided
-        predicted = network(x["noisy"], x["times"], classes, x["times"], scale)
-        scale = scale.view(-1, 1, 1, 1)
+        told = torch.where(torch.arange(6) < 2, 1, x["guidance"])  # without a class nothing is guided
+        predicted = network(x["noisy"], x["times"], classes, x["times"], told)
+        scale = told.view(-1, 1, 1, 1)
     assert_close(errors, (predicted - (scale * x["velocity"] + (1 - scale) * null)))
 
 
@@ -146,9 +146,9 @@ def test_guidance_is_told_to_the_network_and_costs_no_second_evaluation() -> Non
         return own(z, t, c, r, w)
 
     prior.denoiser.forward = counted  # type: ignore[method-assign]
-    options = DiffusionOptions(num_inference_steps=4, guidance_scale=3.0, guidance_interval=(0, 0.6))
+    options = DiffusionOptions(num_inference_steps=4, guidance_scale=3.0)
     prior.sample(SPEC, torch.tensor([0, 1]), options, [seeded(0), seeded(1)])
-    assert batches == [(2, 1.0), (2, 1.0), (2, 3.0), (2, 3.0)]
+    assert batches == [(2, 3.0)] * 4
 
 
 def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
@@ -165,6 +165,7 @@ def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
         ({"denoiser": "unet", "channel_multipliers": (1, 2)}, "expected dit, flow and flow"),
         ({"prediction": "v_prediction"}, "expected dit, flow and flow"),
         ({"max_guidance": 0.5}, "max_guidance is 0.5"),
+        ({"degradation": "noise"}, "expected one of them"),
     ],
 )
 def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, Any], words: str) -> None:
@@ -178,6 +179,7 @@ def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, 
         ({"guidance_scale": 5.0}, "learnt guidance from 1 to 4"),
         ({"guidance_scale": 0.5}, "learnt guidance from 1 to 4"),
         ({"guidance_rescale": 0.5}, "guidance_rescale is 0.5"),
+        ({"guidance_interval": (0.2, 0.8)}, "learnt at all times"),
     ],
 )
 def test_samplings_that_a_prior_has_not_learnt_are_refused(options: dict[str, Any], words: str) -> None:
