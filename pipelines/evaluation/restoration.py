@@ -1,7 +1,6 @@
 """A pipeline that restores pictures, measured on held-out ones that are made worse as its training images were."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,16 +29,21 @@ class Restorations:
         pipeline, processor = self.pipeline, self.pipeline.tokenizer.config.image_processor
         assert isinstance(pipeline.prior, DiffusionPrior)
         generators = image_generators(torch.Generator().manual_seed(self.seed), self.count)
-        for positions, originals in islice(self.images.batches(BATCH), -(-self.count // BATCH)):
-            mine = slice(positions[0], min(positions[-1] + 1, self.count))
-            originals = originals[: mine.stop - mine.start]
-            worse = degraded(originals, pipeline.prior.config.degradation, processor, positions[: len(originals)])
-            latents = pipeline.tokenizer.encode_latents(processor.preprocess(worse.to(pipeline.tokenizer.device)))
-            drawn = pipeline.sample_pixels(self.labels[mine], generators[mine], known=Known.whole(latents.detach()))
-            restored = to_uint8(drawn)
+        begin = 0
+        for positions, originals in self.images.batches(BATCH):
+            worse = degraded(originals, pipeline.prior.config.degradation, processor, positions)
+            part = slice(begin, min(begin + len(originals), self.count))
+            originals, worse = (x[: part.stop - begin] for x in (originals, worse))
+            with torch.inference_mode():
+                given = pipeline.tokenizer.encode_latents(processor.preprocess(worse.to(pipeline.tokenizer.device)))
+            known = Known.whole(given)
+            restored = to_uint8(pipeline.sample_pixels(self.labels[part], generators[part], known=known))
             self._psnr["degraded_psnr"].append(psnr(worse, originals))
             self._psnr["restored_psnr"].append(psnr(restored, originals))
             yield restored
+            begin = part.stop
+            if begin == self.count:
+                return
 
     def figures(self) -> dict[str, float]:
         """Means over images, in dB, once all batches were drawn: of what was given and of what was made of it."""

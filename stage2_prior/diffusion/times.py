@@ -50,8 +50,8 @@ class TimesConfig:
 
         Of the first images, `instant_share` of them, both are the same.
         """
-        others = self.shares(uniform)
-        others[: round(self.instant_share * len(times))] = times[: round(self.instant_share * len(times))]
+        instants = torch.arange(len(times), device=times.device) < round(self.instant_share * len(times))
+        others = torch.where(instants, times, self.shares(uniform))
         return torch.maximum(times, others), torch.minimum(times, others)
 
     def weights(self, level: Level[Tensor], kind: Prediction) -> Tensor | None:
