@@ -143,7 +143,7 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
                 times, ends = config.times.spans(times, torch.rand(images, device=device))
                 guidance = torch.full_like(times, config.model.max_guidance)
             degraded = None if config.degradation == "none" else noise
-            return prior(latents, labels, times, noise, degraded, None, ends, guidance).total
+            return prior(latents, labels, times, noise, None, degraded, ends, guidance).total
         shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
         return prior(torch.randint(spec.codebook_size or 1, (images, *shape), device=device), labels).total
 

@@ -199,9 +199,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
         pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
         pipeline.sampling = pipeline.sampling_options(a.sampling_options())
         pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
-        processor, restorations = pipeline.tokenizer.config.image_processor, None
-        labels = balanced_labels(pipeline, a.num_images)
-        batches = sampled_batches(pipeline, labels, a.seed)
+        processor, names = pipeline.tokenizer.config.image_processor, pipeline.label_names
         if pipeline.prior.restores:
             if a.reference.endswith(".npz"):
                 raise UserError(
@@ -209,8 +207,11 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
                 )
             held_out = readable(load_source(a.reference).held_out, processor)
             restorations = Restorations(pipeline, held_out, a.num_images, a.seed)
-            labels, batches = restorations.labels, restorations.batches() if is_main_process() else iter(())
-        samples = Samples(batches, labels, pipeline.label_names, processor, restorations)
+            batches = restorations.batches() if is_main_process() else iter(())
+            samples = Samples(batches, restorations.labels, names, processor, restorations)
+        else:
+            labels = balanced_labels(pipeline, a.num_images)
+            samples = Samples(sampled_batches(pipeline, labels, a.seed), labels, names, processor)
     else:
         samples = read_samples(a.samples or "")
     check_enough(len(samples.labels), "samples")

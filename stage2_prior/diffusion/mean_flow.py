@@ -14,7 +14,6 @@ arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω a
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +26,25 @@ Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """û of z (B, c, h, w), t, class ids, r and ω, (B,) each."""
 
 
-class Span(NamedTuple):
-    """Where each image's mean velocity goes, and with which guidance: (B,) float32."""
-
-    ends: Tensor  # r in [0, t]
-    guidance: Tensor  # ω, at least 1
-
-
 def mean_flow_errors(
-    network: Network, noisy: Tensor, velocity: Tensor, times: Tensor, classes: Tensor, null_class: int, span: Span
+    network: Network,
+    noisy: Tensor,
+    velocity: Tensor,
+    times: Tensor,
+    classes: Tensor,
+    null_class: int,
+    ends: Tensor,
+    guidance: Tensor,
 ) -> Tensor:
     """V − ṽ, (B, c, h, w) in float32 or wider.
 
     Args:
         noisy, velocity: z_t and ε − x, (B, c, h, w).
         classes: (B,) ids; where there is none, or the null class, ω counts as 1.
+        ends, guidance: r in [0, t] and ω of at least 1, (B,) each.
     """
     unknown = (classes < 0) | (classes == null_class)
-    ends, guidance = span.ends, torch.where(unknown, torch.ones_like(span.guidance), span.guidance)
+    guidance = torch.where(unknown, torch.ones_like(guidance), guidance)
     predicted = widened(network(noisy, times, classes, ends, guidance))
     with torch.no_grad():
         target = widened(velocity).clone()

@@ -19,7 +19,7 @@ from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.conditioning import guided
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
-from stage2_prior.diffusion.mean_flow import Span, mean_flow_errors
+from stage2_prior.diffusion.mean_flow import mean_flow_errors
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
 from stage2_prior.diffusion.samplers.diffusers_scheduler import sampled_by_scheduler
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
@@ -55,22 +55,21 @@ class DiffusionPrior(Prior):
         conditioning: Tensor,
         times: Tensor,
         noise: Tensor,
-        degraded: Tensor | None = None,
         weights: Tensor | None = None,
+        degraded: Tensor | None = None,
         ends: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> PriorLoss:
         """Loss of latents (B, c, h, w), given class ids (B,) int64, at times (B,) in (0, 1] with noise (B, c, h, w) ~ N(0, I).
 
         Args:
-            degraded: (B, c, h, w), latents of the pictures to be restored, of a prior that restores.
             weights: (B,), of each image's squared error.
+            degraded: (B, c, h, w), latents of the pictures to be restored, of a prior that restores.
             ends, guidance: (B,), of a mean flow: where each image's span ends, in [0, t], and its guidance scale.
         """
-        span = None if ends is None or guidance is None else Span(ends, guidance)
-        errors = self.squared_errors(latents, conditioning, times, noise, degraded, span)
+        errors = self.squared_errors(latents, conditioning, times, noise, degraded, ends, guidance)
         loss = errors.mean()
-        if span is not None:
+        if ends is not None:
             balanced = 1 / (errors.detach() + STEADY)
             weights = balanced if weights is None else weights * balanced
         return PriorLoss(loss if weights is None else (weights * errors).mean(), {"squared_error": loss})
@@ -82,17 +81,20 @@ class DiffusionPrior(Prior):
         times: Tensor,
         noise: Tensor,
         degraded: Tensor | None = None,
-        span: Span | None = None,
+        ends: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Of the predictions, each image's mean: (B,) float32."""
         level = self.schedule.levels(times)
         level = Level(*(part[:, None, None, None] for part in level))
         noisy = noised(latents, noise, level).to(self.dtype)
         target = prediction_of(latents, noise, level, self.config.prediction)
-        if span is None:
+        if ends is None or guidance is None:
             errors = self.denoiser(beside(noisy, degraded), times, conditioning).float() - target.float()
         else:
-            errors = mean_flow_errors(self.denoiser, noisy, target, times, conditioning, self.null_class, span)
+            errors = mean_flow_errors(
+                self.denoiser, noisy, target, times, conditioning, self.null_class, ends, guidance
+            )
         return errors.square().flatten(1).mean(1)
 
     @property

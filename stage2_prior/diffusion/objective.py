@@ -6,9 +6,9 @@ from torch import Tensor
 
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
+from stage2_prior.diffusion.health import not_normalised
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
-from stage2_prior.health import not_normalised
 from stage2_prior.training_config import DiffusionTraining
 from training_harness.errors import UserError
 from training_harness.processes import mean_over_processes, share_of
@@ -53,7 +53,7 @@ class DiffusionObjective:
             times, ends = self.config.times.spans(times, draws[:, 2].float())
             guidance = self.model.max_guidance ** draws[:, 3].float()
         weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)
-        return latents, labels, times, torch.randn(latents.shape), self.degraded(split, rows), weights, ends, guidance
+        return latents, labels, times, torch.randn(latents.shape), weights, self.degraded(split, rows), ends, guidance
 
     def degraded(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
         return None if self.config.degradation == "none" else split.latents(rows, "degraded")

@@ -14,12 +14,12 @@ from torch.testing import assert_close
 
 from stage1_tokenizer.code_cache import write_code_cache
 from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.diffusion.health import not_normalised
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.times import TimesConfig
-from stage2_prior.health import not_normalised
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveTraining, DiffusionModel, DiffusionTraining, prior_training
 from training_harness.errors import ConfigError, UserError

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from stage2_prior.diffusion.mean_flow import Span, mean_flow_errors, total_derivative
+from stage2_prior.diffusion.mean_flow import mean_flow_errors, total_derivative
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.diffusion.times import TimesConfig
@@ -78,30 +78,27 @@ def spreading(z: Tensor, t: Tensor, classes: Tensor, ends: Tensor, guidance: Ten
 def test_the_exact_mean_velocity_has_the_velocity_for_its_target() -> None:
     # V − ṽ of an exact network is v(z_t, t) − ṽ: nothing is left once ṽ is the velocity that all examples at z_t have on average
     x = examples()
-    span = Span(x["ends"], torch.ones_like(x["times"]))
+    ends, ones = x["ends"], torch.ones_like(x["times"])
     for network in (straight, spreading):
-        velocity = network(x["noisy"], x["times"], x["classes"], x["times"], span.guidance)
-        errors = mean_flow_errors(network, x["noisy"], velocity, x["times"], x["classes"], 5, span)
+        velocity = network(x["noisy"], x["times"], x["classes"], x["times"], ones)
+        errors = mean_flow_errors(network, x["noisy"], velocity, x["times"], x["classes"], 5, ends, ones)
         assert errors.abs().max() < 1e-5
-        wrong = mean_flow_errors(
-            network, x["noisy"], velocity, x["times"], x["classes"], 5, Span(x["ends"] * 0, span.guidance)
-        )
+        wrong = mean_flow_errors(network, x["noisy"], velocity, x["times"], x["classes"], 5, ends * 0, ones)
         assert wrong.abs().max() < 1e-5  # whatever the span
 
     def not_exact(z: Tensor, t: Tensor, *told: Tensor) -> Tensor:
         return spreading(z, t, *told) * (1 + (t - told[1]).view(-1, 1, 1, 1))  # right at one time, wrong between two
 
-    velocity = spreading(x["noisy"], x["times"], x["classes"], x["times"], span.guidance)
-    assert mean_flow_errors(not_exact, x["noisy"], velocity, x["times"], x["classes"], 5, span).abs().max() > 0.05
+    velocity = spreading(x["noisy"], x["times"], x["classes"], x["times"], ones)
+    assert mean_flow_errors(not_exact, x["noisy"], velocity, x["times"], x["classes"], 5, ends, ones).abs().max() > 0.05
 
 
 def test_at_one_time_the_target_is_the_guided_velocity() -> None:
     x, network = examples(), random_prior().denoiser
-    span = Span(x["times"], x["guidance"])
     classes = x["classes"].clone()
     classes[:2] = torch.tensor([-1, 5])
     with torch.no_grad():
-        errors = mean_flow_errors(network, x["noisy"], x["velocity"], x["times"], classes, 5, span)
+        errors = mean_flow_errors(network, x["noisy"], x["velocity"], x["times"], classes, 5, x["times"], x["guidance"])
         null = network(x["noisy"], x["times"], torch.full_like(classes, 5))
         told = torch.where(torch.arange(6) < 2, 1, x["guidance"])  # without a class nothing is guided
         predicted = network(x["noisy"], x["times"], classes, x["times"], told)
@@ -111,8 +108,9 @@ def test_at_one_time_the_target_is_the_guided_velocity() -> None:
 
 def test_only_the_prediction_is_learnt_from() -> None:
     prior, x = random_prior(), examples()
-    span = Span(x["ends"], x["guidance"])
-    errors = mean_flow_errors(prior.denoiser, x["noisy"], x["velocity"], x["times"], x["classes"], 5, span)
+    errors = mean_flow_errors(
+        prior.denoiser, x["noisy"], x["velocity"], x["times"], x["classes"], 5, x["ends"], x["guidance"]
+    )
     errors.square().sum().backward()
     found = [p.grad.clone() for p in prior.parameters() if p.grad is not None]
     prior.zero_grad()
