@@ -65,7 +65,8 @@ def main(words: list[str]) -> None:
     check_output(a.output, a.overwrite)
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
     every_class = range(pipeline.prior.config.num_classes)
-    wanted = pipeline.label_ids(a.classes or list(every_class) or None)
+    by_default = [] if pipeline.prior.restores else list(every_class)  # what is to be restored has a class of its own
+    wanted = pipeline.label_ids(a.classes or by_default or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = a.sampling_options() | {"num_candidates": a.num_candidates}
     generator = torch.Generator().manual_seed(a.seed)
@@ -77,7 +78,8 @@ def main(words: list[str]) -> None:
         pipeline_options = options | {"image": opened(a.image), "strength": a.strength, "batch_size": a.batch_size}
         if a.mask_image is not None:
             pipeline_options["mask_image"] = opened(a.mask_image)
-        (drawn,) = pipeline(labels, output_type="pt", generator=generator, return_dict=False, **pipeline_options)
+        named, each = (None, len(labels)) if wanted == [-1] else (labels, 1)
+        (drawn,) = pipeline(named, each, output_type="pt", generator=generator, return_dict=False, **pipeline_options)
         images = to_uint8(cast("torch.Tensor", drawn))
     if not is_main_process():
         return
