@@ -7,6 +7,7 @@ parameters is counted in seconds on any machine. Temporary tensors, caches and t
 """
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def advice_when_memory_runs_out(config: RunConfig, rehearse: Rehearse) -> Iterat
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not _is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # lets go of what the step held: counting takes a little memory too
         device = accelerated_device()
         place = "this machine" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
         needed = gibibytes(footprint(config, rehearse).memory(config.batch_size))

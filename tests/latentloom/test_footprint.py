@@ -1,6 +1,7 @@
 """What a step is said to take is what it takes; and what is said when there is not enough."""
 
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,22 @@ def test_an_allocation_that_fails_becomes_advice(error: Exception) -> None:
         with advice_when_memory_runs_out(prior_training(), of_prior):
             raise error
     assert "\n" not in str(caught.value)
+
+
+def test_counting_begins_when_the_failed_step_has_let_its_tensors_go() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> None:
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    def rehearse(config: AutoregressiveTraining) -> Rehearsal:
+        assert held[0]() is None
+        return of_prior(config)
+
+    with pytest.raises(UserError), advice_when_memory_runs_out(prior_training(), rehearse):
+        step()
 
 
 def test_another_error_stays_what_it_is() -> None:
