@@ -2,10 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training_harness.files import whole_file
 from training_harness.metric_log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None, path: Path) -> None:
@@ -16,24 +19,12 @@ def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None,
     from matplotlib import pyplot
 
     stage1, stage2 = read_metrics(tokenizer_log), read_metrics(prior_log)
-    figure, (losses, quality, prior) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-
-    for name in ("l1", "l2", "commitment", "generator", "discriminator"):
-        steps, values = series(stage1, name)
-        if len(steps) and any(values):
-            losses.plot(steps, values, label=name, lw=1)
-    losses.set(title="Tokenizer: losses", xlabel="step", yscale="log")
-    losses.legend()
-
-    quality.plot(*series(stage1, "validation_psnr"), "o-", color="tab:blue", ms=3)
-    quality.set(title="Tokenizer: validation PSNR", xlabel="step", ylabel="PSNR, dB")
-    if codebook_size is not None:
-        quality.set(title="Tokenizer: validation PSNR and codebook usage")
-        usage = quality.twinx()
-        usage.plot(*series(stage1, "perplexity"), "s--", color="tab:orange", ms=3, label="perplexity")
-        usage.plot(*series(stage1, "codes_used"), "^:", color="tab:green", ms=3, label="codes used")
-        usage.set(ylabel=f"codes of {codebook_size}", ylim=(0, codebook_size * 1.05))
-        usage.legend(loc="lower right")
+    learnt = any("learning_rate" in row for row in stage1)  # the identity has nothing to learn
+    columns = 3 if learnt else 1
+    figure, [axes] = pyplot.subplots(1, columns, figsize=(5 * columns, 4.2), layout="constrained", squeeze=False)
+    *of_tokenizer, prior = axes
+    if learnt:
+        draw_tokenizer(*of_tokenizer, stage1, codebook_size)
 
     of_tokens = codebook_size is not None and any("nats_per_token" in row for row in stage2)
     loss = "nats_per_token" if of_tokens else "squared_error"
@@ -47,6 +38,25 @@ def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None,
     with whole_file(path) as beside:
         figure.savefig(beside, format="png", dpi=100)
     pyplot.close(figure)
+
+
+def draw_tokenizer(losses: "Axes", quality: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
+    for name in ("l1", "l2", "commitment", "generator", "discriminator"):
+        steps, values = series(rows, name)
+        if len(steps) and any(values):
+            losses.plot(steps, values, label=name, lw=1)
+    losses.set(title="Tokenizer: losses", xlabel="step", yscale="log")
+    losses.legend()
+
+    quality.plot(*series(rows, "validation_psnr"), "o-", color="tab:blue", ms=3)
+    quality.set(title="Tokenizer: validation PSNR", xlabel="step", ylabel="PSNR, dB")
+    if codebook_size is not None:
+        quality.set(title="Tokenizer: validation PSNR and codebook usage")
+        usage = quality.twinx()
+        usage.plot(*series(rows, "perplexity"), "s--", color="tab:orange", ms=3, label="perplexity")
+        usage.plot(*series(rows, "codes_used"), "^:", color="tab:green", ms=3, label="codes used")
+        usage.set(ylabel=f"codes of {codebook_size}", ylim=(0, codebook_size * 1.05))
+        usage.legend(loc="lower right")
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -100,7 +100,8 @@ def run_main_job(
             run_tokenize(tokenizer.output, source, prior.codes, "indices")
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
-        folder = run_prior(prior, None if minutes is None else minutes * PRIOR_SHARE)
+        share = PRIOR_SHARE if tokenizer.model.learns else TOKENIZER_SHARE + PRIOR_SHARE
+        folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
     if not is_main_process():  # which measures, and is helped to sample

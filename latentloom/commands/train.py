@@ -108,18 +108,23 @@ def what_both_take(
     """What --dry-run prints."""
     shape, images, classes = model_config(tokenizer, seen), len(source.train), len(source.label_names or ())
     spec = new_tokenizer(shape).latent_spec()
-    first = dry_run(f"tokenizer {tokenizer_recipe}", tokenizer, images, lambda c: rehearse_tokenizer(c, shape))
-    second = dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes))
-    return f"{first[0]}\n{second[0]}\n{closing([first[1], second[1]])}"
+    both = [dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes))]
+    if tokenizer.model.learns:
+        title = f"tokenizer {tokenizer_recipe}"
+        both.insert(0, dry_run(title, tokenizer, images, lambda c: rehearse_tokenizer(c, shape)))
+    texts, seconds = zip(*both, strict=True)
+    return "\n".join([*texts, closing(seconds)])
 
 
 def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurvey, num_classes: int) -> None:
     """Says how long the training will take, from a few measured steps of each stage."""
     model = model_config(tokenizer, seen)
     spec = new_tokenizer(model).latent_spec()
-    first = tokenizer.max_steps * rehearse_tokenizer(tokenizer, model).seconds_per_step()
-    second = prior.max_steps * rehearse_prior(prior, spec, num_classes).seconds_per_step()
+    seconds = {"prior": prior.max_steps * rehearse_prior(prior, spec, num_classes).seconds_per_step()}
+    steps = {"tokenizer": tokenizer.max_steps, "prior": prior.max_steps}
+    if tokenizer.model.learns:
+        seconds["tokenizer"] = tokenizer.max_steps * rehearse_tokenizer(tokenizer, model).seconds_per_step()
+    parts = ", ".join(f"{steps[of]} steps of the {of} ({seconds[of] / 60:.1f} min)" for of in steps if of in seconds)
     say(
-        f"training will take about {(first + second) / 60:.0f} minutes on this machine: {tokenizer.max_steps} steps of the "
-        f"tokenizer ({first / 60:.1f} min), {prior.max_steps} of the prior ({second / 60:.1f} min); --minutes N bounds it"
+        f"training will take about {sum(seconds.values()) / 60:.0f} minutes on this machine: {parts}; --minutes N bounds it"
     )

@@ -320,6 +320,18 @@ def test_changing_the_recipe_changes_the_kind_of_prior_and_nothing_else(
     assert "top_k is no option of a DiffusionPrior; expected any of: num_inference_steps, " in capsys.readouterr().err
 
 
+def test_train_learns_on_pixels_where_the_tokenizer_has_nothing_to_learn(
+    real_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*quick(real_images, tmp_path / "job"), "--resolution", 8, "--recipe", "diffusion-ddpm-pixels"]
+    assert latentloom(*words, "--dry-run") == 0
+    assert "prior diffusion-ddpm-pixels\n" in capsys.readouterr().out
+    assert latentloom(*words) == 0
+    assert names(tmp_path / "job") == JOB
+    assert re.search(r"minutes on this machine: 2 steps of the prior \([\d.]+ min\); --", capsys.readouterr().out)
+    assert metrics_of(tmp_path / "job")["reconstruction_frechet"] < 1e-6
+
+
 def test_train_leaves_a_pipeline_that_restores_pictures(
     real_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
