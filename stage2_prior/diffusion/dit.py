@@ -17,6 +17,7 @@ from stage2_prior.attention import carries_derivative, plain_attention, plain_pr
 from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.feed_forward import SwiGLU
+from stage2_prior.gelu import GELU
 from stage2_prior.normalization import RMSNorm
 from stage2_prior.rotary import Turns, rotary_angles, rotate, turns
 
@@ -92,7 +93,7 @@ class DiTBlock(GradientCheckpointingLayer):
         self.feed_forward = (
             SwiGLU(width, inner)
             if config.feed_forward == "swiglu"
-            else nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+            else nn.Sequential(nn.Linear(width, inner), GELU(), nn.Linear(inner, width))
         )
         self.modulation = nn.Linear(width, 6 * width)
 

@@ -1,0 +1,42 @@
+"""GELU by a sigmoid is GELU by a tanh, and so is its slope."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import seeded
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+
+from stage2_prior import gelu
+from stage2_prior.gelu import GELU
+
+
+def test_values_and_gradients_equal_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gelu, "AT_ONCE", 64)  # 11 parts, the last one shorter
+    given, gradient = (4 * torch.randn(7, 97, generator=seeded(i)) for i in range(2))
+    for x in (given, given.T):  # whatever its layout
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        ours, theirs = GELU()(leaves[0]), F.gelu(leaves[1], approximate="tanh")
+        assert_close(ours, theirs)
+        for output in (ours, theirs):
+            output.backward(gradient.view_as(output))
+        assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    assert torch.autograd.gradcheck(GELU(), torch.linspace(-6, 6, 40, dtype=torch.float64).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_it_can_be(dtype: torch.dtype) -> None:
+    x = 60 * torch.randn(200, generator=seeded(0))  # cubes overflow float16
+    assert_close(GELU()(x.to(dtype)), F.gelu(x.to(dtype).float(), approximate="tanh").to(dtype))
+
+
+def test_it_is_differentiated_forwards() -> None:
+    x, direction = torch.randn(2, 50, generator=seeded(0))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(GELU()(forward_ad.make_dual(x, direction))).tangent
+    leaf = x.clone().requires_grad_()
+    F.gelu(leaf, approximate="tanh").backward(direction)
+    assert_close(found, leaf.grad)
