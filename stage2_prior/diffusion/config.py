@@ -110,11 +110,6 @@ class DiffusionPriorConfig(StrictConfig):
                 f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to {self.max_guidance:g}; "
                 "expected a number between; a larger model.max_guidance in training allows more"
             )
-        if self.mean_flow and tuple(options.guidance_interval) != (0, 1):
-            raise UserError(
-                f"guidance_interval is {options.guidance_interval} with a mean flow, whose guidance is learnt at all times; "
-                "expected (0, 1)"
-            )
         if self.mean_flow and options.guidance_rescale:
             raise UserError(
                 f"guidance_rescale is {options.guidance_rescale} with a mean flow, whose guidance is learnt; expected 0"

@@ -170,14 +170,16 @@ class DiffusionPrior(Prior):
     ) -> Tensor:
         """float32 (B, c, h, w) at one time, with guidance where it is wanted: both halves in one batch of 2 B.
 
-        A mean flow knows the guidance, and gives the mean velocity down to `end`, by default that of `time` itself.
+        A mean flow knows the guidance, and gives the mean velocity down to `end`, by default that of `time` itself; it is guided
+        where the middle of the two is within the interval.
         """
         noisy = beside(noisy.to(self.dtype), degraded)
         times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
         if self.config.mean_flow:
-            ends = None if end is None else torch.full_like(times, end)
-            guidance = torch.full_like(times, options.guidance_scale)
-            return self.denoiser(noisy, times, conditioning, ends, guidance).float()
+            end = time if end is None else end
+            guidance = options.guidance_scale if options.guides_at((time + end) / 2) else 1.0
+            of_all = (torch.full_like(times, number) for number in (end, guidance))
+            return self.denoiser(noisy, times, conditioning, *of_all).float()
         if not options.guides_at(time):
             return self.denoiser(noisy, times, conditioning).float()
         null = torch.full_like(conditioning, self.null_class)
@@ -190,7 +192,10 @@ class DiffusionPrior(Prior):
         return self.config.degradation != "none"
 
     def num_steps(self, spec: LatentSpec, options: DiffusionOptions) -> int:
-        return options.num_inference_steps
+        if self.scheduler is None:
+            return options.num_inference_steps
+        self.scheduler.set_timesteps(options.num_inference_steps)
+        return len(self.scheduler.timesteps)  # more than were asked for where a scheduler counts evaluations
 
     def describe(self, spec: LatentSpec) -> str:
         does = f"restores from {self.config.degradation}" if self.restores else "draws"

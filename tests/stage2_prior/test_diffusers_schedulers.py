@@ -16,13 +16,13 @@ from training_harness.errors import UserError
 LINEAR: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
-def drawn(prior: DiffusionPrior, scheduler: Any = None, **options: Any) -> Tensor:
+def drawn(prior: DiffusionPrior, scheduler: Any = None, on_step: Any = None, **options: Any) -> Tensor:
     tokenizer = tiny_tokenizer()
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     prior.scheduler = scheduler
     chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
     labels, generators = torch.arange(3) % len(NAMES), image_generators(seeded(4), 3)
-    return prior.sample(tokenizer.latent_spec(), labels, chosen, generators)
+    return prior.sample(tokenizer.latent_spec(), labels, chosen, generators, on_step)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -53,6 +53,14 @@ def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> N
     scheduler = their(name, **LINEAR, prediction_type="epsilon")
     error = (drawn(prior, scheduler, num_inference_steps=200) - exact).abs().mean() / exact.abs().mean()
     assert error < 0.05
+
+
+def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
+    prior, seen = tiny_diffusion(schedule="linear", prediction="epsilon"), list[int]()
+    scheduler = their("HeunDiscreteScheduler", **LINEAR, prediction_type="epsilon")
+    drawn(prior, scheduler, on_step=lambda step, latents: seen.append(step))
+    announced = prior.num_steps(tiny_tokenizer().latent_spec(), DiffusionOptions(num_inference_steps=5))
+    assert seen == list(range(announced)) == list(range(9))  # two evaluations of each of the five but for the last
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,10 @@ def test_guidance_is_told_to_the_network_and_costs_no_second_evaluation() -> Non
     options = DiffusionOptions(num_inference_steps=4, guidance_scale=3.0)
     prior.sample(SPEC, torch.tensor([0, 1]), options, [seeded(0), seeded(1)])
     assert batches == [(2, 3.0)] * 4
+    batches.clear()
+    within = DiffusionOptions(num_inference_steps=4, guidance_scale=3.0, guidance_interval=(0.0, 0.7))
+    prior.sample(SPEC, torch.tensor([0, 1]), within, [seeded(0), seeded(1)])
+    assert batches == [(2, 1.0), *[(2, 3.0)] * 3]  # the spans' middles are at 0.875, 0.625, 0.375 and 0.125
 
 
 def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
@@ -177,7 +181,6 @@ def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, 
         ({"guidance_scale": 5.0}, "learnt guidance from 1 to 4"),
         ({"guidance_scale": 0.5}, "learnt guidance from 1 to 4"),
         ({"guidance_rescale": 0.5}, "guidance_rescale is 0.5"),
-        ({"guidance_interval": (0.2, 0.8)}, "learnt at all times"),
     ],
 )
 def test_samplings_that_a_prior_has_not_learnt_are_refused(options: dict[str, Any], words: str) -> None:
