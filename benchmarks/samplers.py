@@ -71,11 +71,11 @@ def run(quick: bool) -> Report:
 
     tables = [f"Fréchet distance by evaluations:\n\n{by_evaluations('frechet')}"]
     tables += [f"Class agreement:\n\n{by_evaluations('agreement')}"]
-    best = flow.sampling
-    words = (
-        f"{count:,} samples, guidance {best.guidance_scale} between the times {best.guidance_interval[0]} and "
-        f"{best.guidance_interval[1]}, of the mean flow {mean_flow.sampling.guidance_scale}; seed {seed}."
+    told, learnt = (
+        f"guidance {one.guidance_scale} between the times {one.guidance_interval[0]} and {one.guidance_interval[1]}"
+        for one in (flow.sampling, mean_flow.sampling)
     )
+    words = f"{count:,} samples, {told}, of the mean flow {learnt}; seed {seed}."
     return Report(
         name="samplers",
         title="Samplers of the diffusion prior: distance by evaluations",

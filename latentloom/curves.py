@@ -22,9 +22,9 @@ def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None,
     learnt = any("learning_rate" in row for row in stage1)  # the identity has nothing to learn
     columns = 3 if learnt else 1
     figure, [axes] = pyplot.subplots(1, columns, figsize=(5 * columns, 4.2), layout="constrained", squeeze=False)
-    *of_tokenizer, prior = axes
+    prior = axes[-1]
     if learnt:
-        draw_tokenizer(*of_tokenizer, stage1, codebook_size)
+        draw_tokenizer(axes[0], axes[1], stage1, codebook_size)
 
     of_tokens = codebook_size is not None and any("nats_per_token" in row for row in stage2)
     loss = "nats_per_token" if of_tokens else "squared_error"

@@ -49,7 +49,7 @@ class DiffusionObjective:
         latents = split.latents(rows)
         times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
         ends = guidance = None
-        if self.model.mean_flow:
+        if self.model.mean_flow and step >= self.config.times.spans_from * self.config.max_steps:
             times, ends = self.config.times.spans(times, draws[:, 2].float())
             guidance = self.model.max_guidance ** draws[:, 3].float()
         weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)

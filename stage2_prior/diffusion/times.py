@@ -28,6 +28,8 @@ class TimesConfig:
     """Caps how much the times near the data count, 5 in the paper; at 0 the squared errors of predictions count alike."""
     instant_share: float = 0.5
     """Of a mean flow: share of the images that learn the velocity at one time and not between two."""
+    spans_from: float = 0.0
+    """Of a mean flow: share of the run that comes first and learns a plain flow, at half the time a step."""
 
     def __post_init__(self) -> None:
         if self.logit_std <= 0:
@@ -36,6 +38,8 @@ class TimesConfig:
             raise ConfigError(f"times.min_snr_gamma is {self.min_snr_gamma}; expected 0 or more, such as 5.0")
         if not 0 < self.instant_share <= 1:
             raise ConfigError(f"times.instant_share is {self.instant_share}; expected a share in (0, 1], such as 0.5")
+        if not 0 <= self.spans_from < 1:
+            raise ConfigError(f"times.spans_from is {self.spans_from}; expected a share in [0, 1), such as 0.5")
 
     def shares(self, uniform: Tensor) -> Tensor:
         """Uniform numbers (B,) in [0, 1) → shares (B,) of the noise's time, in (0, 1]."""

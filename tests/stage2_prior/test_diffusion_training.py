@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ def test_min_snr_weights_are_those_of_the_paper(kind: Prediction) -> None:
     ratios = ((level.alpha / level.sigma) ** 2).tolist()
     assert_close(found, torch.tensor([CLOSED[kind](ratio, 5.0) for ratio in ratios], dtype=torch.float64))
     assert TimesConfig().weights(level, kind) is None
+
+
+def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp_path: Path) -> None:
+    times, rows = TimesConfig(spans_from=0.5, instant_share=0.5), np.arange(8)
+    config = configuration(codes, tmp_path, model=replace(MODEL, mean_flow=True), times=times, max_steps=6)
+    objective, draws = DiffusionObjective(config, codes), torch.rand(8, 4, generator=seeded(0))
+    for step in range(6):
+        *_, ends, guidance = objective.inputs(rows, draws, step)
+        assert (ends is None) == (guidance is None) == (step < 3)
+    with pytest.raises(ConfigError, match=r"spans_from is 1\.0; expected a share in \[0, 1\)"):
+        TimesConfig(spans_from=1.0)
 
 
 def test_a_configuration_is_that_of_the_prior_it_names() -> None:
