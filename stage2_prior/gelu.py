@@ -1,4 +1,4 @@
-r"""GELU by a tanh, as a sigmoid, which on CPUs takes a third of the time, with its slope found in the forward pass.
+r"""GELU by a tanh, computed as a sigmoid, for which a CPU takes a third of a tanh's time, with its slope found in the forward pass.
 
     gelu(x) = x σ(v),   v = 2 √(2/π) (x + a x³),   a = 0.044715         since (1 + tanh(v / 2)) / 2 = σ(v)
     gelu'(x) = σ(v) + x σ(v) (1 − σ(v)) · 2 √(2/π) (1 + 3 a x²)

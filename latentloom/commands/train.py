@@ -108,11 +108,12 @@ def what_both_take(
     """What --dry-run prints."""
     shape, images, classes = model_config(tokenizer, seen), len(source.train), len(source.label_names or ())
     spec = new_tokenizer(shape).latent_spec()
-    both = [dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes))]
+    stages = list[tuple[str, float]]()
     if tokenizer.model.learns:
         title = f"tokenizer {tokenizer_recipe}"
-        both.insert(0, dry_run(title, tokenizer, images, lambda c: rehearse_tokenizer(c, shape)))
-    texts, seconds = zip(*both, strict=True)
+        stages.append(dry_run(title, tokenizer, images, lambda c: rehearse_tokenizer(c, shape)))
+    stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes)))
+    texts, seconds = zip(*stages, strict=True)
     return "\n".join([*texts, closing(seconds)])
 
 
@@ -120,11 +121,11 @@ def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurv
     """Says how long the training will take, from a few measured steps of each stage."""
     model = model_config(tokenizer, seen)
     spec = new_tokenizer(model).latent_spec()
-    seconds = {"prior": prior.max_steps * rehearse_prior(prior, spec, num_classes).seconds_per_step()}
-    steps = {"tokenizer": tokenizer.max_steps, "prior": prior.max_steps}
+    minutes = dict[str, float]()
     if tokenizer.model.learns:
-        seconds["tokenizer"] = tokenizer.max_steps * rehearse_tokenizer(tokenizer, model).seconds_per_step()
-    parts = ", ".join(f"{steps[of]} steps of the {of} ({seconds[of] / 60:.1f} min)" for of in steps if of in seconds)
-    say(
-        f"training will take about {sum(seconds.values()) / 60:.0f} minutes on this machine: {parts}; --minutes N bounds it"
-    )
+        seconds = rehearse_tokenizer(tokenizer, model).seconds_per_step()
+        minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
+    seconds = rehearse_prior(prior, spec, num_classes).seconds_per_step()
+    minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
+    parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
+    say(f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N bounds it")

@@ -178,8 +178,8 @@ class DiffusionPrior(Prior):
         if self.config.mean_flow:
             end = time if end is None else end
             guidance = options.guidance_scale if options.guides_at((time + end) / 2) else 1.0
-            of_all = (torch.full_like(times, number) for number in (end, guidance))
-            return self.denoiser(noisy, times, conditioning, *of_all).float()
+            ends, scales = torch.full_like(times, end), torch.full_like(times, guidance)
+            return self.denoiser(noisy, times, conditioning, ends, scales).float()
         if not options.guides_at(time):
             return self.denoiser(noisy, times, conditioning).float()
         null = torch.full_like(conditioning, self.null_class)
