@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-# A test computes with one thread: files of tests run side by side.
-PYTEST = python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# A test computes with one thread: files of tests run side by side, in the order of tests/conftest.py.
+PYTEST = python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-all test-oldest check format bench golden clean
 
@@ -38,7 +38,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
 
-# The losses of 20 steps of every recipe, which the tests compare with.
+# The losses of the first steps of every recipe, which the tests compare with.
 golden: $(VENV)/installed-dev
 	$(BIN)/python scripts/golden_losses.py
 

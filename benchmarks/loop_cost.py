@@ -77,7 +77,7 @@ def per_step(ends: list[float]) -> float:
 
 
 def run(quick: bool) -> Report:
-    steps, rounds = (25, 2) if quick else (120, 7)
+    steps, rounds = (25, 1) if quick else (120, 7)
     source, rows, figures = load_source(FASHION_MNIST), [], []
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)

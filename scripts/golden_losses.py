@@ -1,4 +1,4 @@
-"""Writes tests/golden: the losses of 20 steps of every recipe, which the tests compare with.
+"""Writes tests/golden: the losses of the first steps of every recipe, which the tests compare with.
 
     python scripts/golden_losses.py        # or: make golden. Say in the commit why the numbers moved
 

@@ -29,6 +29,7 @@ from stage2_prior.prior import Known, Prior, PriorLoss, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
+BY_SPANS = ("euler", "adams-bashforth")  # samplers of which a step is one straight line, as a mean flow's is
 STEADY = 0.01  # of a mean flow: squared error far below which examples no longer count alike
 
 
@@ -138,7 +139,7 @@ class DiffusionPrior(Prior):
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [self.schedule.level(time) for time in times.tolist()]
         ends = dict[float, float]()
-        if self.config.mean_flow and options.sampler == "euler" and self.scheduler is None:
+        if self.config.mean_flow and options.sampler in BY_SPANS and self.scheduler is None:
             ends = dict(pairwise(times.tolist()))  # a step goes by the mean velocity to its end
         latents, begin = draw() if noise is None else noise.to(conditioning.device), 0
         if known is not None and known.strength < 1:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from stage2_prior.diffusion.samplers.adams_bashforth import adams_bashforth
 from stage2_prior.diffusion.samplers.ddim import ddim
 from stage2_prior.diffusion.samplers.ddpm import ddpm
 from stage2_prior.diffusion.samplers.dpm_solver import dpm_solver
@@ -23,7 +24,7 @@ from stage2_prior.diffusion.samplers.protocol import Sampler
 from stage2_prior.diffusion.schedule import Spacing
 from training_harness.errors import UserError
 
-SamplerName = Literal["euler", "heun", "dpm-solver++", "sde-dpm-solver++", "ddim", "ddpm"]
+SamplerName = Literal["euler", "heun", "adams-bashforth", "dpm-solver++", "sde-dpm-solver++", "ddim", "ddpm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class DiffusionOptions:
         every: dict[SamplerName, Sampler] = {
             "euler": euler,
             "heun": heun,
+            "adams-bashforth": adams_bashforth,
             "dpm-solver++": dpm_solver,
             "sde-dpm-solver++": partial(dpm_solver, stochastic=True),
             "ddim": partial(ddim, eta=self.eta),

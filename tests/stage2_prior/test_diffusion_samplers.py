@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from stage2_prior.diffusion.process import Estimate, Level, Prediction, estimate, prediction_of
+from stage2_prior.diffusion.samplers.adams_bashforth import adams_bashforth
 from stage2_prior.diffusion.samplers.ddim import ddim
 from stage2_prior.diffusion.samplers.ddpm import ddpm
 from stage2_prior.diffusion.samplers.dpm_solver import dpm_solver
@@ -22,7 +23,13 @@ from stage2_prior.diffusion.samplers.protocol import Sampler
 from stage2_prior.diffusion.schedule import LEVELS, NoiseSchedule, Schedule
 
 MEAN, STD = -2.0, 0.5
-DETERMINISTIC: dict[str, Sampler] = {"euler": euler, "ddim": ddim, "dpm-solver++": dpm_solver, "heun": heun}
+DETERMINISTIC: dict[str, Sampler] = {
+    "euler": euler,
+    "ddim": ddim,
+    "dpm-solver++": dpm_solver,
+    "heun": heun,
+    "adams-bashforth": adams_bashforth,
+}
 STOCHASTIC: dict[str, Sampler] = {
     "ddpm": ddpm,
     "ddim, eta 1": partial(ddim, eta=1.0),
@@ -90,7 +97,9 @@ def error_of_width(sampler: Sampler, steps: int, schedule: Schedule) -> float:
 
 
 @pytest.mark.parametrize("schedule", ["flow", "cosine"])
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("dpm-solver++", 2), ("heun", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("ddim", 1), ("dpm-solver++", 2), ("heun", 2), ("adams-bashforth", 2)]
+)
 def test_the_error_falls_at_the_order_of_the_solver(name: str, order: int, schedule: Schedule) -> None:
     errors = [error_of_width(DETERMINISTIC[name], steps, schedule) for steps in (50, 100, 200)]
     for coarse, fine in pairwise(errors):

@@ -131,6 +131,7 @@ def test_one_step_with_the_exact_mean_velocity_is_as_good_as_a_thousand() -> Non
     exact, one, four = sampled(1000, "heun"), sampled(1, "euler"), sampled(4, "euler")
     assert_close(one, exact, rtol=0, atol=1e-4)
     assert_close(four, exact, rtol=0, atol=1e-4)
+    assert_close(sampled(1, "adams-bashforth"), exact, rtol=0, atol=1e-4)
     assert (sampled(1, "ddim") - exact).abs().max() > 0.1
 
 
