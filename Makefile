@@ -34,7 +34,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Peers side by side; QUICK=1 takes a first look in some minutes and writes nothing. ARGS names single ones.
+# Peers side by side; QUICK=1 takes a first look, some minutes long, and writes nothing. ARGS names single ones.
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick) $(ARGS)
 
