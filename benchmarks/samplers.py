@@ -3,8 +3,8 @@
 `diffusion-tiny` on `kl-f8`'s latents of the embedded images, sampled with the guidance of its recipe by each sampler in as many
 steps as the evaluations allow (DDIM's at η = 0 are Euler's); a guided evaluation, which is a batch of twice the images, counts
 once. Heun takes two evaluations a step but for the last, so it has one fewer where the number is even. The mean flow is
-`diffusion-tiny-few-steps`, trained about as long, which needs no second half of a batch. Images and their noise are the same
-everywhere; the distance is the judge's, from the test images.
+`diffusion-tiny-few-steps`, trained about as long and sampled as its recipe says, which needs no second half of a batch. Images
+and their noise are the same everywhere; the distance is the judge's, from the test images.
 """
 
 from collections.abc import Mapping
