@@ -81,7 +81,7 @@ class Bench:
         } | precision_recall(self.real, seen.features)._asdict()
 
 
-def ours(bench: Bench, shares: tuple[float, float], seed: int) -> dict[str, float]:
+def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> dict[str, float]:
     """`shares` of the quickstart's steps, tokenizer and prior; the seconds of everything up to a pipeline that is saved."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -97,7 +97,7 @@ def ours(bench: Bench, shares: tuple[float, float], seed: int) -> dict[str, floa
         pipeline = LatentGenerationPipeline.from_pretrained(prior.output)
         rebuilt, indices = reconstruct(pipeline.tokenizer, bench.test)
         pipeline.set_progress_bar_config(disable=True)
-        labels, taken, tried = balanced_labels(pipeline, 2000), list[float](), list[dict[str, float]]()
+        labels, taken, tried = balanced_labels(pipeline, samples), list[float](), list[dict[str, float]]()
         for scale in OUR_GUIDANCE:
             begin = time.perf_counter()
             images = torch.cat(list(sampled_batches(pipeline, labels, seed, guidance_scale=scale)))
@@ -116,7 +116,7 @@ def ours(bench: Bench, shares: tuple[float, float], seed: int) -> dict[str, floa
         )
 
 
-def theirs(bench: Bench, seconds: float, seed: int, tuning: glue_stack.Tuning) -> dict[str, float]:
+def theirs(bench: Bench, seconds: float, samples: int, seed: int, tuning: glue_stack.Tuning) -> dict[str, float]:
     """The glue stack for as many seconds."""
     pixels, share = bench.processor.preprocess(bench.train), tuning.tokenizer_share
     with rounded_products(torch.device("cpu"), enabled=True):
@@ -127,7 +127,7 @@ def theirs(bench: Bench, seconds: float, seed: int, tuning: glue_stack.Tuning) -
         prior = glue_stack.train_prior(tokens, bench.labels, seconds * (1 - share) - encoding, tuning, seed)
     indices = glue_stack.encode(tokenizer.model, bench.processor.preprocess(bench.test))
     figures = bench.reconstruction_figures(glue_stack.decode(tokenizer.model, indices), indices)
-    labels = torch.arange(glue_stack.CLASSES).repeat_interleave(200)
+    labels = torch.arange(glue_stack.CLASSES).repeat_interleave(samples // glue_stack.CLASSES)
     tried, begin = list[dict[str, float]](), time.perf_counter()
     for scale in THEIR_GUIDANCE:
         torch.manual_seed(seed)
@@ -155,16 +155,17 @@ def timed(work: Callable[[], object]) -> float:
 
 def run(quick: bool) -> Report:
     bench, tuning, seed = Bench(), glue_stack.Tuning(), 0
+    budgets, samples = (((0.02, 0.03),), 100) if quick else (SHARES, 2000)
     curves: dict[str, list[dict[str, float]]] = {OURS: [], GLUE: []}
-    for shares in SHARES[:1] if quick else SHARES:
-        curves[OURS].append(ours(bench, shares, seed))
-        curves[GLUE].append(theirs(bench, curves[OURS][-1]["seconds"], seed, tuning))
+    for shares in budgets:
+        curves[OURS].append(ours(bench, shares, samples, seed))
+        curves[GLUE].append(theirs(bench, curves[OURS][-1]["seconds"], samples, seed, tuning))
         print({name: {k: round(v, 3) for k, v in points[-1].items()} for name, points in curves.items()}, flush=True)
     return Report(
         name="glue",
         title="The quickstart against a glued stack, second for second",
         text=words(curves),
-        figures={"seed": seed, "num_images": 2000, "tuning": dataclasses.asdict(tuning), "curves": curves},
+        figures={"seed": seed, "num_images": samples, "tuning": dataclasses.asdict(tuning), "curves": curves},
         peers=("diffusers", "transformers"),
         chart=lambda path: draw(curves, path),
     )
@@ -208,12 +209,16 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
+    seconds = [point["seconds"] for point in curves[OURS]]
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     for axis, key in zip(axes, ("psnr", "frechet", "agreement", "recall"), strict=True):
         for name, points in curves.items():
-            axis.plot([p["seconds"] for p in points], [p[key] for p in points], "o-", label=name)
+            axis.plot(seconds, [p[key] for p in points], "o-", label=name)
         axis.set(title=FIGURES[key], xlabel="seconds of training, both stages", xscale="log")
+        axis.set_xticks(seconds, [f"{number:.0f}" for number in seconds])
+        axis.xaxis.set_minor_locator(NullLocator())
         if key == "frechet":
             axis.axhline(curves[GLUE][-1][key], color="grey", ls=":", lw=1)
             axis.set_yscale("log")

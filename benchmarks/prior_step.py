@@ -43,7 +43,7 @@ def stepping(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rounde
 def run(quick: bool) -> Report:
     keep_freed_memory()
     torch.manual_seed(0)
-    steps, rounds = (1, 1) if quick else (2, 5)
+    steps, rounds, warm_up = (1, 1, 0) if quick else (2, 5, 1)
     codes, labels = torch.randint(CODES, (BATCH, SIDE, SIDE)), torch.arange(BATCH) % CLASSES
     sequence = torch.cat([CODES + labels[:, None], codes.flatten(1)], dim=1)
     takes: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def run(quick: bool) -> Report:
     flop = by_kind(counter)["product"]
     with rounded_products(accelerated_device(), enabled=True):
         speed = machine_speed(3).product
-    found = compared(interleaved(takes, rounds))
+    found = compared(interleaved(takes, rounds, warm_up))
     rows = []
     for name, row in found.items():
         low, high = row["quartiles"]
