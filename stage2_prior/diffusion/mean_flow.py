@@ -8,9 +8,9 @@ Differentiated in t this is v = u + (t − r) du/dt, and the network learns to m
     L = E ‖V − ṽ‖²,     ṽ = ω (ε − x) + (1 − ω) sg[u_θ(z, t, t | no class)]
 
 Each example counts 1 / (sg[its squared error] + c): guidance and derivative make some targets far noisier than others. ω, the
-guidance scale, is drawn and told to the network, so that guidance costs no second evaluation when sampling. Geng et al. 2025,
-arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012. A plain flow comes first
-(`times.spans_from`), since the two terms of the loss pull against each other: Zhang et al. 2025, arXiv 2510.20771.
+guidance scale, is drawn evenly and told to the network, so that guidance costs no second evaluation when sampling. Geng et al.
+2025, arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012. A plain flow comes
+first (`times.spans_from`), since the two terms of the loss pull against each other: Zhang et al. 2025, arXiv 2510.20771.
 """
 
 import warnings

@@ -51,7 +51,7 @@ class DiffusionObjective:
         ends = guidance = None
         if self.model.mean_flow and step >= self.config.times.spans_from * self.config.max_steps:
             times, ends = self.config.times.spans(times, draws[:, 2].float())
-            guidance = self.model.max_guidance ** draws[:, 3].float()
+            guidance = 1 + (self.model.max_guidance - 1) * draws[:, 3].float()
         weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)
         return latents, labels, times, torch.randn(latents.shape), weights, self.degraded(split, rows), ends, guidance
 

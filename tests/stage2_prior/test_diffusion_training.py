@@ -134,9 +134,12 @@ def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp
     times, rows = TimesConfig(spans_from=0.5, instant_share=0.5), np.arange(8)
     config = configuration(codes, tmp_path, model=replace(MODEL, mean_flow=True), times=times, max_steps=6)
     objective, draws = DiffusionObjective(config, codes), torch.rand(8, 4, generator=seeded(0))
+    draws[:, 3] = torch.linspace(0, 1, 8)
     for step in range(6):
         *_, ends, guidance = objective.inputs(rows, draws, step)
         assert (ends is None) == (guidance is None) == (step < 3)
+    assert guidance is not None
+    assert_close(guidance, torch.linspace(1, 4, 8))  # large scales, which are sampled with, as often as small ones
     with pytest.raises(ConfigError, match=r"spans_from is 1\.0; expected a share in \[0, 1\)"):
         TimesConfig(spans_from=1.0)
 
