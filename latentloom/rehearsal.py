@@ -24,7 +24,7 @@ from training_harness.machine import rounded_products
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
 
-WARM_UP, MEASURED = 3, 7
+WARM_UP, MEASURED = 1, 3
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Rehearsal:
         wanted = self.config.mixed_precision
         return (torch.float16 if wanted == "fp16" else torch.bfloat16), wanted != "no"
 
-    def seconds_per_step(self, warm_up: int = WARM_UP, measured: int = MEASURED, at_least: float = 0.0) -> float:
+    def seconds_per_step(self, at_least: float = 0.0) -> float:
         """Mean seconds of an optimiser step, with all the batches that it accumulates.
 
-        Of `measured` steps after `warm_up`, or of as many as fill `at_least` seconds: a machine may be quicker at first than
-        it stays.
+        Of three after one that does not count, or of as many as fill `at_least` seconds: a machine may be quicker at first
+        than it stays.
         """
         times = list[float]()
         average = EMA(self.main, self.config.ema)
@@ -71,13 +71,13 @@ class Rehearsal:
             if self.config.compile:
                 part.compile()
         with rounded_products(self.device, self.config.matmul_precision == "high"):
-            while len(times) < warm_up + measured or sum(times[warm_up:]) < at_least:
+            while len(times) < WARM_UP + MEASURED or sum(times[WARM_UP:]) < at_least:
                 begin = time.perf_counter()
                 self.step(average)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - begin)
-        return self.config.accumulation_steps * statistics.fmean(times[warm_up:])
+        return self.config.accumulation_steps * statistics.fmean(times[WARM_UP:])
 
 
 def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig) -> Rehearsal:

@@ -13,7 +13,7 @@ from stage1_tokenizer.sources import open_source
 
 @pytest.fixture(scope="session", autouse=True)
 def rough_timing() -> Iterator[None]:
-    """How long a step takes is measured on one step in place of ten."""
+    """How long a step takes is measured on one step in place of four."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal, "WARM_UP", 0)
         patch.setattr(rehearsal, "MEASURED", 1)
