@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -165,18 +165,19 @@ def start(
     slow_saves: bool = False,
     **fields: Any,
 ) -> list[BaseProcess]:
-    """Forked from a server that has imported what a run needs; `fields` of its configuration."""
+    """A run in processes of their own; `fields` of its configuration."""
+    return forked(one, processes, stage, folder, output, in_float64, sharded, slow_saves, fields)
+
+
+def forked(target: Callable[..., None], processes: int, *arguments: Any) -> list[BaseProcess]:
+    """`target(rank, processes, port, *arguments)` for each rank, forked from a server that has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
     # the server looks for it before it is told where
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     port = free_port()
-    places = [
-        (rank, processes, port, stage, folder, output, in_float64, sharded, slow_saves, fields)
-        for rank in range(processes)
-    ]
-    started = [context.Process(target=one, args=place) for place in places]
+    started = [context.Process(target=target, args=(rank, processes, port, *arguments)) for rank in range(processes)]
     for process in started:
         process.start()
     return started

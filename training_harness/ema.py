@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training_harness.errors import ConfigError
-from training_harness.sharding import local, sharded_as
+from training_harness.sharding import gathered, local, sharded_as
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +70,7 @@ class EMA(Generic[Model]):
         """The whole averaged model; each process must ask for it."""
         if self._sharded:
             for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
-                held.copy_(_laid_out(average, source).full_tensor() if isinstance(source, DTensor) else average)
+                held.copy_(gathered(average, source) if isinstance(source, DTensor) else average)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,11 +82,6 @@ class EMA(Generic[Model]):
         if self._sharded:
             for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
                 average.copy_(local(sharded_as(held, source)))
-
-
-def _laid_out(shard: Tensor, like: DTensor) -> DTensor:
-    placed = shard.to(like.device)
-    return DTensor.from_local(placed, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

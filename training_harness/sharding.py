@@ -3,17 +3,34 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def whole(value: Any) -> Any:
     """The value with every shard in it gathered on the CPU; each process must ask for it."""
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        by_rows = Shard(0) in value.placements  # a norm is not: it is summed
+        return (gathered(value.to_local(), value) if by_rows else value.full_tensor()).cpu()
     if isinstance(value, dict):
         return {name: whole(inner) for name, inner in value.items()}
     return [whole(inner) for inner in value] if isinstance(value, list) else value
+
+
+def gathered(shard: Tensor, like: DTensor) -> Tensor:
+    """The whole of a tensor from each process's shard of it, laid out by rows as `like` is; each process must ask for it.
+
+    `DTensor.full_tensor` does so by a functional collective, which over gloo (torch 2.14) could end the process.
+    """
+    dim = like.placements.index(Shard(0))
+    processes = like.device_mesh.size(dim)
+    rows = -(-like.shape[0] // processes)
+    padded = shard.new_zeros(rows, *like.shape[1:], device=like.device)
+    padded[: len(shard)] = shard
+    result = padded.new_empty(rows * processes, *like.shape[1:])
+    dist.all_gather(list(result.split(rows)), padded, group=like.device_mesh.get_group(dim))
+    return result[: like.shape[0]]
 
 
 def sharded_as(value: Tensor, like: Tensor) -> Tensor:

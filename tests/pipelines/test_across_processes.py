@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from small_runs import free_port, take_place
+from small_runs import finish, forked, take_place
 from tiny_models import seeded, tiny_pipeline
 
 from pipelines.across_processes import sample_across_processes
@@ -18,18 +17,18 @@ def draw(count: int) -> torch.Tensor:
     return sample_across_processes(tiny_pipeline(), torch.tensor(LABELS[:count]), seeded(3), batch_size=2)
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
+def one_of_two(rank: int, processes: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    take_place(rank, 2, port)
-    torch.save({count: draw(count) for count in (1, 2, 7)}, f"{folder}/{rank}.pt")
+    take_place(rank, processes, port)
+    torch.save({count: draw(count) for count in (1, 2, 7)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("together")
-    mp.spawn(one_of_two, (free_port(), str(folder)), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert finish(forked(one_of_two, 2, folder)) == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

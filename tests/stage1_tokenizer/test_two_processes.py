@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from small_parts import write_pictures
-from small_runs import free_port, take_place
+from small_runs import finish, forked, take_place
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
@@ -72,11 +71,11 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
     return held
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
+def one_of_two(rank: int, processes: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    take_place(rank, 2, port)
-    held = train(Path(folder))
-    torch.save(quantize(rank) | {"held": held}, f"{folder}/{rank}.pt")
+    take_place(rank, processes, port)
+    held = train(folder)
+    torch.save(quantize(rank) | {"held": held}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -84,7 +83,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     write_pictures(folder / "pictures")
-    mp.spawn(one_of_two, (free_port(), str(folder)), nprocs=2)
+    assert finish(forked(one_of_two, 2, folder)) == [0, 0]
     return folder
 
 
