@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -32,9 +33,11 @@ from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import survey
-from stage1_tokenizer.training_config import TokenizerTraining, completed
+from stage1_tokenizer.tokenizer import TokenizerConfig
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
@@ -51,6 +54,13 @@ def check_bounds(minutes: float | None, num_images: int) -> None:
     """What both commands refuse before they look at anything."""
     check_minutes(minutes)
     check_count("--num-images", num_images)
+
+
+def check_prior(tokenizer: TokenizerTraining, shape: TokenizerConfig, prior: PriorTraining, num_classes: int) -> None:
+    """Refuses before anything is trained settings of a prior that do not fit the codes that it will be given."""
+    spec = new_tokenizer(shape).latent_spec()
+    with torch.device("meta"):
+        prior.new_prior(spec, num_classes)
 
 
 def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
@@ -80,11 +90,13 @@ def run_main_job(
     """
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").exists():
         raise UserError(f"{output} is not empty and holds no run of this command; choose another --output")
-    tokenizer = completed(tokenizer, survey(source.train))
+    seen = survey(source.train)
+    tokenizer = completed(tokenizer, seen)
     if (held := finished_metrics(output, tokenizer, prior, minutes)) is not None:
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
         say(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
+    check_prior(tokenizer, model_config(tokenizer, seen), prior, len(source.label_names or ()))
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()
     first_steps = newest_step(tokenizer.output), newest_step(prior.output)  # of a run that goes on

@@ -1,5 +1,6 @@
 """Training steps on random data, before a run or in place of one: to say what a step takes, or how many fit into a time."""
 
+import itertools
 import math
 import statistics
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stage1_tokenizer.adversarial import discriminator_loss, generator_loss, r1_penalty
 from stage1_tokenizer.discriminator import PatchDiscriminator
@@ -134,12 +136,15 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
     if config.gradient_checkpointing:
         prior.recompute_blocks()
 
+    numbers = itertools.count()
+
     def loss(images: int) -> Tensor:
         labels = torch.full((images,), min(0, num_classes - 1), device=device)
         if isinstance(config, DiffusionTraining):
             latents, noise = torch.randn(2, images, spec.channels, spec.height, spec.width, device=device)
             times, ends, guidance = torch.rand(images, device=device), None, None
-            if config.model.mean_flow:
+            # its targets keep nothing, and choose images by numbers, which fake tensors have not
+            if config.model.mean_flow and not isinstance(latents, FakeTensor) and has_spans(config, next(numbers)):
                 times, ends = config.times.spans(times, torch.rand(images, device=device))
                 guidance = torch.full_like(times, config.model.max_guidance)
             degraded = None if config.degradation == "none" else noise
@@ -148,3 +153,9 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
         return prior(torch.randint(spec.codebook_size or 1, (images, *shape), device=device), labels).total
 
     return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
+
+
+def has_spans(config: DiffusionTraining, number: int) -> bool:
+    """Whether a step learns spans, which takes longer: of rehearsed ones as large a share as of a run's, evenly spread."""
+    share = 1 - config.times.spans_from
+    return math.floor((number + 1) * share) > math.floor(number * share)

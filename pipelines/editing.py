@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from stage1_tokenizer.image_processor import MODES, ImageProcessor, Picture
@@ -38,9 +38,18 @@ class Edit:
     codes: Tensor  # (N, rows, columns) int64, or (N, levels, rows, columns); latents (N, c, rows, columns)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, images: Pictures, masks: Pictures | None, latents: bool = False) -> Self:
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        images: Pictures,
+        masks: Pictures | None,
+        latents: bool = False,
+        batch_size: int = 100,
+    ) -> Self:
         """Raises UserError when the pictures cannot be read, or a mask has not the size of its picture."""
         processor, pictures = tokenizer.config.image_processor, _as_pictures(images)
+        if not pictures:
+            raise UserError("image is empty; expected a picture, or one a label")
         originals = torch.stack([_read(picture, processor, "image") for picture in pictures])
         if masks is None:
             mask = torch.ones(len(originals), 1, *originals.shape[2:], dtype=torch.bool)
@@ -49,10 +58,15 @@ class Edit:
         spec, given = tokenizer.latent_spec(), filled(originals, mask) if masks is not None else originals
         encode = tokenizer.encode_latents if latents else tokenizer.encode_indices
         with torch.no_grad():
-            codes = encode(processor.preprocess(given).to(tokenizer.device, tokenizer.dtype))
+            codes = torch.cat(
+                [
+                    encode(processor.preprocess(part).to(tokenizer.device, tokenizer.dtype)).cpu()
+                    for part in given.split(batch_size)
+                ]
+            )
         padded = replace(processor, channels=1).preprocess(mask.to(torch.uint8) * 255)
         hole = F.max_pool2d(padded, spec.downsampling_factor).squeeze(1) > -1
-        return cls(originals, mask, hole, codes.cpu())
+        return cls(originals, mask, hole, codes)
 
     def repeated(self, count: int) -> Self:
         """Each picture `count` times."""
@@ -112,7 +126,7 @@ def _as_pictures(pictures: Pictures) -> list[Picture]:
 def _as_picture(picture: Any) -> Picture:
     """A PIL picture; an array (h, w) or (h, w, C), or a tensor (h, w) or (C, h, w), of uint8 or of numbers in [0, 1]."""
     if isinstance(picture, Image.Image):
-        return picture
+        return ImageOps.exif_transpose(picture)  # upright, as it is seen: sizes of picture and mask are compared
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu()
         picture = (picture.permute(1, 2, 0) if picture.ndim == 3 else picture).numpy()

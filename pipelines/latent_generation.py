@@ -127,7 +127,9 @@ class LatentGenerationPipeline:
             )
         labels = torch.tensor(self.label_ids(class_labels))
         of_latents = self.prior.draws == "latents"
-        edit = None if image is None else Edit.of(self.tokenizer, image, mask_image, of_latents)
+        edit = None
+        if image is not None:
+            edit = Edit.of(self.tokenizer, image, mask_image, of_latents, batch_size or DEFAULT_BATCH_SIZE)
         if edit is not None and len(edit.originals) != len(labels):
             labels, edit = matched(labels, edit)
         labels = labels.repeat_interleave(num_images_per_label)
@@ -223,8 +225,12 @@ class LatentGenerationPipeline:
         if not codes.is_floating_point() and (unknown := codes == UNKNOWN).any():
             nothing = unknown.view(len(codes), -1, *codes.shape[-2:]).any(1, keepdim=True)
             codes = self.tokenizer.indices_to_latents(codes.clamp(min=0)).masked_fill(nothing, 0.0)
-        decoder = self.tokenizer.decode_latents if codes.is_floating_point() else self.tokenizer.decode_indices
-        return self.tokenizer.config.image_processor.to_unit_range(decoder(codes)).cpu()
+        tokenizer = self.tokenizer
+        if codes.is_floating_point():
+            pixels = tokenizer.decode_latents(codes.to(tokenizer.dtype))
+        else:
+            pixels = tokenizer.decode_indices(codes)
+        return tokenizer.config.image_processor.to_unit_range(pixels).cpu()
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | None) -> list[int]:
         """Ids of one or several classes given by id or name; −1, no class, for none."""

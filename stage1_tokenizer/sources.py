@@ -111,6 +111,11 @@ class ImageSplit:
         labels = None if self._labels is None else [self._labels[i] for i in indices]
         return ImageSplit(self._store, labels, [self._positions[i] for i in indices])
 
+    def relabelled(self, ids: Sequence[int]) -> ImageSplit:
+        """The same pictures, those of label i now of label `ids[i]`; −1 stays."""
+        labels = None if self._labels is None else [ids[label] if label >= 0 else -1 for label in self._labels]
+        return ImageSplit(self._store, labels, self._positions)
+
     def _opened(self, i: int) -> Picture:
         encoded = self._store.encoded(self._positions[i])
         if encoded.startswith(NUMPY_MAGIC):
@@ -152,6 +157,13 @@ class ImageSource:
     def held_out(self) -> ImageSplit:
         """What figures are measured on: the test split, else the validation split."""
         return self.validation if self.test is None else self.test
+
+    def relabelled(self, label_names: tuple[str, ...] | None) -> ImageSource:
+        """The same pictures, with the ids that `label_names` give to their classes; −1 for a class that has none there."""
+        known = {name: i for i, name in enumerate(label_names or ())}
+        ids = [known.get(name, -1) for name in self.label_names or ()]
+        train, validation = self.train.relabelled(ids), self.validation.relabelled(ids)
+        return ImageSource(self.name, label_names, train, validation, self.test and self.test.relabelled(ids))
 
 
 def open_source(data: str | Path, *, hold_out: bool = True) -> ImageSource:

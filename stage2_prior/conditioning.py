@@ -23,6 +23,11 @@ class ClassEmbedding(nn.Embedding):
         return super().forward(torch.where(labels < 0, self.null_class, labels))
 
 
+def has_class(labels: Tensor, null_class: int) -> Tensor:
+    """(B,) bool: which labels (B,) are neither −1 nor the null class; without a class there is nothing to guide towards."""
+    return (labels >= 0) & (labels != null_class)
+
+
 def without_some(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
     """Labels (B,), −1 where the draw (B,) in [0, 1) is below `rate`."""
     return torch.where(draws.to(labels.device) < rate, -1, labels)

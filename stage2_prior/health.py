@@ -2,8 +2,8 @@
 
 TURNED = 0.01  # of the best validation loss: a rise by more is no noise
 REMEDY = (
-    "more images, mirrored ones (latentloom tokenize --flip), --model.dropout 0.1 or a smaller model help; so does stopping "
-    "earlier"
+    "more images, mirrored ones (latentloom tokenize --flip) or a smaller model help, and --model.dropout 0.1 for an "
+    "autoregressive one; so does stopping earlier"
 )
 
 

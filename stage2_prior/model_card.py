@@ -41,5 +41,6 @@ def _described(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
         what = f"A decoder-only transformer over {config.height}×{config.width} image codes of {config.codebook_size}"
         return "Autoregressive", what, f"{nats:.3f} nats a token, {bits:.0f} bits an image"
     assert isinstance(prior, DiffusionPrior)
-    what = f"A diffusion transformer over {config.height}×{config.width} latents of {config.channels} channels"
+    network = "transformer" if config.denoiser == "dit" else "U-Net"
+    what = f"A diffusion {network} over {config.height}×{config.width} latents of {config.channels} channels"
     return "Diffusion", what, f"{last.get('validation_squared_error', nothing):.4f} squared error of its prediction"

@@ -141,6 +141,7 @@ def against_images(a: Arguments) -> dict[str, Any]:
     if pipeline is None:
         check_size(source, a.reference, samples.processor)
     names = source.label_names if samples.label_names == source.label_names else None
+    source = source.relabelled(samples.label_names)
     extractor = extractor_for(a.reference, samples.processor, a.features)
     held_out = readable(source.held_out, samples.processor)
     train = readable(some(source.train, a.max_training_images, a.seed), samples.processor)
@@ -205,7 +206,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
                 raise UserError(
                     f"--reference is {a.reference} for a pipeline that restores; expected a folder of images to restore"
                 )
-            held_out = readable(load_source(a.reference).held_out, processor)
+            held_out = readable(load_source(a.reference).relabelled(names).held_out, processor)
             restorations = Restorations(pipeline, held_out, a.num_images, a.seed)
             batches = restorations.batches() if is_main_process() else iter(())
             samples = Samples(batches, restorations.labels, names, processor, restorations)

@@ -51,7 +51,7 @@ def main(words: list[str]) -> None:
 
 def draw(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    source = load_source(a.data)
+    source = load_source(a.data).relabelled(pipeline.label_names)
 
     def pixels(split: ImageSplit, most: int) -> Pixels:
         drawn = drawn_positions(len(split), most, a.seed).tolist()

@@ -70,8 +70,6 @@ def inspect_prior(
             "run: latentloom evaluate"
         )
     codes, labels = torch.cat(list(encoded(pipeline.tokenizer, held_out, "held-out images"))), class_ids(held_out)
-    if not pipeline.prior.config.num_classes:
-        labels = torch.full_like(labels, -1)
     bits = surprise(prior, codes, labels)
     chosen = balanced_labels(pipeline, num_samples)
     generators = image_generators(torch.Generator().manual_seed(seed), len(chosen))

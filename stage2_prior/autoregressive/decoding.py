@@ -17,7 +17,7 @@ from torch import Tensor
 from stage2_prior.autoregressive.candidates import Candidates
 from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
 from stage2_prior.autoregressive.stepping import Stepper, stepper_for
-from stage2_prior.conditioning import guided
+from stage2_prior.conditioning import guided, has_class
 from stage2_prior.prior import UNKNOWN, Known
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def decode(
 ) -> Tensor:
     """Codes (B, h, w) int64, or (B, levels, h, w), for class ids (B,).
 
-    With guidance both halves run in one batch of 2 B rows; at scale 1 the null half is left out. `on_step(i, codes)` is called
-    after the i-th place with the codes so far, `UNKNOWN` where there is none.
+    With guidance both halves run in one batch of 2 B rows; at scale 1, or without classes, the null half is left out.
+    `on_step(i, codes)` is called after the i-th place with the codes so far, `UNKNOWN` where there is none.
 
     Args:
         orders: (B, h·w) int64, the place that is drawn i-th; none is raster order.
@@ -64,15 +64,21 @@ def decode(
     tokens, conditioning = (
         x.repeat_interleave(count, 0) for x in (tokens, conditioning)
     )  # candidates of an image in turn
-    guidance = options.guidance_scale != 1
+    null = prior.class_embedding.null_class
+    guidance = options.guidance_scale != 1 and bool(has_class(conditioning, null).any())
     if guidance:
-        conditioning = torch.cat([conditioning, torch.full_like(conditioning, prior.class_embedding.null_class)])
+        conditioning = torch.cat([conditioning, torch.full_like(conditioning, null)])
     both = doubled(orders, guidance) if orders is not None else None
     caches = prior.new_caches(len(conditioning))
     prefix = prior.class_embedding(conditioning)[:, None]
     inputs = torch.cat([prefix, prior.place_vectors(doubled(tokens[:, :start], guidance))], dim=1)
     stepper = stepper_for(prior, caches, both, len(conditioning), options.weights == "int8")
     hidden = prior.hidden_states(inputs, both, caches)[:, -1]
+
+    def codes_of_best() -> Tensor:
+        best = candidates.best(late)
+        return prior.codes_of(tokens[best].flatten(1), None if orders is None else orders[best])
+
     for i in range(start, places):
         if i > start:
             hidden = stepper.hidden(prior.place_vectors(doubled(tokens[:, i - 1 : i], guidance)))
@@ -85,9 +91,8 @@ def decode(
             for cache in caches:
                 cache.select(rows)
         if on_step is not None:
-            on_step(i, prior.codes_of(tokens.flatten(1), orders)[::count])
-    best = candidates.best(late)
-    return prior.codes_of(tokens[best].flatten(1), None if orders is None else orders[best])
+            on_step(i, codes_of_best())
+    return codes_of_best()
 
 
 def forced_tokens(

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from stage1_tokenizer.degradation import Degradation
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.sampling import DiffusionOptions
-from stage2_prior.diffusion.schedule import Schedule
+from stage2_prior.diffusion.schedule import LEVELS, Schedule
 from training_harness.errors import ConfigError, UserError
 from training_harness.pretrained import StrictConfig
 
@@ -72,7 +72,7 @@ class DiffusionPriorConfig(StrictConfig):
                 f"model.patch_size is {self.patch_size} for {self.height}×{self.width} latents; expected a number that divides "
                 "both sides, such as 1"
             )
-        if self.hidden_size % (4 * self.num_heads):
+        if self.denoiser == "dit" and self.hidden_size % (4 * self.num_heads):
             raise ConfigError(
                 f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of {4 * self.num_heads}"
             )
@@ -105,6 +105,11 @@ class DiffusionPriorConfig(StrictConfig):
 
     def check_sampling(self, options: DiffusionOptions) -> None:
         """Raises UserError for what a prior of this kind does not sample with."""
+        if self.schedule != "flow" and options.num_inference_steps > LEVELS:
+            raise UserError(
+                f"num_inference_steps is {options.num_inference_steps} and the schedule {self.schedule} has {LEVELS} levels; "
+                f"expected at most {LEVELS}"
+            )
         if self.mean_flow and not 1 <= options.guidance_scale <= self.max_guidance:
             raise UserError(
                 f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to {self.max_guidance:g}; "
@@ -130,5 +135,5 @@ class DiffusionPriorConfig(StrictConfig):
         if factors and (self.height % factors[-1] or self.width % factors[-1]):
             raise ConfigError(
                 f"model.channel_multipliers halves {len(factors) - 1} times, and {self.height}×{self.width} latents are no "
-                f"multiple of {factors[-1]}; expected fewer of them"
+                f"multiple of {factors[-1]}; expected fewer of them, or images of another size"
             )

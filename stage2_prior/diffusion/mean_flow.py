@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from stage2_prior.conditioning import guided
+from stage2_prior.conditioning import guided, has_class
 from training_harness.precision import widened
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,8 +44,7 @@ def mean_flow_errors(
         classes: (B,) ids; where there is none, or the null class, ω counts as 1.
         ends, guidance: r in [0, t] and ω of at least 1, (B,) each.
     """
-    unknown = (classes < 0) | (classes == null_class)
-    guidance = torch.where(unknown, torch.ones_like(guidance), guidance)
+    guidance = torch.where(has_class(classes, null_class), guidance, 1.0)
     predicted = widened(network(noisy, times, classes, ends, guidance))
     with torch.no_grad():
         target = widened(velocity).clone()

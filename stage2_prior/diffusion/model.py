@@ -9,6 +9,7 @@ as `strength` says (Meng et al. 2021, arXiv 2108.01073).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.conditioning import guided
+from stage2_prior.conditioning import guided, has_class
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.mean_flow import mean_flow_errors
@@ -115,6 +116,8 @@ class DiffusionPrior(Prior):
     ) -> Tensor:
         self.check_spec(spec)
         self.config.check_sampling(options)
+        if not has_class(conditioning, self.null_class).any():
+            options = replace(options, guidance_scale=1.0)
         shape = (spec.channels, spec.height, spec.width)
 
         def draw() -> Tensor:
@@ -179,7 +182,8 @@ class DiffusionPrior(Prior):
         if self.config.mean_flow:
             end = time if end is None else end
             guidance = options.guidance_scale if options.guides_at((time + end) / 2) else 1.0
-            ends, scales = torch.full_like(times, end), torch.full_like(times, guidance)
+            ends = torch.full_like(times, end)
+            scales = torch.where(has_class(conditioning, self.null_class), guidance, torch.ones_like(times))
             return self.denoiser(noisy, times, conditioning, ends, scales).float()
         if not options.guides_at(time):
             return self.denoiser(noisy, times, conditioning).float()

@@ -58,7 +58,7 @@ class DiffusionOptions:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
         if self.eta > 0 and self.sampler != "ddim":
             raise UserError(
-                f"eta is {self.eta} and the sampler {self.sampler}; expected eta with ddim alone; leave it out"
+                f"eta is {self.eta} and the sampler {self.sampler}; expected eta with ddim alone; give eta 0"
             )
 
     def guides_at(self, time: float) -> bool:

@@ -27,25 +27,28 @@ LEVELS = 1000
 
 class NoiseSchedule:
     def __init__(self, schedule: Schedule, zero_terminal_snr: bool = False) -> None:
-        self._alphas = None if schedule == "flow" else _alphas(schedule, zero_terminal_snr)
+        self._levels = None  # (2, T + 1) float64, α and σ
+        if schedule != "flow":
+            alphas = _alphas(schedule, zero_terminal_snr)
+            self._levels = torch.stack([alphas, (1 - alphas.square()).clamp(min=0).sqrt()])
 
     @property
     def is_flow(self) -> bool:
-        return self._alphas is None
+        return self._levels is None
 
     def level(self, time: float) -> Level[float]:
         return Level(*torch.stack(self.levels(torch.tensor(time, dtype=torch.float64))).tolist())
 
     def levels(self, times: Tensor) -> Level[Tensor]:
         """α and σ of times in [0, 1], in the times' type; a schedule of T levels rounds to the nearest."""
-        if self._alphas is None:
+        if self._levels is None:
             return Level(times, 1 - times, times)
-        alphas = self._alphas.to(times.device)[(times * LEVELS).round().long()]
-        return Level(times, alphas.to(times.dtype), (1 - alphas.square()).clamp(min=0).sqrt().to(times.dtype))
+        levels = self._levels.to(times.dtype).to(times.device)  # in this order: MPS knows no float64
+        return Level(times, *levels[:, (times * LEVELS).round().long()])
 
     def training_times(self, shares: Tensor) -> Tensor:
         """Shares of the time in (0, 1] → times to learn at: never t = 0, where there is nothing to say."""
-        return shares if self._alphas is None else (shares * LEVELS).ceil() / LEVELS
+        return shares if self._levels is None else (shares * LEVELS).ceil() / LEVELS
 
     def sampling_times(self, steps: int, spacing: Spacing = "trailing") -> Tensor:
         """(steps + 1,) float64, falling from where sampling begins to 0.
@@ -53,9 +56,9 @@ class NoiseSchedule:
         `trailing` begins at t = 1 with equal steps, `leading` ends with a full step to 0, `linspace` has both the first and the
         last level; a flow, which has no last level above 0, has `trailing` alone.
         """
-        if self._alphas is None or spacing == "trailing":
+        if self._levels is None or spacing == "trailing":
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-            return times if self._alphas is None else (times * LEVELS).round() / LEVELS
+            return times if self._levels is None else (times * LEVELS).round() / LEVELS
         if spacing == "leading":
             first = torch.arange(steps, dtype=torch.float64).flip(0) * (LEVELS // steps)
         else:

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from command_line import CHECKOUT, latentloom
 from PIL import Image
+from tiny_models import tiny_pipeline
 
 from latentloom.evaluation_pictures import draw_by_class
+from pipelines.evaluation.report import bits_per_token
+from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import open_source
 from stage2_prior.autoregressive.sampling import SamplingOptions
 
@@ -63,6 +66,25 @@ def test_the_figures_of_a_pipeline_say_every_setting_and_come_with_two_pictures(
     assert len(figures["by_class"]) == 10
     assert {path.name for path in tmp_path.iterdir()} >= {"figures.json", "figures.samples.png"}
     assert Image.open(tmp_path / "figures.samples.png").size[0] > 3 * 16
+
+
+def test_classes_are_told_by_name_and_those_that_the_pipeline_has_not_count_as_none(
+    clothes: Path, tmp_path: Path
+) -> None:
+    """The folders' names in another order, with one more: their ids are not the pipeline's."""
+    pipeline = tiny_pipeline(("kind 1", "kind 8", "kind 7"), image_size=(32, 32), content_size=(28, 28))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    words = ["--reference", clothes, "--num-images", 30, "--features", "pixels-8x8"]
+    figures = evaluated(tmp_path / "a.json", "--pipeline", tmp_path / "pipeline", *words)
+    assert set(figures["bits_per_token_by_class"]) == {"kind 1", "kind 8"}
+    assert figures["by_class"] == {}
+    source = open_source(clothes).relabelled(pipeline.label_names)
+    assert [source.test.labels.count(label) for label in (-1, 0, 1, 2)] == [6, 6, 6, 0]
+    wanted = bits_per_token(pipeline, Pixels(source.test, pipeline.tokenizer.config.image_processor))
+    assert figures["bits_per_token"] == pytest.approx(wanted["bits_per_token"])
+    page = tmp_path / "page.html"
+    words = ["--data", clothes, "--num-samples", 4, "--output", page]
+    assert latentloom("inspect-prior", "--pipeline", tmp_path / "pipeline", *words) == 0
 
 
 def test_the_same_evaluation_gives_the_same_figures(finished_job: Path, real_images: Path, tmp_path: Path) -> None:

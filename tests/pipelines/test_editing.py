@@ -1,5 +1,6 @@
 """Editing through the pipeline: what stays stays exactly, and what does not fit is refused."""
 
+import io
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from command_line import latentloom
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny_models import NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.editing import Edit, filled
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.diffusion.sampling import SamplerName
 from training_harness.errors import UserError
 
@@ -152,6 +154,56 @@ def test_one_picture_serves_several_labels_and_one_label_several_pictures() -> N
     assert len(pipeline("cat", image=pictures(3), generator=seeded(0)).images) == 3
     with pytest.raises(UserError, match="3 images were given for 2 class labels"):
         pipeline(["cat", "dog"], image=pictures(3))
+
+
+def test_a_photograph_stored_on_its_side_is_edited_as_it_is_seen() -> None:
+    upright = np.arange(14 * 10, dtype=np.uint8).reshape(14, 10)
+    stored = Image.fromarray(np.rot90(upright).copy())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    file = io.BytesIO()
+    stored.save(file, format="PNG", exif=exif)
+    mask = np.zeros((14, 10), dtype=np.uint8)
+    mask[:7] = 255
+    tokenizer = tiny_tokenizer()
+    turned = Edit.of(tokenizer, Image.open(file), Image.fromarray(mask))
+    plain = Edit.of(tokenizer, Image.fromarray(upright), Image.fromarray(mask))
+    assert torch.equal(turned.originals, plain.originals)
+    assert torch.equal(turned.mask, plain.mask)
+    with pytest.raises(UserError, match="the mask is 10×14 and its image 14×10"):
+        Edit.of(tokenizer, Image.open(file), Image.fromarray(mask.T))
+
+
+def test_pictures_are_encoded_in_batches_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, sizes = tiny_pipeline(), list[int]()
+    encode = VQGAN.encode_indices
+    monkeypatch.setattr(VQGAN, "encode_indices", lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
+    pipeline("cat", image=pictures(5), batch_size=2, generator=seeded(0))
+    assert sizes == [2, 2, 1]
+    with pytest.raises(UserError, match="image is empty; expected a picture"):
+        pipeline("cat", image=[])
+
+
+def test_the_label_decides_what_is_drawn_in_a_hole() -> None:
+    pipeline, mask = tiny_pipeline(), Image.fromarray(LEFT)
+    one, other = (
+        pipeline(name, image=pictures(4), mask_image=mask, generator=seeded(0), output_type="np").images
+        for name in ("cat", "dog")
+    )
+    assert np.array_equal(one[:, :, 7:], other[:, :, 7:])
+    assert not np.array_equal(one[:, :, :7], other[:, :, :7])
+
+
+def test_a_picture_is_continued_beyond_its_edge() -> None:
+    picture = np.asarray(pictures(1)[0])[:, :7]
+    canvas = np.full((14, 14), 255, dtype=np.uint8)
+    canvas[:, 7:] = picture
+    for make in (tiny_pipeline, diffusion_pipeline):
+        (image,) = make()(
+            "cat", image=Image.fromarray(canvas), mask_image=Image.fromarray(LEFT), generator=seeded(0)
+        ).images
+        assert np.array_equal(np.asarray(image)[:, 7:], picture)
+        assert len(np.unique(np.asarray(image)[:, :7])) > 10
 
 
 def test_pictures_come_as_pil_arrays_or_tensors_alike() -> None:

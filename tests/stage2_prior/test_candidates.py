@@ -85,6 +85,15 @@ def test_image_i_is_filled_alike_alone_and_in_a_batch_of_other_holes() -> None:
     assert not (together == codes)[~kept].all()
 
 
+def test_the_last_step_shows_what_is_given_back() -> None:
+    prior, codes = tiny_prior(), torch.randint(16, (8, 4, 4), generator=seeded(0))
+    kept = torch.rand(8, 4, 4, generator=seeded(1)) < 0.5
+    options, labels, shown = SamplingOptions(num_candidates=4), torch.arange(8) % 3, list[torch.Tensor]()
+    generators = [seeded(i) for i in range(8)]
+    given = decode(prior, labels, options, generators, lambda i, grid: shown.append(grid), Known(codes, kept))
+    assert torch.equal(shown[-1], given)
+
+
 def test_nothing_known_is_plain_sampling() -> None:
     prior, labels = tiny_prior(), torch.tensor([0, 1])
     nothing = Known(torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool))

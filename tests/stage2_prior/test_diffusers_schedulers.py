@@ -36,9 +36,16 @@ def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
     assert drawn(prior, ancestral).isfinite().all()
 
 
-def test_its_flow_scheduler_draws_what_euler_draws() -> None:
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, Any]) -> None:
     prior = tiny_diffusion()
-    scheduler = their("FlowMatchEulerDiscreteScheduler")
+    scheduler = their(name, **fields)
     assert_close(
         drawn(prior, scheduler, num_inference_steps=200), drawn(prior, num_inference_steps=200), rtol=0, atol=0.05
     )
@@ -66,8 +73,10 @@ def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
 @pytest.mark.parametrize(
     ("schedule", "scheduler", "said"),
     [
-        ("flow", ("DDIMScheduler", LINEAR), "trained with a flow"),
+        ("flow", ("DDIMScheduler", LINEAR), "trained as a flow"),
         ("linear", ("FlowMatchEulerDiscreteScheduler", {}), "a schedule of 1000 levels"),
+        ("flow", ("EDMEulerScheduler", {}), "trained as a flow"),
+        ("linear", ("EDMEulerScheduler", {}), "a schedule of 1000 levels"),
         ("cosine", ("DDIMScheduler", LINEAR), "betas of the DDIMScheduler"),
     ],
 )

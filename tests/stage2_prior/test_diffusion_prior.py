@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
+from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT, DiTBlock
 from stage2_prior.diffusion.model import DiffusionPrior
@@ -219,6 +220,37 @@ def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any],
 def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"expected"):
         DiffusionOptions(**options)
+
+
+def test_without_a_class_guidance_costs_nothing() -> None:
+    prior, tokenizer, rows = tiny_diffusion(), tiny_tokenizer(), list[int]()
+    prior.config.tokenizer_id = tokenizer.config.tokenizer_id
+    own = prior.denoiser.forward
+    prior.denoiser.forward = lambda z, *rest: (rows.append(len(z)), own(z, *rest))[1]  # type: ignore[method-assign]
+    options = DiffusionOptions(num_inference_steps=1, guidance_scale=3.0)
+    for labels in ([-1, -1], [3, -1], [0, -1]):
+        prior.sample(tokenizer.latent_spec(), torch.tensor(labels), options, image_generators(seeded(0), 2))
+    assert rows == [2, 2, 4]
+
+
+def test_more_steps_than_a_schedule_has_levels_are_refused_and_a_flow_has_no_levels() -> None:
+    options = DiffusionOptions(num_inference_steps=1001)
+    with pytest.raises(
+        UserError, match="num_inference_steps is 1001 and the schedule cosine has 1000 levels; expected at"
+    ):
+        tiny_diffusion(schedule="cosine", prediction="v_prediction").config.check_sampling(options)
+    tiny_diffusion().config.check_sampling(options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_samples_through_a_tokenizer_of_continuous_latents(dtype: torch.dtype) -> None:
+    shape = {"image_size": (16, 16), "channels": (8, 8), "blocks": (0, 1), "latent_channels": 4, "image_channels": 1}
+    tokenizer = AutoencoderKL(AutoencoderKLConfig(**shape, latent_mean=[0.0] * 4, latent_std=[1.0] * 4))
+    tokenizer.config.tokenizer_id = tokenizer.compute_id()
+    spec = tokenizer.latent_spec()
+    prior = tiny_diffusion(height=spec.height, width=spec.width, tokenizer_id=spec.tokenizer_id)
+    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES).to(dtype=dtype)
+    assert pipeline("cat", 2, generator=seeded(0), num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", get_args(Prediction))

@@ -154,6 +154,22 @@ def test_guidance_is_told_to_the_network_and_costs_no_second_evaluation() -> Non
     assert batches == [(2, 1.0), *[(2, 3.0)] * 3]  # the spans' middles are at 0.875, 0.625, 0.375 and 0.125
 
 
+def test_an_image_without_a_class_is_told_the_guidance_that_it_learnt_which_is_none() -> None:
+    prior, seen = random_prior().float(), list[list[float]]()
+    own = prior.denoiser.forward
+
+    def noted(z: Tensor, t: Tensor, c: Tensor, r: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        assert w is not None
+        seen.append(w.tolist())
+        return own(z, t, c, r, w)
+
+    prior.denoiser.forward = noted  # type: ignore[method-assign]
+    options = DiffusionOptions(num_inference_steps=1, guidance_scale=3.0)
+    prior.sample(SPEC, torch.tensor([0, -1]), options, [seeded(0), seeded(1)])
+    prior.sample(SPEC, torch.tensor([-1, -1]), options, [seeded(0), seeded(1)])
+    assert seen == [[3.0, 1.0], [1.0, 1.0]]
+
+
 def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
     times = torch.rand(40, generator=seeded(0))
     later, earlier = TimesConfig(instant_share=0.25).spans(times, torch.rand(40, generator=seeded(1)))

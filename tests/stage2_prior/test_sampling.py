@@ -241,6 +241,26 @@ def test_a_low_temperature_and_top_1_both_take_the_most_probable_code() -> None:
     assert not torch.equal(best, decoded(prior, [0, 1], [1, 2]))
 
 
+def test_without_a_class_guidance_changes_nothing_and_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, rows = tiny_prior(), list[int]()
+    prefix = AutoregressivePrior.hidden_states
+    monkeypatch.setattr(
+        AutoregressivePrior, "hidden_states", lambda self, x, *rest: (rows.append(len(x)), prefix(self, x, *rest))[1]
+    )
+    for labels in ([-1, -1], [3, -1], [0, -1]):
+        decoded(prior, labels, [1, 2], guidance_scale=3.0)
+    assert rows == [2, 2, 4]
+    assert torch.equal(decoded(prior, [-1, -1], [1, 2], guidance_scale=3.0), decoded(prior, [-1, -1], [1, 2]))
+
+
+@pytest.mark.slow
+def test_of_a_thousand_images_at_least_99_percent_of_the_tokens_are_the_same_alone_and_among_eight() -> None:
+    prior, labels, seeds = tiny_prior(), [i % 3 for i in range(1000)], list(range(1000))
+    apart = torch.cat([decoded(prior, [label], [seed]) for label, seed in zip(labels, seeds, strict=True)])
+    eights = [decoded(prior, labels[i : i + 8], seeds[i : i + 8]) for i in range(0, 1000, 8)]
+    assert (torch.cat(eights) == apart).float().mean() >= 0.99
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_image_i_is_the_same_alone_and_among_eight(scale: float) -> None:
     # A product's rounding may differ by batch; that it moves a draw over a code's edge has odds of some 10⁻⁵ here.

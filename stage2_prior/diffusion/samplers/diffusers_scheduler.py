@@ -48,12 +48,18 @@ def sampled_by_scheduler(
 def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
     theirs = getattr(scheduler, "alphas_cumprod", None)
     name = type(scheduler).__name__
-    if schedule.is_flow != (theirs is None):
-        ours = "a flow" if schedule.is_flow else f"a schedule of {LEVELS} levels"
+    of_flows = name.startswith("FlowMatch") or getattr(scheduler.config, "use_flow_sigmas", False)
+    if schedule.is_flow and not of_flows:
         raise UserError(
-            f"the scheduler is a {name} and the prior was trained with {ours}; expected a scheduler of the same"
+            f"the scheduler is a {name} and the prior was trained as a flow; expected a scheduler of flows, such as "
+            "FlowMatchEulerDiscreteScheduler() or UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')"
         )
-    if theirs is not None:
+    if not schedule.is_flow and (of_flows or theirs is None):
+        raise UserError(
+            f"the scheduler is a {name} and the prior was trained with a schedule of {LEVELS} levels; expected a scheduler of "
+            "such, as DDIMScheduler is"
+        )
+    if theirs is not None and not schedule.is_flow:
         times = torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS
         own = schedule.levels(times).alpha.square()
         if len(theirs) != LEVELS or not torch.allclose(theirs.double(), own, rtol=0, atol=CLOSE):
