@@ -92,7 +92,7 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
             AutoregressiveTraining, "prior", "ar-tiny", shares[1], seed, codes=folder / "codes", output=folder / "p"
         )
         first = timed(lambda: run_tokenizer(tokenizer, bench.source))
-        middle = timed(lambda: run_tokenize(tokenizer.output, bench.source, prior.codes))
+        middle = timed(lambda: run_tokenize(tokenizer.output, bench.source, prior.codes, "indices"))
         last = timed(lambda: run_prior(prior))
         pipeline = LatentGenerationPipeline.from_pretrained(prior.output)
         rebuilt, indices = reconstruct(pipeline.tokenizer, bench.test)

@@ -108,7 +108,7 @@ def run(quick: bool) -> Report:
             return bare(model, first, loss_of, steps)
 
         run_tokenizer(replaced(first, 0), source)
-        run_tokenize(folder / "0", source, folder / "codes")
+        run_tokenize(folder / "0", source, folder / "codes", "indices")
         second = recipe(AutoregressiveTraining, "prior", "ar-tiny", 1, 0, codes=folder / "codes", output="p")
         codes = CodeCache(folder / "codes")
 

@@ -244,7 +244,7 @@ def run(quick: bool) -> Report:
             return run_prior(replaced(config, n))
 
         jobs.append(training_job(f"stage-one step ({TOKENIZER}, batch 16)", STAGE_ONE, tokenizer, steps, rounded))
-        run_tokenize(folder / "t", source, folder / "codes")
+        run_tokenize(folder / "t", source, folder / "codes", "indices")
         jobs.append(training_job(f"stage-two step ({PRIOR}, batch 32)", STAGE_TWO, prior, steps, rounded))
         pipeline = LatentGenerationPipeline.from_pretrained(folder / "p").to(accelerated_device())
     pixels = torch.rand(128, 1, 28, 28, device=accelerated_device()) * 2 - 1

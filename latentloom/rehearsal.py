@@ -6,12 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stage1_tokenizer.adversarial import discriminator_loss, generator_loss, r1_penalty
+from stage1_tokenizer.adversarial import (
+    adaptive_weight,
+    allow_compiling,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
@@ -99,6 +106,9 @@ def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig)
     if config.gradient_checkpointing:
         model.recompute_blocks()
 
+    if config.compile and adversarial.weight > 0:
+        allow_compiling(critic, adversarial)
+
     def loss(images: int) -> Tensor:
         pixels = torch.rand(images, model_config.image_channels, *model_config.image_size, device=device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -107,7 +117,11 @@ def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig)
         total = sum_weighted(terms, config.reconstruction)
         total = total + sum(output.losses.values())
         if adversarial.weight > 0:
-            total = total + generator_loss(adversarial.loss, critic(output.reconstruction))
+            heard = generator_loss(adversarial.loss, critic(output.reconstruction))
+            if adversarial.adaptive:
+                decoder: Any = model.decoder
+                heard = adaptive_weight(total, heard, decoder.last_layer) * heard
+            total = total + heard
             pair = torch.cat([pixels, output.reconstruction.detach()]).requires_grad_(adversarial.r1 > 0)
             real, fake = critic(pair).chunk(2)
             total = total + discriminator_loss(adversarial.loss, real, fake)

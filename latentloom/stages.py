@@ -116,7 +116,7 @@ def run_tokenize(
     contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
     degradation: Degradation = "none",
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> Path:
     """Writes the code cache of `source`; returns its folder."""
     with main_process_first():
@@ -124,12 +124,13 @@ def run_tokenize(
             return output
         model, folder = load_tokenizer(tokenizer)
         model.to(accelerated_device())
+        any_prior = model.codebook_size is not None and degradation == "none"
         return write_code_cache(
             model,
             folder,
             source,
             output,
-            contents=contents,
+            contents=contents or ("both" if any_prior else "latents"),
             views=views,
             degradation=degradation,
             batch_size=batch_size,

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stage1_tokenizer.image_processor import MODES, ImageProcessor, Picture
+from stage1_tokenizer.pixels import images_at_once
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import Known
 from training_harness.errors import UserError
@@ -44,7 +45,7 @@ class Edit:
         images: Pictures,
         masks: Pictures | None,
         latents: bool = False,
-        batch_size: int = 100,
+        batch_size: int | None = None,
     ) -> Self:
         """Raises UserError when the pictures cannot be read, or a mask has not the size of its picture."""
         processor, pictures = tokenizer.config.image_processor, _as_pictures(images)
@@ -61,7 +62,7 @@ class Edit:
             codes = torch.cat(
                 [
                     encode(processor.preprocess(part).to(tokenizer.device, tokenizer.dtype)).cpu()
-                    for part in given.split(batch_size)
+                    for part in given.split(batch_size or images_at_once(tokenizer.config.image_size))
                 ]
             )
         padded = replace(processor, channels=1).preprocess(mask.to(torch.uint8) * 255)

@@ -26,6 +26,7 @@ from pipelines.hub import create_repository, local_folder, upload_folder
 from pipelines.model_card import pipeline_card
 from stage1_tokenizer.image_processor import to_pil
 from stage1_tokenizer.pictures import save_picture
+from stage1_tokenizer.pixels import images_at_once
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import UNKNOWN, Known, Prior, randn_per_image
@@ -129,7 +130,7 @@ class LatentGenerationPipeline:
         of_latents = self.prior.draws == "latents"
         edit = None
         if image is not None:
-            edit = Edit.of(self.tokenizer, image, mask_image, of_latents, batch_size or DEFAULT_BATCH_SIZE)
+            edit = Edit.of(self.tokenizer, image, mask_image, of_latents, batch_size)
         if edit is not None and len(edit.originals) != len(labels):
             labels, edit = matched(labels, edit)
         labels = labels.repeat_interleave(num_images_per_label)
@@ -221,15 +222,16 @@ class LatentGenerationPipeline:
 
         Where a grid has no code yet, −1, the mean latent stands.
         """
-        codes = codes.to(self.tokenizer.device)
-        if not codes.is_floating_point() and (unknown := codes == UNKNOWN).any():
-            nothing = unknown.view(len(codes), -1, *codes.shape[-2:]).any(1, keepdim=True)
-            codes = self.tokenizer.indices_to_latents(codes.clamp(min=0)).masked_fill(nothing, 0.0)
+        size = images_at_once(self.tokenizer.config.image_size)
+        return torch.cat([self._decoded(part.to(self.tokenizer.device)) for part in codes.split(size)])
+
+    def _decoded(self, codes: Tensor) -> Tensor:
         tokenizer = self.tokenizer
         if codes.is_floating_point():
             pixels = tokenizer.decode_latents(codes.to(tokenizer.dtype))
         else:
-            pixels = tokenizer.decode_indices(codes)
+            known = (codes != UNKNOWN).view(len(codes), -1, *codes.shape[-2:]).all(1)
+            pixels = tokenizer.decode_indices(codes, None if known.all() else known)
         return tokenizer.config.image_processor.to_unit_range(pixels).cpu()
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | None) -> list[int]:

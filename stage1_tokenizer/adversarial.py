@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage1_tokenizer.quantizers.protocol import averaged
 from training_harness.errors import ConfigError
@@ -74,6 +75,14 @@ class AdversarialConfig:
             return 0.0
         begin = steps_of(self.start, max_steps) + steps_of(self.warmup, max_steps)
         return min(1.0, max(0.0, (step - begin) / max(1, steps_of(self.ramp, max_steps))))
+
+
+def allow_compiling(discriminator: nn.Module, config: AdversarialConfig) -> None:
+    """Before networks are compiled: λ goes back through the decoder twice, and R1 is differentiated again, which no compiled
+    network can be."""
+    torch._functorch.config.donated_buffer = False
+    if config.r1 > 0:
+        discriminator.forward = torch.compiler.disable(discriminator.forward)
 
 
 def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stage1_tokenizer.degradation import Degradation, degraded
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.pixels import Pixels, images_at_once
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
@@ -42,19 +42,20 @@ def write_code_cache(
     contents: Contents | None = None,
     views: tuple[View, ...] = ("original",),
     degradation: Degradation = "none",
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> Path:
     """Encodes train and validation images of `source` into `output`, which appears whole or not at all.
 
     Args:
         tokenizer_folder: the model folder that `tokenizer` was loaded from; it is copied into the cache.
         contents: by default indices, of a tokenizer without a codebook latents.
+        batch_size: images that are encoded at once; by default as many as take little memory.
         views: what is encoded of each training image: itself, and its mirror image. Validation has the originals.
         degradation: how a second picture of each view is made, whose latents stand in the column `degraded`.
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
-    spec = tokenizer.latent_spec()
+    spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
     request = {

@@ -76,10 +76,14 @@ class Health:
 def codebook_warning(
     usage: dict[str, float], choices: int, codebook_size: int | None, quantizer: QuantizerConfig
 ) -> str | None:
-    if not codebook_size or choices < ENOUGH * codebook_size or usage["codes_used"] >= LOW_USAGE * codebook_size:
+    if not codebook_size or choices < ENOUGH * codebook_size:
         return None
+    used = usage.get("codes_used_at_fewest_level", usage["codes_used"])
+    if used >= LOW_USAGE * codebook_size:
+        return None
+    where = "" if used == usage["codes_used"] else " at a level"
     return (
-        f"the codebook has collapsed: {usage['codes_used']:.0f} of {codebook_size} codes were used since the last validation; "
+        f"the codebook has collapsed: {used:.0f} of {codebook_size} codes were used{where} since the last validation; "
         f"train with {usage_remedy(quantizer.name, quantizer.restart_threshold, codebook_size)}"
     )
 

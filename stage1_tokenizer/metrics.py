@@ -85,22 +85,29 @@ def codebook_usage(counts: Tensor) -> CodebookUsage:
 class CodeUsage:
     """How often each entry was chosen in training since it was last looked at, over all processes; part of a checkpoint."""
 
-    def __init__(self, codebook_size: int | None) -> None:
+    def __init__(self, codebook_size: int | None, levels: int = 1) -> None:
         """Without a codebook there is nothing to count."""
-        self.counts = torch.zeros(codebook_size or 0)
+        self.counts = torch.zeros(levels, codebook_size or 0)
 
     def count(self, indices: Tensor) -> None:
-        """indices: int64 of any shape."""
-        self.counts += summed(torch.bincount(indices.flatten(), minlength=len(self.counts))).cpu()
+        """indices: int64 (B, h, w), or (B, levels, h, w)."""
+        levels, size = self.counts.shape
+        own = indices.view(len(indices), levels, -1) + size * torch.arange(levels, device=indices.device)[:, None]
+        self.counts += summed(torch.bincount(own.flatten(), minlength=levels * size)).view(levels, size).cpu()
 
     @property
     def choices(self) -> int:
-        """Codes chosen since the last look, each as often as it was."""
-        return int(self.counts.sum())
+        """Codes of a level chosen since the last look, each as often as it was."""
+        return int(self.counts[0].sum())
 
     def since_last(self) -> dict[str, float]:
-        """`codes_used` and `perplexity`, by name; counting begins anew."""
-        found = codebook_usage(self.counts)._asdict() if len(self.counts) else {}
+        """`codes_used` and `perplexity`, by name, of all levels as one, and of several the fewest that a level used;
+        counting begins anew."""
+        if not self.counts.numel():
+            return {}
+        found: dict[str, float] = codebook_usage(self.counts.sum(0))._asdict()
+        if len(self.counts) > 1:
+            found["codes_used_at_fewest_level"] = int((self.counts > 0).sum(1).min())
         self.counts.zero_()
         return found
 

@@ -21,7 +21,13 @@ from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded pictures kept
+PIXELS_AT_ONCE, MOST_AT_ONCE = 1 << 20, 250  # that a network is given where nothing is learnt
 TRIAL, QUICK = 32, 0.0005  # pictures read in less than so many seconds each cost more to hand to threads
+
+
+def images_at_once(size: Sequence[int]) -> int:
+    """How many images of a size a network is given outside training: memory does not grow with the resolution."""
+    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))
 
 
 class Pixels:

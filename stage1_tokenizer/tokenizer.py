@@ -75,8 +75,12 @@ class Tokenizer(StrictModel):
         """
         self._refuse_indices()
 
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        """(B, h, w) int64 in [0, K) → (B, C, H, W), near [-1, 1]."""
+    def decode_indices(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
+        """(B, h, w) int64 in [0, K) → (B, C, H, W), near [-1, 1].
+
+        Args:
+            known: (B, h, w) bool; elsewhere, whatever the index, the mean latent stands. By default all are.
+        """
         self._refuse_indices()
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:

@@ -6,14 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.adversarial import LeCAM, adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+from stage1_tokenizer.adversarial import (
+    LeCAM,
+    adaptive_weight,
+    allow_compiling,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses import PerceptualLoss, reconstruction_terms, sum_weighted
 from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
 from stage1_tokenizer.pictures import before_and_after, save_picture
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.pixels import Pixels, images_at_once
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
@@ -60,6 +67,8 @@ def train_tokenizer(
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
         tokenizer.recompute_blocks()
+    if config.compile and adversarial.weight > 0:
+        allow_compiling(discriminator, adversarial)
     optimizer = build_optimizer(tokenizer, config.optimizer)
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), lr=adversarial.learning_rate, betas=(0.5, 0.9)
@@ -69,7 +78,7 @@ def train_tokenizer(
     )
     tokenizer, discriminator = run.unwrap(model), run.unwrap(critic)
     ema = EMA(tokenizer, config.ema)
-    usage, lecam, health = CodeUsage(tokenizer.codebook_size), LeCAM(), Health()
+    usage, lecam, health = CodeUsage(tokenizer.codebook_size, tokenizer.levels), LeCAM(), Health()
     run.track(
         model=model,
         ema=ema,
@@ -109,7 +118,9 @@ def train_tokenizer(
                 accelerator.backward(loss)
                 finite = run.optimizer_step(step, optimizer, model, terms, config.optimizer.max_grad_norm)
 
-                if finite and adversarial.discriminating(step, config.max_steps):
+                if not finite:  # the batches before of a step that is left out do not count either
+                    discriminator_optimizer.zero_grad()
+                elif adversarial.discriminating(step, config.max_steps):
                     pair = torch.cat([pixel_values, output.reconstruction.detach()])  # one forward: DDP hooks it once
                     real_logits, fake_logits = critic(pair.requires_grad_(adversarial.r1 > 0)).chunk(2)
                     terms |= {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
@@ -161,8 +172,9 @@ def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 def validation_psnr(tokenizer: Tokenizer, validation: Pixels) -> float:
     """Mean over at most 1,000 images, of which each process takes its share."""
     positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
-    for start in range(0, len(positions), 250):
-        images = validation[positions[start : start + 250]]
+    size = images_at_once(tokenizer.config.image_size)
+    for start in range(0, len(positions), size):
+        images = validation[positions[start : start + size]]
         total += float(psnr(rebuilt(tokenizer, images), images).sum())
     return mean_over_processes(total, len(positions))
 
@@ -174,12 +186,13 @@ def measure_latents(tokenizer: Tokenizer, pixels: Pixels) -> None:
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     stride = -(-len(pixels) // STATISTICS_IMAGES)  # evenly: folders come class by class
     rows = list(range(0, len(pixels), stride))
-    for start in range(0, len(rows), 250):
-        images = pixels[rows[start : start + 250]]
+    size = images_at_once(tokenizer.config.image_size)
+    for start in range(0, len(rows), size):
+        images = pixels[rows[start : start + size]]
         latents, squared = tokenizer.latent_moments(processor.preprocess(images.to(device)))
         count += latents.numel() // latents.shape[1]
-        total = total + latents.double().sum((0, 2, 3)).cpu()
-        squares = squares + squared.double().sum((0, 2, 3)).cpu()
+        total = total + latents.cpu().double().sum((0, 2, 3))  # in this order: MPS knows no float64
+        squares = squares + squared.cpu().double().sum((0, 2, 3))
     mean = total / count
     tokenizer.config.latent_mean = mean.tolist()
     tokenizer.config.latent_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()

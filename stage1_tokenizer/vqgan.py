@@ -9,6 +9,7 @@ VQ-VAE (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937).
 from dataclasses import field
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
@@ -56,11 +57,16 @@ class VQGAN(Autoencoder):
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
         return self.quantizer.quantize(self._encode(pixel_values))
 
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        return super()._decode(self._vectors(indices))
+    def decode_indices(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
+        if known is None:
+            return super()._decode(self.quantizer.lookup(self._checked(indices)))
+        indices = indices.where(known[:, None] if indices.ndim > known.ndim else known, 0)
+        vectors = self.quantizer.lookup(self._checked(indices))
+        mean, _ = self._statistics(vectors)
+        return super()._decode(torch.where(known[:, None], vectors, mean))
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        return self._normalized(self._vectors(indices))
+        return self._normalized(self.quantizer.latents_of(self._checked(indices)))
 
     @property
     def codebook_size(self) -> int:
@@ -70,13 +76,13 @@ class VQGAN(Autoencoder):
     def levels(self) -> int:
         return self.quantizer.depth
 
-    def _vectors(self, indices: Tensor) -> Tensor:
+    def _checked(self, indices: Tensor) -> Tensor:
         low, high = indices.min(), indices.max()
         if low < 0 or high >= self.codebook_size:
             raise UserError(
                 f"codes from {low} to {high} were given; expected 0 to {self.codebook_size - 1}; take codes of this tokenizer"
             )
-        return self.quantizer.lookup(indices)
+        return indices
 
     def _decode(self, raw: Tensor) -> Tensor:
-        return self.decode_indices(self.quantizer.quantize(raw))
+        return super()._decode(self.quantizer.lookup(self.quantizer.quantize(raw)))

@@ -18,15 +18,18 @@ class Arguments:
     output: Path
     """Folder of the code cache."""
     contents: Contents | None = None
-    """Indices, latents or both; by default indices, of a tokenizer without a codebook latents."""
+    """Indices, which an autoregressive prior learns, latents, which a diffusion prior does, or both; by default all that the
+    tokenizer has."""
     flip: bool = False
     """Also encode each training image's mirror image."""
     degradation: Degradation = "none"
     """Also encode a worse version of each image, for a prior that restores pictures."""
-    batch_size: int = 128
+    batch_size: int | None = None
+    """Images that are encoded at once; by default as many as take little memory."""
 
     def __post_init__(self) -> None:
-        check_count("--batch-size", self.batch_size)
+        if self.batch_size is not None:
+            check_count("--batch-size", self.batch_size)
 
 
 def main(words: list[str]) -> None:

@@ -33,6 +33,7 @@ from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage,
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
+from stage1_tokenizer.pixels import images_at_once
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
@@ -327,11 +328,13 @@ def pipeline_figures(
 @torch.inference_mode()
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """uint8 (B, C, h, w) → the same after the round trip, and the codes (B, h, w) if there are any, both on the CPU."""
-    processor = tokenizer.config.image_processor
-    output = tokenizer(processor.preprocess(images.to(tokenizer.device)))
-    return processor.postprocess(
-        output.reconstruction
-    ).cpu(), output.indices if output.indices is None else output.indices.cpu()
+    processor, pictures, codes = tokenizer.config.image_processor, list[Tensor](), list[Tensor]()
+    for part in images.split(images_at_once(tokenizer.config.image_size)):
+        output = tokenizer(processor.preprocess(part.to(tokenizer.device)))
+        pictures.append(processor.postprocess(output.reconstruction).cpu())
+        if output.indices is not None:
+            codes.append(output.indices.cpu())
+    return torch.cat(pictures), torch.cat(codes) if codes else None
 
 
 def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
@@ -340,7 +343,7 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
     if not isinstance(prior, AutoregressivePrior):
         return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
     labels, bits, classes = images.labels(), [], []
-    for positions, batch in images.batches(BATCH):
+    for positions, batch in images.batches(images_at_once(pipeline.tokenizer.config.image_size)):
         with torch.inference_mode():
             codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
         classes.append(torch.tensor([-1 if labels is None else labels[i] for i in positions]))

@@ -42,14 +42,23 @@ class FSQ(Quantizer):
         digits = indices.unsqueeze(1) // self._by_channel(self.strides) % self._by_channel(self.levels)
         return (digits - self._half) / self._half
 
+    def latents_of(self, indices: Tensor) -> Tensor:
+        reach, offset = self._reach_and_offset()
+        return ((self.lookup(indices) * self._half + offset) / reach).atanh() - (offset / reach).atanh()
+
     def _bounded(self, latents: Tensor) -> Tensor:
-        levels = self._by_channel(self.levels)
-        reach, offset = (levels - 1) * (1 + MARGIN) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
+        reach, offset = self._reach_and_offset()
         return (latents + (offset / reach).atanh()).tanh() * reach - offset
+
+    def _reach_and_offset(self) -> tuple[Tensor, Tensor]:
+        """h and o of the module's header, by channel."""
+        levels = self._by_channel(self.levels)
+        return (levels - 1) * (1 + MARGIN) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
 
     def _index(self, values: Tensor) -> Tensor:
         """(B, c, h, w) whole numbers → (B, h, w)."""
-        return ((values.round().long() + self._half) * self._by_channel(self.strides)).sum(1)
+        whole = values.round().nan_to_num().long()  # what is no number would be no index either
+        return ((whole + self._half) * self._by_channel(self.strides)).sum(1)
 
     @property
     def _half(self) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stage1_tokenizer.quantizers.protocol import (
     Quantizer,
@@ -87,7 +88,17 @@ class IBQ(Quantizer):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def _entropy(self, vectors: Tensor) -> Tensor:
+        rows = max(1, CHUNK_ELEMENTS // self.codebook_size)
+        if len(vectors) <= rows:
+            own, choice = self._choices(vectors)
+        else:
+            parts = [checkpoint(self._choices, chunk, use_reentrant=False) for chunk in vectors.split(rows)]
+            own, choice = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        mean = averaged(choice / len(vectors))
+        return own / len(vectors) + torch.special.xlogy(mean, mean).sum()
+
+    def _choices(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ H(a), and Σ a (K,), over vectors (N, D)."""
         logs = (vectors @ self.codebook.T / self.config.entropy_temperature).log_softmax(1)
         choice = logs.exp()
-        mean = averaged(choice.mean(0))
-        return -(choice * logs).sum(1).mean() + torch.special.xlogy(mean, mean).sum()
+        return -(choice * logs).sum(), choice.sum(0)

@@ -24,6 +24,8 @@ LEARNT = (
     "residual",
 )  # codebooks whose entries restart, may lie on the sphere, and may pass gradients turned
 
+MOST_CODES = 2**24  # each is counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
@@ -79,6 +81,10 @@ class QuantizerConfig:
                     f"model.codebook_size is {codebook_size} and model.latent_channels {channels}; expected {size} and "
                     f"{len(self.levels)}, which model.quantizer.levels {list(self.levels)} multiply and count to"
                 )
+        if codebook_size > MOST_CODES:
+            raise ConfigError(
+                f"model.codebook_size is {codebook_size}; expected at most {MOST_CODES}, as 2^18 is large"
+            )
         if self.name in ("lfq", "bsq") and codebook_size != 2**channels:
             bits = max(1, round(math.log2(codebook_size)))
             raise ConfigError(
@@ -113,6 +119,11 @@ class Quantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """What is decoded for indices: (B, c, h, w)."""
         raise NotImplementedError
+
+    def latents_of(self, indices: Tensor) -> Tensor:
+        """Latents (B, c, h, w) that stand for indices: those that `quantize` gives these for, but of `ibq` and `residual`, of
+        which some codes are chosen for no latent that is a code."""
+        return self.lookup(indices)
 
 
 def as_vectors(latents: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ class SimVQ(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """(K, D), with gradients to the layer."""
-        return self.frozen @ self.basis
+        """(K, D), with gradients to the layer; float32 under autocast."""
+        with torch.autocast(self.frozen.device.type, enabled=False):
+            return self.frozen @ self.basis
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         batch, _, height, width = latents.shape

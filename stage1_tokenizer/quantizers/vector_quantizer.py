@@ -146,8 +146,11 @@ class VectorQuantizer(Quantizer):
         self.restarts += 1
         # one draw for all processes, whatever their number
         generator = torch.Generator().manual_seed(int(self.restarts))
-        chosen = torch.randint(len(candidates), (len(self.usage),), generator=generator).to(vectors.device)
-        entries = candidates[chosen]
+        if len(candidates) >= len(self.usage):  # each once: of two entries that are the same one is never chosen
+            chosen = torch.randperm(len(candidates), generator=generator)[: len(self.usage)]
+        else:
+            chosen = torch.randint(len(candidates), (len(self.usage),), generator=generator)
+        entries = candidates[chosen.to(vectors.device)]
         if first:
             entries = kmeans(candidates, entries, self.config.kmeans_iterations)
         self._replace(dead, entries, uniform)

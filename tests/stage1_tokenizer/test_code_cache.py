@@ -15,6 +15,7 @@ from stage1_tokenizer import code_cache
 from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.vqgan import VQGAN
+from stage2_prior.codes import CodeCache
 from training_harness.errors import UserError
 
 
@@ -57,6 +58,22 @@ def readable(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
         for i in range(len(split))
         if split.source_id(i) != "a/00.png"
     }
+
+
+@torch.no_grad()
+def test_residual_codes_come_back_level_by_level(tmp_path, source):
+    tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 3})
+    tokenizer.config.tokenizer_id = tokenizer.compute_id()
+    tokenizer.save_pretrained(tmp_path / "model")
+    cache = CodeCache(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
+    assert (cache.spec.levels, cache.spec.codebook_size) == (3, 16)
+    expected = torch.cat([tokenizer.encode_indices(x) for x in readable(source.train, tokenizer).values()])
+    assert torch.equal(cache.train.indices(np.arange(len(cache.train))), expected)
+    vectors, quantizer = cache.code_vectors().view(3, 16, 4), tokenizer.quantizer
+    std = torch.tensor(tokenizer.config.latent_std)
+    for level, own in zip(quantizer.levels, vectors, strict=True):
+        of_level = level.codebook / std
+        assert torch.allclose(own, of_level - of_level.mean(0), atol=1e-5)
 
 
 @torch.no_grad()

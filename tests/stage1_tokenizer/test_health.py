@@ -39,6 +39,17 @@ def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
     assert said(resumed, used=3) == {}
 
 
+def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
+    usage = CodeUsage(100, levels=2)
+    indices = torch.stack([torch.arange(400).view(4, 10, 10) % 100, torch.full((4, 10, 10), 7)], dim=1)
+    usage.count(indices)
+    choices, used = usage.choices, usage.since_last()
+    assert (choices, used["codes_used"], used["codes_used_at_fewest_level"]) == (400, 100, 1)
+    found = Health().warnings(20.0, used, choices, 100, QuantizerConfig(name="residual"), 0.0)
+    assert "1 of 100 codes were used at a level" in found["codebook"]
+    assert usage.since_last()["codes_used"] == 0
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_remedy_names_options_that_the_quantizer_has(name):
     remedy = usage_remedy(name, 0.3, 512)
@@ -97,7 +108,7 @@ def small(**fields) -> TokenizerTraining:
 
 
 def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys, monkeypatch):
-    monkeypatch.setattr(CodeUsage, "count", lambda usage, indices: usage.counts[:1].add_(indices.numel()))
+    monkeypatch.setattr(CodeUsage, "count", lambda usage, indices: usage.counts[:, :1].add_(indices.numel()))
     rows = trained(tmp_path / "run", pictures, small())
     warnings = [row for row in rows if "warning" in row]
     assert [(row["step"], row["about"]) for row in warnings] == [(4, "codebook")]

@@ -30,7 +30,6 @@ SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "bsq": (32, 5, {}),
     "residual": (12, 5, {"depth": 3}),
 }
-CONTINUOUS = {"vq", "ema", "simvq", "ibq", "residual"}
 
 
 def built(case: str, **fields: Any) -> Quantizer:
@@ -69,19 +68,11 @@ def test_codes_are_their_own_codes(case: str) -> None:
     if q.depth > 1:  # the sum of several codes need not be split again in the same way
         q = q.levels[0]
     every = torch.arange(q.codebook_size).view(1, -1, 1)
-    codes = q.lookup(every)
-    again = q.quantize(codes if case != "fsq" else unbounded(q, codes))
+    again = q.quantize(q.latents_of(every))
     if case == "ibq":  # the largest product need not be with oneself: short codes are chosen by none
         assert (again == every).float().mean() > 0.2
     else:
         assert torch.equal(again, every)
-
-
-def unbounded(q: Any, codes: Tensor) -> Tensor:
-    """Latents that finite scalar quantisation bounds to these codes."""
-    levels = q.levels.view(-1, 1, 1)
-    reach, offset = (levels - 1) * 1.001 / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
-    return ((codes * (levels // 2) + offset) / reach).atanh() - (offset / reach).atanh()
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -102,8 +93,10 @@ def test_float32_decides_under_autocast(case: str) -> None:
     z = latents(q.channels, batch=40)
     with torch.autocast("cpu", torch.bfloat16):
         output = q(z)
+        alone, decoded = q.quantize(z), q.lookup(output.indices)
     assert torch.equal(output.indices, q(z).indices)
-    assert output.quantized.dtype == torch.float32
+    assert torch.equal(alone, output.indices)
+    assert output.quantized.dtype == decoded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -116,6 +109,33 @@ def test_in_evaluation_nothing_is_learnt_and_a_saved_state_gives_the_same_codes(
     other = QUANTIZERS[q.config.name](q.config, q.codebook_size, q.channels).eval()
     other.load_state_dict(before)
     assert torch.equal(other(z).quantized, found.quantized)
+
+
+@pytest.mark.parametrize("case", [case for case in SIZES if case not in ("fsq", "residual")])
+def test_the_commitment_term_moves_the_latents_alone_and_the_codebook_term_the_codes_alone(case: str) -> None:
+    q, z = built(case), latents(SIZES[case][1]).requires_grad_()
+    losses = q(z).losses
+    for name, moves_latents in (("commitment", True), ("codebook", False)):
+        if name in losses:
+            of_latents, *of_codes = torch.autograd.grad(
+                losses[name], [z, *q.parameters()], allow_unused=True, retain_graph=True
+            )
+            assert (of_latents is not None and bool(of_latents.any())) == moves_latents, name
+            assert any(g is not None and bool(g.any()) for g in of_codes) != moves_latents, name
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_latents_that_are_no_numbers_give_no_index_out_of_range(case: str) -> None:
+    q = built(case).train()
+    for bad in (math.nan, math.inf, -math.inf):
+        indices = q(torch.full((1, q.channels, 4, 2), bad)).indices
+        assert 0 <= indices.min() <= indices.max() < q.codebook_size
+
+
+def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_own() -> None:
+    q = QUANTIZERS["vq"](QuantizerConfig(name="vq"), 24, 5).train()
+    q(latents(batch=3))  # as many vectors as entries
+    assert len(q.codebook.detach().unique(dim=0)) == 24
 
 
 # The rotation trick
@@ -232,6 +252,15 @@ def test_ibq_has_the_gradient_of_the_soft_choice_whatever_the_chunk(
 ) -> None:
     monkeypatch.setattr(ibq, "CHUNK_ELEMENTS", elements)
     q = built("ibq", entropy_temperature=0.7)
+    z = latents().requires_grad_()
+    choice = (z.movedim(1, -1).reshape(-1, 5) @ q.codebook.T / 0.7).softmax(1)
+    mean = choice.mean(0)
+    whole = (mean * mean.log()).sum() - (choice * choice.log()).sum(1).mean()
+    own = q(z).losses["entropy"]
+    assert own.item() == pytest.approx(whole.item(), abs=1e-5)
+    for one, other in zip(*(torch.autograd.grad(e, [z, q.codebook]) for e in (own, whole)), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
     upstream = torch.randn(3, 5, 4, 2, generator=seeded(8))
     ours = latents().requires_grad_()
     q(ours).quantized.backward(upstream)
@@ -303,6 +332,7 @@ def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> No
         ({"name": "simvq", "gradient": "rotation"}, 512, 9, "model.quantizer.gradient is rotation"),
         ({"usage_decay": 1.5}, 512, 9, "model.quantizer.usage_decay is 1.5"),
         ({"restart_threshold": -0.1}, 512, 9, "restart_threshold -0.1"),
+        ({"name": "bsq"}, 2**36, 36, "model.codebook_size is 68719476736; expected at most 16777216"),
         ({"depth": 0}, 512, 9, "model.quantizer.depth is 0"),
         ({"entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
     ],

@@ -12,6 +12,7 @@ from tiny_models import seeded
 
 from stage1_tokenizer.blocks import AttentionBlock, ResidualBlock, Upsample, group_norm
 from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.quantizers import QUANTIZERS
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import ConfigError, UserError
 
@@ -53,6 +54,31 @@ def test_decoding_the_codes_of_a_picture_is_its_reconstruction_at_any_multiple_o
     assert torch.allclose(tokenizer.decode_indices(indices), output.reconstruction, atol=1e-5)
     shuffled = (indices + 1) % 16
     assert not torch.allclose(tokenizer.decode_indices(shuffled), output.reconstruction, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@torch.no_grad()
+def test_decoding_the_codes_of_a_picture_is_its_reconstruction_whatever_the_quantizer(name):
+    sizes = {"fsq": (16, 2), "lfq": (16, 4), "bsq": (16, 4)}
+    size, channels = sizes.get(name, (16, 4))
+    quantizer = {"name": name} | ({"levels": (4, 4)} if name == "fsq" else {})
+    statistics = {"latent_mean": [0.5] * channels, "latent_std": [2.0] * channels}
+    tokenizer = whole_tokenizer(codebook_size=size, latent_channels=channels, quantizer=quantizer, **statistics)
+    x = some_pixels()
+    output, indices = tokenizer(x), tokenizer.encode_indices(x)
+    assert torch.equal(indices, output.indices)
+    assert torch.allclose(tokenizer.decode_indices(indices), output.reconstruction, atol=1e-5)
+    if name not in ("ibq", "residual"):  # of which a latent that is a code may have another
+        assert torch.allclose(
+            tokenizer.decode_latents(tokenizer.indices_to_latents(indices)), output.reconstruction, atol=1e-4
+        )
+    known = torch.ones(6, 4, 4, dtype=torch.bool)
+    assert torch.equal(tokenizer.decode_indices(indices, known), tokenizer.decode_indices(indices))
+    known[:, 2:] = False
+    other = torch.where(known if indices.ndim == 3 else known[:, None], indices, -1)
+    vectors = tokenizer.quantizer.lookup(indices)
+    vectors[:, :, 2:] = 0.5
+    assert torch.allclose(tokenizer.decode_indices(other, known), tokenizer.decoder(vectors), atol=1e-5)
 
 
 @torch.no_grad()
