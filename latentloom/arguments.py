@@ -135,6 +135,22 @@ def check_count(option: str, count: int) -> None:
         raise UserError(f"{option} is {count}; expected at least 1")
 
 
+def check_dry_run(dry_run: bool, minutes: float | None) -> None:
+    if dry_run and minutes is not None:
+        raise UserError(
+            "--dry-run was given with --minutes, by which a run sets its steps when it begins; expected one of them; give "
+            "--max-steps with --dry-run"
+        )
+
+
+def check_apart(output: Path, data: str) -> None:
+    if Path(data).resolve() in output.resolve().parents:
+        raise UserError(
+            f"--output is {output}, inside --data {data}, where what is written would be taken for images; expected a folder "
+            "elsewhere"
+        )
+
+
 def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; expected a whole number from 0 to 2^63 − 1")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentloom.footprint import Footprint, Rehearse, footprint, gibibytes, remedies
+from latentloom.footprint import Footprint, Rehearse, footprint, gibibytes, measured_seconds, remedies
 from latentloom.rehearsal import MEASURED
 from training_harness.processes import accelerated_device, number_of_processes
 from training_harness.run import RunConfig
@@ -14,7 +14,7 @@ UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (0.0, "MFLOP"))
 def dry_run(title: str, config: RunConfig, images: int, rehearse: Rehearse) -> tuple[str, float]:
     """What the run of `config` on so many training images would take, as text and in seconds."""
     found = footprint(config, rehearse)
-    seconds = rehearse(config).seconds_per_step()
+    seconds = measured_seconds(config, rehearse)
     total = seconds * config.max_steps
     a_step = config.batch_size * config.accumulation_steps * number_of_processes()
     work = found.flop * config.batch_size * config.accumulation_steps  # of this process

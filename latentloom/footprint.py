@@ -148,6 +148,12 @@ def advice_when_memory_runs_out(config: RunConfig, rehearse: Rehearse) -> Iterat
         ) from error
 
 
+def measured_seconds(config: RunConfig, rehearse: Rehearse, at_least: float = 0.0) -> float:
+    """Of a step, before a run; see `Rehearsal.seconds_per_step`."""
+    with advice_when_memory_runs_out(config, rehearse):
+        return rehearse(config).seconds_per_step(at_least)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)  # of torch's allocator on CPUs

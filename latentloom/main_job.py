@@ -30,7 +30,7 @@ from pipelines.evaluation.report import (
     sampled_batches,
 )
 from pipelines.evaluation.restoration import Restorations
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline
+from pipelines.latent_generation import INDEX, LatentGenerationPipeline, check_place
 from stage1_tokenizer.pictures import before_and_after, save_picture
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.registry import new_tokenizer
@@ -96,6 +96,7 @@ def run_main_job(
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
         say(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
+    check_place(output / "pipeline")
     check_prior(tokenizer, model_config(tokenizer, seen), prior, len(source.label_names or ()))
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()

@@ -60,7 +60,8 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 
 
 def _short(config: Training, ema: EMAConfig) -> Training:
-    folder = config.output.with_name(f"{config.output.name}-overfit-batch")
+    folder = config.output.absolute()
+    folder = folder.with_name(f"{folder.name}-overfit-batch")
     if (folder / "config.yaml").exists():  # of an earlier check
         shutil.rmtree(folder)
     steps = min(config.max_steps, STEPS)

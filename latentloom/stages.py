@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from latentloom.embedded import data_path
-from latentloom.footprint import advice_when_memory_runs_out
+from latentloom.footprint import advice_when_memory_runs_out, measured_seconds
 from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
@@ -36,12 +36,11 @@ from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
-from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 from training_harness.run import RunConfig
-from training_harness.run_folder import check_folder
+from training_harness.run_folder import check_folder, held_configuration
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
@@ -206,7 +205,7 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
 def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Rehearsal]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
     if (steps := held_steps(config.output)) is None:
-        seconds = rehearse(config).seconds_per_step(at_least=REHEARSED * 60 * minutes)
+        seconds = measured_seconds(config, rehearse, at_least=REHEARSED * 60 * minutes)
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
         steps = measured[0]
@@ -223,5 +222,5 @@ def check_minutes(minutes: float | None) -> None:
 
 def held_steps(run_folder: Path) -> int | None:
     """The steps that a run has set out to do; none before it has begun."""
-    held = run_folder / "config.yaml"
-    return read_yaml(held)["max_steps"] if held.exists() else None
+    held = held_configuration(run_folder)
+    return None if held is None else held["max_steps"]

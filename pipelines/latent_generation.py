@@ -311,15 +311,7 @@ class LatentGenerationPipeline:
         Raises UserError when the folder holds anything but an earlier pipeline.
         """
         folder = Path(save_directory)
-        if folder.is_file():
-            raise UserError(f"{folder} is a file; expected a new or empty folder, or that of an earlier pipeline")
-        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if held and (INDEX not in held or held - FILES):
-            found = ", ".join(sorted(held - FILES or held)[:3])
-            raise UserError(
-                f"{folder} holds {found}; expected a new or empty folder, or an earlier pipeline and nothing else, which "
-                "this one takes the place of; choose another folder"
-            )
+        check_place(folder)
         index = {
             "_class_name": type(self).__name__,
             "tokenizer": type(self.tokenizer).__name__,
@@ -399,6 +391,19 @@ class LatentGenerationPipeline:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder, metrics=metrics, samples=samples, repo_id=repo_id)
             return upload_folder(folder, repo_id, token=token, commit_message=commit_message)
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError when a folder holds anything but an earlier pipeline, whose place another may take."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; expected a new or empty folder, or that of an earlier pipeline")
+    held = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
+    if held and (INDEX not in held or held - FILES):
+        found = ", ".join(sorted(held - FILES or held)[:3])
+        raise UserError(
+            f"{folder} holds {found}; expected a new or empty folder, or an earlier pipeline and nothing else, which "
+            "this one takes the place of; choose another folder"
+        )
 
 
 def matched(labels: Tensor, edit: Edit) -> tuple[Tensor, Edit]:

@@ -26,17 +26,20 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def saved_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder, whatever its kind; raises UserError when the folder holds none."""
     try:
-        found = _class_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"no tokenizer could be loaded from {folder} ({type(error).__name__}: {error}); expected config.json and an intact "
             "model.safetensors; copy or save the folder again"
         ) from None
-    return found.from_pretrained(folder)
+    return _class_of(model_type, f" in {folder}").from_pretrained(folder)
 
 
-def _class_of(model_type: str) -> type[Tokenizer]:
+def _class_of(model_type: str, where: str = "") -> type[Tokenizer]:
     by_type = {kind.config_class.model_type: kind for kind in TOKENIZERS.values()}
     if model_type not in by_type:
-        raise UserError(f"the kind of model is {model_type!r}; expected that of a tokenizer: {', '.join(by_type)}")
+        raise UserError(
+            f"the kind of model{where} is {model_type!r}; expected that of a tokenizer: {', '.join(by_type)}; give the run of "
+            "latentloom train-tokenizer"
+        )
     return by_type[model_type]

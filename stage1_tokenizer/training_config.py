@@ -89,7 +89,7 @@ class TokenizerTraining(RunConfig):
 def parse_size(resolution: int | str) -> tuple[int, int]:
     """(height, width) of `64` or `64x96`."""
     parts = str(resolution).lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(
             f"--resolution is {resolution}; expected a size such as 64, or height and width such as 64x96"
         )

@@ -49,14 +49,16 @@ class NonFiniteGuard:
         return self.in_a_row >= self.patience
 
     def error(self, step: int, where: str) -> NonFiniteLossError:
-        wrong = ", ".join(f"{name} = {value}" for name, value in self.wrong.items())
+        wrong = ", ".join(f"{name} = {value}" for name, value in self.wrong.items()) or "a number of another process"
         return NonFiniteLossError(
             f"step {step}: {wrong}, {self.in_a_row} steps in a row, first in {where}; expected finite numbers; lower "
             "--optimizer.learning-rate or use --mixed-precision no, then run again to go on from the last checkpoint"
         )
 
     def spike(self, gradient_norm: float) -> float | None:
-        """The usual norm when this one is far above it."""
+        """The usual norm when this one is far above it; one that is no number, as when fp16 overflows, does not count."""
+        if not math.isfinite(gradient_norm):
+            return None
         usual = statistics.median(self._norms) if len(self._norms) >= WINDOW // 5 else math.inf
         self._norms.append(gradient_norm)
         return usual if gradient_norm > SPIKE * usual else None

@@ -56,6 +56,9 @@ class ScheduleConfig:
                 f"schedule.warmup is {self.warmup}; expected a share of the run in [0, 1], or steps as an int"
             )
 
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"schedule.final is {self.final}; expected a share of the peak rate in [0, 1]")
+
     def at(self, step: int, max_steps: int) -> float:
         """Share of the peak rate at optimiser step `step` in [1, max_steps]."""
         warmup = steps_of(self.warmup, max_steps)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -130,7 +130,9 @@ class Run:
         self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_yaml(self.folder / "config.yaml", config)
+            write_yaml(
+                self.folder / "config.yaml", replace(config, resume="latest")
+            )  # which the next command goes on from
             run_id = note_environment(self.folder, self.accelerator)
             if config.report_to:
                 start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
@@ -243,7 +245,11 @@ class Run:
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after step {self.step} of {self.config.max_steps}; saved in {self.folder}; "
-            "run the same command again to go on",
+            + (
+                "run the same command again to go on"
+                if self.config.resume == "latest"
+                else "run the command again without --resume to go on"
+            ),
         )
 
     def due(self, step: int, every: int) -> bool:

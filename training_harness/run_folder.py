@@ -1,5 +1,8 @@
 """Whether a configuration may go on in a run folder, begin in it, or must look for another one."""
 
+from pathlib import Path
+from typing import Any
+
 from training_harness.checkpoints import checkpoint_path, newest_step
 from training_harness.configuration import differences, read_yaml, to_mapping
 from training_harness.errors import UserError
@@ -13,14 +16,23 @@ CHANGEABLE = (
 )
 
 
+def held_configuration(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder was begun with; none where no run is, whatever else may be there."""
+    try:
+        held = read_yaml(folder / "config.yaml")
+    except (UserError, OSError):
+        return None
+    return held if {"output", "max_steps", "batch_size", "seed"} <= held.keys() else None
+
+
 def check_folder(config: RunConfig, kind: str) -> int | None:
     """Whether `config` may write to its folder: refuses one that holds another configuration.
 
     Returns the steps of the run that is there, when it is finished and `config` asks for no more; else None.
     Refuses fewer steps than an unfinished run has done.
     """
-    path = config.output / "config.yaml"
-    if not path.exists():
+    held = held_configuration(config.output)
+    if held is None:
         if config.output.exists() and any(config.output.iterdir()):
             raise UserError(
                 f"{config.output} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
@@ -28,7 +40,6 @@ def check_folder(config: RunConfig, kind: str) -> int | None:
         return None
     if not (newest_step(config.output) or (config.output / "model").exists()):
         return None  # nothing was saved that another configuration could not go on with
-    held = read_yaml(path)
     wanted = to_mapping(config)
     differing = [
         f"{name} is {old!r} there and {new!r} here"

@@ -37,7 +37,7 @@ from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor, as_rgb
 from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import ImageSource, ImageSplit, open_source
+from stage1_tokenizer.sources import ImageSource, ImageSplit, UnreadableImage, open_source
 from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
 from training_harness.files import write_json
@@ -71,7 +71,14 @@ class Arguments(SamplingArguments):
             raise UserError("expected one of --pipeline, --tokenizer and --samples; give what is to be measured")
         for option, path, ending in (("--output", self.output, ".json"), ("--save-samples", self.save_samples, ".npz")):
             if path is not None and (path.is_dir() or path.suffix != ending):
-                raise UserError(f"{option} is {path}; expected a {ending} file, such as {path.with_suffix(ending)}")
+                such = path.with_suffix(ending) if path.name else f"figures{ending}"
+                raise UserError(f"{option} is {path}; expected a {ending} file, such as {such}")
+        of_samples = [self.save_samples, *self.sampling_options().values()]
+        if self.tokenizer is not None and any(value is not None for value in of_samples):
+            raise UserError(
+                "--tokenizer was given with --save-samples or an option of sampling; a tokenizer draws no samples; expected "
+                "--pipeline with those; leave them out"
+            )
         check_count("--num-images", self.num_images)
         check_count("--max-training-images", self.max_training_images)
         check_seed(self.seed)
@@ -268,7 +275,12 @@ def processor_of(channels: int, size: tuple[int, int]) -> ImageProcessor:
 
 def one_size(split: ImageSplit, path: str) -> tuple[int, int]:
     """The (height, width) that all pictures of a split have."""
-    sizes = Counter(split.size(i) for i in range(len(split)))
+    try:
+        sizes = Counter(split.size(i) for i in range(len(split)))
+    except UnreadableImage as error:
+        raise UserError(
+            f"an image in {path} cannot be read: {error}; expected whole pictures; mend or remove it"
+        ) from None
     if len(sizes) > 1:
         (first, many), (second, _) = sizes.most_common(2)
         raise UserError(

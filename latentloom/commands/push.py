@@ -9,6 +9,8 @@ from latentloom.arguments import parse
 from latentloom.stages import say
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
+from training_harness.errors import UserError
+from training_harness.processes import is_main_process, main_process_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,22 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "push", words)
+    with main_process_first():
+        if is_main_process():
+            push(a)
+
+
+def push(a: Arguments) -> None:
     folder = local_folder(a.pipeline, INDEX, "pipeline")
     metrics, samples = folder / "metrics.json", folder / "samples.png"
+    try:
+        figures = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
+        shown = Image.open(samples) if samples.exists() else None
+    except (ValueError, OSError) as error:  # no JSON, or no picture
+        raise UserError(
+            f"metrics.json or samples.png in {folder} cannot be read ({error}); expected those of evaluation; mend or remove it"
+        ) from None
     address = LatentGenerationPipeline.from_pretrained(folder).push_to_hub(
-        a.repo_id,
-        private=a.private or None,
-        commit_message=a.commit_message,
-        metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None,
-        samples=Image.open(samples) if samples.exists() else None,
+        a.repo_id, private=a.private or None, commit_message=a.commit_message, metrics=figures, samples=shown
     )
     say(f"pushed: {address}")

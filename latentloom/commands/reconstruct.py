@@ -12,7 +12,7 @@ from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_images, save_picture
 from stage1_tokenizer.pixels import Pixels
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, is_main_process, main_process_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,12 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "reconstruct", words)
+    with main_process_first():
+        if is_main_process():
+            rebuild(a)
+
+
+def rebuild(a: Arguments) -> None:
     check_output(a.output, a.overwrite)
     tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
     processor = tokenizer.config.image_processor

@@ -1,5 +1,6 @@
 """latentloom report: one HTML page of a run, which opens without a network."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "report", words)
-    output = a.output or a.run / "report.html"
-    write_text(output, page(read_job(a.run)))
-    print(f"report: {output}")
+    if os.environ.get("RANK", "0") == "0":  # torch, which would say so, is not imported here
+        output = a.output or a.run / "report.html"
+        write_text(output, page(read_job(a.run)))
+        print(f"report: {output}")

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import check_count, parse
+from latentloom.arguments import check_apart, check_count, parse
 from latentloom.stages import load_source, run_tokenize, say
 from stage1_tokenizer.code_cache import Contents, View
 from stage1_tokenizer.degradation import Degradation
+from training_harness.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class Arguments:
     """Images that are encoded at once; by default as many as take little memory."""
 
     def __post_init__(self) -> None:
+        if not self.output.name:
+            raise UserError(f"--output is {self.output}; expected a folder of its own, such as codes")
+        check_apart(self.output, self.data)
         if self.batch_size is not None:
             check_count("--batch-size", self.batch_size)
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from latentloom.arguments import parse, recipe_help, training_values
+from latentloom.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
 from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.dry_run import closing, dry_run
+from latentloom.footprint import measured_seconds
 from latentloom.main_job import check_bounds, check_codes, run_main_job, summary
 from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
 from latentloom.stages import load_source, say
@@ -54,6 +55,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_bounds(self.minutes, self.num_images)
+        check_dry_run(self.dry_run, self.minutes)
+        check_apart(self.output, self.data)
 
 
 def main(words: list[str]) -> None:
@@ -123,9 +126,9 @@ def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurv
     spec = new_tokenizer(model).latent_spec()
     minutes = dict[str, float]()
     if tokenizer.model.learns:
-        seconds = rehearse_tokenizer(tokenizer, model).seconds_per_step()
+        seconds = measured_seconds(tokenizer, lambda config: rehearse_tokenizer(config, model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
-    seconds = rehearse_prior(prior, spec, num_classes).seconds_per_step()
+    seconds = measured_seconds(prior, lambda config: rehearse_prior(config, spec, num_classes))
     minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
     parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
     say(f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N bounds it")

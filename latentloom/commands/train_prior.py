@@ -6,7 +6,14 @@ from typing import Annotated, Generic, TypeVar, cast
 
 import tyro
 
-from latentloom.arguments import parse, recipe_and_config, recipe_help, training_values, with_required_missing
+from latentloom.arguments import (
+    check_dry_run,
+    parse,
+    recipe_and_config,
+    recipe_help,
+    training_values,
+    with_required_missing,
+)
 from latentloom.dry_run import closing, dry_run
 from latentloom.overfit import overfit_prior
 from latentloom.rehearsal import rehearse_prior
@@ -39,6 +46,7 @@ def main(words: list[str]) -> None:
     training = with_required_missing(kind, values, ("codes", "output"))
     shown = cast("type[Arguments[PriorTraining]]", Arguments[kind])  # type: ignore[valid-type]
     arguments = parse(shown, "train-prior", words, Arguments(training))
+    check_dry_run(arguments.dry_run, arguments.minutes)
     if arguments.dry_run:
         codes = CodeCache(arguments.training.codes)
         classes = len(codes.label_names or ())

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentloom.arguments import parse, peek, recipe_and_config, recipe_help, training_values, with_required_missing
+from latentloom.arguments import (
+    check_apart,
+    check_dry_run,
+    parse,
+    peek,
+    recipe_and_config,
+    recipe_help,
+    training_values,
+    with_required_missing,
+)
 from latentloom.choice import choose
 from latentloom.dry_run import closing, dry_run
 from latentloom.overfit import overfit_tokenizer
@@ -40,6 +49,8 @@ def main(words: list[str]) -> None:
         values = chosen_for_images(words, values, recipe, config)
     training = with_required_missing(TokenizerTraining, values, ("data", "output"))
     arguments = parse(Arguments, "train-tokenizer", words, Arguments(training))
+    check_dry_run(arguments.dry_run, arguments.minutes)
+    check_apart(arguments.training.output, arguments.training.data)
     training, source = arguments.training, load_source(arguments.training.data)
     if arguments.dry_run:
         training, shape, _ = tokenizer_inputs(training, source)

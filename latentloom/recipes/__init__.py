@@ -23,6 +23,12 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
     """The fields of a recipe; raises ConfigError when the stage has none of that name."""
     names = recipe_names(stage)
     if name not in names:
+        other = "prior" if stage == "tokenizer" else "tokenizer"
+        if name in recipe_names(other):
+            raise ConfigError(
+                f"{name} is a recipe of the {other}; expected one of the {stage}: {', '.join(names)}; latentloom train takes it "
+                f"as {'--tokenizer-recipe' if other == 'tokenizer' else '--recipe'}, latentloom train-{other} as --recipe"
+            )
         raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)

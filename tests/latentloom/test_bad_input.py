@@ -16,6 +16,7 @@ PIECES = {
     "unknown.yaml": "max_stepz: 3",
 }
 PIECES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
+PIECES |= {"project/config.yaml": "name: mine", "project/metrics.jsonl": '{"mine": 1}'}
 PIECES |= {"corrupt/a.png": "no picture", "corrupt/b.png": "nor this", "full/notes.txt": "mine", "notes.txt": "a file"}
 
 ARRAYS = {
@@ -39,6 +40,10 @@ def furnish(folder: Path, job: Path, images: Path) -> Path:
     for i, size in enumerate((16, 16, 20)):
         (folder / "mixed").mkdir(exist_ok=True)
         Image.new("L", (size, size)).save(folder / "mixed" / f"{i}.png")
+    (folder / "torn").mkdir()
+    for i in range(8):
+        Image.new("L", (16, 16)).save(folder / "torn" / f"{i}.png")
+    (folder / "torn" / "8.png").write_bytes(b"no picture")
     (folder / "images").symlink_to(images)
     shutil.copytree(job, folder / "job", ignore=shutil.ignore_patterns("checkpoints"))
     return folder
@@ -103,10 +108,22 @@ CASES = {
     "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "Expected one of ('vq', 'ema'"),
     "an unknown recipe": (f"{TOKENIZER} --recipe vqgan-f44", "'vqgan-f44'", "did you mean 'vqgan-f4'?"),
     "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: bsq, ema, fsq"),
-    "a prior's recipe for a tokenizer": (f"{TOKENIZER} --recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),
-    "a tokenizer's recipe for a prior": (f"{PRIOR} --recipe vqgan-f4", "no prior recipe 'vqgan-f4'", "ar-tiny"),
+    "a prior's recipe for a tokenizer": (
+        f"{TOKENIZER} --recipe ar-tiny",
+        "ar-tiny is a recipe of the prior",
+        "vqgan-f4",
+    ),
+    "a tokenizer's recipe for a prior": (
+        f"{PRIOR} --recipe vqgan-f4",
+        "vqgan-f4 is a recipe of the tokenizer",
+        "ar-tiny",
+    ),
     "an unknown recipe of both": (f"{TRAIN} --recipe ar-tini", "'ar-tini'", "did you mean 'ar-tiny'?"),
-    "a recipe of the other stage": (f"{TRAIN} --tokenizer-recipe ar-tiny", "no tokenizer recipe 'ar-tiny'", "vqgan-f4"),
+    "a recipe of the other stage": (
+        f"{TRAIN} --tokenizer-recipe ar-tiny",
+        "ar-tiny is a recipe of the prior",
+        "takes it as --recipe",
+    ),
     "an unknown field": (f"{TOKENIZER} --config unknown.yaml", "'max_stepz'", "did you mean 'max_steps'?"),
     "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
     "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
@@ -289,6 +306,34 @@ CASES = {
         "train --data images --output job --resolution 16 --batch-size 8 --max-steps 4 --seed 3",
         "seed is 0 there and 3 here",
         "choose another --output",
+    ),
+    "somebody else's folder with a config.yaml": (
+        "train-tokenizer --data images --output project",
+        "project is not empty and holds no tokenizer run",
+        "choose another --output",
+    ),
+    "somebody else's folder, in so many minutes": (
+        f"{PRIOR} --output project --minutes 1",
+        "project is not empty",
+        "choose another --output",
+    ),
+    "a run among its own images": ("train --data images --output images/run", "inside --data images", "elsewhere"),
+    "a run of one stage among its images": (f"{TOKENIZER} --output images/run", "inside --data images", "elsewhere"),
+    "codes in the current folder": ("tokenize --tokenizer job --data images --output .", "--output is .", "codes"),
+    "figures in the current folder": (f"{EVALUATE} --output .", "--output is .", "such as figures.json"),
+    "a dry run of so many minutes": (f"{TRAIN} --dry-run --minutes 3", "--dry-run was given with --minutes", "one of"),
+    "a size of other digits": (f"{TRAIN} --resolution ²", "--resolution is ²", "such as 64"),
+    "a learning rate that ends below zero": (f"{PRIOR} --schedule.final -3", "schedule.final is -3", "in [0, 1]"),
+    "samples of a tokenizer": (
+        "evaluate --tokenizer job --reference images --save-samples a.npz",
+        "a tokenizer draws no samples",
+        "leave them out",
+    ),
+    "samples of which one is broken": ("evaluate --samples torn --reference images", "torn cannot be read", "mend or"),
+    "a prior's run for a tokenizer": (
+        "tokenize --tokenizer job/prior --data images --output new",
+        "the kind of model in job/prior/model is 'latentloom-autoregressive'",
+        "latentloom train-tokenizer",
     ),
     "a prior's folder for a tokenizer": (
         "train-tokenizer --data images --output job/prior",
