@@ -17,7 +17,7 @@ from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.code_cache import Contents, View, write_code_cache
+from stage1_tokenizer.code_cache import Contents, View, held_manifest, write_code_cache
 from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
@@ -129,7 +129,7 @@ def run_tokenize(
             folder,
             source,
             output,
-            contents=contents or ("both" if any_prior else "latents"),
+            contents=contents or held_manifest(output).get("contents") or ("both" if any_prior else "latents"),
             views=views,
             degradation=degradation,
             batch_size=batch_size,

@@ -33,6 +33,12 @@ SHARD_IMAGES = 100_000
 FORMAT = 1
 
 
+def held_manifest(folder: Path) -> dict[str, Any]:
+    """That of the code cache in a folder; empty where there is none."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def write_code_cache(
     tokenizer: Tokenizer,
     tokenizer_folder: Path,
@@ -68,8 +74,7 @@ def write_code_cache(
         "degradation": None if degradation == "none" else degradation,
         "label_names": list(source.label_names) if source.label_names else None,
     }
-    if (output / "manifest.json").exists():
-        held = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    if held := held_manifest(output):
         differing = [name for name, value in request.items() if held.get(name) != value]
         if differing:
             raise UserError(

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
 
-BATCH = 100
+BATCH, LOGITS_AT_ONCE = 100, 1 << 24
 
 
 @torch.no_grad()
 def surprise(prior: AutoregressivePrior, codes: Tensor, conditioning: Tensor) -> Tensor:
     """Bits of each code, float64 of the shape of `codes` (N, h, w) or (N, levels, h, w), given class ids (N,), on the CPU."""
-    found = []
-    for part, labels in zip(codes.split(BATCH), conditioning.split(BATCH), strict=True):
+    found, grid = [], codes[0].numel() * prior.config.codebook_size
+    size = max(1, min(BATCH, LOGITS_AT_ONCE // grid))
+    for part, labels in zip(codes.split(size), conditioning.split(size), strict=True):
         tokens = prior.tokens_of(part.long().to(prior.device))
         logits = prior.logits(tokens, labels.to(prior.device)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)

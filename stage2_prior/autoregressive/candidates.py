@@ -35,10 +35,8 @@ class Candidates:
         drawn = [torch.rand(count * places * levels, generator=g, device=g.device).cpu() for g in generators]
         self.uniform = torch.stack(drawn).view(batch * count, places, levels).to(device)
         again = places + 1 if count > 1 else 0
-        self._again = torch.stack([torch.rand(again, generator=g, device=g.device).cpu() for g in generators]).to(
-            device
-        )
-        self._log_weights = torch.zeros(batch, count, dtype=torch.float64, device=device)
+        self._again = torch.stack([torch.rand(again, generator=g, device=g.device).cpu() for g in generators])
+        self._log_weights = torch.zeros(batch, count, dtype=torch.float64)  # on the CPU, which decides who goes on
 
     def weigh(self, place: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
         """Rows (batch · count,) that go on in each row's stead, or none when all go on as they are.
@@ -48,31 +46,31 @@ class Candidates:
             known: (batch,), whether they were known.
         """
         of_levels = [of.log_softmax(1).gather(1, codes[:, i : i + 1]) for i, of in enumerate(logits)]
-        likelihood = torch.cat(of_levels, 1).sum(1).view_as(self._log_weights)
-        self._log_weights += torch.where(known[:, None], likelihood, 0.0)
+        likelihood = torch.cat(of_levels, 1).sum(1).cpu().view_as(self._log_weights)
+        self._log_weights += torch.where(known.cpu()[:, None], likelihood, 0.0)
         weights = self._log_weights.softmax(1)
         uneven = 1 / weights.square().sum(1) < ENOUGH * self.count  # (batch,)
         if not uneven.any():
             return None
         self._log_weights[uneven] = 0.0
         chosen = torch.where(uneven[:, None], self._systematic(weights, self._again[:, place]), self._each())
-        return self._rows(chosen).flatten()
+        return self._rows(chosen)
 
     def best(self, weighed: Tensor) -> Tensor:
         """Row (batch,) of one candidate of each image, drawn by weight; of an image not `weighed` (batch,) bool, the first."""
         if self.count == 1:
-            return self._rows(self._each()).flatten()
+            return self._rows(self._each())
         cumulated = self._log_weights.softmax(1).cumsum(1)
         chosen = torch.searchsorted(cumulated, self._again[:, -1:].double()).clamp(max=self.count - 1)
-        return self._rows(chosen.masked_fill(~weighed[:, None], 0)).flatten()
+        return self._rows(chosen.masked_fill(~weighed.cpu()[:, None], 0))
 
     def _systematic(self, weights: Tensor, uniform: Tensor) -> Tensor:
         points = (self._each() + uniform[:, None]) / self.count  # (batch, count)
         return torch.searchsorted(weights.cumsum(1), points.double()).clamp(max=self.count - 1)
 
     def _each(self) -> Tensor:
-        return torch.arange(self.count, device=self._log_weights.device).expand(len(self._log_weights), -1)
+        return torch.arange(self.count).expand(len(self._log_weights), -1)
 
     def _rows(self, chosen: Tensor) -> Tensor:
-        first = torch.arange(len(chosen), device=chosen.device)[:, None] * self.count
-        return first + chosen
+        first = torch.arange(len(chosen))[:, None] * self.count
+        return (first + chosen).flatten().to(self.uniform.device)

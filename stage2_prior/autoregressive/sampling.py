@@ -79,6 +79,9 @@ def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float =
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """The code (B,) at which the cumulated probabilities of (B, K) logits pass uniform numbers (B,) in [0, 1)."""
-    cumulated = logits.softmax(1).cumsum(1, dtype=torch.float64)
-    points = uniform.double().clamp(max=BELOW_ONE)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, points, right=True).squeeze(1)
+    probabilities = logits.softmax(1)
+    if logits.device.type == "mps":  # which knows no float64
+        probabilities = probabilities.cpu()
+    cumulated = probabilities.cumsum(1, dtype=torch.float64)
+    points = uniform.to(cumulated).clamp(max=BELOW_ONE)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, points, right=True).squeeze(1).to(logits.device)

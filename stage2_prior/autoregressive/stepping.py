@@ -25,6 +25,7 @@ from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.rotary import turns
+from training_harness.errors import UserError
 
 if TYPE_CHECKING:
     from stage2_prior.autoregressive.model import AutoregressivePrior
@@ -163,6 +164,11 @@ def stepper_for(
     weight = prior.code_embedding.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         return PackedStepper(prior, caches, orders, rows, eight_bits)
+    if eight_bits:
+        raise UserError(
+            f"weights is int8 and the prior is on {weight.device.type} in {weight.dtype}; expected it on a CPU in float32, where "
+            "eight bits are faster; leave it out"
+        )
     if weight.is_cuda and not torch.distributed.is_initialized():  # a sharded prior gathers its weights as it goes
         return GraphStepper(prior, caches, orders)
     return ModuleStepper(prior, caches, orders)

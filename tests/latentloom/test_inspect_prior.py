@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 from latentloom.inspection.prior_measure import Neighbours
 from latentloom.inspection.prior_page import copies
+from pipelines.evaluation import likelihood
 from pipelines.evaluation.likelihood import likelihood_figures, nearest_grids, surprise
+from stage2_prior.autoregressive.model import AutoregressivePrior
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -34,6 +36,20 @@ def test_the_surprise_at_a_place_is_that_of_its_own_code() -> None:
     before, after = surprise(prior, codes, label)[0].flatten(), surprise(prior, altered, label)[0].flatten()
     assert torch.equal(before[:9], after[:9])
     assert before[9] != after[9]
+
+
+def test_a_large_vocabulary_is_looked_at_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, codes = tiny_prior(), torch.randint(16, (7, 4, 4), generator=seeded(0))
+    labels, whole = torch.arange(7) % 3, surprise(prior, codes, torch.arange(7) % 3)
+    sizes, logits = list[int](), AutoregressivePrior.logits
+    monkeypatch.setattr(
+        AutoregressivePrior,
+        "logits",
+        lambda self, tokens, *rest: (sizes.append(len(tokens)), logits(self, tokens, *rest))[1],
+    )
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 3 * 16 * 16)
+    assert_close(surprise(prior, codes, labels), whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [3, 3, 1]
 
 
 def test_figures_are_means_over_codes_classes_and_places() -> None:

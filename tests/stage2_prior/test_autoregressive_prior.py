@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
 from stage2_prior.attention import plain_attention
+from stage2_prior.autoregressive import blocks
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
@@ -89,6 +90,31 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         two_dimensional = tiny_prior(positions="2d", qk_norm=False, rope_theta=500.0)
         two_dimensional.load_state_dict(ours.state_dict())
         assert (two_dimensional.hidden_states(x) - expected).abs().max() > 1e-2  # or positions would not matter here
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
+    short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "plain_products_pay", lambda *_: short)
+    shared = tiny_prior(num_heads=4, num_key_value_heads=2)
+    own = tiny_prior(num_heads=4)
+    weights = shared.state_dict()
+    for name in [name for name in weights if name.endswith((".key.weight", ".value.weight"))]:
+        weights[name] = (
+            weights[name].view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1)
+        )  # heads 0 and 1 share the first
+    own.load_state_dict(weights)
+    grid, labels = codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
+    losses = [prior(grid, labels).total for prior in (shared, own)]
+    assert_close(*losses, rtol=1e-5, atol=0)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in shared.named_parameters():
+        copied = dict(own.named_parameters())[name].grad
+        if name.endswith((".key.weight", ".value.weight")):
+            copied = copied.view(2, 2, 8, -1).sum(1).flatten(0, 1)
+        assert_close(parameter.grad, copied, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 16, (16,), (1, 3, 5, 7), (10, 6)])

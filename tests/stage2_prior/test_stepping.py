@@ -15,6 +15,7 @@ from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
+from training_harness.errors import UserError
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -48,6 +49,15 @@ def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bo
             states = [stepper.hidden(inputs) for stepper in (packed, plain)]
             assert_close(*states, rtol=0, atol=2e-5)
             assert_close(packed.logits(states[1], 0), plain.logits(states[1], 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eight_bits_are_refused_where_there_is_no_such_path(dtype: torch.dtype) -> None:
+    prior = tiny_prior().to(dtype)
+    with pytest.raises(
+        UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected it on a CPU in"
+    ):
+        stepper_for(prior, prior.new_caches(1), None, 1, eight_bits=True)
 
 
 def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
