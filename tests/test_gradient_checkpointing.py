@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import seeded, tiny_prior, tiny_tokenizer
+from tiny_models import seeded, tiny_diffusion, tiny_prior, tiny_tokenizer
 from torch import Tensor
 
 from training_harness.pretrained import StrictModel
@@ -21,9 +21,19 @@ def prior_loss(model: StrictModel) -> Tensor:
     return model(torch.randint(16, (4, 4, 4), generator=seeded(1)), torch.tensor([0, 1, 2, -1])).total
 
 
+def diffusion_loss(model: StrictModel) -> Tensor:
+    latents, noise = torch.randn(2, 4, 4, 4, 4, generator=seeded(1))
+    return model(latents, torch.tensor([0, 1, 2, -1]), torch.tensor([0.2, 0.4, 0.6, 0.9]), noise).total
+
+
 CASES: dict[str, tuple[Callable[[], StrictModel], Callable[[StrictModel], Tensor]]] = {
     "tokenizer": (lambda: tiny_tokenizer(blocks=(1, 1, 2), attention=(4,)), tokenizer_loss),
     "prior": (lambda: tiny_prior(dropout=0.2, num_layers=4), prior_loss),
+    "diffusion transformer": (lambda: tiny_diffusion(num_layers=4), diffusion_loss),
+    "U-Net": (
+        lambda: tiny_diffusion(denoiser="unet", num_layers=2, channel_multipliers=(1, 2), attention=(2,)),
+        diffusion_loss,
+    ),
 }
 
 

@@ -37,7 +37,14 @@ def any_order_pipeline() -> LatentGenerationPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, any_order_pipeline, diffusion_pipeline])
+def residual_pipeline() -> LatentGenerationPipeline:
+    tokenizer = tiny_tokenizer(quantizer={"name": "residual", "depth": 2})
+    spec = tokenizer.latent_spec()
+    prior = tiny_prior(height=spec.height, width=spec.width, levels=2, tokenizer_id=spec.tokenizer_id)
+    return LatentGenerationPipeline(tokenizer, prior, NAMES)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, any_order_pipeline, residual_pipeline, diffusion_pipeline])
 def test_kept_pixels_of_an_inpainting_are_byte_for_byte_the_picture_s(make: Any) -> None:
     originals = pictures(3)
     mask = Image.fromarray(LEFT)

@@ -99,6 +99,17 @@ def test_latents_of_indices_are_the_codes_normalized_as_the_encoder_s_are(tokeni
 
 
 @torch.no_grad()
+def test_latents_without_statistics_are_refused_and_codes_need_none():
+    tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
+    x = some_pixels()
+    assert torch.allclose(tokenizer.decode_indices(tokenizer.encode_indices(x)), tokenizer(x).reconstruction, atol=1e-5)
+    for call in (tokenizer.encode_latents, lambda x: tokenizer.indices_to_latents(tokenizer.encode_indices(x))):
+        with pytest.raises(UserError) as caught:
+            call(x)
+        assert "no latent statistics; train it with" in str(caught.value)
+
+
+@torch.no_grad()
 def test_a_picture_s_codes_do_not_depend_on_its_batch(tokenizer):
     x = some_pixels(5)
     together = tokenizer.encode_indices(x)

@@ -86,6 +86,23 @@ def test_the_exact_denoiser_of_a_gaussian_gives_its_mean_and_variance(name: str,
     assert abs(found.std() / STD - 1) < 0.03
 
 
+@pytest.mark.parametrize("schedule", ["flow", "cosine"])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_exact_denoiser_of_a_correlated_gaussian_gives_its_covariance(name: str, schedule: Schedule) -> None:
+    wanted = torch.tensor([[1.0, -0.6], [-0.6, 0.5]], dtype=torch.float64)
+
+    def denoise(x: Tensor, level: Level[float]) -> Estimate:
+        spread = level.alpha**2 * wanted + level.sigma**2 * torch.eye(2, dtype=torch.float64)
+        sample = MEAN + (x - level.alpha * MEAN) @ (level.alpha * torch.linalg.solve(spread, wanted))
+        return Estimate(sample, (x - level.alpha * sample) / level.sigma)
+
+    levels, count = levels_of(schedule, 500), 20_000
+    data = MEAN + noise(2 * count, 1).view(-1, 2) @ torch.linalg.cholesky(wanted).T
+    found = end(EVERY[name], denoise, levels[0].alpha * data + levels[0].sigma * noise(2 * count).view(-1, 2), levels)
+    assert (found.mean(0) - MEAN).abs().max() < 0.05
+    assert (found.T.cov() - wanted).abs().max() < 0.06  # of entries up to 1, whose standard error is 0.01
+
+
 def error_of_width(sampler: Sampler, steps: int, schedule: Schedule) -> float:
     """From t = 0.9 to 0.1, where nothing is infinite; of a flow, whose times are no thousandths, in long and short steps by turns.
     With a linear denoiser a deterministic sampler is affine: two points give by what it widens a distribution, without luck, and
