@@ -60,7 +60,7 @@ Samples images of {height}×{width} pixels: {pipeline.prior.describe(spec)}, and
 {picture}
 ```python
 import torch
-from pipelines import LatentGenerationPipeline
+from latentloom import LatentGenerationPipeline
 
 pipeline = LatentGenerationPipeline.from_pretrained("{repo_id or "path/or/repo-id"}")
 images = pipeline({example}, num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images

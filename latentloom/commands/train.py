@@ -38,6 +38,8 @@ class Arguments:
     max_steps: int | None = None
     """Steps of each stage, in place of those chosen."""
     batch_size: int | None = None
+    accumulation_steps: int | None = None
+    """Batches whose gradients one step adds up: less memory than a batch as large."""
     checkpoint_every: int | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """bf16 on GPUs that have it halves the memory of activations and quickens most steps."""
@@ -69,7 +71,7 @@ def main(words: list[str]) -> None:
     given = {
         name: value
         for name in (
-            *("max_steps", "batch_size", "checkpoint_every", "seed"),
+            *("max_steps", "batch_size", "accumulation_steps", "checkpoint_every", "seed"),
             *("mixed_precision", "compile", "gradient_checkpointing", "report_to"),
         )
         if (value := getattr(a, name)) is not None
