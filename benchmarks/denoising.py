@@ -7,13 +7,14 @@ ours" is diffusers with the same setting. The share is that of the speed this ma
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from frame import OURS, Report, compared, interleaved, table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from where_time_goes import by_kind, machine_speed
 
@@ -22,6 +23,10 @@ from stage2_prior.diffusion.dit import DiT
 from training_harness.allocator import keep_freed_memory
 from training_harness.machine import rounded_products
 from training_harness.processes import accelerated_device
+
+Given = tuple[Tensor, Tensor, Tensor]
+"""Latents, times in (0, 1] and class ids."""
+Predict = Callable[[Any, Given], Tensor]
 
 THEIRS = "diffusers DiT"
 CHANNELS, CLASSES = 4, 1000
@@ -40,57 +45,48 @@ def their_denoiser(side: int, patch: int) -> Any:
     )
 
 
-def forward(predict: Callable[[], torch.Tensor], rounded: bool) -> Callable[[], None]:
-    def run_it() -> None:
-        with rounded_products(accelerated_device(), enabled=rounded), torch.no_grad():
-            predict()
-
-    return run_it
+def forward(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
+    with rounded_products(given[0].device, enabled=rounded), torch.no_grad():
+        predict(model, given)
 
 
-def training(
-    model: nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor, rounded: bool
-) -> Callable[[], None]:
-    def run_it() -> None:
-        with rounded_products(accelerated_device(), enabled=rounded):
-            F.mse_loss(predict(), target).backward()
-            model.zero_grad()
+def training(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
+    with rounded_products(given[0].device, enabled=rounded):
+        F.mse_loss(predict(model, given), given[0]).backward()
+        model.zero_grad()
 
-    return run_it
+
+def our_prediction(model: Any, given: Given) -> Tensor:
+    return model(*given)
+
+
+def their_prediction(model: Any, given: Given) -> Tensor:
+    latents, times, labels = given
+    return model(latents, timestep=(1000 * times).long(), class_labels=labels).sample
 
 
 def run(quick: bool) -> Report:
     keep_freed_memory()
     torch.manual_seed(0)
     rounds, shapes = (2, SHAPES[:1]) if quick else (7, SHAPES)
-    with rounded_products(accelerated_device(), enabled=True):
+    device = accelerated_device()
+    with rounded_products(device, enabled=True):
         speed = machine_speed(3).product
     rows, figures = [], {}
     for side, patch, batch in shapes:
-        latents, labels = torch.randn(batch, CHANNELS, side, side), torch.arange(batch)
-        times = torch.linspace(0.1, 0.9, batch)
-        steps = (1000 * times).long()
-        ours, theirs = our_denoiser(side, patch).train(), their_denoiser(side, patch).train()
-
-        def predicted(ours: DiT = ours, given: Any = (latents, times, labels)) -> torch.Tensor:
-            return ours(*given)
-
-        def theirs_predicted(theirs: Any = theirs, given: Any = (latents, steps, labels)) -> torch.Tensor:
-            return theirs(given[0], timestep=given[1], class_labels=given[2]).sample
-
+        numbers = torch.randn(batch, CHANNELS, side, side), torch.linspace(0.1, 0.9, batch), torch.arange(batch)
+        latents, times, labels = (x.to(device) for x in numbers)
+        given = (latents, times, labels)
+        ours, theirs = (make(side, patch).to(device).train() for make in (our_denoiser, their_denoiser))
         with FlopCounterMode(display=False) as counter:
-            F.mse_loss(predicted(), latents).backward()
+            training(ours, our_prediction, given, True)
         flop = by_kind(counter)["product"]
-        for kind in ("forward", "training step"):
-            takes: dict[str, Callable[[], None]] = {}
-            for name, model, predict, rounded in (
-                (OURS, ours, predicted, True),
-                (THEIRS, theirs, theirs_predicted, False),
-                (f"{THEIRS}, products as ours", theirs, theirs_predicted, True),
-            ):
-                takes[name] = (
-                    forward(predict, rounded) if kind == "forward" else training(model, predict, latents, rounded)
-                )
+        for kind, pass_of in (("forward", forward), ("training step", training)):
+            takes = {
+                OURS: partial(pass_of, ours, our_prediction, given, True),
+                THEIRS: partial(pass_of, theirs, their_prediction, given, False),
+                f"{THEIRS}, products as ours": partial(pass_of, theirs, their_prediction, given, True),
+            }
             found = compared(interleaved(takes, rounds))
             share = flop / (3 if kind == "forward" else 1) / found[OURS]["seconds"] / speed
             shape = f"{side}×{side}, patch {patch}, batch {batch}"

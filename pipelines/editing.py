@@ -22,7 +22,7 @@ from torch import Tensor
 from stage1_tokenizer.image_processor import MODES, ImageProcessor, Picture
 from stage1_tokenizer.pixels import images_at_once
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.prior import Known
+from stage2_prior.prior import Known, rand_per_image
 from training_harness.errors import UserError
 
 DEFAULT_STRENGTH = 0.8  # without a mask
@@ -78,9 +78,7 @@ class Edit:
         drawn = self.hole.flatten(1)
         if strength < 1:
             if at_random:
-                scores = torch.stack(
-                    [torch.rand(drawn.shape[1], generator=g, device=g.device).cpu() for g in generators]
-                )
+                scores = rand_per_image(drawn.shape[1], generators)
             else:
                 scores = torch.linspace(1, 0, drawn.shape[1]).expand(drawn.shape)
             rank = scores.masked_fill(~drawn, 2.0).argsort(1).argsort(1)  # of the hole's places the first, by score

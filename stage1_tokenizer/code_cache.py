@@ -9,7 +9,6 @@ Codes are laid out flat, image by image: indices as uint16 where K allows, else 
 restores pictures there are the latents of each view made worse beside them, in the column `degraded` (`degradation`).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from stage1_tokenizer.pixels import Pixels, images_at_once
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
-from training_harness.files import whole_folder, write_json
+from training_harness.files import sha256_of, whole_folder, write_json
 
 View = Literal["original", "flip"]
 Contents = Literal["indices", "latents", "both"]
@@ -165,5 +164,5 @@ def _write_shard(path: Path, columns: dict[str, np.ndarray]) -> dict[str, Any]:
     batch = pa.RecordBatch.from_pydict(arrays)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"file": path.name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": digest}
+    size, digest = path.stat().st_size, sha256_of(path)
+    return {"file": path.name, "rows": batch.num_rows, "bytes": size, "sha256": digest}

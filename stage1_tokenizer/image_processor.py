@@ -22,17 +22,6 @@ from torch.nn import functional as F
 
 from training_harness.errors import ConfigError
 
-__all__ = [
-    "ImageProcessor",
-    "Picture",
-    "as_rgb",
-    "orientation_of",
-    "padded_size",
-    "to_pil",
-    "upright",
-    "with_eight_bits",
-]
-
 Picture = PIL.Image.Image | np.ndarray
 """A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
@@ -118,11 +107,6 @@ class ImageProcessor:
         (top, left), (height, width) = self._offset, self.content_size
         content = pixel_values[:, :, top : top + height, left : left + width]
         return ((content.float() + 1) / 2).clamp(0, 1)
-
-    def to_pil(self, images: Tensor) -> list[PIL.Image.Image]:
-        """uint8 (B, C, h, w), of any size → one picture each, of the mode that has this processor's channels."""
-        self._check("images", images, tuple(images.shape[-2:]))
-        return to_pil(images)
 
     @property
     def _offset(self) -> tuple[int, int]:

@@ -12,8 +12,6 @@ import PIL.Image
 from stage1_tokenizer.source_parts import EXPECTED, SPLIT_NAMES, TRAIN, Part, roles_of
 from training_harness.errors import UserError
 
-__all__ = ["FileStore", "files_below", "folder_parts", "image_endings"]
-
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow registers these for opening and has no decoder for them
 
 

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 from training_harness.errors import UserError
 
-__all__ = ["EXPECTED", "SPLIT_NAMES", "TEST", "TRAIN", "VALIDATION", "Part", "PictureStore", "one_line", "roles_of"]
-
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLIT_NAMES = {"train": TRAIN, "training": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION}
 SPLIT_NAMES |= {"dev": VALIDATION, "test": TEST, "testing": TEST}

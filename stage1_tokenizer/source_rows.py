@@ -19,8 +19,6 @@ from training_harness.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["RowStore", "load_from_hub", "load_parquet", "load_saved", "parquet_splits", "row_parts"]
-
 
 @dataclass(frozen=True)
 class RowStore:

@@ -37,8 +37,6 @@ from stage1_tokenizer.source_parts import EXPECTED, TEST, TRAIN, VALIDATION, Par
 from stage1_tokenizer.source_rows import load_from_hub, load_parquet, load_saved, parquet_splits, row_parts
 from training_harness.errors import UserError
 
-__all__ = ["ImageSource", "ImageSplit", "UnreadableImage", "open_source"]
-
 VALIDATION_SHARE, VALIDATION_CAP = 0.05, 2_000
 NUMPY_MAGIC = b"\x93NUMPY"
 

@@ -11,8 +11,6 @@ from stage1_tokenizer.image_processor import Picture, orientation_of, with_eight
 from stage1_tokenizer.sources import ImageSplit, UnreadableImage
 from training_harness.errors import UserError
 
-__all__ = ["ImageSurvey", "survey"]
-
 COLOUR_SAMPLE = (256, 256)  # large JPEGs are decoded down to about this size: colour and alpha show there as well
 
 

@@ -1,7 +1,6 @@
 """Reads the code cache that stage one wrote: Arrow files, memory-mapped, as views without a copy."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError
+from training_harness.files import sha256_of
 
 
 class CodeSplit:
@@ -127,8 +127,7 @@ class CodeCache:
         """Compares every shard with its sha256, and codes with the codebook's size; raises UserError for the first that differs."""
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
-                with (self.path / shard["file"]).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = sha256_of(self.path / shard["file"])
                 if found != shard["sha256"]:
                     raise UserError(
                         f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "

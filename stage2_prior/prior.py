@@ -21,6 +21,11 @@ def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator
     return torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
 
 
+def rand_per_image(count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, count) float32 in [0, 1) on the CPU, each image's from its own generator."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device).cpu() for g in generators])
+
+
 UNKNOWN = -1  # stands in a grid of codes where there is none yet
 
 
@@ -29,9 +34,8 @@ class Known(NamedTuple):
 
     codes: Tensor  # (B, h, w) or (B, levels, h, w) int64; of a prior of latents (B, c, h, w)
     kept: Tensor  # (B, h, w) bool: places that stay as they are
-    strength: float = (
-        1.0  # of a prior of latents: how much noise is laid on `codes` at the other places; at 1 they are not used
-    )
+    strength: float = 1.0
+    """Of a prior of latents: how much noise is laid on `codes` at the other places; at 1 they are not used."""
 
     @classmethod
     def whole(cls, latents: Tensor) -> Self:

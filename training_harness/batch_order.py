@@ -49,10 +49,6 @@ class BatchOrder:
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def epoch(self, number: int) -> float:
-        """Epochs finished once `number` batches have been taken by every process."""
-        return number * self.processes * self.batch_size / self.size
-
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
             self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}

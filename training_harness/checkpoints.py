@@ -6,7 +6,6 @@
 A checkpoint appears whole or not at all, and what is loaded is what was written: another length or sha256 is a torn one.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from training_harness.errors import UserError
-from training_harness.files import whole_folder, write_json
+from training_harness.files import sha256_of, whole_folder, write_json
 
 STATE, DESCRIPTION = "state.pt", "checkpoint.json"
 
@@ -34,7 +33,7 @@ def write_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None
     try:
         with whole_folder(checkpoint_path(run_folder, step)) as folder:
             torch.save(state, folder / STATE)
-            found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": _sha256(folder / STATE)}
+            found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
             write_json(folder / DESCRIPTION, found)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         held = newest_step(run_folder)
@@ -49,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state that was written. Raises TornCheckpointError."""
     try:
         described = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        held = {"bytes": (path / STATE).stat().st_size, "sha256": _sha256(path / STATE)}
+        held = {"bytes": (path / STATE).stat().st_size, "sha256": sha256_of(path / STATE)}
         for name, value in held.items():
             if described[name] != value:
                 raise TornCheckpointError(f"{path / STATE} has {name} {value}; expected {described[name]}")
@@ -89,11 +88,6 @@ def remove_partial(run_folder: Path) -> None:
     """Removes what a killed process left half written."""
     for path in (run_folder / "checkpoints").glob(".step_*.partial"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written beside their place, flushed to disk, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def up_to_date(path: Path, made_from: Path) -> bool:

@@ -1,6 +1,5 @@
 """latentloom evaluate: figures of a pipeline, of a tokenizer, or of images from elsewhere, on held-out images."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource, ImageSplit, UnreadableImage, open_source
 from stage1_tokenizer.survey import survey
 from training_harness.errors import UserError
-from training_harness.files import write_json
+from training_harness.files import sha256_of, write_json
 from training_harness.processes import accelerated_device, is_main_process
 
 
@@ -185,7 +184,7 @@ def against_arrays(a: Arguments) -> dict[str, Any]:
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         figures: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
-        figures["reference_hash"] = hash_of_file(Path(a.reference))
+        figures["reference_hash"] = sha256_of(Path(a.reference))[:16]
         if reference.images is not None:
             real = evaluator.measure(reference.images, "reference images")
             figures |= evaluator.sample_figures(measured, real)
@@ -303,11 +302,6 @@ def other_size(name: str, size: tuple[int, ...], processor: ImageProcessor) -> U
         f"{name} holds images of {size[0]}×{size[1]} and the samples are {height}×{width}; expected one size; compare with "
         "images of that size"
     )
-
-
-def hash_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def in_rgb(extractor: FeatureExtractor) -> FeatureExtractor:

@@ -49,8 +49,10 @@ class LFQ(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             vectors = self._placed(widened(as_vectors(latents)))
-            codes = self._signs(vectors.detach())
-            losses = self._losses(vectors, codes)
+            codes = torch.where(vectors.detach() > 0, self._length, -self._length)
+            logits = self.sharpness * vectors / self.config.entropy_temperature
+            entropy = binary_entropy(logits).sum(1).mean() - self._entropy_of_all(logits.sigmoid())
+            losses = {"commitment": F.mse_loss(vectors, codes), "entropy": entropy}
             quantized = vectors + (codes - vectors).detach()
         return QuantizerOutput(as_maps(quantized, latents), self.quantize(latents), losses)
 
@@ -60,11 +62,6 @@ class LFQ(Quantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         bits = indices.unsqueeze(1) // self._weights(indices.device) % 2
         return (2.0 * bits - 1) * self._length
-
-    def _losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        logits = self.sharpness * vectors / self.config.entropy_temperature
-        own = binary_entropy(logits).sum(1).mean()
-        return {"commitment": F.mse_loss(vectors, codes), "entropy": own - self._entropy_of_all(logits.sigmoid())}
 
     def _entropy_of_all(self, bits: Tensor) -> Tensor:
         return entropy_of(averaged(code_probabilities(bits)))
@@ -76,9 +73,6 @@ class LFQ(Quantizer):
     def _length(self) -> float:
         """Of a coordinate of a code."""
         return 1.0
-
-    def _signs(self, vectors: Tensor) -> Tensor:
-        return torch.where(vectors > 0, self._length, -self._length)
 
     def _weights(self, device: torch.device) -> Tensor:
         return 2 ** torch.arange(self.channels, device=device).view(-1, 1, 1)

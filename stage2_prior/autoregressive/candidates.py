@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stage2_prior.prior import rand_per_image
+
 ENOUGH = 0.5  # share of effective candidates, 1 / Σ w², below which they are drawn anew
 
 
@@ -32,10 +34,9 @@ class Candidates:
         device: torch.device,
     ) -> None:
         self.count = count
-        drawn = [torch.rand(count * places * levels, generator=g, device=g.device).cpu() for g in generators]
-        self.uniform = torch.stack(drawn).view(batch * count, places, levels).to(device)
-        again = places + 1 if count > 1 else 0
-        self._again = torch.stack([torch.rand(again, generator=g, device=g.device).cpu() for g in generators])
+        drawn = rand_per_image(count * places * levels, generators)
+        self.uniform = drawn.view(batch * count, places, levels).to(device)
+        self._again = rand_per_image(places + 1 if count > 1 else 0, generators)
         self._log_weights = torch.zeros(batch, count, dtype=torch.float64)  # on the CPU, which decides who goes on
 
     def weigh(self, place: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:

@@ -136,7 +136,12 @@ class DiffusionPrior(Prior):
             end = ends.get(level.time)
             prediction = self.prediction(noisy, level.time, conditioning, options, end, degraded)
             found = estimate(noisy, prediction, level, self.config.prediction)
-            return found if known is None else with_known(found, noisy, level, known)
+            if known is None:
+                return found
+            sample = torch.where(
+                known.kept[:, None], known.codes, found.sample
+            )  # a sampler goes straight to what stays
+            return estimate(noisy, sample, level, "sample")
 
         steps = options.num_inference_steps
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
@@ -213,9 +218,3 @@ class DiffusionPrior(Prior):
 def beside(noisy: Tensor, degraded: Tensor | None) -> Tensor:
     """(B, c, h, w) or, with the latents of degraded pictures, (B, 2c, h, w): what the network is given."""
     return noisy if degraded is None else torch.cat([noisy, degraded.to(noisy)], dim=1)
-
-
-def with_known(found: Estimate, noisy: Tensor, level: Level[float], known: Known) -> Estimate:
-    """An estimate that knows the data at the places that stay: there a sampler goes straight to them."""
-    sample = torch.where(known.kept[:, None], known.codes, found.sample)
-    return Estimate(sample, (noisy - level.alpha * sample) / level.sigma)

@@ -91,7 +91,7 @@ def test_a_picture_of_the_content_size_is_read_byte_for_byte_and_written_back(ch
     read = exact.read(image)
     assert read.dtype == torch.uint8
     assert torch.equal(read, torch.from_numpy(pixels).permute(2, 0, 1))
-    (written,) = exact.to_pil(read[None])
+    (written,) = to_pil(read[None])
     assert (written.mode, written.tobytes()) == (mode, image.tobytes())
 
 

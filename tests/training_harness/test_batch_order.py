@@ -45,10 +45,6 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert order.batch(0).tolist() != list(range(50))
 
 
-def test_epochs_are_counted_over_all_processes():
-    assert BatchOrder(100, 5, 0, processes=4).epoch(10) == pytest.approx(2)
-
-
 def test_an_example_s_draw_depends_on_its_place_and_the_seed_and_not_on_the_processes():
     whole = [BatchOrder(30, 8, seed=3).draws(number) for number in range(6)]
     for rank in (0, 1):
