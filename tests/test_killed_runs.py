@@ -39,8 +39,13 @@ def losses(output: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: {k: v for k, v in row.items() if k != "images_per_second"} for row in rows}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+SLOW = pytest.mark.slow  # each stage and each number of processes is tried without
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes"),
+    [("tokenizer", 1), ("prior", 2), pytest.param("tokenizer", 2, marks=SLOW), pytest.param("prior", 1, marks=SLOW)],
+)
 def test_ten_kills_change_nothing(folder: Path, tmp_path: Path, stage: str, processes: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish(start(stage, folder, whole, processes)) == [0] * processes

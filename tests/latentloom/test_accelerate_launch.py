@@ -1,13 +1,21 @@
-"""Several processes: the configurations that are ready for `accelerate launch`, and the main job on two, by torchrun."""
+"""Several processes: the configurations that are ready for `accelerate launch`, and the main job on two.
+
+`accelerate launch` itself is run in test_main_job.
+"""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from command_line import CHECKOUT, digests, in_new_process, latentloom
+from command_line import CHECKOUT, digests, latentloom
 from small_parts import write_pictures
-from small_runs import free_port, launcher_environment
+from small_runs import finish, forked, launcher_environment, take_place
+
+from latentloom.cli import main
 
 CONFIGURATIONS = sorted((CHECKOUT / "scripts" / "accelerate").glob("*.yaml"))
 
@@ -23,14 +31,28 @@ def test_each_configuration_starts_the_processes_that_its_name_promises(path: Pa
         assert environment["FSDP_VERSION"] == "2"
 
 
+def run_here(rank: int, processes: int, port: int, words: list[str], log: Path) -> None:
+    """A command in one of several processes; what it says is added to a file."""
+    take_place(rank, processes, port)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    sys.exit(main(words))
+
+
+def on_two(*words: object, log: Path) -> str:
+    """Runs a command on two processes; returns what they said."""
+    log.unlink(missing_ok=True)
+    codes = finish(forked(run_here, 2, [str(word) for word in words], log))
+    assert codes == [0, 0], log.read_text(encoding="utf-8")
+    return log.read_text(encoding="utf-8")
+
+
 def test_the_main_job_on_two_processes_writes_each_file_once_and_samples_as_one_process_does(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures")
     steps = ["--max-steps", 4, "--batch-size", 4, "--num-images", 12]
-    words = ["-m", "latentloom", "train", "--data", pictures, "--output", tmp_path / "job", *steps]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
-    done = in_new_process(*launch, *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pictures  ") == 1, "each process spoke"
+    said = on_two("train", "--data", pictures, "--output", tmp_path / "job", *steps, log=tmp_path / "said")
+    assert said.count("pictures  ") == 1, "each process spoke"
     held = json.loads((tmp_path / "job" / "tokenizer" / "environment.json").read_text(encoding="utf-8"))
     assert (held["processes"], held["distributed_type"]) == (2, "MULTI_CPU")
     metrics = json.loads((tmp_path / "job" / "metrics.json").read_text(encoding="utf-8"))
@@ -39,8 +61,7 @@ def test_the_main_job_on_two_processes_writes_each_file_once_and_samples_as_one_
     assert not list((tmp_path / "job").rglob("*.partial")), "half a file was left"
 
     sample = ["sample", "--pipeline", tmp_path / "job" / "pipeline", "--num-images", 5, "--output"]
-    done = in_new_process(*launch, "-m", "latentloom", *sample, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    on_two(*sample, tmp_path / "two", log=tmp_path / "said")
     assert latentloom(*sample, tmp_path / "one") == 0
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert len(digests(tmp_path / "one")) == 6

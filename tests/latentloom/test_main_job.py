@@ -303,7 +303,7 @@ def test_train_takes_colour_pictures_that_are_not_square(tmp_path: Path, capsys:
     assert pipeline("a", output_type="np").images.shape == (1, 64, 96, 3)
 
 
-@pytest.mark.parametrize("tokenizer", ["vqgan-f4", "kl"])
+@pytest.mark.parametrize("tokenizer", [pytest.param("vqgan-f4", marks=pytest.mark.slow), "kl"])
 def test_changing_the_recipe_changes_the_kind_of_prior_and_nothing_else(
     tokenizer: str, real_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

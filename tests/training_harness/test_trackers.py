@@ -1,15 +1,17 @@
 """Trackers get the figures of metrics.jsonl and the samples, and a run that goes on is one run there too."""
 
 import json
+import os
 import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import in_new_process
-from small_runs import prepare
+import torch
+from small_runs import finish, forked, prepare
 
+from latentloom.cli import main
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 from training_harness.trackers import check_trackers
@@ -29,9 +31,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ("train-prior", "--codes", folder / "codes", "--output", folder / "mine", "--max-steps", steps)
         track = ("--report-to", "tensorboard", "wandb", "trackio")
         places = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
-        done = in_new_process("-m", "latentloom", *words, *EVERY, *SMALL, *track, **places)
-        assert done.returncode == 0, done.stderr[-2000:]
+        everything = [str(word) for word in (*words, *EVERY, *SMALL, *track)]
+        assert finish(forked(run_here, 1, everything, places)) == [0]
     return folder
+
+
+def run_here(rank: int, processes: int, port: int, words: list[str], environment: dict[str, str]) -> None:
+    """In a process of its own: trackers read the environment when they are imported, and keep threads."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.exit(main(words))
 
 
 def logged(folder: Path, name: str) -> dict[int, Any]:
