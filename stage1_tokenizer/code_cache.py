@@ -68,6 +68,7 @@ def write_code_cache(
         "spec": spec.to_dict(),
         "source": source.name,
         "images": {"train": len(source.train), "validation": len(source.validation)},
+        "fingerprint": {"train": source.train.fingerprint(), "validation": source.validation.fingerprint()},
         "contents": contents,
         "views": list(views),
         "degradation": None if degradation == "none" else degradation,
@@ -77,7 +78,7 @@ def write_code_cache(
         differing = [name for name, value in request.items() if held.get(name) != value]
         if differing:
             raise UserError(
-                f"{output} holds a code cache with another {', '.join(differing)}; expected the same request; "
+                f"{output} holds a code cache with another {', '.join(differing)}; expected the same request and images; "
                 "choose another --output"
             )
         print(f"{output} holds these codes already")

@@ -92,7 +92,7 @@ class CodeUsage:
     def count(self, indices: Tensor) -> None:
         """indices: int64 (B, h, w), or (B, levels, h, w)."""
         levels, size = self.counts.shape
-        own = indices.view(len(indices), levels, -1) + size * torch.arange(levels, device=indices.device)[:, None]
+        own = indices.reshape(len(indices), levels, -1) + size * torch.arange(levels, device=indices.device)[:, None]
         self.counts += summed(torch.bincount(own.flatten(), minlength=levels * size)).view(levels, size).cpu()
 
     @property

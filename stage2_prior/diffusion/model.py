@@ -138,9 +138,8 @@ class DiffusionPrior(Prior):
             found = estimate(noisy, prediction, level, self.config.prediction)
             if known is None:
                 return found
-            sample = torch.where(
-                known.kept[:, None], known.codes, found.sample
-            )  # a sampler goes straight to what stays
+            # A sampler goes straight to what stays.
+            sample = torch.where(known.kept[:, None], known.codes, found.sample)
             return estimate(noisy, sample, level, "sample")
 
         steps = options.num_inference_steps

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from small_parts import one_line, whole_tokenizer, write_pictures
 
 from stage1_tokenizer import code_cache
@@ -176,7 +177,7 @@ def test_the_same_request_again_says_so_and_writes_nothing(tmp_path, model, sour
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("change", ["contents", "views", "spec", "images"])
+@pytest.mark.parametrize("change", ["contents", "views", "spec", "images", "fingerprint"])
 def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp_path, model, source, change):
     folder = written(model, source, tmp_path / "codes")
     before = (folder / "manifest.json").read_bytes()
@@ -189,8 +190,15 @@ def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp
         tokenizer = whole_tokenizer()
         tokenizer.config.tokenizer_id = "another"
         other = tokenizer, model[1]
-    else:
+    elif change == "images":
         pictures = open_source(write_pictures(tmp_path / "pictures", count=30))
+    else:  # files of the same names, one of which shows something else
+        other_folder = write_pictures(tmp_path / "pictures")
+        (other_folder / "a" / "00.png").write_bytes(b"a letter")
+        same = open_source(other_folder)
+        assert same.train.fingerprint() == source.train.fingerprint()
+        Image.new("RGB", (16, 16)).save(other_folder / same.train.source_id(0))
+        pictures = open_source(other_folder)
     with pytest.raises(UserError) as caught:
         written(other, pictures, folder, **options)
     assert f"another {change}" in one_line(caught)
