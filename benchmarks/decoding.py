@@ -6,10 +6,12 @@ Llama does not. The bound is what reading the weights once a step would take at 
 is ours with its products' weights as 8-bit integers; what that costs in bits a code stands in `prior_likelihood`.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from frame import OURS, Report, compared, interleaved, table
+from frame import OURS, Report, bars, compared, interleaved, table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from where_time_goes import machine_speed
 
@@ -82,4 +84,15 @@ def run(quick: bool) -> Report:
         text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), words, table(head, rows)]),
         figures={"memory": memory, "weights": weights, "batches": figures},
         peers=("transformers",),
+        chart=lambda path: draw(figures, path),
     )
+
+
+def draw(figures: Mapping[Any, Any], path: Path) -> None:
+    groups = {
+        f"{batch} at once": {
+            name: int(batch) * SIDE**2 / row["seconds"] for name, row in found.items() if name != "bound"
+        }
+        for batch, found in figures.items()
+    }
+    bars(groups, "codes a second", path)

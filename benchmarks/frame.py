@@ -111,6 +111,30 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def bars(groups: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> None:
+    """A panel for each group, a bar for each contender, ours in colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4 * len(groups) + 2, 2.6), layout="constrained", squeeze=False
+    )
+    for axis, (title, rates) in zip(axes[0], groups.items(), strict=True):
+        names = list(rates)[::-1]
+        colours = ["tab:blue" if name.startswith(OURS) else "lightgrey" for name in names]
+        drawn = axis.barh(names, [rates[name] for name in names], color=colours)
+        axis.bar_label(drawn, fmt=lambda value: f"{value:,.0f}", padding=3)
+        axis.set(title=title, xlabel=unit)
+        axis.set_xlim(0, 1.18 * max(rates.values()))
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis is not axes[0, 0]:
+            axis.set_yticklabels([])
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; numbers with three significant digits."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

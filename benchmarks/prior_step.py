@@ -7,13 +7,14 @@ attention and with its own eager one. Ours runs with the products that its train
 as torch comes; "products as ours" is Llama with the same setting.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from decoding import CLASSES, CODES, SIDE, llama, our_prior
-from frame import OURS, Report, compared, interleaved, table
+from frame import OURS, Report, bars, compared, interleaved, table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
@@ -88,4 +89,10 @@ def run(quick: bool) -> Report:
         ),
         figures={"flop": flop, "product": speed, "share": share, "contenders": found},
         peers=("transformers",),
+        chart=lambda path: draw(found, steps, path),
     )
+
+
+def draw(found: Mapping[str, Any], steps: int, path: Path) -> None:
+    rates = {name: BATCH * SIDE**2 * steps / row["seconds"] for name, row in found.items()}
+    bars({f"batches of {BATCH}": rates}, "codes a second", path)

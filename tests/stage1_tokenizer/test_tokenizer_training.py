@@ -117,9 +117,11 @@ def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_pat
 def test_the_log_has_every_term_from_the_step_it_begins(finished):
     rows = [row for row in rows_of(finished) if "l1" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert all({"l1", "l2", "commitment", "learning_rate"} <= row.keys() for row in rows)
-    assert [row["step"] for row in rows if "discriminator" in row] == list(range(3, 13))
-    assert [row["step"] for row in rows if "generator" in row] == list(range(5, 13))
+    assert all({"l1", "l2", "commitment", "learning_rate", "gradient_norm"} <= row.keys() for row in rows)
+    for term in ("discriminator", "logits_real", "logits_fake", "discriminator_gradient_norm"):
+        assert [row["step"] for row in rows if term in row] == list(range(3, 13)), term
+    for term in ("generator", "adaptive_weight"):
+        assert [row["step"] for row in rows if term in row] == list(range(5, 13)), term
     figures = [row for row in rows_of(finished) if "validation_psnr" in row]
     assert [row["step"] for row in figures] == [6, 12]
     assert all(1 <= row["codes_used"] <= 16 and row["perplexity"] <= row["codes_used"] + 1e-3 for row in figures)
