@@ -23,7 +23,7 @@ def codes_folder(share: float, seed: int, tokenizer: str = "vqgan-f4") -> Path:
         TokenizerTraining, "tokenizer", tokenizer, share, seed, data=FASHION_MNIST, output=folder / "tokenizer"
     )
     run_tokenizer(run, source)
-    return run_tokenize(run.output, source, folder / "codes", "indices")
+    return run_tokenize(run.output, source, folder / "codes")
 
 
 def trained_prior(codes: Path, name: str, share: float, seed: int) -> Path:
