@@ -13,7 +13,9 @@ Turns = tuple[Tensor, Tensor]  # cosines and signed sines, (tokens, head_dim) or
 
 
 def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: float) -> Tensor:
-    """Angles (1 + h·w, head_dim / 2) float32 of the prefix and the codes in raster order; axes is 1 or 2."""
+    """Angles (1 + h·w, head_dim / 2) float32 of the prefix and the codes in raster order; without axes nothing is turned."""
+    if axes == 0:
+        return torch.zeros(1 + height * width, head_dim // 2)
     if axes == 1:
         positions = torch.arange(1 + height * width)[:, None]  # (tokens, 1)
     else:

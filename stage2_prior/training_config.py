@@ -42,9 +42,11 @@ class AutoregressiveModel:
     qk_norm: bool = True
     tie_embeddings: bool = False
     """Whether the head shares the code embedding's weights."""
-    positions: Literal["1d", "2d"] = "2d"
+    positions: Literal["none", "1d", "2d"] = "2d"
+    """Rotary positions along the sequence, or along rows and columns."""
     learned_positions: bool = False
-    """Adds a learnt vector of the place to be predicted, beside the rotary positions: early training is quicker."""
+    """Adds a learnt vector of the place to be predicted, beside rotary positions, which makes early training quicker, or in
+    their stead."""
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:

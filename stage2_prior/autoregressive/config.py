@@ -30,9 +30,10 @@ class AutoregressivePriorConfig(StrictConfig):
     qk_norm: bool = True
     tie_embeddings: bool = False
     """Whether the head is the code embedding, scaled."""
-    positions: Literal["1d", "2d"] = "2d"
+    positions: Literal["none", "1d", "2d"] = "2d"
+    """Rotary positions along the sequence, or along rows and columns."""
     learned_positions: bool = False
-    """Adds a learnt vector of the place to be predicted, beside the rotary positions."""
+    """Adds a learnt vector of the place to be predicted, beside rotary positions or in their stead."""
     random_order: float = 0.0
     """Share of random orders at the end of training; above 0 the prior can be given codes at any places first."""
     rope_theta: float | int = 10_000.0
@@ -49,7 +50,12 @@ class AutoregressivePriorConfig(StrictConfig):
         for name in ("dropout", "random_order"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1], such as 0.1")
-        axes = int(self.positions[0])
+        if self.positions == "none" and not self.learned_positions:
+            raise ConfigError(
+                "model.positions is none and model.learned_positions false, so no code would have a place; expected one of them; "
+                "give 2d, or --model.learned-positions"
+            )
+        axes = max(1, self.rotary_axes)
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
             raise ConfigError(
                 f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of "
@@ -60,6 +66,10 @@ class AutoregressivePriorConfig(StrictConfig):
                 f"model.num_key_value_heads is {self.num_key_value_heads} for {self.num_heads} heads; expected a number "
                 "that divides the heads"
             )
+
+    @property
+    def rotary_axes(self) -> int:
+        return {"none": 0, "1d": 1, "2d": 2}[self.positions]
 
     @property
     def head_dim(self) -> int:

@@ -163,8 +163,8 @@ class AutoregressivePrior(Prior):
 
     def angles(self, device: torch.device) -> Tensor:
         config = self.config
-        axes = int(config.positions[0])
-        return rotary_angles(config.height, config.width, config.head_dim, axes, config.rope_theta).to(device)
+        found = rotary_angles(config.height, config.width, config.head_dim, config.rotary_axes, config.rope_theta)
+        return found.to(device)
 
     def new_caches(self, batch: int) -> list[KVCache]:
         return self._caches(batch, self.config.places, len(self.blocks))

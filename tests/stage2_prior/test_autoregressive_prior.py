@@ -45,6 +45,15 @@ def llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def test_learnt_positions_alone_are_all_that_a_prior_knows_of_places() -> None:
+    prior, x = tiny_prior(positions="none", learned_positions=True), torch.randn(2, 16, 32, generator=seeded(0))
+    swapped = x[:, [0, 2, 1, *range(3, 16)]]
+    with torch.no_grad():
+        assert (prior.hidden_states(x)[:, -1] - prior.hidden_states(swapped)[:, -1]).abs().max() > 1e-4
+        prior.position_embedding.weight.zero_()
+        assert_close(prior.hidden_states(x)[:, -1], prior.hidden_states(swapped)[:, -1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 def test_future_tokens_do_not_change_past_logits(positions: str) -> None:
     prior, tokens, labels = tiny_prior(positions=positions), codes(3), torch.tensor([0, 1, 2])
@@ -199,6 +208,7 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size is 30 for 4 heads; expected a multiple of 16"),
         ({"hidden_size": 24, "num_heads": 4}, "expected a multiple of 16, for 2d"),  # heads of 6: no two axes of pairs
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
+        ({"positions": "none"}, "no code would have a place"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"random_order": -0.5}, "random_order is -0.5"),

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grouped queries": {"num_heads": 4, "num_key_value_heads": 2, "positions": "1d"},
     "one axis": {"positions": "1d"},
     "learnt positions": {"learned_positions": True},
+    "learnt positions alone": {"learned_positions": True, "positions": "none"},
     "tied": {"tie_embeddings": True},
 }
 
