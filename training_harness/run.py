@@ -130,9 +130,8 @@ class Run:
         self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_yaml(
-                self.folder / "config.yaml", replace(config, resume="latest")
-            )  # which the next command goes on from
+            # The next command goes on from the newest checkpoint.
+            write_yaml(self.folder / "config.yaml", replace(config, resume="latest"))
             run_id = note_environment(self.folder, self.accelerator)
             if config.report_to:
                 start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
