@@ -13,7 +13,7 @@ arXiv 2305.08891, algorithm 1).
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,14 +67,15 @@ class NoiseSchedule:
 
 
 def _alphas(schedule: Schedule, zero_terminal_snr: bool) -> Tensor:
-    """(T + 1,) float64."""
+    """(T + 1,) float64, on the CPU also while a model is loaded, which is built without memory."""
+    cpu: Any = {"dtype": torch.float64, "device": "cpu"}
     if schedule == "cosine":
         bars = [math.cos((i / LEVELS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(LEVELS + 1)]
-        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bars)], dtype=torch.float64)
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bars)], **cpu)
     elif schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)
+        betas = torch.linspace(1e-4, 0.02, LEVELS, **cpu)
     else:
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, dtype=torch.float64).square()
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, **cpu).square()
     alphas = (1 - betas).cumprod(0).sqrt()
     if zero_terminal_snr:
         first, last = alphas[0].clone(), alphas[-1].clone()
