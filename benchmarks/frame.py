@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from latentloom.arguments import training_values
+from latentloom.commands.arguments import training_values
 from training_harness.configuration import from_mapping
 from training_harness.provenance import machine, versions
 

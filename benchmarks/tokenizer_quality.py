@@ -19,7 +19,7 @@ import torch
 from frame import Report, table
 from torch import Tensor
 
-from latentloom.arguments import training_values
+from latentloom.commands.arguments import training_values
 from latentloom.embedded import FASHION_MNIST, judge_path
 from latentloom.stages import load_source, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom.arguments import check_count
+from latentloom.commands.arguments import check_count
 from latentloom.curves import draw_curves
 from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.stages import check_minutes, held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say

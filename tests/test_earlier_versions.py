@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import seeded
 
-from latentloom import arguments
+from latentloom.commands import arguments
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.code_cache import write_code_cache
 from stage1_tokenizer.registry import saved_tokenizer

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentloom.arguments import check_count, check_seed, parse
+from latentloom.commands.arguments import check_count, check_seed, parse
+from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.embedded import data_path
 from latentloom.evaluation_pictures import draw_by_class
 from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.sampling_arguments import SamplingArguments
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import check_count, check_page, check_seed, parse
+from latentloom.commands.arguments import check_count, check_page, check_seed, parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
 from latentloom.report.numbers import count, number, percent

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.arguments import check_count, check_page, check_seed, parse
+from latentloom.commands.arguments import check_count, check_page, check_seed, parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
 from latentloom.stages import load_source, load_tokenizer, say

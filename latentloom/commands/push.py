@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from latentloom.arguments import parse
+from latentloom.commands.arguments import parse
 from latentloom.stages import say
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from latentloom.arguments import parse, training_values
+from latentloom.commands.arguments import parse, training_values
 from latentloom.embedded import FASHION_MNIST
 from latentloom.main_job import check_bounds, run_main_job, summary
 from latentloom.stages import load_source, say

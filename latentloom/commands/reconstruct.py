@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from latentloom.arguments import check_count, check_output, parse
+from latentloom.commands.arguments import check_count, check_output, parse
 from latentloom.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.metrics import psnr

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.arguments import check_page, parse
+from latentloom.commands.arguments import check_page, parse
 from latentloom.report.page import page
 from latentloom.report.reading import read_job
 from training_harness.files import write_text

@@ -9,8 +9,8 @@ from typing import Any, cast
 import PIL.Image
 import torch
 
-from latentloom.arguments import check_count, check_output, check_seed, parse
-from latentloom.sampling_arguments import SamplingArguments
+from latentloom.commands.arguments import check_count, check_output, check_seed, parse
+from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.arguments import check_count, check_seed, parse, training_values
 from latentloom.commands import train_prior
+from latentloom.commands.arguments import check_count, check_seed, parse, training_values
 from latentloom.commands.train_tokenizer import chosen_for_images
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS

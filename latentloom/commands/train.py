@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from latentloom.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
 from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
+from latentloom.commands.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
 from latentloom.dry_run import closing, dry_run
 from latentloom.footprint import measured_seconds
 from latentloom.main_job import check_bounds, check_codes, run_main_job, summary

@@ -6,7 +6,7 @@ from typing import Annotated, Generic, TypeVar, cast
 
 import tyro
 
-from latentloom.arguments import (
+from latentloom.commands.arguments import (
     check_dry_run,
     parse,
     recipe_and_config,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentloom.arguments import (
+from latentloom.choice import choose
+from latentloom.commands.arguments import (
     check_apart,
     check_dry_run,
     parse,
@@ -16,7 +17,6 @@ from latentloom.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.choice import choose
 from latentloom.dry_run import closing, dry_run
 from latentloom.overfit import overfit_tokenizer
 from latentloom.rehearsal import rehearse_tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentloom.arguments import training_values
+from latentloom.commands.arguments import training_values
 from latentloom.recipes import recipe_names
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.model import AutoregressivePrior
