@@ -18,7 +18,7 @@ from frame import OURS, Report, recipe, table
 from torch import Tensor
 
 from latentloom.embedded import FASHION_MNIST, judge_path
-from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, judge_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement

@@ -19,7 +19,7 @@ import torch
 from frame import OURS, Report, compared, recipe, table
 
 from latentloom.embedded import FASHION_MNIST
-from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.survey import survey

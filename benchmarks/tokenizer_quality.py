@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentloom.commands.arguments import training_values
 from latentloom.embedded import FASHION_MNIST, judge_path
-from latentloom.stages import load_source, run_tokenizer
+from latentloom.jobs.stages import load_source, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.report import BATCH, reconstruct

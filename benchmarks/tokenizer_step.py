@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.embedded import FASHION_MNIST
-from latentloom.stages import load_source
+from latentloom.jobs.stages import load_source
 from stage1_tokenizer.losses import ReconstructionConfig
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.train import train_tokenizer

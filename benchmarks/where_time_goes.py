@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stage1_tokenizer.train
 from latentloom.embedded import FASHION_MNIST
-from latentloom.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from latentloom.jobs.stages import tokenizer_inputs
 from latentloom.rehearsal import check_learns
-from latentloom.stages import tokenizer_inputs
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.train import train_tokenizer

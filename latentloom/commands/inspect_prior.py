@@ -6,8 +6,8 @@ from pathlib import Path
 from latentloom.commands.arguments import check_count, check_page, check_seed, parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
+from latentloom.jobs.stages import load_source, say
 from latentloom.report.numbers import count, number, percent
-from latentloom.stages import load_source, say
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.pixels import Pixels

@@ -6,7 +6,7 @@ from pathlib import Path
 from latentloom.commands.arguments import check_count, check_page, check_seed, parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
-from latentloom.stages import load_source, load_tokenizer, say
+from latentloom.jobs.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.feature_files import drawn_positions
 from stage1_tokenizer.pixels import Pixels
 from training_harness.files import write_text

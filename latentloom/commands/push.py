@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from latentloom.commands.arguments import parse
-from latentloom.stages import say
+from latentloom.jobs.stages import say
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from training_harness.errors import UserError

@@ -6,8 +6,8 @@ from typing import Literal
 
 from latentloom.commands.arguments import parse, training_values
 from latentloom.embedded import FASHION_MNIST
-from latentloom.main_job import check_bounds, run_main_job, summary
-from latentloom.stages import load_source, say
+from latentloom.jobs.main_job import check_bounds, run_main_job, summary
+from latentloom.jobs.stages import load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping

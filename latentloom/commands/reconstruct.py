@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from latentloom.commands.arguments import check_count, check_output, parse
-from latentloom.stages import load_source, load_tokenizer, say
+from latentloom.jobs.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pictures import before_and_after, save_images, save_picture

@@ -11,7 +11,7 @@ import torch
 
 from latentloom.commands.arguments import check_count, check_output, check_seed, parse
 from latentloom.commands.sampling_arguments import SamplingArguments
-from latentloom.stages import say
+from latentloom.jobs.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8

@@ -11,12 +11,12 @@ import tyro
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import check_count, check_seed, parse, training_values
 from latentloom.commands.train_tokenizer import chosen_for_images
+from latentloom.jobs.stages import check_minutes, load_source, say
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
 from latentloom.search.space import Training, default_words, parse_space
 from latentloom.search.study import Plan, require_optuna
 from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer_trainer
-from latentloom.stages import check_minutes, load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import prior_training

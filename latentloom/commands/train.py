@@ -8,9 +8,9 @@ from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.commands.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
 from latentloom.dry_run import closing, dry_run
 from latentloom.footprint import measured_seconds
-from latentloom.main_job import check_bounds, check_codes, run_main_job, summary
+from latentloom.jobs.main_job import check_bounds, check_codes, run_main_job, summary
+from latentloom.jobs.stages import load_source, say
 from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
-from latentloom.stages import load_source, say
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import ImageSurvey, survey

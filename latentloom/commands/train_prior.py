@@ -15,9 +15,9 @@ from latentloom.commands.arguments import (
     with_required_missing,
 )
 from latentloom.dry_run import closing, dry_run
+from latentloom.jobs.stages import run_prior, say
 from latentloom.overfit import overfit_prior
 from latentloom.rehearsal import rehearse_prior
-from latentloom.stages import run_prior, say
 from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import PriorTraining, training_class
 

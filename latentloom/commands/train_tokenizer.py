@@ -18,9 +18,9 @@ from latentloom.commands.arguments import (
     with_required_missing,
 )
 from latentloom.dry_run import closing, dry_run
+from latentloom.jobs.stages import load_source, run_tokenizer, say, tokenizer_inputs
 from latentloom.overfit import overfit_tokenizer
 from latentloom.rehearsal import rehearse_tokenizer
-from latentloom.stages import load_source, run_tokenizer, say, tokenizer_inputs
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device

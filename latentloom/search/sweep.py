@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentloom.jobs.stages import say
 from latentloom.search.results import TrialResult, best_of, describe, table, write_recipe, write_trials
 from latentloom.search.space import with_values
 from latentloom.search.study import (
@@ -27,7 +28,6 @@ from latentloom.search.study import (
     results_of,
     write_request,
 )
-from latentloom.stages import say
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource

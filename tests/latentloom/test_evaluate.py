@@ -11,7 +11,7 @@ from command_line import CHECKOUT, latentloom
 from PIL import Image
 from tiny_models import tiny_pipeline
 
-from latentloom.evaluation_pictures import draw_by_class
+from latentloom.jobs.evaluation_plots import draw_by_class
 from pipelines.evaluation.report import bits_per_token
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import open_source

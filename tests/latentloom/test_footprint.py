@@ -155,7 +155,7 @@ def test_another_error_stays_what_it_is() -> None:
 LIMITED = """
 import resource, sys
 from latentloom.cli import main
-import latentloom.stages
+import latentloom.jobs.stages
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
 sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from small_parts import one_line, write_pictures
 from tiny_models import seeded, tiny_prior, tiny_tokenizer
 
 from latentloom.cli import main
-from latentloom.stages import load_source
+from latentloom.jobs.stages import load_source
 from pipelines.evaluation.features import feature_extractor
 from pipelines.evaluation.report import Evaluator, balanced_labels, pipeline_figures, sampled_batches
 from pipelines.latent_generation import LatentGenerationPipeline

@@ -17,9 +17,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from latentloom.commands.arguments import check_count
-from latentloom.curves import draw_curves
-from latentloom.measuring import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.stages import check_minutes, held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
+from latentloom.jobs.curves import draw_curves
+from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
+from latentloom.jobs.stages import (
+    check_minutes,
+    held_steps,
+    load_tokenizer,
+    run_prior,
+    run_tokenize,
+    run_tokenizer,
+    say,
+)
 from pipelines.evaluation.features import FeatureExtractor
 from pipelines.evaluation.report import (
     Evaluator,
