@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from latentloom.choice import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.commands.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
-from latentloom.dry_run import closing, dry_run
-from latentloom.footprint import measured_seconds
 from latentloom.jobs.main_job import check_bounds, check_codes, run_main_job, summary
 from latentloom.jobs.stages import load_source, say
-from latentloom.rehearsal import rehearse_prior, rehearse_tokenizer
+from latentloom.planning.dry_run import closing, dry_run
+from latentloom.planning.memory_estimate import measured_seconds
+from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
+from latentloom.planning.step_timing import rehearse_prior, rehearse_tokenizer
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import ImageSurvey, survey

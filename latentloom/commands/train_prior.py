@@ -14,10 +14,10 @@ from latentloom.commands.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.dry_run import closing, dry_run
 from latentloom.jobs.stages import run_prior, say
-from latentloom.overfit import overfit_prior
-from latentloom.rehearsal import rehearse_prior
+from latentloom.planning.dry_run import closing, dry_run
+from latentloom.planning.overfit_batch import overfit_prior
+from latentloom.planning.step_timing import rehearse_prior
 from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import PriorTraining, training_class
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentloom.choice import choose
 from latentloom.commands.arguments import (
     check_apart,
     check_dry_run,
@@ -17,10 +16,11 @@ from latentloom.commands.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.dry_run import closing, dry_run
 from latentloom.jobs.stages import load_source, run_tokenizer, say, tokenizer_inputs
-from latentloom.overfit import overfit_tokenizer
-from latentloom.rehearsal import rehearse_tokenizer
+from latentloom.planning.dry_run import closing, dry_run
+from latentloom.planning.overfit_batch import overfit_tokenizer
+from latentloom.planning.recipe_selection import choose
+from latentloom.planning.step_timing import rehearse_tokenizer
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device

@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from latentloom.embedded import data_path
-from latentloom.footprint import advice_when_memory_runs_out, measured_seconds
-from latentloom.rehearsal import Rehearsal, rehearse_prior, rehearse_tokenizer
+from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
+from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8

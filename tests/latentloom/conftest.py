@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import CHECKOUT, latentloom
 
-from latentloom import rehearsal
+from latentloom.planning import step_timing
 from stage1_tokenizer.sources import open_source
 
 
@@ -15,8 +15,8 @@ from stage1_tokenizer.sources import open_source
 def rough_timing() -> Iterator[None]:
     """How long a step takes is measured on one step in place of four."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehearsal, "WARM_UP", 0)
-        patch.setattr(rehearsal, "MEASURED", 1)
+        patch.setattr(step_timing, "WARM_UP", 0)
+        patch.setattr(step_timing, "MEASURED", 1)
         yield
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_parts import write_pictures
 
-from latentloom.choice import choose, working_size
 from latentloom.commands import quickstart
 from latentloom.jobs import main_job
+from latentloom.planning.recipe_selection import choose, working_size
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.survey import ImageSurvey
 from stage1_tokenizer.vqgan import VQGAN

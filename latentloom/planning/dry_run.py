@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentloom.footprint import Footprint, Rehearse, footprint, gibibytes, measured_seconds, remedies
-from latentloom.rehearsal import MEASURED
+from latentloom.planning.memory_estimate import Footprint, Rehearse, footprint, gibibytes, measured_seconds, remedies
+from latentloom.planning.step_timing import MEASURED
 from training_harness.processes import accelerated_device, number_of_processes
 from training_harness.run import RunConfig
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from latentloom.jobs.stages import tokenizer_inputs
-from latentloom.rehearsal import check_learns
+from latentloom.planning.step_timing import check_learns
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.train import train_tokenizer

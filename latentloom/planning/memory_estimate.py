@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentloom.rehearsal import Rehearsal
+from latentloom.planning.step_timing import Rehearsal
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 from training_harness.processes import accelerated_device
