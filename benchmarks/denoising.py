@@ -2,8 +2,8 @@
 
 DiT-S, 12 layers × 384, 6 heads, four latent channels, 1,000 classes, in float32: a forward pass without gradients, and forward and
 backward pass of the mean squared error. The arithmetic of the blocks is the same; diffusers embeds time and class anew in each
-block. Ours runs with the products that its training loop sets (`training_harness.machine`), diffusers' as torch comes; "products as
-ours" is diffusers with the same setting. The share is that of the speed this machine reaches in a large product.
+block. Ours runs with the products that its training loop sets (`training_harness.matmul_precision`), diffusers' as torch comes;
+"products as ours" is diffusers with the same setting. The share is that of the speed this machine reaches in a large product.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from where_time_goes import by_kind, machine_speed
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
 from training_harness.allocator import keep_freed_memory
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.processes import accelerated_device
 
 Given = tuple[Tensor, Tensor, Tensor]

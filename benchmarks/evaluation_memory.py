@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 from frame import Report, table
 
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from pipelines.evaluation.image_arrays import written
 
 COUNTS = (2_000, 50_000)

@@ -17,21 +17,21 @@ import torch
 from frame import OURS, Report, recipe, table
 from torch import Tensor
 
-from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, judge_path
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, judge_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.evaluation.manifolds import precision_recall
+from pipelines.evaluation.reference_classifier import Judge
 from pipelines.evaluation.report import balanced_labels, reconstruct, sampled_batches
-from pipelines.judge import Judge
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.metrics import codebook_usage, psnr
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import AutoregressiveTraining
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 
 GLUE = "diffusers VQModel + transformers Llama"
 # Of the quickstart's steps, tokenizer and prior: in a short run the prior's are worth more.

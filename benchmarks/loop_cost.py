@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from frame import OURS, Report, compared, recipe, table
 
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
 from stage1_tokenizer.pixels import Pixels
@@ -30,7 +30,7 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.processes import accelerated_device
 from training_harness.run import Run, RunConfig

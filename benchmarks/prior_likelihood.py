@@ -23,7 +23,7 @@ from pipelines.latent_generation import LatentGenerationPipeline
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import stepper_for
 from stage2_prior.codes import CodeCache, CodeSplit
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 
 BATCH = 250
 

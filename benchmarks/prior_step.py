@@ -3,8 +3,8 @@
 6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024, 256 codes after a class prefix, batches of 32: forward, loss, backward,
 clipping and fused AdamW, for both. Ours is the same arithmetic as Llama's; norms of queries and keys, which recipes have and Llama
 has not, are a row of their own. Ours takes its loss by chunks of the head; Llama the cross-entropy of all logits, with torch's
-attention and with its own eager one. Ours runs with the products that its training loop sets (`training_harness.machine`), Llama
-as torch comes; "products as ours" is Llama with the same setting.
+attention and with its own eager one. Ours runs with the products that its training loop sets (`training_harness.matmul_precision`),
+Llama as torch comes; "products as ours" is Llama with the same setting.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from where_time_goes import by_kind, machine_speed
 
 from training_harness.allocator import keep_freed_memory
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.processes import accelerated_device
 
 BATCH = 32

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from frame import recipe
 
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import AutoregressiveTraining, DiffusionTraining

@@ -20,7 +20,7 @@ from frame import Report, table
 from torch import Tensor
 
 from latentloom.commands.arguments import training_values
-from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, judge_path
 from latentloom.jobs.stages import load_source, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
@@ -33,7 +33,7 @@ from stage1_tokenizer.registry import saved_tokenizer
 from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.training_config import TokenizerTraining
 from training_harness.configuration import from_mapping
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 
 PEER = "diffusers VQModel"
 RECIPES = ("ema", "vq-vae", "rotation", "normalized", "simvq", "ibq", "fsq", "lfq", "bsq", "residual")

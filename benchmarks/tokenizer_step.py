@@ -30,7 +30,7 @@ from loop_cost import ours
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source
 from stage1_tokenizer.losses import ReconstructionConfig
 from stage1_tokenizer.pixels import Pixels
@@ -39,7 +39,7 @@ from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from training_harness.allocator import keep_freed_memory
 from training_harness.batch_order import BatchOrder
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.optimization import OptimizerConfig
 from training_harness.processes import accelerated_device
 

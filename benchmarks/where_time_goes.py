@@ -2,8 +2,8 @@
 
 Parts are measured in the real loops, by a stopwatch around the functions that make them up; a part's time is its own, without
 that of the parts inside it. Beside a job stands what its arithmetic would take if all of it ran at the speed that this machine
-reaches in large products and convolutions (with factors rounded in training, as `training_harness.machine` does), or, for a
-sampled token, what reading the weights once would take: the bound. What is above the bound is activations and norms, small
+reaches in large products and convolutions (with factors rounded in training, as `training_harness.matmul_precision` does), or,
+for a sampled token, what reading the weights once would take: the bound. What is above the bound is activations and norms, small
 products, and Python.
 """
 
@@ -26,7 +26,7 @@ from frame import Report, recipe, synchronize, table
 from torch.utils.flop_counter import FlopCounterMode
 
 import stage1_tokenizer.train
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.decoder import Decoder
@@ -43,7 +43,7 @@ from stage2_prior.codes import CodeSplit
 from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.ema import EMA
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.muon import Muon
 from training_harness.processes import accelerated_device
 from training_harness.run import Run

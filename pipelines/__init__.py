@@ -7,7 +7,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "LatentGenerationPipeline": "pipelines.latent_generation",
         "ImagePipelineOutput": "pipelines.latent_generation",
-        "Judge": "pipelines.judge",
+        "Judge": "pipelines.evaluation.reference_classifier",
         "Evaluator": "pipelines.evaluation.report",
         "FeatureExtractor": "pipelines.evaluation.features",
         "frechet_distance": "pipelines.evaluation.frechet",

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from training_harness.machine import convolutions_in_bfloat16
+from training_harness.matmul_precision import convolutions_in_bfloat16
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

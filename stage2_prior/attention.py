@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from training_harness.machine import products_in_bfloat16
+from training_harness.matmul_precision import products_in_bfloat16
 
 SHORT, SHORT_IF_ROUNDED = 64, 256  # tokens up to which plain products are the quicker ones
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_harness.machine import products_in_bfloat16
+from training_harness.matmul_precision import products_in_bfloat16
 from training_harness.sharding import sharded_as, whole
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5

@@ -38,7 +38,7 @@ from training_harness.checkpoints import (
 from training_harness.configuration import to_mapping, write_yaml
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteGuard, first_non_finite
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.metric_log import MetricLog
 from training_harness.processes import accelerated_device
 from training_harness.provenance import note_environment

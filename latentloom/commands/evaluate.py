@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentloom.commands.arguments import check_count, check_seed, parse
 from latentloom.commands.sampling_arguments import SamplingArguments
-from latentloom.embedded import data_path
+from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.jobs.evaluation_plots import draw_by_class
 from latentloom.jobs.stages import load_source, load_tokenizer, say

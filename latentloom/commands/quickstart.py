@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from latentloom.commands.arguments import parse, training_values
-from latentloom.embedded import FASHION_MNIST
+from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.main_job import check_bounds, run_main_job, summary
 from latentloom.jobs.stages import load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, judge_path
 from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature_extractor, has_efficientnet
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.image_processor import ImageProcessor

@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 
-from latentloom.embedded import data_path
+from latentloom.data.embedded import data_path
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
 from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_tokenizer
 from pipelines.across_processes import sample_across_processes

@@ -29,7 +29,7 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.machine import rounded_products
+from training_harness.matmul_precision import rounded_products
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
 

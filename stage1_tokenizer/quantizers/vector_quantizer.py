@@ -27,7 +27,7 @@ from stage1_tokenizer.quantizers.protocol import (
     gathered,
     summed,
 )
-from training_harness.machine import exact_products
+from training_harness.matmul_precision import exact_products
 from training_harness.precision import widened
 
 CHUNK_ELEMENTS = 1 << 21  # entries of the distance table that exist at once: 8 MiB of float32

@@ -63,7 +63,7 @@ def test_the_wheel_holds_recipes_data_judge_and_licences(unpacked: Path) -> None
         "test.parquet",
         "LICENSE",
     }
-    assert {path.name for path in (data / "fashion-mnist-judge").iterdir()} >= {"config.json", "model.safetensors"}
+    assert {path.name for path in (data / "fashion-mnist-classifier").iterdir()} >= {"config.json", "model.safetensors"}
     recipes = {path.stem for path in (unpacked / "latentloom" / "recipes").glob("*.yaml")}
     assert recipes == {*recipe_names("tokenizer"), *recipe_names("prior")}
     (information,) = unpacked.glob("*.dist-info")
@@ -81,7 +81,7 @@ def test_the_wheel_is_small_enough_to_download_without_a_thought(wheel: Path) ->
 def test_the_wheel_finds_its_own_data_from_another_folder(unpacked: Path, tmp_path: Path) -> None:
     program = """
 import latentloom
-from latentloom.embedded import data_path, judge_path
+from latentloom.data.embedded import data_path, judge_path
 from latentloom import open_source
 from latentloom.cli import main
 from pipelines import Judge

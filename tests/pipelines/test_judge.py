@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.evaluation.linear_probe import class_agreement
-from pipelines.judge import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
 from training_harness.errors import ConfigError, UserError
 
 DATA = Path(str(files("latentloom") / "data"))
 MINI = DATA / "fashion-mnist-mini"
-JUDGE = DATA / "fashion-mnist-judge"
+JUDGE = DATA / "fashion-mnist-classifier"
 
 
 def column(split: str, name: str) -> list:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import seeded
 
-from training_harness.machine import convolves_bfloat16, multiplies_bfloat16, rounded_products
+from training_harness.matmul_precision import convolves_bfloat16, multiplies_bfloat16, rounded_products
 
 CPU = torch.device("cpu")
 FAULTS = """

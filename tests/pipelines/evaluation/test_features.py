@@ -29,7 +29,7 @@ from pipelines.evaluation.features import (
     pooled_pixels,
 )
 from pipelines.evaluation.frechet import frechet_distance
-from pipelines.judge import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
 from training_harness.errors import UserError
 
 

@@ -13,7 +13,7 @@ def data_path(name: str) -> str:
 
 def judge_path() -> Path:
     """Weights of a classifier trained on all of Fashion-MNIST, for figures alone."""
-    return _folder("fashion-mnist-judge")
+    return _folder("fashion-mnist-classifier")
 
 
 def _folder(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Trains the judge on all 60,000 training images of Fashion-MNIST and tests it on the 10,000 others.
 
-    python scripts/train_judge.py                           # needs the Debian package dataset-fashion-mnist
+    python scripts/train_reference_classifier.py                           # needs the Debian package dataset-fashion-mnist
 
 SGD with Nesterov momentum on one cycle of the learning rate; images are flipped at random and shifted by up to two
 pixels. The judge is small so that its figures come fast. It never meets a generated image in training.
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.linear_probe import class_agreement
-from pipelines.judge import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
 from training_harness.files import whole_folder
 
-JUDGE_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-judge"
+JUDGE_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-classifier"
 SEED = 0
 EPOCHS = 10
 BATCH_SIZE = 128
@@ -39,8 +39,8 @@ penultimate activations. It is trained on real images alone and takes no part in
 set it has seen the training images, not the test images.
 
 - Data: all 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence).
-- Recipe (`scripts/train_judge.py`): {epochs} epochs of batches of {batch_size}; SGD with Nesterov momentum {momentum},
-  weight decay {weight_decay}, learning rate in one cycle up to {learning_rate}; random horizontal flips and
+- Recipe (`scripts/train_reference_classifier.py`): {epochs} epochs of batches of {batch_size}; SGD with Nesterov momentum
+  {momentum}, weight decay {weight_decay}, learning rate in one cycle up to {learning_rate}; random horizontal flips and
   shifts of up to {max_shift} pixels; seed {seed}; float32.
 - **Accuracy on the 10,000 test images: {accuracy:.2%}**; torch {torch_version}.
 """

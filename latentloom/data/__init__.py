@@ -1,0 +1,1 @@
+"""What the package carries: a real data set and its classifier."""
