@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 
 from pipelines.evaluation.likelihood import surprise
 from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import stepper_for
-from stage2_prior.codes import CodeCache, CodeSplit
 from training_harness.matmul_precision import rounded_products
 
 BATCH = 250

@@ -29,6 +29,7 @@ import stage1_tokenizer.train
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
+from stage1_tokenizer.codes.reader import CodeSplit
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.pixels import Pixels
@@ -39,7 +40,6 @@ from stage2_prior.autoregressive.blocks import Attention
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import PackedBlock, PackedStepper
-from stage2_prior.codes import CodeSplit
 from stage2_prior.feed_forward import SwiGLU
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.ema import EMA

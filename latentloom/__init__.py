@@ -18,7 +18,7 @@ __getattr__, __dir__ = lazy_names(
         "AutoregressivePriorConfig": "stage2_prior.autoregressive.model",
         "DiffusionPrior": "stage2_prior.diffusion.model",
         "DiffusionPriorConfig": "stage2_prior.diffusion.config",
-        "CodeCache": "stage2_prior.codes",
+        "CodeCache": "stage1_tokenizer.codes.reader",
         "open_source": "stage1_tokenizer.sources",
     },
 )

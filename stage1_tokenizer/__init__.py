@@ -17,6 +17,6 @@ __getattr__, __dir__ = lazy_names(
         "open_source": "stage1_tokenizer.sources",
         "train_tokenizer": "stage1_tokenizer.train",
         "TokenizerTraining": "stage1_tokenizer.training_config",
-        "write_code_cache": "stage1_tokenizer.code_cache",
+        "write_code_cache": "stage1_tokenizer.codes.writer",
     },
 )

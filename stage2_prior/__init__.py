@@ -8,7 +8,7 @@ __getattr__, __dir__ = lazy_names(
         "AutoregressivePrior": "stage2_prior.autoregressive.model",
         "AutoregressivePriorConfig": "stage2_prior.autoregressive.model",
         "SamplingOptions": "stage2_prior.autoregressive.sampling",
-        "CodeCache": "stage2_prior.codes",
+        "CodeCache": "stage1_tokenizer.codes.reader",
         "train_prior": "stage2_prior.train",
         "AutoregressiveTraining": "stage2_prior.training_config",
         "DiffusionTraining": "stage2_prior.training_config",

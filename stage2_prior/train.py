@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from stage1_tokenizer.codes.reader import CodeCache
 from stage2_prior.autoregressive.objective import AutoregressiveObjective
-from stage2_prior.codes import CodeCache
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.health import turned
 from stage2_prior.model_card import prior_card

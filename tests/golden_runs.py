@@ -10,7 +10,7 @@ from tiny_models import tiny_source, tiny_tokenizer
 from latentloom.commands.arguments import training_values
 from latentloom.jobs.stages import run_prior, run_tokenizer
 from latentloom.recipes import recipe_names, recipe_values
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training

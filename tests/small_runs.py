@@ -22,13 +22,13 @@ from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.adversarial import AdversarialConfig
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
-from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness import checkpoints

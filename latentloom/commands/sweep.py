@@ -17,8 +17,8 @@ from latentloom.search.results import METRICS
 from latentloom.search.space import Training, default_words, parse_space
 from latentloom.search.study import Plan, require_optuna
 from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer_trainer
+from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping, merged
 from training_harness.errors import UserError

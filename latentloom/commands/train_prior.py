@@ -18,7 +18,7 @@ from latentloom.jobs.stages import run_prior, say
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
 from latentloom.planning.step_timing import rehearse_prior
-from stage2_prior.codes import CodeCache
+from stage1_tokenizer.codes.reader import CodeCache
 from stage2_prior.training_config import PriorTraining, training_class
 
 Training = TypeVar("Training", bound=PriorTraining)

@@ -17,7 +17,8 @@ from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.code_cache import Contents, View, held_manifest, write_code_cache
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import Contents, View, held_manifest, write_code_cache
 from stage1_tokenizer.degradation import Degradation
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
@@ -29,7 +30,6 @@ from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
-from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Known, Prior
 from stage2_prior.registry import saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior

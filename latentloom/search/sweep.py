@@ -28,13 +28,13 @@ from latentloom.search.study import (
     results_of,
     write_request,
 )
+from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.perceptual import perceptual_loss
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.sources import ImageSource
 from stage1_tokenizer.survey import survey
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
-from stage2_prior.codes import CodeCache
 from stage2_prior.train import objective_of, train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import ConfigError, UserError

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.orders import drawn_orders
-from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.errors import UserError

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage2_prior.codes import CodeCache, CodeSplit
+from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.conditioning import without_some
 from stage2_prior.diffusion.health import not_normalised
 from stage2_prior.diffusion.model import DiffusionPrior

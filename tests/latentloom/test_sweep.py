@@ -27,11 +27,11 @@ from latentloom.search.results import METRICS
 from latentloom.search.space import Choices, Range, default_words, own_values, parse_space
 from latentloom.search.study import Plan, open_study
 from latentloom.search.sweep import prior_trainer, run_sweep
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.image_processor import ImageProcessor
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.codes import CodeCache
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, prior_training
 from training_harness.configuration import from_mapping, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError

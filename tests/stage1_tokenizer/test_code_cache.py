@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from small_parts import one_line, whole_tokenizer, write_pictures
 
-from stage1_tokenizer import code_cache
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes import writer
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.vqgan import VQGAN
-from stage2_prior.codes import CodeCache
 from training_harness.errors import UserError
 
 
@@ -150,7 +150,7 @@ def test_the_manifest_states_spec_counts_and_checksums_and_the_tokenizer_lies_be
 
 def test_many_shards_hold_the_rows_of_one(tmp_path, model, source, monkeypatch):
     one = rows_of(written(model, source, tmp_path / "one"))
-    monkeypatch.setattr(code_cache, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(writer, "SHARD_IMAGES", 10)
     folder = written(model, source, tmp_path / "many")
     many = rows_of(folder)
     assert len(manifest_of(folder)["splits"]["train"]["shards"]) > 1
@@ -217,7 +217,7 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, model, source, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(code_cache, "write_json", interrupted)
+    monkeypatch.setattr(writer, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         written(model, source, tmp_path / "codes")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,8 @@ from small_parts import one_line, some_pixels, write_pictures
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
@@ -19,7 +20,6 @@ from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latents, train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
-from stage2_prior.codes import CodeCache
 from training_harness.errors import ConfigError, UserError
 from training_harness.metric_log import read_metrics
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import NAMES, tiny_source, tiny_tokenizer
 
-from stage1_tokenizer import code_cache
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes import writer
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.pixels import Pixels
-from stage2_prior.codes import CodeCache
 from training_harness.errors import UserError
 
 EVERY = np.arange(40)
@@ -30,7 +30,7 @@ def written(folder: Path, name: str = "codes", labelled: bool = True, **options)
 @pytest.fixture
 def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train images in three shards: 14, 14 and 12 rows."""
-    monkeypatch.setattr(code_cache, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(writer, "SHARD_IMAGES", 10)
     return written(tmp_path, contents="both")
 
 

@@ -13,8 +13,8 @@ import torch
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 from torch.testing import assert_close
 
-from stage1_tokenizer.code_cache import write_code_cache
-from stage2_prior.codes import CodeCache, CodeSplit
+from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage2_prior.diffusion.health import not_normalised
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective

@@ -11,10 +11,10 @@ import torch
 import yaml
 from tiny_models import tiny_source, tiny_tokenizer
 
-from stage1_tokenizer.code_cache import write_code_cache
+from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.objective import validation_loss
-from stage2_prior.codes import CodeCache
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness.ema import EMAConfig

@@ -1,0 +1,1 @@
+"""The code cache: one format, its writer and its reader."""
