@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.pictures import image_grid, save_picture
+from stage1_tokenizer.data.image_grids import image_grid, save_picture
 
 HOLE = slice(6, 22)  # pixels, of rows and of columns
 SHOWN = 12

@@ -26,9 +26,9 @@ from pipelines.evaluation.manifolds import precision_recall
 from pipelines.evaluation.reference_classifier import Judge
 from pipelines.evaluation.report import balanced_labels, reconstruct, sampled_batches
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.metrics import codebook_usage, psnr
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.matmul_precision import rounded_products

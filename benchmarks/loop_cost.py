@@ -21,9 +21,9 @@ from frame import OURS, Report, compared, recipe, table
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.survey import survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior

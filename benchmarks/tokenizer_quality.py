@@ -25,12 +25,12 @@ from latentloom.jobs.stages import load_source, run_tokenizer
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.report import BATCH, reconstruct
-from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.data.image_grids import image_grid, save_picture
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.sources import ImageSource, open_source
 from stage1_tokenizer.metrics import codebook_usage, psnr, ssim
-from stage1_tokenizer.pictures import image_grid, save_picture
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.registry import saved_tokenizer
-from stage1_tokenizer.sources import ImageSource, open_source
 from stage1_tokenizer.training_config import TokenizerTraining
 from training_harness.configuration import from_mapping
 from training_harness.matmul_precision import rounded_products

@@ -30,9 +30,9 @@ from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.codes.reader import CodeSplit
+from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive import decoding

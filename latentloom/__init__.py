@@ -19,6 +19,6 @@ __getattr__, __dir__ = lazy_names(
         "DiffusionPrior": "stage2_prior.diffusion.model",
         "DiffusionPriorConfig": "stage2_prior.diffusion.config",
         "CodeCache": "stage1_tokenizer.codes.reader",
-        "open_source": "stage1_tokenizer.sources",
+        "open_source": "stage1_tokenizer.data.sources",
     },
 )

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import MODES, ImageProcessor, Picture
-from stage1_tokenizer.pixels import images_at_once
+from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_processor import MODES, ImageProcessor, Picture
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import Known, rand_per_image
 from training_harness.errors import UserError

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from pipelines.editing import DEFAULT_STRENGTH, Edit, Pictures, check_edit
 from pipelines.hub import create_repository, local_folder, upload_folder
 from pipelines.model_card import pipeline_card
-from stage1_tokenizer.image_processor import to_pil
-from stage1_tokenizer.pictures import save_picture
-from stage1_tokenizer.pixels import images_at_once
+from stage1_tokenizer.data.image_grids import save_picture
+from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import UNKNOWN, Known, Prior, randn_per_image

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.data.image_processor import as_rgb
 from stage1_tokenizer.perceptual import lpips_network, lpips_obstacle
 from stage1_tokenizer.quantizers.protocol import summed
 

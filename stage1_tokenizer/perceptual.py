@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.data.image_processor import as_rgb
 from training_harness.errors import UserError
 
 PerceptualName = Literal["none", "efficientnet-lite0", "lpips"]

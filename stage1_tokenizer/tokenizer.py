@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.latent_spec import LatentSpec
 from training_harness.errors import ConfigError, UserError
 from training_harness.pretrained import StrictConfig, StrictModel

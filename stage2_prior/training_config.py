@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stage1_tokenizer.degradation import Degradation
+from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior

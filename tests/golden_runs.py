@@ -11,7 +11,7 @@ from latentloom.commands.arguments import training_values
 from latentloom.jobs.stages import run_prior, run_tokenizer
 from latentloom.recipes import recipe_names, recipe_values
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping

@@ -18,8 +18,8 @@ from latentloom.commands import arguments
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
+from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.registry import saved_tokenizer
-from stage1_tokenizer.sources import open_source
 from training_harness.metric_log import read_metrics
 
 FIXTURES = Path(__file__).parent / "fixtures" / "53679bd"

@@ -86,7 +86,7 @@ def test_models_loops_and_pipelines_import_and_a_model_runs_where_optional_libra
     blocked = "import sys\nfor name in ('datasets', 'tyro', 'matplotlib', 'diffusers'): sys.modules[name] = None\n"
     use = """
 import torch
-import stage1_tokenizer.train, stage1_tokenizer.codes.writer, stage1_tokenizer.pixels, stage1_tokenizer.survey
+import stage1_tokenizer.train, stage1_tokenizer.codes.writer, stage1_tokenizer.data.image_loader, stage1_tokenizer.data.statistics
 import stage2_prior.train, stage1_tokenizer.codes.reader, stage2_prior.autoregressive.sampling
 import pipelines.latent_generation, pipelines.evaluation.report, pipelines.evaluation.features
 from latentloom import VQGAN, VQGANConfig

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.sources import ImageSource, ImageSplit
+from stage1_tokenizer.data.sources import ImageSource, ImageSplit
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.model import AutoregressivePrior

@@ -33,11 +33,11 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.image_processor import ImageProcessor, as_rgb
-from stage1_tokenizer.pictures import save_picture
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import ImageSource, ImageSplit, UnreadableImage, open_source
-from stage1_tokenizer.survey import survey
+from stage1_tokenizer.data.image_grids import save_picture
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor, as_rgb
+from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage, open_source
+from stage1_tokenizer.data.statistics import survey
 from training_harness.errors import UserError
 from training_harness.files import sha256_of, write_json
 from training_harness.processes import accelerated_device, is_main_process

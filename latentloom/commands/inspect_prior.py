@@ -10,8 +10,8 @@ from latentloom.jobs.stages import load_source, say
 from latentloom.report.numbers import count, number, percent
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import ImageSplit
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import ImageSplit
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 

@@ -8,7 +8,7 @@ from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
 from latentloom.jobs.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.feature_files import drawn_positions
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_loader import Pixels
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 

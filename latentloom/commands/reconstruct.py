@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from latentloom.commands.arguments import check_count, check_output, parse
 from latentloom.jobs.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
+from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture
+from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import psnr
-from stage1_tokenizer.pictures import before_and_after, save_images, save_picture
-from stage1_tokenizer.pixels import Pixels
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 
 

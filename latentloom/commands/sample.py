@@ -15,7 +15,7 @@ from latentloom.jobs.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.pictures import image_grid, save_images, save_picture
+from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
 from training_harness.errors import UserError
 from training_harness.processes import accelerated_device, is_main_process
 

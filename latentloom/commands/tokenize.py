@@ -6,7 +6,7 @@ from pathlib import Path
 from latentloom.commands.arguments import check_apart, check_count, parse
 from latentloom.jobs.stages import load_source, run_tokenize, say
 from stage1_tokenizer.codes.writer import Contents, View
-from stage1_tokenizer.degradation import Degradation
+from stage1_tokenizer.data.degradation import Degradation
 from training_harness.errors import UserError
 
 

@@ -11,9 +11,9 @@ from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
 from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.planning.step_timing import rehearse_prior, rehearse_tokenizer
+from stage1_tokenizer.data.sources import ImageSource
+from stage1_tokenizer.data.statistics import ImageSurvey, survey
 from stage1_tokenizer.registry import new_tokenizer
-from stage1_tokenizer.sources import ImageSource
-from stage1_tokenizer.survey import ImageSurvey, survey
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
 from stage2_prior.training_config import PriorTraining, prior_training
 from training_harness.configuration import from_mapping

@@ -21,7 +21,7 @@ from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import choose
 from latentloom.planning.step_timing import rehearse_tokenizer
-from stage1_tokenizer.survey import survey
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.metrics import CodebookUsage, codebook_usage
 from stage1_tokenizer.tokenizer import Tokenizer
 

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from latentloom.inspection.latents import LatentStatistics, LatentSums
 from pipelines.evaluation.report import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
+from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.metrics import psnr, ssim
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.tokenizer import Tokenizer
 
 BATCH = 50

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pipelines.evaluation.likelihood import nearest_grids, surprise
 from pipelines.evaluation.report import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError

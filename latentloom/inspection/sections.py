@@ -15,7 +15,7 @@ from latentloom.inspection.measure import Example, Examples
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.reading import Picture
 from latentloom.report.widgets import fact_list, image, table
-from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
 
 SMALL = 96  # pixels of a side up to which pictures are shown pixel by pixel

@@ -11,8 +11,8 @@ from torch import Tensor
 from latentloom.data.embedded import FASHION_MNIST, judge_path
 from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature_extractor, has_efficientnet
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.image_processor import ImageProcessor
-from stage1_tokenizer.pictures import image_grid
+from stage1_tokenizer.data.image_grids import image_grid
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from training_harness.processes import accelerated_device
 from training_harness.provenance import machine, versions
 

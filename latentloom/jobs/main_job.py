@@ -39,11 +39,11 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, check_place
-from stage1_tokenizer.pictures import before_and_after, save_picture
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_grids import before_and_after, save_picture
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import ImageSource
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.registry import new_tokenizer
-from stage1_tokenizer.sources import ImageSource
-from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage2_prior.training_config import DiffusionTraining, PriorTraining

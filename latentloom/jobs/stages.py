@@ -19,14 +19,14 @@ from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import Contents, View, held_manifest, write_code_cache
-from stage1_tokenizer.degradation import Degradation
+from stage1_tokenizer.data.degradation import Degradation
+from stage1_tokenizer.data.image_grids import image_grid, save_picture
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import ImageSource, open_source
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.perceptual import perceptual_loss
-from stage1_tokenizer.pictures import image_grid, save_picture
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.registry import saved_tokenizer
-from stage1_tokenizer.sources import ImageSource, open_source
-from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config

@@ -13,8 +13,8 @@ import numpy as np
 from latentloom.jobs.stages import tokenizer_inputs
 from latentloom.planning.step_timing import check_learns
 from stage1_tokenizer.codes.reader import CodeCache
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import ImageSource
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.train import train_prior

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stage1_tokenizer.survey import ImageSurvey
+from stage1_tokenizer.data.statistics import ImageSurvey
 
 # Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes; of latents, which
 # have more channels, fewer do.

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.evaluation.reference_classifier import Judge
-from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.data.image_processor import as_rgb
 from stage1_tokenizer.perceptual import PACKAGES, efficientnet_lite0
 from training_harness.errors import UserError
 

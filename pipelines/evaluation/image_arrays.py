@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.frechet import Gaussian, gaussian_of_moments
-from stage1_tokenizer.image_processor import as_rgb
+from stage1_tokenizer.data.image_processor import as_rgb
 from training_harness.errors import UserError
 from training_harness.files import whole_file
 

@@ -31,9 +31,9 @@ from pipelines.evaluation.likelihood import likelihood_figures, surprise
 from pipelines.evaluation.linear_probe import fit_probe
 from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage, nearest_distances, precision_recall
 from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.data.image_loader import images_at_once
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
-from stage1_tokenizer.pixels import images_at_once
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
@@ -47,7 +47,7 @@ COPIED = 0.05  # a share of held-out images by which a sample counts as near a t
 
 
 class ImageSet(Protocol):
-    """`stage1_tokenizer.pixels.Pixels`, or an array of images."""
+    """`stage1_tokenizer.data.image_loader.Pixels`, or an array of images."""
 
     def __len__(self) -> int: ...
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], Tensor]]: ...

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipelines.evaluation.report import ImageSet
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.degradation import degraded
+from stage1_tokenizer.data.degradation import degraded
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.prior import Known

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.degradation import Degradation
+from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError

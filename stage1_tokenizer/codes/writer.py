@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from stage1_tokenizer.degradation import Degradation, degraded
-from stage1_tokenizer.pixels import Pixels, images_at_once
-from stage1_tokenizer.sources import ImageSource
+from stage1_tokenizer.data.degradation import Degradation, degraded
+from stage1_tokenizer.data.image_loader import Pixels, images_at_once
+from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
 from training_harness.files import sha256_of, whole_folder, write_json

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from stage1_tokenizer.degradation import Degradation
+from stage1_tokenizer.data.degradation import Degradation
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.diffusion.schedule import LEVELS, Schedule

@@ -8,7 +8,7 @@ import pytest
 from command_line import CHECKOUT, latentloom
 
 from latentloom.planning import step_timing
-from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.data.sources import open_source
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -471,5 +471,5 @@ def test_a_disk_that_is_full_is_one_line_too(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stage1_tokenizer.pictures.save_picture", full)
+    monkeypatch.setattr("stage1_tokenizer.data.image_grids.save_picture", full)
     assert "No space left on device" in refusal(capsys, SAMPLE)

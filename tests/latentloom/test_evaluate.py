@@ -13,8 +13,8 @@ from tiny_models import tiny_pipeline
 
 from latentloom.jobs.evaluation_plots import draw_by_class
 from pipelines.evaluation.report import bits_per_token
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import open_source
 from stage2_prior.autoregressive.sampling import SamplingOptions
 
 

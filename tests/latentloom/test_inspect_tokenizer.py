@@ -26,10 +26,10 @@ from latentloom.inspection.page import Subject, page
 from latentloom.report.numbers import number
 from pipelines.evaluation.report import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.metrics import codebook_usage, psnr, ssim
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import open_source
 from stage1_tokenizer.tokenizer import Tokenizer
 
 IMAGES = 30  # in the test split: 480 codes of 4 × 4, 30 for each of 16

@@ -21,7 +21,7 @@ from latentloom.commands import quickstart
 from latentloom.jobs import main_job
 from latentloom.planning.recipe_selection import choose, working_size
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.survey import ImageSurvey
+from stage1_tokenizer.data.statistics import ImageSurvey
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior
 

@@ -29,7 +29,7 @@ from latentloom.search.study import Plan, open_study
 from latentloom.search.sweep import prior_trainer, run_sweep
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.image_processor import ImageProcessor
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, prior_training

@@ -13,7 +13,7 @@ from tiny_models import NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_p
 
 from pipelines.editing import Edit, filled
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.diffusion.sampling import SamplerName
 from training_harness.errors import UserError

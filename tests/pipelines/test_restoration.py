@@ -14,9 +14,9 @@ from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.degradation import Degradation, degraded, shrunk
-from stage1_tokenizer.image_processor import ImageProcessor
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.degradation import Degradation, degraded, shrunk
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.sampling import DiffusionOptions

@@ -15,7 +15,7 @@ from pipelines.evaluation.features import feature_extractor
 from pipelines.evaluation.report import Evaluator, balanced_labels, pipeline_figures, sampled_batches
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_loader import Pixels
 from stage2_prior.standard_normal import StandardNormalOptions, StandardNormalPrior
 from training_harness.errors import SpecMismatchError, UserError
 

@@ -15,7 +15,7 @@ from small_parts import one_line, whole_tokenizer, write_pictures
 from stage1_tokenizer.codes import writer
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.sources import ImageSource, open_source
+from stage1_tokenizer.data.sources import ImageSource, open_source
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 

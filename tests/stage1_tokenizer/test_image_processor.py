@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_tokenizer.image_processor import ImageProcessor, padded_size, to_pil, upright
+from stage1_tokenizer.data.image_processor import ImageProcessor, padded_size, to_pil, upright
 from training_harness.errors import ConfigError
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from command_line import latentloom
 
-from stage1_tokenizer.image_processor import ImageProcessor, to_pil
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor, to_pil
+from stage1_tokenizer.data.sources import UnreadableImage, open_source
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.registry import saved_tokenizer
-from stage1_tokenizer.sources import UnreadableImage, open_source
-from stage1_tokenizer.survey import survey
 
 CHANNELS = 6
 

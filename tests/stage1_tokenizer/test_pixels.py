@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_parts import one_line, write_pictures
 
-from stage1_tokenizer.image_processor import ImageProcessor
-from stage1_tokenizer.pixels import Pixels
-from stage1_tokenizer.sources import open_source
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.sources import open_source
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from stage1_tokenizer.source_folders import FileStore, files_below, image_endings
-from stage1_tokenizer.sources import ImageSplit, UnreadableImage, open_source
-from stage1_tokenizer.survey import survey
+from stage1_tokenizer.data.folder_sources import FileStore, files_below, image_endings
+from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage, open_source
+from stage1_tokenizer.data.statistics import survey
 from training_harness.errors import UserError
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "grey": (90, 90, 90), "clear": (0, 0, 200, 40)}
@@ -213,7 +213,7 @@ def test_validation_is_the_same_in_every_process(tmp_path):
 def test_validation_is_capped_at_the_smallest_hashes(tmp_path, monkeypatch):
     names = [f"{i}.png" for i in range(400)]
     uncapped = split_of_names(tmp_path, names)[1]
-    monkeypatch.setattr("stage1_tokenizer.sources.VALIDATION_CAP", 7)
+    monkeypatch.setattr("stage1_tokenizer.data.sources.VALIDATION_CAP", 7)
     capped = split_of_names(tmp_path, names)[1]
     assert len(capped) == 7 < len(uncapped)
     assert set(capped) < set(uncapped)
@@ -304,7 +304,7 @@ def test_a_saved_data_set_opens_with_or_without_splits(datasets, tmp_path):
 
 def test_a_name_that_is_no_path_is_asked_of_the_hub(datasets, monkeypatch):
     asked = []
-    monkeypatch.setattr("stage1_tokenizer.source_rows._hub_answers", lambda name: True)
+    monkeypatch.setattr("stage1_tokenizer.data.row_sources._hub_answers", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or {"train": rows(datasets)})
     assert open_source("someone/pictures").name == "someone/pictures"
     assert asked == ["someone/pictures"]
@@ -314,7 +314,7 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_line(datasets, monkeypatch):
     def refuse(name):
         raise FileNotFoundError("no such\ndata set")
 
-    monkeypatch.setattr("stage1_tokenizer.source_rows._hub_answers", lambda name: True)
+    monkeypatch.setattr("stage1_tokenizer.data.row_sources._hub_answers", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError) as error:
         open_source("someone/pictures")
@@ -339,7 +339,9 @@ def test_parquet_without_pictures_or_torn_is_one_line(datasets, tmp_path):
 def test_a_path_with_nothing_at_it_is_never_asked_of_the_hub(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("stage1_tokenizer.sources.load_from_hub", lambda name: pytest.fail(f"asked the Hub for {name}"))
+    monkeypatch.setattr(
+        "stage1_tokenizer.data.sources.load_from_hub", lambda name: pytest.fail(f"asked the Hub for {name}")
+    )
     with pytest.raises(UserError) as error:
         open_source(data)
     assert_one_line(str(error.value), f"nothing at {data!r}")
@@ -358,8 +360,8 @@ def test_a_folder_of_images_opens_without_datasets(tmp_path):
     write(tmp_path, "cat/a.png", "dog/b.png")
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "from stage1_tokenizer import image_processor, sources, survey\n"
-        f"survey.survey(sources.open_source({str(tmp_path)!r}).train)"
+        "from stage1_tokenizer.data import image_processor, sources, statistics\n"
+        f"statistics.survey(sources.open_source({str(tmp_path)!r}).train)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

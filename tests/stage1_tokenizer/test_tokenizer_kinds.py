@@ -12,11 +12,11 @@ from tiny_models import seeded, tiny_source, tiny_tokenizer
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
+from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.sources import open_source
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
-from stage1_tokenizer.sources import open_source
-from stage1_tokenizer.survey import survey
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latents, train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config

@@ -12,7 +12,7 @@ from tiny_models import NAMES, tiny_source, tiny_tokenizer
 from stage1_tokenizer.codes import writer
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.pixels import Pixels
+from stage1_tokenizer.data.image_loader import Pixels
 from training_harness.errors import UserError
 
 EVERY = np.arange(40)

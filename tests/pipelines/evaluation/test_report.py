@@ -29,8 +29,8 @@ from pipelines.evaluation.report import (
     warnings_for,
 )
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
+from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import ssim
-from stage1_tokenizer.pixels import Pixels
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage1_tokenizer.image_processor import Picture, orientation_of, with_eight_bits
-from stage1_tokenizer.sources import ImageSplit, UnreadableImage
+from stage1_tokenizer.data.image_processor import Picture, orientation_of, with_eight_bits
+from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
 from training_harness.errors import UserError
 
 COLOUR_SAMPLE = (256, 256)  # large JPEGs are decoded down to about this size: colour and alpha show there as well

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage1_tokenizer.source_parts import EXPECTED, SPLIT_NAMES, TRAIN, Part, one_line, roles_of
+from stage1_tokenizer.data.source_splits import EXPECTED, SPLIT_NAMES, TRAIN, Part, one_line, roles_of
 from training_harness.errors import UserError
 
 if TYPE_CHECKING:

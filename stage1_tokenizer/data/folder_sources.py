@@ -9,7 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from stage1_tokenizer.source_parts import EXPECTED, SPLIT_NAMES, TRAIN, Part, roles_of
+from stage1_tokenizer.data.source_splits import EXPECTED, SPLIT_NAMES, TRAIN, Part, roles_of
 from training_harness.errors import UserError
 
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow registers these for opening and has no decoder for them

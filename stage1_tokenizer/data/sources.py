@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from stage1_tokenizer.image_processor import Picture
-from stage1_tokenizer.source_folders import files_below, folder_parts, image_endings
-from stage1_tokenizer.source_parts import EXPECTED, TEST, TRAIN, VALIDATION, Part, PictureStore, one_line
-from stage1_tokenizer.source_rows import load_from_hub, load_parquet, load_saved, parquet_splits, row_parts
+from stage1_tokenizer.data.folder_sources import files_below, folder_parts, image_endings
+from stage1_tokenizer.data.image_processor import Picture
+from stage1_tokenizer.data.row_sources import load_from_hub, load_parquet, load_saved, parquet_splits, row_parts
+from stage1_tokenizer.data.source_splits import EXPECTED, TEST, TRAIN, VALIDATION, Part, PictureStore, one_line
 from training_harness.errors import UserError
 
 VALIDATION_SHARE, VALIDATION_CAP = 0.05, 2_000

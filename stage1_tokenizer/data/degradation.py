@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import MODES, ImageProcessor, Picture, to_pil
+from stage1_tokenizer.data.image_processor import MODES, ImageProcessor, Picture, to_pil
 from training_harness.errors import ConfigError
 
 Degradation = Literal["none", "noise", "downscale-2x", "downscale-4x"]

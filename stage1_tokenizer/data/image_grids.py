@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from stage1_tokenizer.image_processor import to_pil
+from stage1_tokenizer.data.image_processor import to_pil
 from training_harness.files import whole_file
 
 GAP = 2

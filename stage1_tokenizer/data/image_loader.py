@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stage1_tokenizer.image_processor import ImageProcessor
-from stage1_tokenizer.sources import ImageSplit, UnreadableImage
+from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 
