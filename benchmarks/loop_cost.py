@@ -23,7 +23,7 @@ from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tok
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.statistics import survey
-from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
+from stage1_tokenizer.losses.reconstruction import reconstruction_terms, sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior

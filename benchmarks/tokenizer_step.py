@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source
 from stage1_tokenizer.data.image_loader import Pixels
-from stage1_tokenizer.losses import ReconstructionConfig
+from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import as_rgb
-from stage1_tokenizer.perceptual import lpips_network, lpips_obstacle
+from stage1_tokenizer.losses.perceptual import lpips_network, lpips_obstacle
 from stage1_tokenizer.quantizers.protocol import summed
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels

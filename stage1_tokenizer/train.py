@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.adversarial import (
+from stage1_tokenizer.data.image_grids import before_and_after, save_picture
+from stage1_tokenizer.data.image_loader import Pixels, images_at_once
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.health import Health
+from stage1_tokenizer.losses.adversarial import (
     LeCAM,
     adaptive_weight,
     allow_compiling,
@@ -14,11 +18,7 @@ from stage1_tokenizer.adversarial import (
     generator_loss,
     r1_penalty,
 )
-from stage1_tokenizer.data.image_grids import before_and_after, save_picture
-from stage1_tokenizer.data.image_loader import Pixels, images_at_once
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.health import Health
-from stage1_tokenizer.losses import PerceptualLoss, reconstruction_terms, sum_weighted
+from stage1_tokenizer.losses.reconstruction import PerceptualLoss, reconstruction_terms, sum_weighted
 from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
 from stage1_tokenizer.registry import new_tokenizer

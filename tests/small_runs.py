@@ -21,12 +21,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from small_parts import write_pictures
 from tiny_models import tiny_source, tiny_tokenizer
 
-from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
 from stage2_prior.train import train_prior

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from small_parts import write_pictures
 from small_runs import STEPS, prepare, train
 
-from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
 from training_harness.metric_log import read_metrics

@@ -24,8 +24,8 @@ from stage1_tokenizer.data.image_grids import image_grid, save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import ImageSource, open_source
 from stage1_tokenizer.data.statistics import survey
-from stage1_tokenizer.losses import PerceptualLoss
-from stage1_tokenizer.perceptual import perceptual_loss
+from stage1_tokenizer.losses.perceptual import perceptual_loss
+from stage1_tokenizer.losses.reconstruction import PerceptualLoss
 from stage1_tokenizer.registry import saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.train import train_tokenizer

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stage1_tokenizer.adversarial import (
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.losses.adversarial import (
     adaptive_weight,
     allow_compiling,
     discriminator_loss,
     generator_loss,
     r1_penalty,
 )
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.latent_spec import LatentSpec
-from stage1_tokenizer.losses import reconstruction_terms, sum_weighted
-from stage1_tokenizer.perceptual import perceptual_loss
+from stage1_tokenizer.losses.perceptual import perceptual_loss
+from stage1_tokenizer.losses.reconstruction import reconstruction_terms, sum_weighted
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining

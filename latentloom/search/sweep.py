@@ -32,7 +32,7 @@ from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.data.statistics import survey
-from stage1_tokenizer.perceptual import perceptual_loss
+from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage2_prior.train import objective_of, train_prior

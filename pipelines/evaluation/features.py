@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipelines.evaluation.reference_classifier import Judge
 from stage1_tokenizer.data.image_processor import as_rgb
-from stage1_tokenizer.perceptual import PACKAGES, efficientnet_lite0
+from stage1_tokenizer.losses.perceptual import PACKAGES, efficientnet_lite0
 from training_harness.errors import UserError
 
 FeatureName = Literal["judge", "efficientnet-lite0", "inception", "pixels-8x8"]

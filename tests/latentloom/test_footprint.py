@@ -14,7 +14,7 @@ from tiny_models import tiny_tokenizer
 
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, footprint, remedies
 from latentloom.planning.step_timing import Rehearsal, has_spans, rehearse_prior, rehearse_tokenizer
-from stage1_tokenizer.adversarial import AdversarialConfig
+from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
 from stage2_prior.diffusion.times import TimesConfig

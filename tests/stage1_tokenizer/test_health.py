@@ -7,11 +7,11 @@ import pytest
 import torch
 from small_parts import write_pictures
 
-from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.health import Health, discriminator_warning, usage_remedy
+from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.metrics import CodeUsage
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from stage1_tokenizer.train import train_tokenizer

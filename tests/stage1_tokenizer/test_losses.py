@@ -8,7 +8,9 @@ from small_parts import one_line
 from tiny_models import seeded
 from torch.nn import functional as F
 
-from stage1_tokenizer.adversarial import (
+from stage1_tokenizer.autoencoder_kl import gaussian_divergence
+from stage1_tokenizer.discriminator import PatchDiscriminator, smallest_judged
+from stage1_tokenizer.losses.adversarial import (
     AdversarialConfig,
     LeCAM,
     adaptive_weight,
@@ -16,9 +18,7 @@ from stage1_tokenizer.adversarial import (
     generator_loss,
     r1_penalty,
 )
-from stage1_tokenizer.autoencoder_kl import gaussian_divergence
-from stage1_tokenizer.discriminator import PatchDiscriminator, smallest_judged
-from stage1_tokenizer.losses import CHARBONNIER_EPSILON, ReconstructionConfig, reconstruction_terms
+from stage1_tokenizer.losses.reconstruction import CHARBONNIER_EPSILON, ReconstructionConfig, reconstruction_terms
 from training_harness.errors import ConfigError
 
 

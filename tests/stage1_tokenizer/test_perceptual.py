@@ -9,7 +9,7 @@ import torch
 from tiny_models import seeded
 from torchvision.models import VGG16_Weights, vgg16
 
-from stage1_tokenizer.perceptual import PACKAGES, perceptual_loss
+from stage1_tokenizer.losses.perceptual import PACKAGES, perceptual_loss
 from training_harness.errors import UserError
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from small_parts import one_line, write_pictures
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.adversarial import AdversarialConfig, LeCAM
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
-from stage1_tokenizer.losses import ReconstructionConfig
+from stage1_tokenizer.losses.adversarial import AdversarialConfig, LeCAM
+from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config, parse_size

@@ -10,10 +10,10 @@ from small_runs import finish, forked, take_place
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.adversarial import AdversarialConfig
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.quantizers import EMAVectorQuantizer, QuantizerConfig
 from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
 from stage1_tokenizer.vqgan import VQGAN
