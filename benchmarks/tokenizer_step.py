@@ -124,7 +124,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {OURS: our_network, PEER: their_net
 
 def as_written() -> Any:
     """Within it our upsamplings are convolutions of enlarged maps, as VQModel's are and as they are where products are rounded."""
-    return patch("stage1_tokenizer.blocks.convolutions_in_bfloat16", return_value=True)
+    return patch("stage1_tokenizer.networks.blocks.convolutions_in_bfloat16", return_value=True)
 
 
 def flop_a_step(network: Network) -> int:

@@ -31,8 +31,8 @@ from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tok
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.codes.reader import CodeSplit
 from stage1_tokenizer.data.image_loader import Pixels
-from stage1_tokenizer.decoder import Decoder
-from stage1_tokenizer.encoder import Encoder
+from stage1_tokenizer.networks.decoder import Decoder
+from stage1_tokenizer.networks.encoder import Encoder
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive import decoding

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from stage1_tokenizer.decoder import Decoder
-from stage1_tokenizer.encoder import Encoder
-from stage1_tokenizer.tiling import apply_tiled
+from stage1_tokenizer.networks.decoder import Decoder
+from stage1_tokenizer.networks.encoder import Encoder
+from stage1_tokenizer.networks.tiling import apply_tiled
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from training_harness.errors import ConfigError
 

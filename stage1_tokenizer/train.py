@@ -8,7 +8,6 @@ from torch import Tensor
 
 from stage1_tokenizer.data.image_grids import before_and_after, save_picture
 from stage1_tokenizer.data.image_loader import Pixels, images_at_once
-from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses.adversarial import (
     LeCAM,
@@ -21,6 +20,7 @@ from stage1_tokenizer.losses.adversarial import (
 from stage1_tokenizer.losses.reconstruction import PerceptualLoss, reconstruction_terms, sum_weighted
 from stage1_tokenizer.metrics import CodeUsage, psnr
 from stage1_tokenizer.model_card import tokenizer_card
+from stage1_tokenizer.networks.discriminator import PatchDiscriminator
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining

@@ -7,11 +7,11 @@ from stage1_tokenizer.autoencoder import check_levels
 from stage1_tokenizer.autoencoder_kl import AutoencoderKLConfig
 from stage1_tokenizer.data.image_processor import padded_size
 from stage1_tokenizer.data.statistics import ImageSurvey
-from stage1_tokenizer.discriminator import smallest_judged
 from stage1_tokenizer.identity import IdentityConfig
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.losses.perceptual import PerceptualName
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
+from stage1_tokenizer.networks.discriminator import smallest_judged
 from stage1_tokenizer.quantizers import QuantizerConfig
 from stage1_tokenizer.registry import TokenizerName
 from stage1_tokenizer.tokenizer import TokenizerConfig

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.losses.adversarial import (
     adaptive_weight,
@@ -23,6 +22,7 @@ from stage1_tokenizer.losses.adversarial import (
 )
 from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.losses.reconstruction import reconstruction_terms, sum_weighted
+from stage1_tokenizer.networks.discriminator import PatchDiscriminator
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage1_tokenizer.blocks import AttentionBlock, Downsample, Upsample, group_norm
+from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, Upsample, group_norm
 from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 

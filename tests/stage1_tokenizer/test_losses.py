@@ -9,7 +9,6 @@ from tiny_models import seeded
 from torch.nn import functional as F
 
 from stage1_tokenizer.autoencoder_kl import gaussian_divergence
-from stage1_tokenizer.discriminator import PatchDiscriminator, smallest_judged
 from stage1_tokenizer.losses.adversarial import (
     AdversarialConfig,
     LeCAM,
@@ -19,6 +18,7 @@ from stage1_tokenizer.losses.adversarial import (
     r1_penalty,
 )
 from stage1_tokenizer.losses.reconstruction import CHARBONNIER_EPSILON, ReconstructionConfig, reconstruction_terms
+from stage1_tokenizer.networks.discriminator import PatchDiscriminator, smallest_judged
 from training_harness.errors import ConfigError
 
 

@@ -6,10 +6,10 @@ from small_parts import one_line, some_pixels, whole_config
 from tiny_models import seeded
 from torch import Tensor, nn
 
-from stage1_tokenizer import tiling
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from stage1_tokenizer.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
+from stage1_tokenizer.networks import tiling
+from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import ConfigError, UserError
 

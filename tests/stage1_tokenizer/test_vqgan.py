@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from small_parts import one_line, some_pixels, whole_config, whole_tokenizer
 from tiny_models import seeded
 
-from stage1_tokenizer.blocks import AttentionBlock, ResidualBlock, Upsample, group_norm
 from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.networks.blocks import AttentionBlock, ResidualBlock, Upsample, group_norm
 from stage1_tokenizer.quantizers import QUANTIZERS
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import ConfigError, UserError

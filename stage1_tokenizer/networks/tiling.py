@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.blocks import AttentionBlock, Downsample, Upsample
+from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, Upsample
 from training_harness.errors import UserError
 from training_harness.precision import widened
 

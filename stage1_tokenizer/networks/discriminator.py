@@ -5,7 +5,7 @@ GroupNorm in place of its BatchNorm, whose statistics differ by rank under DDP a
 
 from torch import Tensor, nn
 
-from stage1_tokenizer.blocks import group_norm
+from stage1_tokenizer.networks.blocks import group_norm
 
 
 def smallest_judged(layers: int) -> int:

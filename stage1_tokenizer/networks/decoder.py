@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from stage1_tokenizer.blocks import Upsample, group_norm
-from stage1_tokenizer.encoder import level_blocks
+from stage1_tokenizer.networks.blocks import Upsample, group_norm
+from stage1_tokenizer.networks.encoder import level_blocks
 
 
 class Decoder(nn.Sequential):

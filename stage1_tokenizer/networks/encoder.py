@@ -6,7 +6,7 @@ Level 0 works at full resolution, level i at 1 / 2ⁱ of it; the number of level
 
 from torch import Tensor, nn
 
-from stage1_tokenizer.blocks import AttentionBlock, Downsample, ResidualBlock, group_norm
+from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, ResidualBlock, group_norm
 
 
 def level_blocks(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
