@@ -17,7 +17,7 @@ from torch import Tensor
 from stage2_prior.autoregressive.candidates import Candidates
 from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
 from stage2_prior.autoregressive.stepping import Stepper, stepper_for
-from stage2_prior.conditioning import guided, has_class
+from stage2_prior.conditioning.classes import guided, has_class
 from stage2_prior.prior import UNKNOWN, Known
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.orders import drawn_orders
-from stage2_prior.conditioning import without_some
+from stage2_prior.conditioning.classes import without_some
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.errors import UserError
 from training_harness.processes import mean_over_processes, share_of

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.conditioning import ClassEmbedding
+from stage2_prior.conditioning.classes import ClassEmbedding
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from training_harness.precision import widened
 

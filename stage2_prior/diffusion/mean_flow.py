@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from stage2_prior.conditioning import guided, has_class
+from stage2_prior.conditioning.classes import guided, has_class
 from training_harness.precision import widened
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

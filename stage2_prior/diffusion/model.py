@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.conditioning import guided, has_class
+from stage2_prior.conditioning.classes import guided, has_class
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.mean_flow import mean_flow_errors

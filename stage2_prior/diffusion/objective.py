@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
-from stage2_prior.conditioning import without_some
+from stage2_prior.conditioning.classes import without_some
 from stage2_prior.diffusion.health import not_normalised
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule

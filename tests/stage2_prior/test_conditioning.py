@@ -5,7 +5,7 @@ import torch
 from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
-from stage2_prior.conditioning import ClassEmbedding, guided, without_some
+from stage2_prior.conditioning.classes import ClassEmbedding, guided, without_some
 from training_harness.batch_order import BatchOrder
 
 
