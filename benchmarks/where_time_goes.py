@@ -40,7 +40,7 @@ from stage2_prior.autoregressive.blocks import Attention
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import PackedBlock, PackedStepper
-from stage2_prior.feed_forward import SwiGLU
+from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.ema import EMA
 from training_harness.matmul_precision import rounded_products

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage2_prior.attention import plain_attention, plain_products_pay
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import Cache
-from stage2_prior.feed_forward import SwiGLU
-from stage2_prior.normalization import RMSNorm
-from stage2_prior.rotary import Turns, rotate
+from stage2_prior.layers.attention import plain_attention, plain_products_pay
+from stage2_prior.layers.feed_forward import SwiGLU
+from stage2_prior.layers.normalization import RMSNorm
+from stage2_prior.layers.rotary import Turns, rotate
 
 
 class Attention(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stage2_prior.autoregressive.blocks import Block
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.normalization import RMSNorm
-from stage2_prior.rotary import rotary_angles, turns
+from stage2_prior.layers.normalization import RMSNorm
+from stage2_prior.layers.rotary import rotary_angles, turns
 
 
 class DepthTransformer(nn.Module):

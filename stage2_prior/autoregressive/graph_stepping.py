@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.rotary import turns
+from stage2_prior.layers.rotary import turns
 
 if TYPE_CHECKING:
     from stage2_prior.autoregressive.model import AutoregressivePrior

@@ -27,9 +27,9 @@ from stage2_prior.autoregressive.orders import inverse, kept_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.conditioning.classes import ClassEmbedding
-from stage2_prior.normalization import RMSNorm
+from stage2_prior.layers.normalization import RMSNorm
+from stage2_prior.layers.rotary import rotary_angles, turns
 from stage2_prior.prior import Known, Prior, PriorLoss
-from stage2_prior.rotary import rotary_angles, turns
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.pretrained import count_parameters
 

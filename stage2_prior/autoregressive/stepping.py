@@ -24,7 +24,7 @@ from stage2_prior.autoregressive.cached_attention import CachedAttention
 from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
-from stage2_prior.rotary import turns
+from stage2_prior.layers.rotary import turns
 from training_harness.errors import UserError
 
 if TYPE_CHECKING:

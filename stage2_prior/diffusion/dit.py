@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage2_prior.attention import carries_derivative, plain_attention, plain_products_pay
 from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from stage2_prior.feed_forward import SwiGLU
-from stage2_prior.gelu import GELU
-from stage2_prior.normalization import RMSNorm
-from stage2_prior.rotary import Turns, rotary_angles, rotate, turns
+from stage2_prior.layers.activations import GELU
+from stage2_prior.layers.attention import carries_derivative, plain_attention, plain_products_pay
+from stage2_prior.layers.feed_forward import SwiGLU
+from stage2_prior.layers.normalization import RMSNorm
+from stage2_prior.layers.rotary import Turns, rotary_angles, rotate, turns
 
 EPS = 1e-6
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
-from stage2_prior.attention import plain_attention
 from stage2_prior.autoregressive import blocks
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.layers.attention import plain_attention
 from training_harness.errors import ConfigError, SpecMismatchError, UserError
 
 LLAMA_NAMES = {

@@ -5,7 +5,7 @@ from tiny_models import seeded
 from torch import nn
 from torch.testing import assert_close
 
-from stage2_prior.normalization import RMSNorm
+from stage2_prior.layers.normalization import RMSNorm
 
 
 def test_values_and_gradients_equal_torch_s() -> None:

@@ -6,7 +6,7 @@ from tiny_models import seeded
 from torch import Tensor
 from torch.testing import assert_close
 
-from stage2_prior.rotary import rotary_angles, rotate, turns
+from stage2_prior.layers.rotary import rotary_angles, rotate, turns
 
 HEIGHT, WIDTH, HEAD_DIM = 5, 4, 8
 

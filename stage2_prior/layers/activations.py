@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.attention import carries_derivative
+from stage2_prior.layers.attention import carries_derivative
 
 SCALE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 AT_ONCE = 2**18  # numbers, of which all that is computed stays in a core's cache
