@@ -363,7 +363,7 @@ def test_a_folder_of_images_opens_without_datasets(tmp_path):
         "from stage1_tokenizer.data import image_processor, sources, statistics\n"
         f"statistics.survey(sources.open_source({str(tmp_path)!r}).train)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 # The survey

@@ -1,15 +1,10 @@
 """The page of a run: it holds everything it shows, tells what the figures mean, and works in a browser without a network."""
 
-import base64
-import io
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import digests, in_new_process, latentloom
+from html_pages import Page, browse
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +24,6 @@ from latentloom.report.reading import chosen_grids, read_run
 from latentloom.report.svg_charts import CURVE_POINTS, thinned
 from latentloom.report.verdicts import verdicts
 
-VOID = {"meta", "link", "img", "input", "br"}
 ENVIRONMENT = {
     "run_id": "0a1b2c3d",
     "machine": {"device": "cpu", "processor": "A processor & sons", "cores": 2, "threads": 2},
@@ -127,62 +122,6 @@ def whole_job(tmp_path: Path) -> Path:
     by_class = {"coats & <hats>": {"frechet": 0.9, "recall": 0.5}}
     write_json(folder / "metrics.json", figures | {"floor": {"recall": 0.875}, "by_class": by_class, "num_images": 200})
     return folder
-
-
-class Page(HTMLParser):
-    """A page as tags with attributes and text; refuses tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> names an attribute twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert "svg" in self._open, f"<{tag}/> outside a drawing"
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] not in ("script", "style"):
-            self.text += data
-
-    def all(self, tag: str, kind: str = "") -> list[dict[str, str]]:
-        """Attributes of the tags of a name, of those of a class where one is given."""
-        return [
-            {name: value or "" for name, value in attributes.items()}
-            for found, attributes in self.tags
-            if found == tag and (not kind or kind in (attributes.get("class") or "").split())
-        ]
-
-    def pictures(self) -> Sequence[Image.Image]:
-        sources = [image["src"] for image in self.all("img")]
-        assert all(source.startswith("data:image/png;base64,") for source in sources)
-        found = [
-            Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) for source in sources
-        ]
-        for picture in found:
-            picture.load()
-        return found
-
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        return {
-            curve["data-name"]: list(
-                zip(map(int, curve["data-steps"].split()), map(float, curve["data-values"].split()), strict=True)
-            )
-            for curve in self.all("g", "curve")
-        }
 
 
 def report(folder: Path) -> Page:
@@ -577,69 +516,6 @@ def test_numbers_have_four_digits_and_their_thousands_apart(value: float, text: 
 
 
 # -- a real browser -----------------------------------------------------------------------------------------------------
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FIRST = """<script>window.wrong = []; addEventListener("error", (event) => wrong.push(String(event.message || event.target)), true);
-addEventListener("securitypolicyviolation", (event) => wrong.push(event.violatedDirective));</script>"""
-LAST = """<script>addEventListener("load", () => {
-  const sizes = (all) => Array.from(all, (x) => Math.min(x.getBoundingClientRect().width, x.getBoundingClientRect().height));
-  const player = document.querySelector("figure.player"), slider = player.querySelector("input");
-  const shown = () => Array.from(player.querySelectorAll("img"), (x) => !x.hidden);
-  const seen = { images: Array.from(document.images, (x) => x.naturalWidth), charts: sizes(document.querySelectorAll("svg")) };
-  seen.width = innerWidth, seen.beyond = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  seen.before = shown(), seen.step = player.querySelector("output").textContent;
-  slider.value = 0; slider.dispatchEvent(new Event("input"));
-  seen.after = shown(), seen.stepAfter = player.querySelector("output").textContent;
-  const chart = document.querySelector(".chart svg"), box = chart.getBoundingClientRect();
-  const over = (share) => chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + share * box.width }));
-  over(0.97); seen.tip = document.querySelector(".tip")?.textContent;
-  seen.tips = [0, 0.5, 1].map((share) => {
-    over(share);
-    const tip = document.querySelector(".tip")?.getBoundingClientRect();
-    return tip && [tip.left - box.left, box.right - tip.right, tip.bottom - box.top, tip.width];
-  });
-  player.querySelector("button").click();
-  setTimeout(() => {
-    seen.played = shown(), seen.button = player.querySelector("button").textContent, seen.wrong = wrong;
-    parent.postMessage(JSON.stringify(seen), "*");
-  }, 6000);
-});</script>"""
-
-
-FRAME = """<body><iframe src="probe.html" style="border: 0; width: {width}px; height: 2300px"></iframe>
-<script>addEventListener("message", (event) => document.body.replaceChildren(event.data));</script></body>"""
-
-
-def browse(
-    page: Path, change: Callable[[str], str] = lambda text: text, width: int = 1280
-) -> tuple[dict[str, Any], list[str]]:
-    """What a script saw in the page after `change`, and what the browser wrote to its console."""
-    if BROWSER is None:
-        pytest.skip("no browser found; `apt-get install chromium` brings one")
-    text = change(page.read_text(encoding="utf-8"))
-    text = text.replace("<title>", f"{FIRST}<title>").replace("</body>", f"{LAST}</body>")
-    page.with_name("probe.html").write_text(text, encoding="utf-8")
-    frame = page.with_name("frame.html")  # a window is never as narrow as a phone
-    frame.write_text(FRAME.format(width=width), encoding="utf-8")
-    words = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--window-size=1400,2400",
-    ]
-    words += [
-        f"--user-data-dir={page.with_name('profile')}",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-        frame.as_uri(),
-    ]
-    environment = os.environ | {"HOME": str(page.parent)}
-    done = subprocess.run([BROWSER, *words], capture_output=True, text=True, timeout=120, env=environment)
-    body = re.search(r"<body>(.*)</body>", done.stdout, flags=re.DOTALL)
-    assert body, done.stderr
-    return json.loads(body[1].strip()), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -4,14 +4,14 @@ import math
 import re
 from pathlib import Path
 
+import html_pages
 import numpy as np
 import pytest
-import test_report_page
 import torch
 from command_line import latentloom
+from html_pages import Page, browse
 from PIL import Image
 from small_parts import whole_tokenizer, write_pictures
-from test_report_page import Page, browse
 from tiny_models import seeded, tiny_split
 from torch import Tensor
 
@@ -436,7 +436,7 @@ def with_scripts(text: str) -> str:
 def test_a_browser_shows_every_picture_and_nothing_lies_beyond_the_screen(
     width: int, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(test_report_page, "LAST", SEEN)
+    monkeypatch.setattr(html_pages, "LAST", SEEN)
     seen, console = browse(drawn, with_scripts, width)
     assert console == []
     assert seen["wrong"] == []

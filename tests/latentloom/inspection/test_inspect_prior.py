@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import latentloom
+from html_pages import Page
 from small_parts import write_pictures
-from test_report_page import Page
 from tiny_models import seeded, tiny_pipeline, tiny_prior
 from torch.testing import assert_close
 
