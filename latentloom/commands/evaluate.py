@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentloom.commands.arguments import check_count, check_seed, parse
+from latentloom.checks import check_count, check_seed
+from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.commands.arguments import check_count, check_page, check_seed, parse
+from latentloom.checks import check_count, check_page, check_seed
+from latentloom.commands.arguments import parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
 from latentloom.jobs.stages import load_source, say

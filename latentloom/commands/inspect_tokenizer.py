@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.commands.arguments import check_count, check_page, check_seed, parse
+from latentloom.checks import check_count, check_page, check_seed
+from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
 from latentloom.jobs.stages import load_source, load_tokenizer, say

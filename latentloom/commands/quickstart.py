@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from latentloom.checks import check_count, check_minutes
 from latentloom.commands.arguments import parse, training_values
 from latentloom.data.embedded import FASHION_MNIST
-from latentloom.jobs.main_job import check_bounds, run_main_job, summary
+from latentloom.jobs.main_job import run_main_job, summary
 from latentloom.jobs.stages import load_source, say
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
@@ -28,7 +29,8 @@ class Arguments:
     """Samples that the figures are measured on."""
 
     def __post_init__(self) -> None:
-        check_bounds(self.minutes, self.num_images)
+        check_minutes(self.minutes)
+        check_count("--num-images", self.num_images)
 
 
 def main(words: list[str]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from latentloom.commands.arguments import check_count, check_output, parse
+from latentloom.checks import check_count, check_output
+from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, load_tokenizer, say
 from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from latentloom.commands.arguments import check_page, parse
+from latentloom.checks import check_page
+from latentloom.commands.arguments import parse
 from latentloom.report.page import page
 from latentloom.report.reading import read_job
 from training_harness.files import write_text

@@ -9,7 +9,8 @@ from typing import Any, cast
 import PIL.Image
 import torch
 
-from latentloom.commands.arguments import check_count, check_output, check_seed, parse
+from latentloom.checks import check_count, check_output, check_seed
+from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.jobs.stages import say
 from pipelines.across_processes import sample_across_processes

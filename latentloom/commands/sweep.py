@@ -8,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
+from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
-from latentloom.commands.arguments import check_count, check_seed, parse, training_values
+from latentloom.commands.arguments import parse, training_values
 from latentloom.commands.train_tokenizer import chosen_for_images
-from latentloom.jobs.stages import check_minutes, load_source, say
+from latentloom.jobs.stages import load_source, say
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
 from latentloom.search.space import Training, default_words, parse_space

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.commands.arguments import check_apart, check_count, parse
+from latentloom.checks import check_apart, check_count
+from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, run_tokenize, say
 from stage1_tokenizer.codes.writer import Contents, View
 from stage1_tokenizer.data.degradation import Degradation

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from latentloom.commands.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
-from latentloom.jobs.main_job import check_bounds, check_codes, run_main_job, summary
+from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
+from latentloom.commands.arguments import parse, recipe_help, training_values
+from latentloom.jobs.main_job import check_codes, run_main_job, summary
 from latentloom.jobs.stages import load_source, say
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
@@ -56,7 +57,8 @@ class Arguments:
     """Says what both stages would take, and writes nothing."""
 
     def __post_init__(self) -> None:
-        check_bounds(self.minutes, self.num_images)
+        check_minutes(self.minutes)
+        check_count("--num-images", self.num_images)
         check_dry_run(self.dry_run, self.minutes)
         check_apart(self.output, self.data)
 

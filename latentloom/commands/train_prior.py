@@ -6,14 +6,8 @@ from typing import Annotated, Generic, TypeVar, cast
 
 import tyro
 
-from latentloom.commands.arguments import (
-    check_dry_run,
-    parse,
-    recipe_and_config,
-    recipe_help,
-    training_values,
-    with_required_missing,
-)
+from latentloom.checks import check_dry_run
+from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values, with_required_missing
 from latentloom.jobs.stages import run_prior, say
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentloom.checks import check_apart, check_dry_run
 from latentloom.commands.arguments import (
-    check_apart,
-    check_dry_run,
     parse,
     peek,
     recipe_and_config,

@@ -16,18 +16,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom.commands.arguments import check_count
 from latentloom.jobs.curves import draw_curves
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.jobs.stages import (
-    check_minutes,
-    held_steps,
-    load_tokenizer,
-    run_prior,
-    run_tokenize,
-    run_tokenizer,
-    say,
-)
+from latentloom.jobs.stages import held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
 from pipelines.evaluation.features import FeatureExtractor
 from pipelines.evaluation.report import (
     Evaluator,
@@ -56,12 +47,6 @@ from training_harness.run_folder import check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42
-
-
-def check_bounds(minutes: float | None, num_images: int) -> None:
-    """What both commands refuse before they look at anything."""
-    check_minutes(minutes)
-    check_count("--num-images", num_images)
 
 
 def check_prior(tokenizer: TokenizerTraining, shape: TokenizerConfig, prior: PriorTraining, num_classes: int) -> None:

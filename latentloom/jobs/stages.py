@@ -1,7 +1,6 @@
 """The steps of the main job, each as the command line runs it: resolve names, check the folder, do the work."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 
+from latentloom.checks import check_minutes
 from latentloom.data.embedded import data_path
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
 from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_tokenizer
@@ -36,7 +36,6 @@ from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
-from training_harness.errors import ConfigError
 from training_harness.files import up_to_date
 from training_harness.processes import accelerated_device, is_main_process, main_process_first
 from training_harness.run import RunConfig
@@ -213,11 +212,6 @@ def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Reh
             f"{steps} steps of {config.batch_size} images, {seconds:.3g} s each, fit into {minutes:.2g} minutes: {config.output}"
         )
     return dataclasses.replace(config, max_steps=steps)
-
-
-def check_minutes(minutes: float | None) -> None:
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
 
 
 def held_steps(run_folder: Path) -> int | None:
