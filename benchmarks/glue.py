@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentloom.data.embedded import FASHION_MNIST, judge_path
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from pipelines.evaluation.features import FeatureExtractor, judge_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
@@ -91,7 +92,7 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
         prior = recipe(
             AutoregressiveTraining, "prior", "ar-tiny", shares[1], seed, codes=folder / "codes", output=folder / "p"
         )
-        first = timed(lambda: run_tokenizer(tokenizer, bench.source))
+        first = timed(lambda: run_tokenizer(tokenizer_inputs(tokenizer, bench.source)))
         middle = timed(lambda: run_tokenize(tokenizer.output, bench.source, prior.codes, "indices"))
         last = timed(lambda: run_prior(prior))
         pipeline = LatentGenerationPipeline.from_pretrained(prior.output)

@@ -20,6 +20,7 @@ from frame import OURS, Report, compared, recipe, table
 
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.statistics import survey
@@ -107,7 +108,7 @@ def run(quick: bool) -> Report:
 
             return bare(model, first, loss_of, steps)
 
-        run_tokenizer(replaced(first, 0), source)
+        run_tokenizer(tokenizer_inputs(replaced(first, 0), source))
         run_tokenize(folder / "0", source, folder / "codes", "indices")
         second = recipe(AutoregressiveTraining, "prior", "ar-tiny", 1, 0, codes=folder / "codes", output="p")
         codes = CodeCache(folder / "codes")
@@ -123,7 +124,7 @@ def run(quick: bool) -> Report:
             return bare(model, second, loss_of, steps)
 
         stages: list[tuple[str, RunConfig, Callable[[RunConfig], object], Callable[[], list[float]]]] = [
-            ("stage one", first, lambda config: run_tokenizer(config, source), bare_tokenizer),
+            ("stage one", first, lambda config: run_tokenizer(tokenizer_inputs(config, source)), bare_tokenizer),
             ("stage two", second, run_prior, bare_prior),
         ]
         number = 1

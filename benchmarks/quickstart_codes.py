@@ -8,6 +8,7 @@ from frame import recipe
 
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import AutoregressiveTraining, DiffusionTraining
 
@@ -22,7 +23,7 @@ def codes_folder(share: float, seed: int, tokenizer: str = "vqgan-f4") -> Path:
     run = recipe(
         TokenizerTraining, "tokenizer", tokenizer, share, seed, data=FASHION_MNIST, output=folder / "tokenizer"
     )
-    run_tokenizer(run, source)
+    run_tokenizer(tokenizer_inputs(run, source))
     return run_tokenize(run.output, source, folder / "codes")
 
 

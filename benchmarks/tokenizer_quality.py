@@ -22,6 +22,7 @@ from torch import Tensor
 from latentloom.commands.arguments import training_values
 from latentloom.data.embedded import FASHION_MNIST, judge_path
 from latentloom.jobs.stages import load_source, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.report import BATCH, reconstruct
@@ -90,7 +91,7 @@ def ours(pictures: PictureSet, recipe: str, size: int, minutes: float, seed: int
         fields |= {"resolution": str(size)}
         config = from_mapping(TokenizerTraining, training_values("tokenizer", recipe, None, fields))
         begin = time.perf_counter()
-        folder = run_tokenizer(replace(config, checkpoint_every=10**9), pictures.source, minutes)
+        folder = run_tokenizer(tokenizer_inputs(replace(config, checkpoint_every=10**9), pictures.source), minutes)
         seconds = time.perf_counter() - begin
         tokenizer = saved_tokenizer(folder)
         found = [reconstruct(tokenizer, batch) for batch in pictures.originals.split(BATCH)]

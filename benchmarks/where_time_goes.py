@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stage1_tokenizer.train
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.codes.reader import CodeSplit
 from stage1_tokenizer.data.image_loader import Pixels
@@ -237,7 +238,7 @@ def run(quick: bool) -> Report:
 
         def tokenizer(n: int) -> object:
             config = recipe(TokenizerTraining, "tokenizer", TOKENIZER, 1.0, 0, data=FASHION_MNIST, output=folder / "t")
-            return run_tokenizer(replaced(config, n), source)
+            return run_tokenizer(tokenizer_inputs(replaced(config, n), source))
 
         def prior(n: int) -> object:
             config = recipe(AutoregressiveTraining, "prior", PRIOR, 1.0, 0, codes=folder / "codes", output=folder / "p")

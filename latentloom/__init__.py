@@ -15,7 +15,7 @@ __getattr__, __dir__ = lazy_names(
         "IdentityTokenizer": "stage1_tokenizer.identity",
         "StandardNormalPrior": "stage2_prior.standard_normal",
         "AutoregressivePrior": "stage2_prior.autoregressive.model",
-        "AutoregressivePriorConfig": "stage2_prior.autoregressive.model",
+        "AutoregressivePriorConfig": "stage2_prior.autoregressive.config",
         "DiffusionPrior": "stage2_prior.diffusion.model",
         "DiffusionPriorConfig": "stage2_prior.diffusion.config",
         "CodeCache": "stage1_tokenizer.codes.reader",

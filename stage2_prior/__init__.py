@@ -6,7 +6,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "AutoregressivePrior": "stage2_prior.autoregressive.model",
-        "AutoregressivePriorConfig": "stage2_prior.autoregressive.model",
+        "AutoregressivePriorConfig": "stage2_prior.autoregressive.config",
         "SamplingOptions": "stage2_prior.autoregressive.sampling",
         "CodeCache": "stage1_tokenizer.codes.reader",
         "train_prior": "stage2_prior.train",

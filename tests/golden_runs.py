@@ -9,6 +9,7 @@ from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.commands.arguments import training_values
 from latentloom.jobs.stages import run_prior, run_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from latentloom.recipes import recipe_names, recipe_values
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.sources import open_source
@@ -53,7 +54,7 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
         if stage == "tokenizer":
             data = write_pictures(folder / "pictures", size=(size, size))
             values = training_values(stage, recipe, None, fields | {"data": str(data)})
-            run_tokenizer(from_mapping(TokenizerTraining, values), open_source(data))
+            run_tokenizer(tokenizer_inputs(from_mapping(TokenizerTraining, values), open_source(data)))
         else:
             tiny_tokenizer().save_pretrained(folder / "tokenizer")
             values = training_values(stage, recipe, None, fields | {"codes": str(folder / "codes")})

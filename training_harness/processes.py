@@ -35,6 +35,12 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def print_once(line: str) -> None:
+    """Prints a line in the main process alone."""
+    if is_main_process():
+        print(line, flush=True)
+
+
 def number_of_processes() -> int:
     return joined().num_processes
 

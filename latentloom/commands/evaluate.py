@@ -16,7 +16,7 @@ from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.jobs.evaluation_plots import draw_by_class
-from latentloom.jobs.stages import load_source, load_tokenizer, say
+from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
 from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
@@ -41,7 +41,7 @@ from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableIma
 from stage1_tokenizer.data.statistics import survey
 from training_harness.errors import UserError
 from training_harness.files import sha256_of, write_json
-from training_harness.processes import accelerated_device, is_main_process
+from training_harness.processes import accelerated_device, is_main_process, print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def main(words: list[str]) -> None:
         write_json(a.output, figures)
         if figures.get("by_class"):
             draw_by_class(figures, a.output.with_suffix(".by_class.png"))
-    say(json.dumps(figures, indent=2, ensure_ascii=False))
+    print_once(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
 def help_to_sample(a: Arguments) -> None:

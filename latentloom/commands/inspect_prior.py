@@ -7,14 +7,14 @@ from latentloom.checks import check_count, check_page, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
-from latentloom.jobs.stages import load_source, say
+from latentloom.jobs.stages import load_source
 from latentloom.report.numbers import count, number, percent
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import ImageSplit
 from training_harness.files import write_text
-from training_harness.processes import accelerated_device, is_main_process, main_process_first
+from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def draw(a: Arguments) -> None:
     found = inspect_prior(pipeline, held_out, train, a.num_samples, a.seed)
     write_text(a.output, prior_page(pipeline, found, a.pipeline, a.data))
     shared = percent(float(found.neighbours.samples.median()))
-    say(
+    print_once(
         f"{count(len(found.bits), 'image')}, {number(found.bits.mean().item())} bits a code, {shared} of a sample's codes shared "
         f"with the nearest training image: {a.output}"
     )

@@ -7,11 +7,11 @@ from latentloom.checks import check_count, check_page, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
-from latentloom.jobs.stages import load_source, load_tokenizer, say
+from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.feature_files import drawn_positions
 from stage1_tokenizer.data.image_loader import Pixels
 from training_harness.files import write_text
-from training_harness.processes import accelerated_device, is_main_process, main_process_first
+from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +57,4 @@ def draw(a: Arguments) -> None:
         seed=a.seed,
     )
     write_text(a.output, page(subject, found))
-    say(f"{summary(tokenizer, found)}: {a.output}")
+    print_once(f"{summary(tokenizer, found)}: {a.output}")

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from latentloom.commands.arguments import parse
-from latentloom.jobs.stages import say
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline
 from training_harness.errors import UserError
-from training_harness.processes import is_main_process, main_process_first
+from training_harness.processes import is_main_process, main_process_first, print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +42,4 @@ def push(a: Arguments) -> None:
     address = LatentGenerationPipeline.from_pretrained(folder).push_to_hub(
         a.repo_id, private=a.private or None, commit_message=a.commit_message, metrics=figures, samples=shown
     )
-    say(f"pushed: {address}")
+    print_once(f"pushed: {address}")

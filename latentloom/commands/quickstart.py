@@ -8,10 +8,12 @@ from latentloom.checks import check_count, check_minutes
 from latentloom.commands.arguments import parse, training_values
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.main_job import run_main_job, summary
-from latentloom.jobs.stages import load_source, say
+from latentloom.jobs.stages import load_source
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping
+from training_harness.processes import print_once
 
 RECIPES = {"autoregressive": ("vqgan-f4", "ar-tiny"), "diffusion": ("kl-f8", "diffusion-tiny")}
 
@@ -43,7 +45,6 @@ def main(words: list[str]) -> None:
     tokenizer_recipe, prior_recipe = RECIPES[a.prior]
     tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, given | of_images))
     prior = prior_training(training_values("prior", prior_recipe, None, given | of_codes))
-    metrics = run_main_job(
-        a.output, load_source(FASHION_MNIST), tokenizer, prior, minutes=a.minutes, num_images=a.num_images
-    )
-    say(summary(a.output, metrics))
+    inputs = tokenizer_inputs(tokenizer, load_source(FASHION_MNIST))
+    metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
+    print_once(summary(a.output, metrics))

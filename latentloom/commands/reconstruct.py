@@ -8,12 +8,12 @@ from tqdm.auto import tqdm
 
 from latentloom.checks import check_count, check_output
 from latentloom.commands.arguments import parse
-from latentloom.jobs.stages import load_source, load_tokenizer, say
+from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import psnr
-from training_harness.processes import accelerated_device, is_main_process, main_process_first
+from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,4 @@ def rebuild(a: Arguments) -> None:
     )
     save_images(rebuilt, [a.output / f"{i:05d}.png" for i in range(len(rebuilt))])
     save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
-    say(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")
+    print_once(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")

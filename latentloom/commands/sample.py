@@ -12,13 +12,12 @@ import torch
 from latentloom.checks import check_count, check_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
-from latentloom.jobs.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
 from training_harness.errors import UserError
-from training_harness.processes import accelerated_device, is_main_process
+from training_harness.processes import accelerated_device, is_main_process, print_once
 
 STEP_ROWS, STEP_COLUMNS = 8, 10
 
@@ -89,7 +88,7 @@ def main(words: list[str]) -> None:
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     save_images(images, [a.output / name for name in names])
     save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
-    say(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
+    print_once(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
 
 
 def step_grid(

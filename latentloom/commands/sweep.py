@@ -12,7 +12,7 @@ from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import parse, training_values
 from latentloom.commands.train_tokenizer import chosen_for_images
-from latentloom.jobs.stages import load_source, say
+from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
 from latentloom.search.space import Training, default_words, parse_space
@@ -23,6 +23,7 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping, merged
 from training_harness.errors import UserError
+from training_harness.processes import print_once
 
 RECIPES = "; ".join(f"a {stage}'s {', '.join(recipe_names(stage))}" for stage in METRICS)
 
@@ -85,7 +86,7 @@ def sweep_prior(a: Arguments, folder: Path) -> None:
     base, codes = prior_training(values), CodeCache(folder)
     plan = plan_of(a, base, codes.spec.tokenizer_id)
     done = run_sweep(plan, lambda: prior_trainer(base, codes))
-    say(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
+    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
 
 
 def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
@@ -96,7 +97,7 @@ def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
     base = from_mapping(TokenizerTraining, merged(values, {"data": data} | common(a) | size))
     plan = plan_of(a, base)
     done = run_sweep(plan, lambda: tokenizer_trainer(base, load_source(data)))
-    say(f"{closing(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
+    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
 
 
 def common(a: Arguments) -> dict[str, object]:

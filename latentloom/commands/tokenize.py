@@ -5,10 +5,11 @@ from pathlib import Path
 
 from latentloom.checks import check_apart, check_count
 from latentloom.commands.arguments import parse
-from latentloom.jobs.stages import load_source, run_tokenize, say
+from latentloom.jobs.stages import load_source, run_tokenize
 from stage1_tokenizer.codes.writer import Contents, View
 from stage1_tokenizer.data.degradation import Degradation
 from training_harness.errors import UserError
+from training_harness.processes import print_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,4 +43,4 @@ def main(words: list[str]) -> None:
     source = load_source(a.data)
     views: tuple[View, ...] = ("original", "flip") if a.flip else ("original",)
     codes = run_tokenize(a.tokenizer, source, a.output, a.contents, views, a.degradation, a.batch_size)
-    say(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")
+    print_once(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")

@@ -7,18 +7,18 @@ from typing import Annotated, Literal
 from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
 from latentloom.commands.arguments import parse, recipe_help, training_values
 from latentloom.jobs.main_job import check_codes, run_main_job, summary
-from latentloom.jobs.stages import load_source, say
+from latentloom.jobs.stages import load_source
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
 from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
 from latentloom.planning.step_timing import rehearse_prior, rehearse_tokenizer
-from stage1_tokenizer.data.sources import ImageSource
-from stage1_tokenizer.data.statistics import ImageSurvey, survey
+from latentloom.planning.tokenizer_inputs import TokenizerInputs, tokenizer_inputs
+from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.registry import new_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
+from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from stage2_prior.training_config import PriorTraining, prior_training
 from training_harness.configuration import from_mapping
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, print_once
 from training_harness.trackers import TrackerName
 
 
@@ -85,7 +85,7 @@ def main(words: list[str]) -> None:
         "image_channels": a.image_channels,
     }
     values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
-    tokenizer = completed(from_mapping(TokenizerTraining, values), seen)
+    tokenizer = from_mapping(TokenizerTraining, values)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
     prior = prior_training(training_values("prior", choice.prior, None, given | of_codes))
     check_codes(tokenizer, prior)
@@ -93,46 +93,42 @@ def main(words: list[str]) -> None:
         steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
         tokenizer = replace(tokenizer, max_steps=steps)
         prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
+    inputs = tokenizer_inputs(tokenizer, source, seen)
     for line in choice.reasons:
-        say(line)
+        print_once(line)
     if a.dry_run:
-        say(what_both_take(tokenizer, choice.tokenizer, prior, choice.prior, source, seen))
+        print_once(what_both_take(inputs, choice.tokenizer, prior, choice.prior))
         return
     if a.minutes is None and not a.output.exists():
-        announce(tokenizer, prior, seen, len(source.label_names or ()))
-    metrics = run_main_job(a.output, source, tokenizer, prior, minutes=a.minutes, num_images=a.num_images)
-    say(summary(a.output, metrics))
+        announce(inputs, prior)
+    metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
+    print_once(summary(a.output, metrics))
 
 
-def what_both_take(
-    tokenizer: TokenizerTraining,
-    tokenizer_recipe: str,
-    prior: PriorTraining,
-    prior_recipe: str,
-    source: ImageSource,
-    seen: ImageSurvey,
-) -> str:
+def what_both_take(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
     """What --dry-run prints."""
-    shape, images, classes = model_config(tokenizer, seen), len(source.train), len(source.label_names or ())
-    spec = new_tokenizer(shape).latent_spec()
+    images, classes = len(inputs.source.train), len(inputs.source.label_names or ())
+    spec = new_tokenizer(inputs.model).latent_spec()
     stages = list[tuple[str, float]]()
-    if tokenizer.model.learns:
+    if inputs.config.model.learns:
         title = f"tokenizer {tokenizer_recipe}"
-        stages.append(dry_run(title, tokenizer, images, lambda c: rehearse_tokenizer(c, shape)))
+        stages.append(dry_run(title, inputs.config, images, lambda c: rehearse_tokenizer(c, inputs.model)))
     stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes)))
     texts, seconds = zip(*stages, strict=True)
     return "\n".join([*texts, closing(seconds)])
 
 
-def announce(tokenizer: TokenizerTraining, prior: PriorTraining, seen: ImageSurvey, num_classes: int) -> None:
-    """Says how long the training will take, from a few measured steps of each stage."""
-    model = model_config(tokenizer, seen)
-    spec = new_tokenizer(model).latent_spec()
+def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
+    """Prints how long the training will take, from a few measured steps of each stage."""
+    tokenizer, classes = inputs.config, len(inputs.source.label_names or ())
+    spec = new_tokenizer(inputs.model).latent_spec()
     minutes = dict[str, float]()
     if tokenizer.model.learns:
-        seconds = measured_seconds(tokenizer, lambda config: rehearse_tokenizer(config, model))
+        seconds = measured_seconds(tokenizer, lambda config: rehearse_tokenizer(config, inputs.model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
-    seconds = measured_seconds(prior, lambda config: rehearse_prior(config, spec, num_classes))
+    seconds = measured_seconds(prior, lambda config: rehearse_prior(config, spec, classes))
     minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
     parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
-    say(f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N bounds it")
+    print_once(
+        f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N bounds it"
+    )

@@ -8,12 +8,13 @@ import tyro
 
 from latentloom.checks import check_dry_run
 from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values, with_required_missing
-from latentloom.jobs.stages import run_prior, say
+from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
 from latentloom.planning.step_timing import rehearse_prior
 from stage1_tokenizer.codes.reader import CodeCache
 from stage2_prior.training_config import PriorTraining, training_class
+from training_harness.processes import print_once
 
 Training = TypeVar("Training", bound=PriorTraining)
 DEFAULT_RECIPE = "ar-tiny"
@@ -51,10 +52,10 @@ def main(words: list[str]) -> None:
             len(codes.train),
             lambda changed: rehearse_prior(changed, codes.spec, classes),
         )
-        say(f"{text}\n{closing([seconds])}")
+        print_once(f"{text}\n{closing([seconds])}")
         return
     if arguments.overfit_batch:
-        say(overfit_prior(arguments.training))
+        print_once(overfit_prior(arguments.training))
         return
     pipeline = run_prior(arguments.training, arguments.minutes)
-    say(f"pipeline: {pipeline}\nnext: latentloom sample --pipeline {arguments.training.output} --num-images 16")
+    print_once(f"pipeline: {pipeline}\nnext: latentloom sample --pipeline {arguments.training.output} --num-images 16")

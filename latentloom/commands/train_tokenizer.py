@@ -15,14 +15,15 @@ from latentloom.commands.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.jobs.stages import load_source, run_tokenizer, say, tokenizer_inputs
+from latentloom.jobs.stages import load_source, run_tokenizer
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import choose
 from latentloom.planning.step_timing import rehearse_tokenizer
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, print_once
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,19 @@ def main(words: list[str]) -> None:
     arguments = parse(Arguments, "train-tokenizer", words, Arguments(training))
     check_dry_run(arguments.dry_run, arguments.minutes)
     check_apart(arguments.training.output, arguments.training.data)
-    training, source = arguments.training, load_source(arguments.training.data)
+    inputs = tokenizer_inputs(arguments.training, load_source(arguments.training.data))
+    training = inputs.config
     if arguments.dry_run:
-        training, shape, _ = tokenizer_inputs(training, source)
-        title = f"tokenizer {recipe or ''}".rstrip()
-        text, seconds = dry_run(title, training, len(source.train), lambda config: rehearse_tokenizer(config, shape))
-        say(f"{text}\n{closing([seconds])}")
+        title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
+        text, seconds = dry_run(title, training, images, lambda config: rehearse_tokenizer(config, inputs.model))
+        print_once(f"{text}\n{closing([seconds])}")
         return
     if arguments.overfit_batch:
-        say(overfit_tokenizer(training, source))
+        print_once(overfit_tokenizer(inputs))
         return
-    model = run_tokenizer(training, source, arguments.minutes)
-    say(
-        f"tokenizer: {model}\nnext: latentloom tokenize --tokenizer {arguments.training.output} "
-        f"--data {arguments.training.data} --output codes"
+    model = run_tokenizer(inputs, arguments.minutes)
+    print_once(
+        f"tokenizer: {model}\nnext: latentloom tokenize --tokenizer {training.output} --data {training.data} --output codes"
     )
 
 
@@ -81,5 +81,5 @@ def chosen_for_images(
     if recipe is None and config is None:
         values = training_values("tokenizer", choice.tokenizer, None)
     size_line, recipe_line, _ = choice.reasons
-    say(f"{size_line}\n{recipe_line}" if config is None else size_line)
+    print_once(f"{size_line}\n{recipe_line}" if config is None else size_line)
     return values | {"resolution": f"{choice.size[0]}x{choice.size[1]}"}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from latentloom.jobs.curves import draw_curves
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.jobs.stages import held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer, say
+from latentloom.jobs.stages import held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer
+from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.evaluation.features import FeatureExtractor
 from pipelines.evaluation.report import (
     Evaluator,
@@ -30,18 +31,23 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, check_place
+from stage1_tokenizer.codes.manifest import Contents
 from stage1_tokenizer.data.image_grids import before_and_after, save_picture
-from stage1_tokenizer.data.image_loader import Pixels
-from stage1_tokenizer.data.sources import ImageSource
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
 from training_harness.files import write_json
-from training_harness.processes import accelerated_device, is_main_process, main_process_first, wait_for_everyone
+from training_harness.processes import (
+    accelerated_device,
+    is_main_process,
+    main_process_first,
+    print_once,
+    wait_for_everyone,
+)
 from training_harness.run import RunConfig
 from training_harness.run_folder import check_folder
 
@@ -49,7 +55,7 @@ from training_harness.run_folder import check_folder
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42
 
 
-def check_prior(tokenizer: TokenizerTraining, shape: TokenizerConfig, prior: PriorTraining, num_classes: int) -> None:
+def check_prior(shape: TokenizerConfig, prior: PriorTraining, num_classes: int) -> None:
     """Refuses before anything is trained settings of a prior that do not fit the codes that it will be given."""
     spec = new_tokenizer(shape).latent_spec()
     with torch.device("meta"):
@@ -70,8 +76,7 @@ def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
 
 def run_main_job(
     output: Path,
-    source: ImageSource,
-    tokenizer: TokenizerTraining,
+    inputs: TokenizerInputs,
     prior: PriorTraining,
     *,
     minutes: float | None = None,
@@ -79,31 +84,29 @@ def run_main_job(
 ) -> dict[str, Any]:
     """Trains what is not trained yet, and writes pictures and `metrics.json`; returns the figures.
 
-    `tokenizer` and `prior` write to `output`/tokenizer and `output`/prior. A finished job is left as it is.
+    The tokenizer and the prior write to `output`/tokenizer and `output`/prior. A finished job is left as it is.
     """
+    tokenizer, source = inputs.config, inputs.source
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").exists():
         raise UserError(f"{output} is not empty and holds no run of this command; choose another --output")
-    seen = survey(source.train)
-    tokenizer = completed(tokenizer, seen)
     if (held := finished_metrics(output, tokenizer, prior, minutes)) is not None:
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
-        say(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
+        print_once(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
     check_place(output / "pipeline")
-    check_prior(tokenizer, model_config(tokenizer, seen), prior, len(source.label_names or ()))
+    check_prior(inputs.model, prior, len(source.label_names or ()))
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()
     first_steps = newest_step(tokenizer.output), newest_step(prior.output)  # of a run that goes on
     with timed(phases, "train_tokenizer") as phase:
-        run_tokenizer(tokenizer, source, None if minutes is None else minutes * TOKENIZER_SHARE)
+        run_tokenizer(inputs, None if minutes is None else minutes * TOKENIZER_SHARE)
         phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_a_step(tokenizer)
     with timed(phases, "tokenize") as phase:
         with main_process_first():
             remove_codes_of_another(tokenizer.output, prior)
-        if isinstance(prior, DiffusionTraining):
-            run_tokenize(tokenizer.output, source, prior.codes, "latents", degradation=prior.degradation)
-        else:
-            run_tokenize(tokenizer.output, source, prior.codes, "indices")
+        contents: Contents = "latents" if isinstance(prior, DiffusionTraining) else "indices"
+        degradation = prior.degradation if isinstance(prior, DiffusionTraining) else "none"
+        run_tokenize(tokenizer.output, source, prior.codes, contents, degradation=degradation, images=inputs.images)
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
         share = PRIOR_SHARE if tokenizer.model.learns else TOKENIZER_SHARE + PRIOR_SHARE
@@ -117,7 +120,7 @@ def run_main_job(
         wait_for_everyone()
         return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
-    figures, samples = write_results(output, source, pipeline, extractor, prior.seed, num_images, phases)
+    figures, samples = write_results(output, inputs.images, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": phases,
@@ -153,7 +156,7 @@ def remove_codes_of_another(tokenizer_run: Path, prior: PriorTraining) -> None:
     written_by = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["tokenizer_id"]
     if written_by == load_tokenizer(tokenizer_run)[0].config.tokenizer_id:
         return
-    say("the tokenizer has been trained further: its codes are written anew, and the prior starts again on them")
+    print_once("the tokenizer has been trained further: its codes are written anew, and the prior starts again on them")
     for folder in (prior.output, prior.codes):  # the prior first: none is left beside codes that are not its own
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
@@ -168,7 +171,7 @@ def images_a_step(config: RunConfig) -> int:
 
 def write_results(
     output: Path,
-    source: ImageSource,
+    images: LoadedSource,
     pipeline: LatentGenerationPipeline,
     extractor: FeatureExtractor,
     seed: int,
@@ -177,7 +180,7 @@ def write_results(
 ) -> tuple[dict[str, Any], Image]:
     """Samples, the three pictures, and the figures on the source's held-out images."""
     processor = pipeline.tokenizer.config.image_processor
-    held_out, train = (Pixels(split, processor) for split in (source.held_out, source.train))
+    held_out, train, names = images.held_out, images.train, images.source.label_names or ()
     pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
     kept = dict[int, list[Tensor]]()
     restorations = Restorations(pipeline, held_out, num_images, seed) if pipeline.prior.restores else None
@@ -189,7 +192,7 @@ def write_results(
             samples = evaluator.measure_stream(batches, labels, "sample")
             phase["images"] = len(samples)
         with timed(phases, "evaluate") as phase:
-            figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, source.label_names or ())
+            figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, names)
             phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
     if restorations is not None:
         figures |= restorations.figures()

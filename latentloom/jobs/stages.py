@@ -14,22 +14,22 @@ from latentloom.checks import check_minutes
 from latentloom.data.embedded import data_path
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
 from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_tokenizer
+from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
+from stage1_tokenizer.codes.manifest import Contents, View, stored_manifest
 from stage1_tokenizer.codes.reader import CodeCache
-from stage1_tokenizer.codes.writer import Contents, View, held_manifest, write_code_cache
+from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.data.image_grids import image_grid, save_picture
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.data.sources import ImageSource, open_source
-from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.perceptual import perceptual_loss
-from stage1_tokenizer.losses.reconstruction import PerceptualLoss
 from stage1_tokenizer.registry import saved_tokenizer
-from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
+from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.prior import Known, Prior
 from stage2_prior.registry import saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior
@@ -37,19 +37,13 @@ from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.files import up_to_date
-from training_harness.processes import accelerated_device, is_main_process, main_process_first
+from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
 from training_harness.run import RunConfig
 from training_harness.run_folder import check_folder, held_configuration
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
 REHEARSED = 0.01  # of `minutes`: for how long a step is timed before a run
-
-
-def say(line: str) -> None:
-    """Prints once, whatever the number of processes."""
-    if is_main_process():
-        print(line, flush=True)
 
 
 def load_source(data: str) -> ImageSource:
@@ -63,20 +57,10 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, Path]:
     return saved_tokenizer(folder), folder
 
 
-def tokenizer_inputs(
-    config: TokenizerTraining, source: ImageSource
-) -> tuple[TokenizerTraining, TokenizerConfig, PerceptualLoss | None]:
-    """The configuration completed from the images, the model's, and the perceptual loss where one is asked for."""
-    seen = survey(source.train)
-    config = completed(config, seen)
-    perceptual = perceptual_loss(config.perceptual)
-    return config, model_config(config, seen), perceptual and perceptual.to(accelerated_device())
-
-
-def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float | None = None) -> Path:
-    """Trains a tokenizer on `source`, or goes on; returns its model folder."""
+def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path:
+    """Trains a tokenizer, or goes on; returns its model folder."""
     check_minutes(minutes)
-    config, model, perceptual = tokenizer_inputs(config, source)
+    config, model = inputs.config, inputs.model
 
     def rehearse(changed: TokenizerTraining) -> Rehearsal:
         return rehearse_tokenizer(changed, model)
@@ -85,10 +69,12 @@ def run_tokenizer(config: TokenizerTraining, source: ImageSource, minutes: float
         config = bounded(config, minutes, rehearse)
     folder = config.output / "model"
     if (done := check_folder(config, "tokenizer")) is not None:
-        say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+        print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
     else:
+        perceptual = perceptual_loss(config.perceptual)
+        perceptual = perceptual and perceptual.to(accelerated_device())
         with advice_when_memory_runs_out(config, rehearse):
-            train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
+            train, validation = inputs.images.train, inputs.images.validation
             train.report_skipped()
             train_tokenizer(config, model, train, validation, perceptual)
     whole = up_to_date(config.output / "pipeline" / INDEX, made_from=folder / "config.json")
@@ -115,6 +101,7 @@ def run_tokenize(
     views: tuple[View, ...] = ("original",),
     degradation: Degradation = "none",
     batch_size: int | None = None,
+    images: LoadedSource | None = None,
 ) -> Path:
     """Writes the code cache of `source`; returns its folder."""
     with main_process_first():
@@ -128,10 +115,11 @@ def run_tokenize(
             folder,
             source,
             output,
-            contents=contents or held_manifest(output).get("contents") or ("both" if any_prior else "latents"),
+            contents=contents or stored_manifest(output).get("contents") or ("both" if any_prior else "latents"),
             views=views,
             degradation=degradation,
             batch_size=batch_size,
+            images=images,
         )
 
 
@@ -149,7 +137,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     folder = config.output / "pipeline"
     whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
     if (done := check_folder(config, "prior")) is not None and whole:
-        say(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+        print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
         return folder
     tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
@@ -208,7 +196,7 @@ def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Reh
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
         steps = measured[0]
-        say(
+        print_once(
             f"{steps} steps of {config.batch_size} images, {seconds:.3g} s each, fit into {minutes:.2g} minutes: {config.output}"
         )
     return dataclasses.replace(config, max_steps=steps)

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from latentloom.jobs.stages import tokenizer_inputs
 from latentloom.planning.step_timing import check_learns
+from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import Pixels
-from stage1_tokenizer.data.sources import ImageSource
+from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.train import train_prior
@@ -22,6 +22,7 @@ from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMAConfig
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
+from training_harness.processes import accelerated_device
 from training_harness.run import RunConfig
 
 Training = TypeVar("Training", bound=TokenizerTraining | PriorTraining)
@@ -29,12 +30,13 @@ STEPS = 300
 FALL = {"l2": 0.25, "nats_per_token": 0.5, "squared_error": 0.5}  # what must be left at most of a loss's first value
 
 
-def overfit_tokenizer(config: TokenizerTraining, source: ImageSource) -> str:
+def overfit_tokenizer(inputs: TokenizerInputs) -> str:
     """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    config, model, train = inputs.config, inputs.model, inputs.source.train
     check_learns(config)
-    config, model, perceptual = tokenizer_inputs(config, source)
-    few = source.train.select(_spread(len(source.train), config.batch_size).tolist())
-    pixels = Pixels(few, model.image_processor)
+    pixels = Pixels(train.select(_spread(len(train), config.batch_size).tolist()), model.image_processor)
+    perceptual = perceptual_loss(config.perceptual)
+    perceptual = perceptual and perceptual.to(accelerated_device())
     short = _short(config, replace(config.ema, decay=0.9))
     train_tokenizer(short, model, pixels, pixels, perceptual)
     return _verdict(short, "l2")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentloom.jobs.stages import say
+from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from latentloom.search.results import TrialResult, best_of, describe, table, write_recipe, write_trials
 from latentloom.search.space import with_values
 from latentloom.search.study import (
@@ -29,17 +29,16 @@ from latentloom.search.study import (
     write_request,
 )
 from stage1_tokenizer.codes.reader import CodeCache
-from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.train import objective_of, train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
-from training_harness.processes import accelerated_device, number_of_processes
+from training_harness.processes import accelerated_device, number_of_processes, print_once
 from training_harness.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -70,13 +69,13 @@ def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
         )
     done = results_of(open_study(plan), plan) if holds_this_search(plan) else []
     if len(done) >= plan.trials:
-        say(f"{plan.folder} has finished its {len(done)} trials; give a larger --trials to go on")
+        print_once(f"{plan.folder} has finished its {len(done)} trials; give a larger --trials to go on")
         report(plan, done)
         return done
     train = prepare()  # before the folder is taken: what is refused leaves no trace
     write_request(plan)
     searched = " ".join(f"'{parameter.field}={parameter.spec}'" for parameter in plan.space)
-    say(f"{plan.trials} trials of {plan.steps} steps, {len(done)} of them done, over {searched}")
+    print_once(f"{plan.trials} trials of {plan.steps} steps, {len(done)} of them done, over {searched}")
     study = open_study(plan)
     deadline = time.monotonic() + (math.inf if plan.minutes is None else 60 * plan.minutes)
     try:
@@ -86,10 +85,10 @@ def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
             run_trial(plan, study, train, len(done) + 1, deadline)
             done = results_of(study, plan)
             report(plan, done)
-            say(describe(done[-1], plan.metric, plan.trials, plan.steps, best_of(done)))
+            print_once(describe(done[-1], plan.metric, plan.trials, plan.steps, best_of(done)))
     except TimeIsUp:
         again = "run the same command again to go on" if best_of(done) else "give more --minutes or fewer --max-steps"
-        say(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
+        print_once(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
         held = f"; the best so far is in {plan.folder / 'best.yaml'}" if best_of(done) else ""
@@ -176,15 +175,14 @@ def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
 
 def tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> Train:
     seen = survey(source.train)
-    model = model_config(completed(base, seen), seen)
+    # The size and the channels of the images follow from the data, whatever a trial's model is.
+    images = tokenizer_inputs(base, source, seen).images
     perceptual = perceptual_loss(base.perceptual)
     judge = perceptual and perceptual.to(accelerated_device())
-    # the content's size and channels follow from the images, whatever a trial's model is
-    train, validation = (Pixels(split, model.image_processor) for split in (source.train, source.validation))
-    train.report_skipped()
+    images.train.report_skipped()
 
     def one(config: TokenizerTraining, told: Told) -> object:
-        config = completed(config, seen)
-        return train_tokenizer(config, model_config(config, seen), train, validation, judge, told)
+        trial = tokenizer_inputs(config, source, seen)
+        return train_tokenizer(trial.config, trial.model, images.train, images.validation, judge, told)
 
     return one

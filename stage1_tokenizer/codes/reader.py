@@ -1,7 +1,6 @@
 """Reads the code cache that stage one wrote: Arrow files, memory-mapped, as views without a copy."""
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.codes.manifest import TOKENIZER, read_manifest
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
@@ -87,24 +87,18 @@ class CodeCache:
     def __init__(self, path: str | Path) -> None:
         """Raises UserError when the folder is no code cache, or a shard is missing or cut short."""
         self.path = Path(path)
-        try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-            self.spec = LatentSpec.from_dict(self.manifest["spec"])
-            train, validation = (self.manifest["splits"][name]["shards"] for name in ("train", "validation"))
-            names = self.manifest["label_names"]
-            self.degradation: Degradation = self.manifest.get("degradation") or "none"
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"no code cache in {self.path} ({type(error).__name__}: {error}); expected a folder with a "
-                "manifest.json; run: latentloom tokenize --tokenizer … --data … --output …"
-            ) from None
+        self.manifest = read_manifest(self.path)
+        self.spec = LatentSpec.from_dict(self.manifest["spec"])
+        train, validation = (self.manifest["splits"][name]["shards"] for name in ("train", "validation"))
+        names = self.manifest["label_names"]
+        self.degradation: Degradation = self.manifest.get("degradation") or "none"
         self.label_names: tuple[str, ...] | None = tuple(names) if names else None
         self.train = CodeSplit(self.path, train, self.spec)
         self.validation = CodeSplit(self.path, validation, self.spec)
 
     @property
     def tokenizer_folder(self) -> Path:
-        return self.path / "tokenizer"
+        return self.path / TOKENIZER
 
     def code_vectors(self) -> Tensor:
         """(levels · K, c) float32: each code's latent, normalised over the training set as the tokenizer does.

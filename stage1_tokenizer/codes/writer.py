@@ -1,41 +1,32 @@
-"""The code cache: a data set's images as codes, written once, read memory-mapped by stage two.
-
-    codes/manifest.json            LatentSpec, source, label names, splits, views, shards with counts and sha256
-    codes/tokenizer/               the tokenizer, so that stage two can leave a whole pipeline
-    codes/train-00000.arrow        columns indices and/or latents, label, source_id; an Arrow stream of one record batch
-    codes/skipped.jsonl            images that could not be read, and why
-
-Codes are laid out flat, image by image: indices as uint16 where K allows, else int32; latents as float16. For a prior that
-restores pictures there are the latents of each view made worse beside them, in the column `degraded` (`degradation`).
-"""
+"""Writes the code cache: a data set's images as codes, encoded once. `stage1_tokenizer.codes.manifest` states the format."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from stage1_tokenizer.codes.manifest import (
+    SKIPPED,
+    TOKENIZER,
+    CodeRequest,
+    Contents,
+    View,
+    stored_manifest,
+    write_manifest,
+)
 from stage1_tokenizer.data.degradation import Degradation, degraded
-from stage1_tokenizer.data.image_loader import Pixels, images_at_once
+from stage1_tokenizer.data.image_loader import LoadedSource, Pixels, images_at_once
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
-from training_harness.files import sha256_of, whole_folder, write_json
+from training_harness.files import sha256_of, whole_folder
 
-View = Literal["original", "flip"]
-Contents = Literal["indices", "latents", "both"]
 SHARD_IMAGES = 100_000
-FORMAT = 1
-
-
-def held_manifest(folder: Path) -> dict[str, Any]:
-    """That of the code cache in a folder; empty where there is none."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_code_cache(
@@ -48,6 +39,7 @@ def write_code_cache(
     views: tuple[View, ...] = ("original",),
     degradation: Degradation = "none",
     batch_size: int | None = None,
+    images: LoadedSource | None = None,
 ) -> Path:
     """Encodes train and validation images of `source` into `output`, which appears whole or not at all.
 
@@ -57,26 +49,16 @@ def write_code_cache(
         batch_size: images that are encoded at once; by default as many as take little memory.
         views: what is encoded of each training image: itself, and its mirror image. Validation has the originals.
         degradation: how a second picture of each view is made, whose latents stand in the column `degraded`.
+        images: the splits of `source` where they are loaded already; by default they are read here.
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
     spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
-    request = {
-        "format": FORMAT,
-        "spec": spec.to_dict(),
-        "source": source.name,
-        "images": {"train": len(source.train), "validation": len(source.validation)},
-        "fingerprint": {"train": source.train.fingerprint(), "validation": source.validation.fingerprint()},
-        "contents": contents,
-        "views": list(views),
-        "degradation": None if degradation == "none" else degradation,
-        "label_names": list(source.label_names) if source.label_names else None,
-    }
-    if held := held_manifest(output):
-        differing = [name for name, value in request.items() if held.get(name) != value]
-        if differing:
+    request = CodeRequest.of(source, spec, contents, views, degradation)
+    if held := stored_manifest(output):
+        if differing := request.differences(held):
             raise UserError(
                 f"{output} holds a code cache with another {', '.join(differing)}; expected the same request and images; "
                 "choose another --output"
@@ -86,10 +68,10 @@ def write_code_cache(
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty and holds no code cache; choose another --output")
     with whole_folder(output) as folder:
-        shutil.copytree(tokenizer_folder, folder / "tokenizer")
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER)
         splits, skipped = {}, []
-        for name, split in (("train", source.train), ("validation", source.validation)):
-            pixels = Pixels(split, tokenizer.config.image_processor)
+        images = images or LoadedSource(source, tokenizer.config.image_processor)
+        for name, pixels in (("train", images.train), ("validation", images.validation)):
             shown = views if name == "train" else ("original",)
             shards = [
                 _write_shard(folder / f"{name}-{number:05d}.arrow", rows)
@@ -100,8 +82,8 @@ def write_code_cache(
             splits[name] = {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
             skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.skipped.values()]
             pixels.report_skipped()
-        (folder / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
-        write_json(folder / "manifest.json", request | {"splits": splits})
+        (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
+        write_manifest(folder, request, splits)
     return output
 
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import count
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
-from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
+from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 
@@ -39,6 +40,7 @@ class Pixels:
     def __init__(self, split: ImageSplit, processor: ImageProcessor, memory_limit: int = MEMORY_LIMIT) -> None:
         self.split, self.processor = split, processor
         self.skipped: dict[int, UnreadableImage] = {}
+        self._reported = False
         height, width = processor.content_size
         self._images: Tensor | None = None
         if len(split) * processor.channels * height * width <= memory_limit:
@@ -127,14 +129,35 @@ class Pixels:
         raise none_readable(self.skipped, len(self.split))
 
     def report_skipped(self) -> None:
-        """One line on stderr when pictures were left out."""
-        if self.skipped:
+        """Prints one line on stderr, once, when images were left out."""
+        if self.skipped and not self._reported:
+            self._reported = True
             first = self.skipped[min(self.skipped)]
             print(
                 f"skipped {len(self.skipped)} of {len(self.split)} images that cannot be read, such as "
                 f"{first.source_id} ({first.reason})",
                 file=sys.stderr,
             )
+
+
+class LoadedSource:
+    """The splits of a source through one image processor. A split that fits in memory is decoded once for all its users."""
+
+    def __init__(self, source: ImageSource, processor: ImageProcessor) -> None:
+        self.source, self.processor = source, processor
+
+    @cached_property
+    def train(self) -> Pixels:
+        return Pixels(self.source.train, self.processor)
+
+    @cached_property
+    def validation(self) -> Pixels:
+        return Pixels(self.source.validation, self.processor)
+
+    @cached_property
+    def held_out(self) -> Pixels:
+        """The images that metrics are measured on: the test split, else the validation split."""
+        return self.validation if self.source.test is None else Pixels(self.source.test, self.processor)
 
 
 def none_readable(skipped: dict[int, UnreadableImage], total: int) -> UserError:

@@ -9,7 +9,7 @@ image's own generator and belong to places: they depend neither on the batch nor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch import Tensor
 from stage2_prior.autoregressive.candidates import Candidates
 from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
 from stage2_prior.autoregressive.stepping import Stepper, stepper_for
+from stage2_prior.autoregressive.transformer import CodeTransformer
 from stage2_prior.conditioning.classes import guided, has_class
 from stage2_prior.prior import UNKNOWN, Known
-
-if TYPE_CHECKING:
-    from stage2_prior.autoregressive.model import AutoregressivePrior
 
 
 class Place(NamedTuple):
@@ -33,7 +31,7 @@ class Place(NamedTuple):
 
 @torch.no_grad()
 def decode(
-    prior: AutoregressivePrior,
+    prior: CodeTransformer,
     conditioning: Tensor,
     options: SamplingOptions,
     generators: Sequence[torch.Generator],
@@ -96,7 +94,7 @@ def decode(
 
 
 def forced_tokens(
-    prior: AutoregressivePrior, conditioning: Tensor, known: Known | None, orders: Tensor | None
+    prior: CodeTransformer, conditioning: Tensor, known: Known | None, orders: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What is known, in the order of drawing: whether (B, places), and the codes (B, places, levels) or `UNKNOWN`."""
     batch, places = len(conditioning), prior.config.places
@@ -110,7 +108,7 @@ def forced_tokens(
 
 
 def drawn_place(
-    prior: AutoregressivePrior,
+    prior: CodeTransformer,
     stepper: Stepper,
     hidden: Tensor,
     known: Tensor,

@@ -7,17 +7,14 @@ slots that are still to come masked.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive.kv_cache import KVCache
+from stage2_prior.autoregressive.transformer import CodeTransformer
 from stage2_prior.layers.rotary import turns
-
-if TYPE_CHECKING:
-    from stage2_prior.autoregressive.model import AutoregressivePrior
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ class GraphStepper:
         caches: empty; those that the prefix is read into.
     """
 
-    def __init__(self, prior: "AutoregressivePrior", caches: Sequence[KVCache], orders: Tensor | None) -> None:
+    def __init__(self, prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None) -> None:
         self.prior, self.caches = prior, caches
         like = caches[0].held
         self.inputs = like.new_zeros(like.shape[1], 1, prior.config.hidden_size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,9 @@ from stage2_prior.autoregressive.cached_attention import CachedAttention
 from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
+from stage2_prior.autoregressive.transformer import CodeTransformer
 from stage2_prior.layers.rotary import turns
 from training_harness.errors import UserError
-
-if TYPE_CHECKING:
-    from stage2_prior.autoregressive.model import AutoregressivePrior
 
 
 class Stepper(Protocol):
@@ -44,7 +42,7 @@ class Stepper(Protocol):
 class ModuleStepper:
     """Any device and type."""
 
-    def __init__(self, prior: AutoregressivePrior, caches: Sequence[KVCache], orders: Tensor | None) -> None:
+    def __init__(self, prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None) -> None:
         self.prior, self.caches, self.orders = prior, caches, orders
 
     def hidden(self, inputs: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class PackedStepper:
 
     def __init__(
         self,
-        prior: AutoregressivePrior,
+        prior: CodeTransformer,
         caches: Sequence[KVCache],
         orders: Tensor | None,
         rows: int,
@@ -159,7 +157,7 @@ class UnitLength:
 
 
 def stepper_for(
-    prior: AutoregressivePrior, caches: Sequence[KVCache], orders: Tensor | None, rows: int, eight_bits: bool
+    prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None, rows: int, eight_bits: bool
 ) -> Stepper:
     weight = prior.code_embedding.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32:

@@ -217,7 +217,7 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, model, source, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "write_json", interrupted)
+    monkeypatch.setattr(writer, "write_manifest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         written(model, source, tmp_path / "codes")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,110 @@
+"""The format of a code cache: what its folder holds, and the request that it answers.
+
+    codes/manifest.json            LatentSpec, source, label names, splits, views, shards with counts and sha256
+    codes/tokenizer/               the tokenizer, so that stage two can leave a whole pipeline
+    codes/train-00000.arrow        columns indices and/or latents, label, source_id; an Arrow stream of one record batch
+    codes/skipped.jsonl            images that could not be read, and why
+
+Codes are stored flat, image by image: indices as uint16 where K allows, else int32; latents as float16. A prior that restores
+images also needs the latents of each degraded view, in the column `degraded` (`stage1_tokenizer.data.degradation`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from stage1_tokenizer.data.degradation import Degradation
+from stage1_tokenizer.data.sources import ImageSource
+from stage1_tokenizer.latent_spec import LatentSpec
+from training_harness.errors import UserError
+from training_harness.files import write_json
+
+View = Literal["original", "flip"]
+Contents = Literal["indices", "latents", "both"]
+FORMAT = 1
+MANIFEST, SKIPPED, TOKENIZER = "manifest.json", "skipped.jsonl", "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeRequest:
+    """What a code cache is asked to hold. Two caches of equal requests hold the same codes."""
+
+    spec: LatentSpec
+    source: str
+    images: dict[str, int]
+    """Images of each split."""
+    fingerprint: dict[str, str]
+    """Hash of each split's images (`ImageSplit.fingerprint`)."""
+    contents: Contents
+    views: tuple[View, ...]
+    degradation: Degradation
+    label_names: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        source: ImageSource,
+        spec: LatentSpec,
+        contents: Contents,
+        views: tuple[View, ...],
+        degradation: Degradation,
+    ) -> Self:
+        splits = {"train": source.train, "validation": source.validation}
+        return cls(
+            spec=spec,
+            source=source.name,
+            images={name: len(split) for name, split in splits.items()},
+            fingerprint={name: split.fingerprint() for name, split in splits.items()},
+            contents=contents,
+            views=views,
+            degradation=degradation,
+            label_names=source.label_names,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is stored: the fields in JSON's types, beside the number of the format."""
+        return {
+            "format": FORMAT,
+            "spec": self.spec.to_dict(),
+            "source": self.source,
+            "images": self.images,
+            "fingerprint": self.fingerprint,
+            "contents": self.contents,
+            "views": list(self.views),
+            "degradation": None if self.degradation == "none" else self.degradation,
+            "label_names": list(self.label_names) if self.label_names else None,
+        }
+
+    def differences(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Names of the fields in which a stored manifest answers another request."""
+        return [name for name, value in self.to_dict().items() if manifest.get(name) != value]
+
+
+def stored_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the code cache in a folder; empty where there is none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the code cache in a folder. Raises UserError when the folder holds none, or a broken one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        LatentSpec.from_dict(manifest["spec"])
+        for name in ("train", "validation"):
+            manifest["splits"][name]["shards"]
+        manifest["label_names"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"no code cache in {folder} ({type(error).__name__}: {error}); expected a folder with a {MANIFEST}; run: latentloom "
+            "tokenize --tokenizer … --data … --output …"
+        ) from None
+    return manifest
+
+
+def write_manifest(folder: Path, request: CodeRequest, splits: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, request.to_dict() | {"splits": splits})
