@@ -34,7 +34,8 @@ from training_harness.ema import EMA
 from training_harness.matmul_precision import rounded_products
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.processes import accelerated_device
-from training_harness.run import Run, RunConfig
+from training_harness.run import Run
+from training_harness.run_config import RunConfig
 
 BARE = "bare loop"
 WARM_UP = 5

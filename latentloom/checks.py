@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from training_harness.errors import ConfigError, UserError
+from training_harness.files import holds_files
 
 
 def check_count(option: str, count: int) -> None:
@@ -41,7 +42,7 @@ def check_page(path: Path, name: str) -> None:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuses a folder with files in it, unless they may be written over."""
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    if holds_files(folder) and not overwrite:
         raise UserError(f"{folder} holds files already; choose another --output, or give --overwrite")
 
 

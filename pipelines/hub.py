@@ -1,10 +1,12 @@
 """To the Hugging Face Hub and back. A name that is a folder here is that folder; any other is a repository."""
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training_harness.errors import UserError
+from training_harness.model_cards import CARD
 
 
 def local_folder(
@@ -20,7 +22,7 @@ def local_folder(
 
     Raises UserError when there is none; `kind` names what was looked for.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.exists():
         for folder in (path, path / kind, path / "model"):
             if (folder / marker).is_file():
@@ -58,6 +60,17 @@ def create_repository(repo_id: str, *, private: bool | None, token: str | None) 
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
+def fetch_card(repo_id: str, folder: Path, *, token: str | None) -> None:
+    """Puts the repository's README.md into a new folder, so that what its owner wrote there stays; nothing where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with _push_errors(repo_id), suppress(EntryNotFoundError):
+        cached = hf_hub_download(repo_id, CARD, token=token)
+        shutil.copyfile(cached, folder / CARD)
+
+
 def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:
     """Uploads a folder's files as one commit to a repository that exists; returns the commit's address."""
     from huggingface_hub import HfApi
@@ -70,8 +83,14 @@ def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_messa
 @contextmanager
 def _push_errors(repo_id: str) -> Iterator[None]:
     """Turns what the Hub and the way to it refuse into one line."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
+    if constants.is_offline_mode():
+        raise UserError(
+            f"could not push to {repo_id}: HF_HUB_OFFLINE is set; expected a connection to the Hub; unset HF_HUB_OFFLINE and push "
+            "again"
+        )
     try:
         yield
     except (HTTPError, HFValidationError, LocalTokenNotFoundError) as error:  # HTTPError: no connection too

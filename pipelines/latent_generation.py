@@ -7,7 +7,6 @@ up front, so that image i has the same draws at any batch size.
 """
 
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,26 +18,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pipelines.editing import DEFAULT_STRENGTH, Edit, Pictures, check_edit
-from pipelines.hub import create_repository, local_folder, upload_folder
-from pipelines.model_card import pipeline_card
-from stage1_tokenizer.data.image_grids import save_picture
+from pipelines.hub import create_repository, fetch_card, local_folder, upload_folder
+from pipelines.saving import INDEX, PARTS, PipelineParts, load_parts, save_parts
 from stage1_tokenizer.data.image_loader import images_at_once
 from stage1_tokenizer.data.image_processor import to_pil
-from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import UNKNOWN, Known, Prior, randn_per_image
-from stage2_prior.registry import PRIORS
-from training_harness.configuration import from_mapping, nearest
+from training_harness.configuration import nearest
 from training_harness.errors import SpecMismatchError, UserError
-from training_harness.files import whole_folder, write_json, write_text
 from training_harness.processes import accelerated_device
+from training_harness.progress import progress_bar
 
-INDEX = "model_index.json"
-FILES = {INDEX, "tokenizer", "prior", "README.md", "samples.png", "metrics.json"}  # what a pipeline's folder holds
-TOKENIZER_CLASSES = {kind.__name__: kind for kind in TOKENIZERS.values()}
 DEFAULT_BATCH_SIZE = 100
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -172,7 +164,7 @@ class LatentGenerationPipeline:
         starts = range(0, len(labels), size)
         pictures = list[Tensor]()
         steps = self.prior.num_steps(spec, chosen)
-        with tqdm(total=len(starts) * steps, unit="step", **self._progress_bar_config) as bar:
+        with progress_bar(total=len(starts) * steps, desc="sample", unit="step", **self._progress_bar_config) as bar:
 
             def on_step(step: int, codes: Tensor) -> None:
                 bar.update(len(pictures) * steps + step + 1 - bar.n)  # what is known takes no step
@@ -308,26 +300,11 @@ class LatentGenerationPipeline:
     ) -> None:
         """Writes model_index.json, tokenizer/, prior/ and README.md, with metrics and a sample grid in the card if given.
 
-        Raises UserError when the folder holds anything but an earlier pipeline.
+        An earlier pipeline in the folder is replaced, other files stay. In the card, what stands outside our markers stays.
+        Raises UserError when one of these names is taken by something that no pipeline wrote.
         """
-        folder = Path(save_directory)
-        check_place(folder)
-        index = {
-            "_class_name": type(self).__name__,
-            "tokenizer": type(self.tokenizer).__name__,
-            "prior": type(self.prior).__name__,
-            "label_names": list(self.label_names) if self.label_names else None,
-            "sampling": dataclasses.asdict(self.sampling),
-        }
-        with whole_folder(folder) as beside:
-            self.tokenizer.save_pretrained(beside / "tokenizer")
-            self.prior.save_pretrained(beside / "prior")
-            write_json(beside / INDEX, index)
-            if samples is not None:
-                save_picture(samples, beside / "samples.png")
-            if metrics is not None:
-                write_json(beside / "metrics.json", metrics)
-            write_text(beside / "README.md", pipeline_card(self, metrics, samples is not None, repo_id))
+        parts = PipelineParts(self.tokenizer, self.prior, self.label_names, self.sampling)
+        save_parts(Path(save_directory), parts, type(self).__name__, metrics, samples, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -349,28 +326,11 @@ class LatentGenerationPipeline:
             UserError when a file is missing, cut short or does not fit the others.
         """
         folder = local_folder(source, INDEX, "pipeline", revision=revision, token=token, cache_dir=cache_dir)
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            tokenizer_class, prior_class = TOKENIZER_CLASSES[index["tokenizer"]], PRIORS[index["prior"]]
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "
-                "save_pretrained; copy or save the folder again"
-            ) from None
-        for part in ("tokenizer", "prior"):
-            if not (folder / part / "config.json").is_file():  # or transformers would look for it on the Hub
-                raise UserError(
-                    f"{folder / part} holds no config.json; expected a pipeline written by save_pretrained; copy or save "
-                    "the folder again"
-                )
-        tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
-        prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
-        sampling = from_mapping(prior.options_class, index.get("sampling") or {}, "sampling.")
-        pipeline = cls(tokenizer, prior, index.get("label_names"), sampling)
+        pipeline = cls(*load_parts(folder, dtype))
         if device_map is not None:
-            places = device_map if isinstance(device_map, dict) else dict.fromkeys(("tokenizer", "prior"), device_map)
+            places = device_map if isinstance(device_map, dict) else dict.fromkeys(PARTS, device_map)
             for name, place in places.items():
-                if name not in ("tokenizer", "prior"):
+                if name not in PARTS:
                     raise UserError(f"device_map names {name!r}; expected 'tokenizer' or 'prior'")
                 getattr(pipeline, name).to(accelerated_device() if place == "auto" else place)
         return pipeline
@@ -389,21 +349,9 @@ class LatentGenerationPipeline:
         repo_id = create_repository(repo_id, private=private, token=token)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pipeline"
+            fetch_card(repo_id, folder, token=token)
             self.save_pretrained(folder, metrics=metrics, samples=samples, repo_id=repo_id)
             return upload_folder(folder, repo_id, token=token, commit_message=commit_message)
-
-
-def check_place(folder: Path) -> None:
-    """Raises UserError when a folder holds anything but an earlier pipeline, whose place another may take."""
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; expected a new or empty folder, or that of an earlier pipeline")
-    held = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
-    if held and (INDEX not in held or held - FILES):
-        found = ", ".join(sorted(held - FILES or held)[:3])
-        raise UserError(
-            f"{folder} holds {found}; expected a new or empty folder, or an earlier pipeline and nothing else, which "
-            "this one takes the place of; choose another folder"
-        )
 
 
 def matched(labels: Tensor, edit: Edit) -> tuple[Tensor, Edit]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage2_prior.prior import Prior
 from training_harness.pretrained import count_parameters
 
-if TYPE_CHECKING:
-    from pipelines.latent_generation import LatentGenerationPipeline
-
-FIGURES = {
+SHOWN_METRICS = {
     "psnr": ("reconstruction PSNR on held-out images, dB", ".2f"),
     "codes_used": ("codes used", ".0f"),
     "perplexity": ("codebook perplexity", ".0f"),
@@ -21,32 +21,22 @@ FIGURES = {
 
 
 def pipeline_card(
-    pipeline: LatentGenerationPipeline, metrics: dict[str, Any] | None, has_samples: bool, repo_id: str | None
+    tokenizer: Tokenizer,
+    prior: Prior,
+    label_names: Sequence[str] | None,
+    sampling: Any,
+    metrics: Mapping[str, Any] | None,
+    has_samples: bool,
+    repo_id: str | None,
 ) -> str:
-    spec, sampling = pipeline.tokenizer.latent_spec(), pipeline.sampling
-    height, width = pipeline.tokenizer.config.image_processor.content_size
-    example = repr(pipeline.label_names[0]) if pipeline.label_names else "None"
-    ids = f"ids 0 to {pipeline.prior.config.num_classes - 1}" if pipeline.prior.config.num_classes else "none"
-    classes = ", ".join(pipeline.label_names) if pipeline.label_names else ids
-    condition = "class-conditional" if pipeline.prior.config.num_classes else "unconditional"
-    picture = "\n![samples](samples.png)\n" if has_samples else ""
-    figures = [
-        f"| {words} | {metrics[name]:{form}} |"
-        for name, (words, form) in FIGURES.items()
-        if metrics and metrics.get(name) is not None
-    ]
-    measured = ""
-    if metrics and figures:
-        measured = "\n".join(
-            [
-                "\n## Figures\n",
-                f"N = {metrics.get('num_images')}, seed {metrics.get('seed')}, features: {metrics.get('features')}.\n",
-                "| | |\n|---|---|",
-                *figures,
-                "",
-            ]
-        )
-    kinds = [type(part).__name__ for part in (pipeline.tokenizer, pipeline.prior)]
+    """The YAML header and the text of a pipeline's card."""
+    height, width = tokenizer.config.image_processor.content_size
+    example = repr(label_names[0]) if label_names else "None"
+    ids = f"ids 0 to {prior.config.num_classes - 1}" if prior.config.num_classes else "none"
+    classes = ", ".join(" ".join(name.split()) for name in label_names) if label_names else ids
+    condition = "class-conditional" if prior.config.num_classes else "unconditional"
+    image = "\n![samples](samples.png)\n" if has_samples else ""
+    kinds = [type(part).__name__ for part in (tokenizer, prior)]
     return f"""---
 library_name: latentloom
 pipeline_tag: unconditional-image-generation
@@ -55,9 +45,9 @@ tags: [image-generation, {condition}, {kinds[0].lower()}, {kinds[1].removesuffix
 
 # Image generator
 
-Samples images of {height}×{width} pixels: {pipeline.prior.describe(spec)}, and a {kinds[0]}
-({count_parameters(pipeline.tokenizer):,} parameters) turns them into pixels.
-{picture}
+Samples images of {height}×{width} pixels: {prior.describe(tokenizer.latent_spec())}, and a {kinds[0]}
+({count_parameters(tokenizer):,} parameters) turns them into pixels.
+{image}
 ```python
 import torch
 from latentloom import LatentGenerationPipeline
@@ -68,4 +58,17 @@ images[0].save("sample.png")
 ```
 
 Classes: {classes}. Defaults: {", ".join(f"{k} {v}" for k, v in vars(sampling).items())}.
-{measured}"""
+{metrics_table(metrics or {})}"""
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """A section with the metrics of `SHOWN_METRICS` that there are, or nothing."""
+    rows = [
+        f"| {words} | {metrics[name]:{form}} |"
+        for name, (words, form) in SHOWN_METRICS.items()
+        if metrics.get(name) is not None
+    ]
+    if not rows:
+        return ""
+    setting = f"N = {metrics.get('num_images')}, seed {metrics.get('seed')}, features: {metrics.get('features')}."
+    return "\n".join(["\n## Metrics\n", f"{setting}\n", "| | |", "|---|---|", *rows, ""])

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Features, Image, Value
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from training_harness.files import whole_file
+from training_harness.files import atomic_file
 
 SEED = 0
 CLASS_NAMES = [
@@ -83,7 +83,7 @@ def make_split(source: Path, split: str, path: Path) -> int:
         for i in chosen
     ]
     table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)  # the schema carries the features of `datasets`
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         pq.write_table(table, beside, compression="zstd", use_dictionary=False, row_group_size=1000)
     return len(rows)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
-from training_harness.files import whole_folder
+from training_harness.files import atomic_folder
 
 JUDGE_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-classifier"
 SEED = 0
@@ -112,7 +112,7 @@ def save(judge: Judge, accuracy: float, epochs: int, folder: Path) -> None:
         accuracy=accuracy,
         torch_version=torch.__version__.split("+")[0],
     )
-    with whole_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         judge.save_pretrained(beside)
         (beside / "README.md").write_text(readme, encoding="utf-8")
 

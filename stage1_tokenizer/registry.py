@@ -25,6 +25,7 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder, whatever its kind; raises UserError when the folder holds none."""
+    folder = folder.expanduser()
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:

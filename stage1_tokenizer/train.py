@@ -27,7 +27,8 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.files import whole_folder, write_text
+from training_harness.files import files_into
+from training_harness.model_cards import write_card
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.processes import mean_over_processes, share_of
 from training_harness.run import Run
@@ -51,7 +52,7 @@ def train_tokenizer(
         perceptual: a distance between (B, C, H, W) batches in [-1, 1], added with `reconstruction.perceptual`.
         on_validation: called with each step that is validated and −PSNR; what it raises ends the run.
     """
-    run = Run(config)
+    run = Run(config, train.split.fingerprint())
     if run.sharded:
         raise UserError(
             "the processes were launched with FSDP, and a tokenizer trains under DDP: each process holds all of it; launch "
@@ -146,10 +147,10 @@ def train_tokenizer(
             quantizer = config.model.quantizer
             for about, text in health.warnings(found, used, choices, tokenizer.codebook_size, quantizer, share).items():
                 run.warn(step, about, text)
-            run.judge(step, -found)
+            run.record_validation(step, -found)
             if accelerator.is_main_process:
-                preview(ema.model, validation, run.picture(step))
-            run.show_picture(step)
+                preview(ema.model, validation, run.image_path(step))
+            run.log_image(step)
         if run.checkpoint_due(step):
             run.checkpoint(step)
     return export(run, ema.model, train)
@@ -214,8 +215,8 @@ def export(run: Run, tokenizer: Tokenizer, train: Pixels) -> Path:
         measure_latents(tokenizer, train)
         tokenizer.config.tokenizer_id = None
         tokenizer.config.tokenizer_id = tokenizer.compute_id()
-        with whole_folder(folder) as beside:
+        with files_into(folder, last="config.json") as beside:
             tokenizer.save_pretrained(beside)
-            write_text(beside / "README.md", tokenizer_card(tokenizer, run.log_file.path))
+            write_card(folder, beside, tokenizer_card(tokenizer, run.log_file.path))
     run.accelerator.wait_for_everyone()
     return folder

@@ -20,7 +20,7 @@ from training_harness.configuration import to_mapping
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
 
 # Pictures that fall short of the resolution by at most this share are padded to it, not resampled.
 PAD_AT_MOST = 1 / 8

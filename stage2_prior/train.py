@@ -17,7 +17,8 @@ from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import SpecMismatchError
-from training_harness.files import whole_folder, write_text
+from training_harness.files import files_into
+from training_harness.model_cards import write_card
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
 
@@ -53,7 +54,7 @@ def train_prior(
     `on_validation` is called with each step that is validated and its first figure; what it raises ends the run.
     """
     objective = objective_of(config, codes)  # refused before a folder is made
-    run = Run(config)
+    run = Run(config, codes.fingerprint)
     run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
     prior = objective.new_prior()
@@ -90,21 +91,21 @@ def train_prior(
             figures = objective.validation(averaged)
             judged = next(iter(figures.values()))
             run.log_row(step, figures)
-            run.judge(step, judged)
+            run.record_validation(step, judged)
             if not warned and run.best and (text := turned(judged, run.best["value"], int(run.best["step"]))):
                 run.warn(step, "validation", text)
                 warned = True
             if preview is not None:
-                preview(averaged, run.picture(step))
-                run.show_picture(step)
+                preview(averaged, run.image_path(step))
+                run.log_image(step)
         if run.checkpoint_due(step):
             run.checkpoint(step)
 
     folder, averaged = run.folder / "model", ema.collect()
     if accelerator.is_main_process:
-        with whole_folder(folder) as beside:
+        with files_into(folder, last="config.json") as beside:
             averaged.save_pretrained(beside)
-            write_text(beside / "README.md", prior_card(averaged, run.log_file.path))
+            write_card(folder, beside, prior_card(averaged, run.log_file.path))
     accelerator.wait_for_everyone()
     return folder
 

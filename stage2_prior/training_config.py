@@ -22,7 +22,7 @@ from training_harness.configuration import from_mapping
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,7 @@ class StageTwoTraining(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "codes", self.codes.expanduser())
         if self.validation_images < 1:
             raise ConfigError(f"--validation-images is {self.validation_images}; expected a number of at least 1")
 

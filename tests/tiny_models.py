@@ -100,6 +100,9 @@ class PictureList:
     def source_id(self, i: int) -> str:
         return f"{self._prefix}/{i:05d}"
 
+    def sizes(self) -> list[int]:
+        return [len(self.encoded(i)) for i in range(len(self))]
+
     def encoded(self, i: int) -> bytes:
         buffer = io.BytesIO()
         picture = self._images[i].permute(1, 2, 0).numpy()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from training_harness.errors import UserError
-from training_harness.files import sha256_of, whole_folder, write_json
+from training_harness.files import atomic_folder, sha256_of, write_json
 
 STATE, DESCRIPTION = "state.pt", "checkpoint.json"
 
@@ -31,7 +31,7 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
 def write_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None:
     """Raises UserError when there is no room, or the folder may not be written; earlier checkpoints stay."""
     try:
-        with whole_folder(checkpoint_path(run_folder, step)) as folder:
+        with atomic_folder(checkpoint_path(run_folder, step)) as folder:
             torch.save(state, folder / STATE)
             found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
             write_json(folder / DESCRIPTION, found)
@@ -82,12 +82,6 @@ def prune(run_folder: Path, step: int, newest: int, best: int | None) -> None:
     for path in held:
         if path not in kept and step_of(path) != best:
             shutil.rmtree(path)
-
-
-def remove_partial(run_folder: Path) -> None:
-    """Removes what a killed process left half written."""
-    for path in (run_folder / "checkpoints").glob(".step_*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -104,7 +104,7 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise _mismatch(hint, value, where) from None
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return Path(value).expanduser()
     if hint in (None, type(None)):
         if value is not None:
             raise _mismatch(hint, value, where)

@@ -61,6 +61,7 @@ class StrictModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
         """Loads a model folder or Hub repository; raises UserError when a file is missing, cut short or does not fit."""
+        source = Path(source).expanduser() if str(source).startswith("~") else source
         try:
             loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
         except ConfigError as error:

@@ -1,23 +1,29 @@
-"""Whether a configuration may go on in a run folder, begin in it, or must look for another one."""
+"""Whether a configuration may continue the run in a folder, begin one there, or must look for another folder.
+
+A run is known by its configuration and by the fingerprint of what it is trained on, not by paths: a run, its images and its codes
+may be moved, renamed or named in another way.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from training_harness.checkpoints import checkpoint_path, newest_step
+from training_harness.checkpoints import newest_step
 from training_harness.configuration import differences, read_yaml, to_mapping
 from training_harness.errors import UserError
-from training_harness.files import up_to_date
-from training_harness.run import RunConfig
+from training_harness.files import holds_files
+from training_harness.run_config import RunConfig
+from training_harness.run_facts import finished_step, run_facts
 
 # What may differ between a run folder and the command that goes on with it.
 CHANGEABLE = (
     *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
     *("compile", "gradient_checkpointing", "report_to", "ema.device"),
 )
+PLACES = ("data", "codes")  # fields that name what a run is trained on
 
 
 def held_configuration(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder was begun with; none where no run is, whatever else may be there."""
+    """The configuration that the run in a folder was begun with; none where there is no run, whatever else may be there."""
     try:
         held = read_yaml(folder / "config.yaml")
     except (UserError, OSError):
@@ -25,41 +31,68 @@ def held_configuration(folder: Path) -> dict[str, Any] | None:
     return held if {"output", "max_steps", "batch_size", "seed"} <= held.keys() else None
 
 
-def check_folder(config: RunConfig, kind: str) -> int | None:
-    """Whether `config` may write to its folder: refuses one that holds another configuration.
+def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | None:
+    """Refuses a folder that `config` may not write to.
 
-    Returns the steps of the run that is there, when it is finished and `config` asks for no more; else None.
-    Refuses fewer steps than an unfinished run has done.
+    Args:
+        trained_on: fingerprint of the images or codes.
+    Returns:
+        The steps of the run that is there, when it is finished and `config` asks for no more; else none.
+    Raises:
+        UserError when the folder holds something else, a run with another configuration or other images, or an unfinished run
+        that has done more steps than `config` asks for.
     """
-    held = held_configuration(config.output)
+    folder = config.output
+    held = held_configuration(folder)
     if held is None:
-        if config.output.exists() and any(config.output.iterdir()):
+        if holds_files(folder):
             raise UserError(
-                f"{config.output} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
+                f"{folder} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
             )
         return None
-    if not (newest_step(config.output) or (config.output / "model").exists()):
+    if not (newest_step(folder) or (folder / "model").exists()):
         return None  # nothing was saved that another configuration could not go on with
-    wanted = to_mapping(config)
-    differing = [
-        f"{name} is {old!r} there and {new!r} here"
-        for name, (old, new) in differences(held, wanted).items()
-        if name not in CHANGEABLE
-    ]
-    if differing:
+    different = {
+        name: values for name, values in differences(held, to_mapping(config)).items() if name not in CHANGEABLE
+    }
+    for name in PLACES:
+        if name in different and _same_place(folder, *different[name], trained_on):
+            del different[name]
+    if different:
+        listed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in different.items()]
         raise UserError(
-            f"{config.output} holds a run with another configuration ({'; '.join(differing[:4])}); "
+            f"{folder} holds a run with another configuration ({'; '.join(listed[:4])}); "
             "expected the same; give the same values to go on with it, or choose another --output"
         )
+    stored = run_facts(folder).get("trained_on")
+    if stored and trained_on and stored != trained_on:
+        what = (
+            "codes: of another tokenizer or other images"
+            if kind == "prior"
+            else "images: some were added, removed or changed"
+        )
+        raise UserError(f"{folder} holds a run on other {what}; expected the same; choose another --output")
     if config.resume != "latest":
         return None
-    done = newest_step(config.output)
-    checkpoint = checkpoint_path(config.output, done) / "state.pt"
-    if done >= config.max_steps and up_to_date(config.output / "model" / "config.json", made_from=checkpoint):
-        return done  # a model older than its checkpoint is that of the run before it was extended
+    done = newest_step(folder)
+    if done >= config.max_steps and finished_step(folder) == done:
+        return done
     if done > config.max_steps:
         raise UserError(
-            f"{config.output} holds an unfinished run that has done {done} steps and --max-steps is {config.max_steps}; "
+            f"{folder} holds an unfinished run that has done {done} steps and --max-steps is {config.max_steps}; "
             f"expected at least {done}, to finish it"
         )
     return None
+
+
+def _same_place(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
+    """Whether two paths name the same images or codes: by the fingerprint, or for runs without one by where they lead.
+
+    A run of an earlier version has none. Its codes are compared by their tokenizer's id when the checkpoint is loaded.
+    """
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    if stored := run_facts(folder).get("trained_on"):
+        return stored == trained_on
+    there, here = (Path(path).expanduser() for path in (old, new))
+    return there.resolve() == here.resolve() or (not there.exists() and there.name == here.name)

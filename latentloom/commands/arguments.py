@@ -1,8 +1,10 @@
 """Command-line arguments from typed dataclasses, with every mistake as one line."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,18 @@ def parse(cls: type[Arguments], verb: str, arguments: Sequence[str], default: Ar
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
         raise UserError(f"{_unknown(unknown[0], _options(cls, default))}; see latentloom {verb} --help")
-    return parsed
+    return _with_home(parsed)
+
+
+def _with_home(value: Any) -> Any:
+    """The parsed options with `~` expanded in every path: a shell does it in `--output ~/runs`, and not in `--output=~/runs`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            object.__setattr__(value, field.name, _with_home(getattr(value, field.name)))
+        return value
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _options(cls: type, default: object) -> list[str]:

@@ -7,7 +7,8 @@ from PIL import Image
 
 from latentloom.commands.arguments import parse
 from pipelines.hub import local_folder
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline
+from pipelines.latent_generation import LatentGenerationPipeline
+from pipelines.saving import INDEX
 from training_harness.errors import UserError
 from training_harness.processes import is_main_process, main_process_first, print_once
 

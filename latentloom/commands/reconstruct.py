@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from latentloom.checks import check_count, check_output
 from latentloom.commands.arguments import parse
@@ -13,7 +12,9 @@ from pipelines.evaluation.report import BATCH, reconstruct
 from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import psnr
+from training_harness.output_lock import output_lock
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
+from training_harness.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,12 @@ def main(words: list[str]) -> None:
 
 
 def rebuild(a: Arguments) -> None:
-    check_output(a.output, a.overwrite)
+    with output_lock(a.output):
+        check_output(a.output, a.overwrite)
+        write_reconstructions(a)
+
+
+def write_reconstructions(a: Arguments) -> None:
     tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
     split = load_source(a.data).held_out
@@ -47,7 +53,10 @@ def rebuild(a: Arguments) -> None:
     pixels.report_skipped()
     images = torch.cat([batch for _, batch in pixels.batches(BATCH)])
     rebuilt = torch.cat(
-        [reconstruct(tokenizer, batch)[0] for batch in tqdm(images.split(BATCH), desc="reconstruct", disable=None)]
+        [
+            reconstruct(tokenizer, batch)[0]
+            for batch in progress_bar(iterable=images.split(BATCH), desc="reconstruct", unit="batch")
+        ]
     )
     save_images(rebuilt, [a.output / f"{i:05d}.png" for i in range(len(rebuilt))])
     save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")

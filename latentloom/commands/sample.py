@@ -17,6 +17,7 @@ from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
 from training_harness.errors import UserError
+from training_harness.output_lock import output_lock
 from training_harness.processes import accelerated_device, is_main_process, print_once
 
 STEP_ROWS, STEP_COLUMNS = 8, 10
@@ -62,7 +63,12 @@ class Arguments(SamplingArguments):
 
 def main(words: list[str]) -> None:
     a = parse(Arguments, "sample", words)
-    check_output(a.output, a.overwrite)
+    with output_lock(a.output):
+        check_output(a.output, a.overwrite)
+        write_samples(a)
+
+
+def write_samples(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
     every_class = range(pipeline.prior.config.num_classes)
     by_default = [] if pipeline.prior.restores else list(every_class)  # what is to be restored has a class of its own

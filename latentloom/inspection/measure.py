@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from latentloom.inspection.latents import LatentStatistics, LatentSums
 from pipelines.evaluation.report import reconstruct
@@ -20,6 +19,7 @@ from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.metrics import psnr, ssim
 from stage1_tokenizer.tokenizer import Tokenizer
+from training_harness.progress import progress_bar
 
 BATCH = 50
 DRAWN, EXTREMES = 3, 3  # examples at random, and of the worst and of the best
@@ -71,7 +71,7 @@ def inspect(tokenizer: Tokenizer, images: Pixels, seed: int = 0) -> Inspection:
     small = min(tokenizer.config.image_processor.content_size) < SSIM_WINDOW
     sums = LatentSums(isinstance(tokenizer, AutoencoderKL)) if tokenizer.codebook_size is None else None
     likeness, structure, codes, kept = list[Tensor](), list[Tensor](), list[Tensor](), list[Example]()
-    with tqdm(total=len(images), desc="inspect", unit="image", disable=None) as bar:
+    with progress_bar(total=len(images), desc="inspect", unit="image") as bar:
         for positions, originals in images.batches(BATCH):
             rebuilt, indices = reconstruct(tokenizer, originals)
             likeness.append(psnr(rebuilt, originals))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pipelines.evaluation.likelihood import nearest_grids, surprise
 from pipelines.evaluation.report import balanced_labels
@@ -18,6 +17,7 @@ from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
+from training_harness.progress import progress_bar
 
 BATCH = 50
 SHOWN = 3  # of the most surprising images, of the least, and at random
@@ -80,7 +80,7 @@ def inspect_prior(
             pipeline.sampling,
             generators[i * BATCH :][: len(of)],
         )
-        for i, of in enumerate(tqdm(chosen.split(BATCH), desc="samples", unit="batch", disable=None))
+        for i, of in enumerate(progress_bar(iterable=chosen.split(BATCH), desc="samples", unit="batch"))
     ]
     samples = torch.cat(drawn).cpu()
     both = torch.cat([samples, codes])
@@ -100,7 +100,7 @@ def inspect_prior(
 @torch.inference_mode()
 def encoded(tokenizer: Tokenizer, images: Pixels, describe: str) -> Iterator[Tensor]:
     """Codes of all images, batch after batch, on the CPU."""
-    with tqdm(total=len(images), desc=describe, unit="image", disable=None) as bar:
+    with progress_bar(total=len(images), desc=describe, unit="image") as bar:
         for positions, batch in images.batches(BATCH):
             pixel_values = tokenizer.config.image_processor.preprocess(batch.to(tokenizer.device))
             yield tokenizer.encode_indices(pixel_values).cpu()

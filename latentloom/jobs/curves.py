@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_harness.files import whole_file
+from training_harness.files import atomic_file
 from training_harness.metric_log import read_metrics
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None,
     prior.set(title="Prior: nats a token" if of_tokens else "Prior: squared error of the prediction", xlabel="step")
     prior.legend()
 
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         figure.savefig(beside, format="png", dpi=100)
     pyplot.close(figure)
 

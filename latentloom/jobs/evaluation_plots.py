@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from training_harness.files import whole_file
+from training_harness.files import atomic_file
 
 FIGURES = {
     "frechet": "Fréchet distance",
@@ -41,7 +41,7 @@ def draw_by_class(figures: dict[str, Any], path: Path) -> bool:
     axes[0][0].invert_yaxis()  # shared by all: the first class on top
     handles, labels = axes[0][0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         picture.savefig(beside, format="png", dpi=100)
     pyplot.close(picture)
     return True

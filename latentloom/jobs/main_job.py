@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from pipelines.evaluation.report import (
     sampled_batches,
 )
 from pipelines.evaluation.restoration import Restorations
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline, check_place
-from stage1_tokenizer.codes.manifest import Contents
+from pipelines.latent_generation import LatentGenerationPipeline
+from pipelines.saving import INDEX, check_place
+from stage1_tokenizer.codes.manifest import Contents, codes_fingerprint, stored_manifest
 from stage1_tokenizer.data.image_grids import before_and_after, save_picture
 from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.registry import new_tokenizer
@@ -40,7 +42,8 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.checkpoints import newest_step
 from training_harness.errors import UserError
-from training_harness.files import write_json
+from training_harness.files import holds_files, write_json
+from training_harness.output_lock import output_lock
 from training_harness.processes import (
     accelerated_device,
     is_main_process,
@@ -48,7 +51,7 @@ from training_harness.processes import (
     print_once,
     wait_for_everyone,
 )
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
 from training_harness.run_folder import check_folder
 
 # Shares of --minutes; the rest goes to reading, tokenizing, sampling and evaluating.
@@ -86,10 +89,21 @@ def run_main_job(
 
     The tokenizer and the prior write to `output`/tokenizer and `output`/prior. A finished job is left as it is.
     """
+    with output_lock(output):
+        return _run_main_job(output, inputs, prior, minutes, num_images)
+
+
+def _run_main_job(
+    output: Path,
+    inputs: TokenizerInputs,
+    prior: PriorTraining,
+    minutes: float | None,
+    num_images: int,
+) -> dict[str, Any]:
     tokenizer, source = inputs.config, inputs.source
-    if output.exists() and any(output.iterdir()) and not (output / "tokenizer").exists():
+    if holds_files(output) and not (output / "tokenizer").exists():
         raise UserError(f"{output} is not empty and holds no run of this command; choose another --output")
-    if (held := finished_metrics(output, tokenizer, prior, minutes)) is not None:
+    if (held := finished_metrics(output, inputs, prior, minutes)) is not None:
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
         print_once(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
@@ -103,7 +117,7 @@ def run_main_job(
         phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_a_step(tokenizer)
     with timed(phases, "tokenize") as phase:
         with main_process_first():
-            remove_codes_of_another(tokenizer.output, prior)
+            set_aside_earlier_prior(tokenizer.output, prior)
         contents: Contents = "latents" if isinstance(prior, DiffusionTraining) else "indices"
         degradation = prior.degradation if isinstance(prior, DiffusionTraining) else "none"
         run_tokenize(tokenizer.output, source, prior.codes, contents, degradation=degradation, images=inputs.images)
@@ -134,13 +148,18 @@ def run_main_job(
 
 
 def finished_metrics(
-    output: Path, tokenizer: TokenizerTraining, prior: PriorTraining, minutes: float | None
+    output: Path, inputs: TokenizerInputs, prior: PriorTraining, minutes: float | None
 ) -> dict[str, Any] | None:
-    """The figures of a job that has nothing left to do; raises UserError when it was given another configuration."""
+    """The metrics of a job that has nothing left to do; raises UserError when it was given another configuration."""
+    tokenizer = inputs.config
     if minutes is not None:  # has set the steps when the job began
         tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer.output) or tokenizer.max_steps)
         prior = replace(prior, max_steps=held_steps(prior.output) or prior.max_steps)
-    done = {"tokenizer": check_folder(tokenizer, "tokenizer"), "prior": check_folder(prior, "prior")}
+    manifest = stored_manifest(prior.codes)
+    done = {
+        "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),
+        "prior": check_folder(prior, "prior", codes_fingerprint(manifest) if manifest else ""),
+    }
     path = output / "metrics.json"
     if not path.exists() or not (output / "pipeline" / INDEX).exists():
         return None
@@ -148,21 +167,26 @@ def finished_metrics(
     return held if held["steps"] == done else None
 
 
-def remove_codes_of_another(tokenizer_run: Path, prior: PriorTraining) -> None:
-    """Removes this job's codes, and the prior trained on them, when its tokenizer has been trained further since."""
-    manifest = prior.codes / "manifest.json"
-    if not manifest.exists():
+def set_aside_earlier_prior(tokenizer_run: Path, prior: PriorTraining) -> None:
+    """Makes room for a prior on new codes when the tokenizer of this job was trained further.
+
+    The codes are removed, since they are written again. The trained prior is moved aside: its pipeline still works.
+    """
+    manifest = stored_manifest(prior.codes)
+    if not manifest or manifest["spec"]["tokenizer_id"] == load_tokenizer(tokenizer_run)[0].config.tokenizer_id:
         return
-    written_by = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["tokenizer_id"]
-    if written_by == load_tokenizer(tokenizer_run)[0].config.tokenizer_id:
-        return
-    print_once("the tokenizer has been trained further: its codes are written anew, and the prior starts again on them")
-    for folder in (prior.output, prior.codes):  # the prior first: none is left beside codes that are not its own
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            shutil.rmtree(old)
+    print_once("the tokenizer was trained further: its codes are written again, and the prior starts again on them")
+    if holds_files(prior.output):  # first: no prior is left beside codes that are not its own
+        aside = unused_path(prior.output.with_name(f"{prior.output.name}-{newest_step(prior.output)}-steps"))
+        prior.output.rename(aside)
+        print_once(f"the prior that was trained before is kept in {aside}")
+    shutil.rmtree(prior.codes)
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or where it is taken `path-2`, `path-3` and so on."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def images_a_step(config: RunConfig) -> int:

@@ -17,7 +17,8 @@ from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
-from pipelines.latent_generation import INDEX, LatentGenerationPipeline, to_uint8
+from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
+from pipelines.saving import INDEX
 from stage1_tokenizer.codes.manifest import Contents, View, stored_manifest
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
@@ -36,9 +37,17 @@ from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.checkpoints import newest_step
-from training_harness.files import up_to_date
-from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
-from training_harness.run import RunConfig
+from training_harness.files import remove_incomplete
+from training_harness.output_lock import output_lock
+from training_harness.processes import (
+    accelerated_device,
+    is_main_process,
+    main_process_first,
+    print_once,
+    wait_for_everyone,
+)
+from training_harness.run_config import RunConfig
+from training_harness.run_facts import mark_finished
 from training_harness.run_folder import check_folder, held_configuration
 
 Training = TypeVar("Training", bound=RunConfig)
@@ -52,7 +61,7 @@ def load_source(data: str) -> ImageSource:
 
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, Path]:
     """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
-    nested = Path(path) / "tokenizer"
+    nested = Path(path).expanduser() / "tokenizer"
     folder = local_folder(nested if nested.is_dir() else path, "config.json", "tokenizer")
     return saved_tokenizer(folder), folder
 
@@ -68,18 +77,23 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     if minutes is not None and config.model.learns:
         config = bounded(config, minutes, rehearse)
     folder = config.output / "model"
-    if (done := check_folder(config, "tokenizer")) is not None:
-        print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
-    else:
+    samples_alone = config.model.prior == "standard_normal"
+    with output_lock(config.output):
+        done = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
+        if done is not None and (not samples_alone or (config.output / "pipeline" / INDEX).exists()):
+            print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+            return folder
         perceptual = perceptual_loss(config.perceptual)
         perceptual = perceptual and perceptual.to(accelerated_device())
         with advice_when_memory_runs_out(config, rehearse):
             train, validation = inputs.images.train, inputs.images.validation
             train.report_skipped()
             train_tokenizer(config, model, train, validation, perceptual)
-    whole = up_to_date(config.output / "pipeline" / INDEX, made_from=folder / "config.json")
-    if config.model.prior == "standard_normal" and is_main_process() and not whole:
-        save_generator(folder, config)
+        if is_main_process():
+            if samples_alone:
+                save_generator(folder, config)
+            mark_finished(config.output)
+        wait_for_everyone()
     return folder
 
 
@@ -110,17 +124,19 @@ def run_tokenize(
         model, folder = load_tokenizer(tokenizer)
         model.to(accelerated_device())
         any_prior = model.codebook_size is not None and degradation == "none"
-        return write_code_cache(
-            model,
-            folder,
-            source,
-            output,
-            contents=contents or stored_manifest(output).get("contents") or ("both" if any_prior else "latents"),
-            views=views,
-            degradation=degradation,
-            batch_size=batch_size,
-            images=images,
-        )
+        with output_lock(output):
+            remove_incomplete(output)
+            return write_code_cache(
+                model,
+                folder,
+                source,
+                output,
+                contents=contents or stored_manifest(output).get("contents") or ("both" if any_prior else "latents"),
+                views=views,
+                degradation=degradation,
+                batch_size=batch_size,
+                images=images,
+            )
 
 
 def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
@@ -135,10 +151,17 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     if minutes is not None:
         config = bounded(config, minutes, rehearse)
     folder = config.output / "pipeline"
-    whole = up_to_date(folder / INDEX, made_from=config.output / "model" / "config.json")
-    if (done := check_folder(config, "prior")) is not None and whole:
-        print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
-        return folder
+    with output_lock(config.output):
+        if (done := check_folder(config, "prior", codes.fingerprint)) is not None and (folder / INDEX).exists():
+            print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
+            return folder
+        train_and_save_pipeline(config, codes, folder, rehearse)
+    return folder
+
+
+def train_and_save_pipeline(
+    config: PriorTraining, codes: CodeCache, folder: Path, rehearse: Callable[[PriorTraining], Rehearsal]
+) -> None:
     tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
     def preview(prior: Prior, path: Path) -> None:
@@ -158,7 +181,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     with main_process_first():
         if is_main_process():
             pipeline.save_pretrained(folder, samples=samples)
-    return folder
+            mark_finished(config.output)
 
 
 def sheet_of(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) -> PIL.Image.Image:

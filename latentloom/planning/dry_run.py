@@ -6,7 +6,7 @@ from typing import Any
 from latentloom.planning.memory_estimate import Footprint, Rehearse, footprint, gibibytes, measured_seconds, remedies
 from latentloom.planning.step_timing import MEASURED
 from training_harness.processes import accelerated_device, number_of_processes
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
 
 UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (0.0, "MFLOP"))
 

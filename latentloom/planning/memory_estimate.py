@@ -22,7 +22,7 @@ from latentloom.planning.step_timing import Rehearsal
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 from training_harness.processes import accelerated_device
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
 
 Rehearse = Callable[[Any], Rehearsal]
 """Builds the rehearsal of a configuration."""

@@ -23,7 +23,8 @@ from training_harness.ema import EMAConfig
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 from training_harness.processes import accelerated_device
-from training_harness.run import RunConfig
+from training_harness.run_config import RunConfig
+from training_harness.run_folder import held_configuration
 
 Training = TypeVar("Training", bound=TokenizerTraining | PriorTraining)
 STEPS = 300
@@ -64,7 +65,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 def _short(config: Training, ema: EMAConfig) -> Training:
     folder = config.output.absolute()
     folder = folder.with_name(f"{folder.name}-overfit-batch")
-    if (folder / "config.yaml").exists():  # of an earlier check
+    if held_configuration(folder) is not None:  # of an earlier check
         shutil.rmtree(folder)
     steps = min(config.max_steps, STEPS)
     every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}

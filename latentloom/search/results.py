@@ -11,7 +11,7 @@ import yaml
 
 from latentloom.search.space import Space, Training
 from training_harness.configuration import to_mapping
-from training_harness.files import whole_file, write_text
+from training_harness.files import atomic_file, write_text
 
 BEST_SHOWN = 5
 PLACES = ("output", "codes", "data")  # of one run, no part of a recipe
@@ -87,7 +87,7 @@ def table(results: Sequence[TrialResult], metric: Metric) -> str:
 
 def write_trials(path: Path, results: Sequence[TrialResult], metric: Metric, space: Space) -> None:
     """`trials.csv`: a row for each trial."""
-    with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["trial", "outcome", metric.name, "steps", "seconds", *(p.field for p in space), "reason"])
         for r in results:

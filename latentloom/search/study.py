@@ -18,7 +18,7 @@ from latentloom.search.results import Metric, TrialResult
 from latentloom.search.space import Space, Training, own_values, with_values
 from training_harness.configuration import differences, read_yaml, to_mapping
 from training_harness.errors import UserError
-from training_harness.files import write_text
+from training_harness.files import holds_files, write_text
 
 if TYPE_CHECKING:
     import optuna
@@ -80,7 +80,7 @@ def holds_this_search(plan: Plan) -> bool:
     """Whether the folder holds a search to go on with; raises UserError when it holds anything else."""
     path = plan.folder / "search.yaml"
     if not path.exists():
-        if plan.folder.exists() and any(plan.folder.iterdir()):
+        if holds_files(plan.folder):
             raise UserError(
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )

@@ -38,6 +38,7 @@ from stage2_prior.train import objective_of, train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
+from training_harness.output_lock import output_lock
 from training_harness.processes import accelerated_device, number_of_processes, print_once
 from training_harness.signals import Interrupted
 
@@ -67,6 +68,11 @@ def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
         raise UserError(
             "a search trains in one process and was launched in several; expected one; leave out accelerate launch"
         )
+    with output_lock(plan.folder):
+        return _run_trials(plan, prepare)
+
+
+def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
     done = results_of(open_study(plan), plan) if holds_this_search(plan) else []
     if len(done) >= plan.trials:
         print_once(f"{plan.folder} has finished its {len(done)} trials; give a larger --trials to go on")

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipelines.evaluation.frechet import Gaussian, gaussian_of_moments
 from stage1_tokenizer.data.image_processor import as_rgb
 from training_harness.errors import UserError
-from training_harness.files import whole_file
+from training_harness.files import atomic_file
 
 IMAGES = "arr_0.npy"
 UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -106,7 +106,7 @@ def written(path: Path, batches: Iterable[Tensor], count: int) -> Iterator[Tenso
     """
     seen = 0
     with (
-        whole_file(path) as beside,
+        atomic_file(path) as beside,
         zipfile.ZipFile(beside, "w") as archive,
         archive.open(IMAGES, "w", force_zip64=True) as member,
     ):

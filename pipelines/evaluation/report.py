@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pipelines.across_processes import sample_across_processes
 from pipelines.evaluation.feature_files import FeatureFile, drawn_positions, read_features, slices, write_features
@@ -37,8 +36,9 @@ from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
-from training_harness.files import whole_folder
+from training_harness.files import atomic_folder
 from training_harness.processes import number_of_processes
+from training_harness.progress import progress_bar
 
 BATCH = 250
 FEWEST = DENSITY_NEIGHBOURS + 1  # images on a side, for all figures to exist
@@ -103,7 +103,7 @@ class Evaluator:
         kept = self.cache if self.extractor.weights else Path(self._passing.name)
         folder = kept / f"{self.extractor.name}-{self.extractor.weights}-{found}"
         if not folder.exists():
-            with whole_folder(folder) as beside:
+            with atomic_folder(folder) as beside:
                 self._write(beside, (batch for _, batch in images.batches(BATCH)), len(images), describe)
         labels = images.labels()
         chosen = torch.tensor([-1] * len(positions) if labels is None else [labels[i] for i in positions])
@@ -119,7 +119,7 @@ class Evaluator:
         return Measured(files, labels)
 
     def _write(self, folder: Path, batches: Iterable[Tensor], count: int, describe: str) -> dict[str, FeatureFile]:
-        with tqdm(total=count, desc=describe, unit="image", disable=None) as bar:
+        with progress_bar(total=count, desc=describe, unit="image") as bar:
 
             def extracted() -> Iterator[ImageFeatures]:
                 for batch in batches:

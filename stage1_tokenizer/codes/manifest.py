@@ -11,6 +11,7 @@ images also needs the latents of each degraded view, in the column `degraded` (`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from training_harness.files import write_json
 
 View = Literal["original", "flip"]
 Contents = Literal["indices", "latents", "both"]
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SKIPPED, TOKENIZER = "manifest.json", "skipped.jsonl", "tokenizer"
 
 
@@ -39,6 +40,8 @@ class CodeRequest:
     """Images of each split."""
     fingerprint: dict[str, str]
     """Hash of each split's images (`ImageSplit.fingerprint`)."""
+    fingerprint_of_ids: dict[str, str]
+    """The same as caches of format 1 hold it; compared with those, and not stored."""
     contents: Contents
     views: tuple[View, ...]
     degradation: Degradation
@@ -59,6 +62,7 @@ class CodeRequest:
             source=source.name,
             images={name: len(split) for name, split in splits.items()},
             fingerprint={name: split.fingerprint() for name, split in splits.items()},
+            fingerprint_of_ids={name: split.fingerprint_of_ids() for name, split in splits.items()},
             contents=contents,
             views=views,
             degradation=degradation,
@@ -80,8 +84,12 @@ class CodeRequest:
         }
 
     def differences(self, manifest: Mapping[str, Any]) -> list[str]:
-        """Names of the fields in which a stored manifest answers another request."""
-        return [name for name, value in self.to_dict().items() if manifest.get(name) != value]
+        """Names of the fields in which a stored manifest answers another request. The name of the source does not matter."""
+        wanted = self.to_dict()
+        del wanted["format"], wanted["source"]
+        if manifest.get("format") == 1:
+            wanted["fingerprint"] = self.fingerprint_of_ids
+        return [name for name, value in wanted.items() if manifest.get(name) != value]
 
 
 def stored_manifest(folder: Path) -> dict[str, Any]:
@@ -104,6 +112,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "tokenize --tokenizer … --data … --output …"
         ) from None
     return manifest
+
+
+def codes_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """A hash of what a prior is trained on: 16 hexadecimal digits, wherever the cache lies and whatever else it holds."""
+    known = {
+        name: manifest.get(name) for name in ("spec", "images", "fingerprint", "views", "degradation", "label_names")
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, request: CodeRequest, splits: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.codes.manifest import TOKENIZER, read_manifest
+from stage1_tokenizer.codes.manifest import TOKENIZER, codes_fingerprint, read_manifest
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
@@ -86,7 +86,7 @@ class CodeCache:
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError when the folder is no code cache, or a shard is missing or cut short."""
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         self.spec = LatentSpec.from_dict(self.manifest["spec"])
         train, validation = (self.manifest["splits"][name]["shards"] for name in ("train", "validation"))
@@ -95,6 +95,11 @@ class CodeCache:
         self.label_names: tuple[str, ...] | None = tuple(names) if names else None
         self.train = CodeSplit(self.path, train, self.spec)
         self.validation = CodeSplit(self.path, validation, self.spec)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the cache holds, by which runs know it wherever it lies."""
+        return codes_fingerprint(self.manifest)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from stage1_tokenizer.codes.manifest import (
+    MANIFEST,
     SKIPPED,
     TOKENIZER,
     CodeRequest,
@@ -24,7 +24,8 @@ from stage1_tokenizer.data.image_loader import LoadedSource, Pixels, images_at_o
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
-from training_harness.files import sha256_of, whole_folder
+from training_harness.files import files_into, holds_files, sha256_of
+from training_harness.progress import progress_bar
 
 SHARD_IMAGES = 100_000
 
@@ -41,7 +42,7 @@ def write_code_cache(
     batch_size: int | None = None,
     images: LoadedSource | None = None,
 ) -> Path:
-    """Encodes train and validation images of `source` into `output`, which appears whole or not at all.
+    """Encodes train and validation images of `source` into `output`, whose manifest is written last.
 
     Args:
         tokenizer_folder: the model folder that `tokenizer` was loaded from; it is copied into the cache.
@@ -53,6 +54,7 @@ def write_code_cache(
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
+    output = output.expanduser()
     spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
@@ -65,9 +67,9 @@ def write_code_cache(
             )
         print(f"{output} holds these codes already")
         return output
-    if output.exists() and any(output.iterdir()):
+    if holds_files(output):
         raise UserError(f"{output} is not empty and holds no code cache; choose another --output")
-    with whole_folder(output) as folder:
+    with files_into(output, last=MANIFEST) as folder:
         shutil.copytree(tokenizer_folder, folder / TOKENIZER)
         splits, skipped = {}, []
         images = images or LoadedSource(source, tokenizer.config.image_processor)
@@ -101,7 +103,7 @@ def _encoded(
     processor, spec = tokenizer.config.image_processor, tokenizer.latent_spec()
     labels, ids = pixels.labels(), pixels.source_ids()
     dtype = np.uint16 if (spec.codebook_size or 0) <= 2**16 else np.int32
-    with tqdm(total=len(pixels) * len(views), desc=f"tokenize {name}", unit="image", disable=None) as bar:
+    with progress_bar(total=len(pixels) * len(views), desc=f"tokenize {name}", unit="image") as bar:
         for positions, images in pixels.batches(batch_size):
             for view in views:
                 shown = images.flip(-1) if view == "flip" else images

@@ -32,6 +32,16 @@ class FileStore:
     def encoded(self, i: int) -> bytes:
         return (self.root / self.paths[i]).read_bytes()
 
+    def sizes(self) -> list[int]:
+        return [_size_of(self.root / path) for path in self.paths]
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing: reading it fails too, and says so
+        return 0
+
 
 @cache
 def image_endings() -> frozenset[str]:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import to_pil
-from training_harness.files import whole_file
+from training_harness.files import atomic_file
 
 GAP = 2
 
@@ -53,10 +53,10 @@ def save_images(images: Tensor, paths: Iterable[Path]) -> None:
     for pixels, picture, path in zip(images, to_pil(images), paths, strict=True):
         save_picture(picture, path)
         if len(pixels) > 4:
-            with whole_file(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
+            with atomic_file(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
                 np.save(file, pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         picture.save(beside, format="PNG")

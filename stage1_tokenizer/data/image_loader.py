@@ -14,12 +14,12 @@ from itertools import count
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
+from training_harness.progress import progress_bar
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded pictures kept
 PIXELS_AT_ONCE, MOST_AT_ONCE = 1 << 20, 250  # that a network is given where nothing is learnt
@@ -99,8 +99,8 @@ class Pixels:
                 ahead.append(pool.submit(self.__getitem__, order.batch(number)))
 
     def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
-        quiet = None if describe and len(positions) > 2000 else True
-        bar = tqdm(desc=describe, total=len(positions), unit="image", disable=quiet)
+        quiet = not describe or len(positions) <= 2000
+        bar = progress_bar(desc=describe, total=len(positions), unit="image", disable=quiet)
         begin = time.perf_counter()
         with bar, ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
             for read in map(self._try_read, positions[:TRIAL]):

@@ -40,6 +40,14 @@ class RowStore:
             raise ValueError("the row holds no picture")
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
+    def sizes(self) -> list[int]:
+        import pyarrow.compute as pc
+
+        (name,) = self.pictures.column_names
+        column = self.pictures.with_format("arrow")[:][name]
+        lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+        return [length or 0 for length in lengths]
+
 
 def parquet_splits(root: Path, paths: list[str]) -> dict[str, list[str]]:
     """Split → files, by how a file's name begins; the other files are the train split where no file is named so."""

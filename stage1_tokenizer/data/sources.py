@@ -63,6 +63,7 @@ class ImageSplit:
         self._store = store
         self._labels = labels
         self._positions = range(len(store)) if positions is None else positions
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -111,12 +112,25 @@ class ImageSplit:
         return ImageSplit(self._store, labels, [self._positions[i] for i in indices])
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, of all ids and of the files of at most 32 pictures, evenly spaced."""
+        """Hash of all ids, the sizes of all files, and the bytes of at most 32 images, evenly spaced: 16 hexadecimal digits."""
+        if self._fingerprint is None:
+            sizes, digest = self._store.sizes(), hashlib.sha256()
+            for i, position in enumerate(self._positions):
+                digest.update(f"{self.source_id(i)}\0{sizes[position]}\0".encode())
+            self._update_with_files(digest)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def fingerprint_of_ids(self) -> str:
+        """The fingerprint that code caches of format 1 hold, without the sizes."""
         digest = hashlib.sha256("\0".join(map(self.source_id, range(len(self)))).encode())
+        self._update_with_files(digest)
+        return digest.hexdigest()[:16]
+
+    def _update_with_files(self, digest: hashlib._Hash) -> None:
         for i in range(0, len(self), -(-len(self) // FINGERPRINTED) or 1):
             with suppress(UnreadableImage), self._as_unreadable(i):
                 digest.update(self._store.encoded(self._positions[i]))
-        return digest.hexdigest()[:16]
 
     def relabelled(self, ids: Sequence[int]) -> ImageSplit:
         """The same pictures, those of label i now of label `ids[i]`; −1 stays."""

@@ -424,7 +424,7 @@ def test_a_prior_does_not_go_on_with_the_codes_of_another_tokenizer(
     capsys.readouterr()
     before = digests(place / "new" / "model")
     assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
-    assert "job/codes holds codes of the tokenizer" in capsys.readouterr().err
+    assert "holds a run on other codes: of another tokenizer or other images" in capsys.readouterr().err
     assert digests(place / "new" / "model") == before
 
 

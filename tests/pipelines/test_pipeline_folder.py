@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import CHECKOUT
 from PIL import Image
+from small_parts import one_line
 from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage2_prior.autoregressive.sampling import SamplingOptions
+from training_harness import files
 from training_harness.errors import UserError
+
+FIXTURES = CHECKOUT / "tests" / "fixtures" / "53679bd"
 
 PARTS = [
     "model_index.json",
@@ -194,16 +199,72 @@ def test_saving_over_an_earlier_pipeline_takes_its_place(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["pipeline"]
 
 
-def test_a_folder_that_holds_anything_else_is_refused_and_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_files_of_the_user_stay_when_a_pipeline_is_saved_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".git").mkdir(parents=True)
+    mine = {".git/HEAD": "ref: refs/heads/main", "notes.txt": "mine", "prior.txt": "also mine"}
+    for name, text in mine.items():
+        (clone / name).write_text(text)
+    (clone / "README.md").write_text("---\nlicense: mit\n---\n\nWords of mine.\n")
+    monkeypatch.chdir(clone)
+    for _ in range(2):
+        tiny_pipeline().save_pretrained(".")
+        card = (clone / "README.md").read_text()
+        assert card.startswith("---\nlicense: mit\n---\n\nWords of mine.\n")
+        assert card.count("# Image generator") == 1
+        (clone / "README.md").write_text(
+            card.replace("<!-- latentloom: end -->", "<!-- latentloom: end -->\n\nAfter it.")
+        )
+    assert card.count("After it.") == 1
+    assert {name: (clone / name).read_text() for name in mine} == mine
+    assert set(contents(clone)) == {*mine, *PARTS, "README.md"}
+    LatentGenerationPipeline.from_pretrained(".")
+
+
+def test_a_card_of_an_earlier_version_is_replaced_as_long_as_nothing_was_added_to_it(folder: Path) -> None:
+    earlier = (FIXTURES / "pipelines" / "diffusion-unet" / "README.md").read_text()
+    for added, titles in (("", 1), ("\nA sentence of mine.\n", 2)):
+        (folder / "README.md").write_text(earlier + added)
+        tiny_pipeline().save_pretrained(folder)
+        card = (folder / "README.md").read_text()
+        assert card.count("# Image generator") == titles
+        assert added.strip() in card
+
+
+def test_a_name_that_no_pipeline_wrote_is_refused_and_left_as_it_was(folder: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "thesis"
-    (foreign / "chapters").mkdir(parents=True)
-    (foreign / "chapters" / "one.txt").write_text("irreplaceable", encoding="utf-8")
+    (foreign / "prior").mkdir(parents=True)
+    (foreign / "prior" / "one.txt").write_text("irreplaceable", encoding="utf-8")
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    for target, named in ((foreign, "chapters"), (folder, "notes.txt"), (folder / "notes.txt", "is a file")):
+    for target, named in ((foreign, "holds prior"), (folder / "notes.txt", "is a file")):
         before = contents(tmp_path)
-        with pytest.raises(UserError, match=rf"{named}.*expected a new or empty folder"):
+        with pytest.raises(UserError, match=named) as caught:
             tiny_pipeline().save_pretrained(target)
+        one_line(caught)
         assert contents(tmp_path) == before
+
+
+def test_a_save_that_was_cut_short_is_recognised_and_saving_again_mends_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, move = iter(range(10)), files._move
+
+    def killed_at_the_third(source: Path, target: Path) -> None:
+        if target.parent.parent == folder and next(moves) == 2:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_move", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_pipeline().save_pretrained(folder)
+    with pytest.raises(UserError, match="cut short") as caught:
+        LatentGenerationPipeline.from_pretrained(folder)
+    one_line(caught)
+    tiny_pipeline().save_pretrained(folder)
+    LatentGenerationPipeline.from_pretrained(folder)
 
 
 def test_a_save_that_fails_leaves_the_earlier_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

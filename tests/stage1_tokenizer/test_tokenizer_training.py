@@ -92,6 +92,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "run.json",
         "samples",
         "checkpoints",
         "model",

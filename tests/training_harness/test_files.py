@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training_harness.files import whole_file, whole_folder, write_json, write_text
+from training_harness.files import atomic_file, atomic_folder, write_json, write_text
 from training_harness.metric_log import MetricLog, read_metrics
 
 
@@ -16,7 +16,7 @@ def names(folder) -> list[str]:
 def test_a_file_takes_its_place_when_the_block_ends_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old")
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         beside.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -27,7 +27,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a.txt", "old")
 
     def write_half() -> None:
-        with whole_file(tmp_path / "a.txt") as beside:
+        with atomic_file(tmp_path / "a.txt") as beside:
             beside.write_text("half")
             raise RuntimeError
 
@@ -39,7 +39,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
 
 def test_a_folder_replaces_the_old_one_whole_and_keeps_no_file_of_it(tmp_path):
     for content in ("one", "two"):
-        with whole_folder(tmp_path / "f") as beside:
+        with atomic_folder(tmp_path / "f") as beside:
             (beside / "sub").mkdir()
             write_text(beside / "sub" / content, content)
     assert names(tmp_path) == ["f"]
@@ -47,11 +47,11 @@ def test_a_folder_replaces_the_old_one_whole_and_keeps_no_file_of_it(tmp_path):
 
 
 def test_an_error_while_filling_a_folder_leaves_the_old_one_or_none(tmp_path):
-    with whole_folder(tmp_path / "f") as beside:
+    with atomic_folder(tmp_path / "f") as beside:
         write_text(beside / "kept", "kept")
 
     def fill_half(path: Path) -> None:
-        with whole_folder(path) as beside:
+        with atomic_folder(path) as beside:
             write_text(beside / "half", "half")
             raise KeyboardInterrupt
 
@@ -63,19 +63,19 @@ def test_an_error_while_filling_a_folder_leaves_the_old_one_or_none(tmp_path):
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
-    rename = Path.rename
+    replace = Path.replace
 
     def failing(self: Path, target: Path) -> Path:
         if self.name.endswith(".partial"):
             raise OSError("no space left")
-        return rename(self, target)
+        return replace(self, target)
 
     def fill() -> None:
-        with whole_folder(tmp_path / "f") as beside:
+        with atomic_folder(tmp_path / "f") as beside:
             write_text(beside / "content", "content")
 
     fill()
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Path, "replace", failing)
     with pytest.raises(OSError, match="no space"):
         fill()
     assert names(tmp_path) == ["f"]

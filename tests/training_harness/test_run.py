@@ -20,7 +20,8 @@ from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
 from training_harness.guard import NonFiniteGuard, NonFiniteLossError, first_non_finite
 from training_harness.metric_log import read_metrics
-from training_harness.run import Run, RunConfig, seed_of
+from training_harness.run import Run, seed_of
+from training_harness.run_config import RunConfig
 from training_harness.run_folder import check_folder
 
 
@@ -283,7 +284,7 @@ def test_the_checkpoint_of_the_best_figure_stays(tmp_path):
     run = Run(training(tmp_path, max_steps=9, checkpoint_every=3))
     run.track()
     for step, figure in enumerate([5.0, 2.0, 3.0, 4.0, 2.0, 6.0], 1):
-        run.judge(step, figure)
+        run.record_validation(step, figure)
         if run.checkpoint_due(step):
             run.checkpoint(step)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [

@@ -27,7 +27,7 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 
 STEPS = 4  # of the finished job
 JOB = {"tokenizer", "codes", "prior", "pipeline", "samples.png", "reconstructions.png", "curves.png", "metrics.json"}
-RUN = {"config.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "model"}
+RUN = {"config.yaml", "environment.json", "run.json", "metrics.jsonl", "samples", "checkpoints", "model"}
 
 
 def names(folder: Path) -> set[str]:
@@ -121,11 +121,7 @@ def test_a_finished_stage_that_is_run_again_says_so_and_changes_no_file(
 def test_a_larger_max_steps_extends_a_job_and_renews_what_depends_on_its_tokenizer(
     job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for run in ("tokenizer", "prior"):  # a job's files name its folders, and this one is a copy
-        path = job / run / "config.yaml"
-        path.write_text(
-            path.read_text().replace(str(yaml.safe_load(path.read_text())["output"]).rsplit("/", 1)[0], str(job))
-        )
+    earlier = digests(job / "prior")
     before = VQGAN.from_pretrained(job / "tokenizer" / "model").config.tokenizer_id
     assert latentloom(*quick(real_images, job, steps=STEPS + 2)) == 0
     assert "the prior starts again" in capsys.readouterr().out
@@ -134,7 +130,8 @@ def test_a_larger_max_steps_extends_a_job_and_renews_what_depends_on_its_tokeniz
     assert [row["resumed_from"] for row in resumed if "resumed_from" in row] == [STEPS]
     pipeline = LatentGenerationPipeline.from_pretrained(job)
     assert pipeline.tokenizer.config.tokenizer_id == pipeline.prior.config.tokenizer_id != before
-    assert names(job) == JOB
+    assert names(job) == {*JOB, f"prior-{STEPS}-steps"}
+    assert digests(job / f"prior-{STEPS}-steps") == earlier  # moved aside, with its pipeline
 
 
 def test_a_job_interrupted_before_its_figures_goes_on_there(
