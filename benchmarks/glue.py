@@ -24,8 +24,9 @@ from pipelines.evaluation.features import FeatureExtractor, judge_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.evaluation.manifolds import precision_recall
+from pipelines.evaluation.pipeline_metrics import balanced_labels, sampled_batches
 from pipelines.evaluation.reference_classifier import Judge
-from pipelines.evaluation.report import balanced_labels, reconstruct, sampled_batches
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.image_processor import ImageProcessor
@@ -73,7 +74,7 @@ class Bench:
             "reconstruction_frechet": frechet_distance(self.extractor.extract(rebuilt).features, self.real),
         }
 
-    def sample_figures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def sample_metrics(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         seen = self.extractor.extract(images)
         assert seen.class_logits is not None
         return {
@@ -103,7 +104,7 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
             begin = time.perf_counter()
             images = torch.cat(list(sampled_batches(pipeline, labels, seed, guidance_scale=scale)))
             taken.append(time.perf_counter() - begin)
-            tried.append({"guidance_scale": scale} | bench.sample_figures(images, labels))
+            tried.append({"guidance_scale": scale} | bench.sample_metrics(images, labels))
         sampling = sum(taken) / len(taken)
         return (
             {"seconds": first + middle + last}
@@ -134,7 +135,7 @@ def theirs(bench: Bench, seconds: float, samples: int, seed: int, tuning: glue_s
         torch.manual_seed(seed)
         drawn = glue_stack.sample(prior.model, labels, tokens.shape[1], scale)
         images = glue_stack.decode(tokenizer.model, drawn)
-        tried.append({"guidance_scale": scale} | bench.sample_figures(images, labels))
+        tried.append({"guidance_scale": scale} | bench.sample_metrics(images, labels))
     sampling = (time.perf_counter() - begin) / len(THEIR_GUIDANCE)
     return (
         {"seconds": seconds}

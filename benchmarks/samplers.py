@@ -18,7 +18,7 @@ from tokenizer_quality import PictureSet, picture_set
 
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
-from pipelines.evaluation.report import balanced_labels
+from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage2_prior.diffusion.sampling import SamplerName
 

@@ -23,9 +23,10 @@ from latentloom.commands.arguments import training_values
 from latentloom.data.embedded import FASHION_MNIST, judge_path
 from latentloom.jobs.stages import load_source, run_tokenizer
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
+from pipelines.evaluation.evaluator import BATCH
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
-from pipelines.evaluation.report import BATCH, reconstruct
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.data.image_grids import image_grid, save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.image_processor import ImageProcessor

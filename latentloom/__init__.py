@@ -1,6 +1,36 @@
 """latentloom: train an image tokenizer and a prior over its codes on your own images, then sample."""
 
-from training_harness.lazy import lazy_names
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _own_packages_first() -> None:
+    """For `python -m latentloom`: Python looks into the current folder first, where a package may be named like one of ours."""
+    if sys.argv[:1] == ["-m"] and Path(sys.path[0] or ".").resolve() == Path.cwd():
+        sys.path[:] = [str(ROOT), *(entry for entry in sys.path[1:] if entry != str(ROOT)), sys.path[0]]
+
+
+def _check_packages() -> None:
+    """Raises ImportError when another package of the same name hides one of ours, as one in the current folder does."""
+    for name in ("training_harness", "stage1_tokenizer", "stage2_prior", "pipelines"):
+        loaded = sys.modules.get(name)
+        spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        if not any(Path(place).resolve().parent == ROOT for place in places):
+            where = places[0] if places else (spec and spec.origin) or "nowhere"
+            raise ImportError(
+                f"latentloom needs its own package {name} from {ROOT}, and Python finds {where} first; run from another folder, or "
+                "rename that one"
+            )
+
+
+_own_packages_first()
+_check_packages()
+
+from training_harness.lazy import lazy_names  # noqa: E402
 
 __version__ = "0.1.0"
 

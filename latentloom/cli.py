@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from latentloom.environment import prepare_environment
+
 VERBS = {
     "quickstart": "train both stages on embedded images and sample, in a few minutes",
     "train": "train both stages on your images, then sample: one command",
@@ -33,6 +35,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, 2 after an error that the user can mend, 128 + n after signal n."""
     words = sys.argv[1:] if arguments is None else arguments
+    prepare_environment()
     debug, words = "--debug" in words, [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -50,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"unknown verb '{verb}'; {nearest(verb, list(VERBS))}")
-        quiet_libraries()
         from training_harness.allocator import keep_freed_memory
 
         keep_freed_memory()
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as error:  # a disk that is full, a folder that may not be written
         if debug:
             raise
@@ -73,13 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-def quiet_libraries() -> None:
-    """Turns off other libraries' bars and advice; ours say what there is to say."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

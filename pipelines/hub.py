@@ -33,7 +33,7 @@ def local_folder(
         raise UserError(
             f"no {kind} at {name}; expected a folder with {marker}, or a Hub repository such as me/my-generator"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -45,9 +45,11 @@ def local_folder(
             allow_patterns=["*.json", "*.safetensors", "*.md", "*.png"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = constants.is_offline_mode()
+        remedy = "unset HF_HUB_OFFLINE to download it" if offline else "for a private one run `hf auth login`"
         raise UserError(
-            f"{name} is neither a folder here nor a {kind} on the Hub ({type(error).__name__}); expected a folder or a "
-            "repository that you can read; for a private one run `hf auth login`"
+            f"{name} is neither a folder here nor a {kind} {'in the cache' if offline else 'on the Hub'} "
+            f"({type(error).__name__}); expected a folder or a repository that you can read; {remedy}"
         ) from error
     return local_folder(snapshot, marker, kind)
 

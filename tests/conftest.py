@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from latentloom.cli import quiet_libraries
+from latentloom.environment import quiet_libraries
 
 # On models this small two threads wait for one another longer than they compute: thirty times as long beside other work.
 torch.set_num_threads(1)

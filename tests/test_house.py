@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,56 @@ def test_an_import_against_the_rule_would_be_seen():
     assert imported("NAMES = {'Pipeline': 'pipelines.latent_generation'}") == {"pipelines"}
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Every module of the packages with the modules that it imports, at any place in it."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in modules(package)
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
+                found |= whole or {node.module}
+        graph[name] = (found & files.keys()) - {name}
+    return graph
+
+
+def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """The names of a circle, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    graph = import_graph()
+    assert len(graph) > 150
+    assert circle_in(graph) == []
+    assert circle_in(graph | {"training_harness.errors": {"stage1_tokenizer.train"}}) != []
+
+
+def test_the_folders_of_latentloom_do_not_import_one_another_in_a_circle():
+    rooms: dict[str, set[str]] = {}
+    for name, imported_modules in import_graph().items():
+        if name.startswith("latentloom.") and name.count(".") > 1:
+            others = {
+                other.split(".")[1]
+                for other in imported_modules
+                if other.startswith("latentloom.") and "." in other[11:]
+            }
+            rooms.setdefault(name.split(".")[1], set()).update(others - {name.split(".")[1]})
+    assert {"commands", "jobs", "planning"} <= rooms.keys()
+    assert circle_in(rooms) == []
+
+
 def python(code: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
@@ -88,7 +140,7 @@ def test_models_loops_and_pipelines_import_and_a_model_runs_where_optional_libra
 import torch
 import stage1_tokenizer.train, stage1_tokenizer.codes.writer, stage1_tokenizer.data.image_loader, stage1_tokenizer.data.statistics
 import stage2_prior.train, stage1_tokenizer.codes.reader, stage2_prior.autoregressive.sampling
-import pipelines.latent_generation, pipelines.evaluation.report, pipelines.evaluation.features
+import pipelines.latent_generation, pipelines.evaluation.evaluator, pipelines.evaluation.features
 from latentloom import VQGAN, VQGANConfig
 from stage1_tokenizer import open_source, train_tokenizer
 tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0)))

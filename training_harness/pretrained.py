@@ -4,6 +4,8 @@ A configuration with a key that it does not know is refused, and so are weights 
 transformers alone would keep the first and initialise what is missing at random.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,12 +17,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from training_harness.configuration import nearest
 from training_harness.errors import ConfigError, UserError
 
 # Keys that transformers itself writes into a config.json or passes to a configuration.
 LIBRARY_KEYS = {"torch_dtype", "num_labels", "name_or_path", "attn_implementation", "model_type", "_name_or_path"}
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps transformers from showing bars for models that load in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class StrictConfig(PreTrainedConfig):
@@ -58,12 +73,18 @@ class StrictModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each module draws its weights where it is built, and loading leaves none to draw."""
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes config.json and model.safetensors into a folder."""
+        with without_progress_bars():
+            super().save_pretrained(Path(save_directory).expanduser(), **kwargs)
+
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
         """Loads a model folder or Hub repository; raises UserError when a file is missing, cut short or does not fit."""
         source = Path(source).expanduser() if str(source).startswith("~") else source
         try:
-            loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
+            with without_progress_bars():
+                loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
         except ConfigError as error:
             raise ConfigError(f"{source} holds another kind of model: {error}") from error
         except UserError:

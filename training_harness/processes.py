@@ -2,6 +2,8 @@
 
 import atexit
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +12,24 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 
+NOTICE_AFTER = 20.0  # seconds of waiting for the other processes
+
+
+def number_asked_for() -> int:
+    """How many processes the environment tells of."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
+
+
+def _say_who_is_missing() -> None:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    print(
+        f"waiting for the other processes at {address}: the environment says this is RANK {os.environ.get('RANK')} of WORLD_SIZE "
+        f"{os.environ.get('WORLD_SIZE')}; unset these variables to run alone",
+        file=sys.stderr,
+        flush=True,
+    )
+
 
 def joined() -> PartialState:
     """What Accelerate knows of the processes; the first call joins the others, where there are any.
@@ -17,9 +37,16 @@ def joined() -> PartialState:
     They may wait for one another for a day: while one reads, tokenizes or measures, the usual ten minutes are soon over.
     """
     first = not PartialState._shared_state
+    notice = threading.Timer(NOTICE_AFTER, _say_who_is_missing)
+    notice.daemon = True
+    if first and number_asked_for() > 1:
+        notice.start()
     # Without an accelerator Accelerate must be told so, or processes that torchrun started would not know of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(on_cpu, timeout=timedelta(days=1))
+    try:
+        state = PartialState(on_cpu, timeout=timedelta(days=1))
+    finally:
+        notice.cancel()
     if first and state.num_processes > 1:
         atexit.register(state.destroy_process_group)  # or gloo's threads abort the process that ends last
     return state

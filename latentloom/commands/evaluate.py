@@ -16,24 +16,24 @@ from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.jobs.evaluation_plots import draw_by_class
+from latentloom.jobs.sample_folders import listed_samples
 from latentloom.jobs.stages import load_source, load_tokenizer
+from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, check_inception
 from pipelines.evaluation.feature_files import drawn_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
 from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
-from pipelines.evaluation.report import (
-    BATCH,
-    Evaluator,
-    ImageSet,
+from pipelines.evaluation.pipeline_metrics import (
     balanced_labels,
     check_enough,
-    check_inception,
     keeping_first,
-    pipeline_figures,
+    pipeline_metrics,
     sampled_batches,
     warnings_for,
 )
 from pipelines.evaluation.restoration import Restorations
+from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
+from stage1_tokenizer.data.folder_sources import FileStore
 from stage1_tokenizer.data.image_grids import save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.image_processor import ImageProcessor, as_rgb
@@ -131,7 +131,7 @@ def of_tokenizer(a: Arguments) -> dict[str, Any]:
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         real = evaluator.measure(held_out, "held-out images")
         few = readable(some(source.train, min(len(real), a.max_training_images), a.seed), processor)
-        figures = evaluator.tokenizer_figures(tokenizer, held_out, real, evaluator.measure(few, "training images"))
+        figures = tokenizer_metrics(evaluator, tokenizer, held_out, real, evaluator.measure(few, "training images"))
     return (
         figures
         | {"num_reference_images": len(real), "reference": source.name, "reference_hash": real.hash}
@@ -155,11 +155,11 @@ def against_images(a: Arguments) -> dict[str, Any]:
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         if pipeline is not None:
-            figures = pipeline_figures(evaluator, pipeline, measured, held_out, train, names or ())
+            figures = pipeline_metrics(evaluator, pipeline, measured, held_out, train, names or ())
             figures |= {} if samples.restorations is None else samples.restorations.figures()
         else:
             real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
-            figures = evaluator.sample_figures(measured, real, trained, names or ())
+            figures = evaluator.sample_metrics(measured, real, trained, names or ())
             figures |= {"num_images": len(measured), "num_reference_images": len(real), "reference_hash": real.hash}
     return (
         figures
@@ -188,10 +188,10 @@ def against_arrays(a: Arguments) -> dict[str, Any]:
         figures["reference_hash"] = sha256_of(Path(a.reference))[:16]
         if reference.images is not None:
             real = evaluator.measure(reference.images, "reference images")
-            figures |= evaluator.sample_figures(measured, real)
+            figures |= evaluator.sample_metrics(measured, real)
             figures["num_reference_images"] = len(real)
         if reference.moments and (extractor.name == "inception" or reference.images is None):
-            figures |= evaluator.moments_figures(measured, reference.moments)
+            figures |= evaluator.moments_metrics(measured, reference.moments)
     return (
         figures
         | {"reference": Path(a.reference).name}
@@ -221,13 +221,13 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
             labels = balanced_labels(pipeline, a.num_images)
             samples = Samples(sampled_batches(pipeline, labels, a.seed), labels, names, processor)
     else:
-        samples = read_samples(a.samples or "")
+        samples = read_samples(a.samples or "", a.reference)
     check_enough(len(samples.labels), "samples")
     return pipeline, samples._replace(batches=passed_on(a, samples)) if is_main_process() else samples
 
 
-def read_samples(path: str) -> Samples:
-    """Samples from an `.npz` or a folder, all of one size."""
+def read_samples(path: str, reference: str) -> Samples:
+    """Samples from an `.npz` or a folder, all of one size; grey ones in colour where the reference has colours."""
     images: ImageSet
     names = None
     if path.endswith(".npz"):
@@ -236,14 +236,31 @@ def read_samples(path: str) -> Samples:
         grey = bool((first == first[:, :1]).all())  # written as RGB, since published evaluators know nothing else
         processor = processor_of(1 if grey else len(first[0]), array.image_shape[1:])
     else:
-        source = open_source(data_path(path), hold_out=False)
-        names = source.label_names
-        processor = processor_of(survey(source.train).channels, one_size(source.train, path))
-        images = readable(source.train, processor)
+        split, names = sample_split(path)
+        channels = max(survey(split).channels, reference_channels(reference))
+        processor = processor_of(channels, one_size(split, path))
+        images = readable(split, processor)
     labels = images.labels()
     chosen = torch.tensor([-1] * len(images) if labels is None else labels)
     batches = (batch[:, : processor.channels] for _, batch in images.batches(BATCH))
     return Samples(batches, chosen, names, processor)
+
+
+def sample_split(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
+    """The images of a folder, and the names of their classes; of a folder that `sample` wrote its samples alone."""
+    folder = Path(path).expanduser()
+    if (listed := listed_samples(folder)) is None:
+        source = open_source(data_path(path), hold_out=False)
+        return source.train, source.label_names
+    files, classes = listed
+    names = tuple(dict.fromkeys(name for name in classes if name is not None))
+    labels = [names.index(name) for name in classes if name is not None]
+    return ImageSplit(FileStore(folder, files), labels if names and None not in classes else None), names or None
+
+
+def reference_channels(reference: str) -> int:
+    """Channels of the images to compare with; an `.npz` is compared as RGB later."""
+    return 1 if reference.endswith(".npz") else survey(load_source(reference).held_out).channels
 
 
 def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:

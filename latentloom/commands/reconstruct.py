@@ -8,7 +8,8 @@ import torch
 from latentloom.checks import check_count, check_output
 from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, load_tokenizer
-from pipelines.evaluation.report import BATCH, reconstruct
+from pipelines.evaluation.evaluator import BATCH
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import psnr

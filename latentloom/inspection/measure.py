@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentloom.inspection.latents import LatentStatistics, LatentSums
-from pipelines.evaluation.report import reconstruct
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.likelihood import nearest_grids, surprise
-from pipelines.evaluation.report import balanced_labels
+from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_harness.files import atomic_file
+from latentloom.jobs.plotting import plot
 from training_harness.metric_log import read_metrics
 
 if TYPE_CHECKING:
@@ -13,31 +13,24 @@ if TYPE_CHECKING:
 
 def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None, path: Path) -> None:
     """Draws `curves.png` from two `metrics.jsonl`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     stage1, stage2 = read_metrics(tokenizer_log), read_metrics(prior_log)
     learnt = any("learning_rate" in row for row in stage1)  # the identity has nothing to learn
     columns = 3 if learnt else 1
-    figure, [axes] = pyplot.subplots(1, columns, figsize=(5 * columns, 4.2), layout="constrained", squeeze=False)
-    prior = axes[-1]
-    if learnt:
-        draw_tokenizer(axes[0], axes[1], stage1, codebook_size)
+    with plot(path, columns, 5 * columns, 4.2) as (_, axes):
+        if learnt:
+            draw_tokenizer(axes[0], axes[1], stage1, codebook_size)
+        draw_prior(axes[-1], stage2, codebook_size)
 
-    of_tokens = codebook_size is not None and any("nats_per_token" in row for row in stage2)
+
+def draw_prior(axes: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
+    of_tokens = codebook_size is not None and any("nats_per_token" in row for row in rows)
     loss = "nats_per_token" if of_tokens else "squared_error"
-    prior.plot(*series(stage2, loss), lw=1, label="training")
-    prior.plot(*series(stage2, f"validation_{loss}"), "o-", ms=3, label="validation (averaged weights)")
+    axes.plot(*series(rows, loss), lw=1, label="training")
+    axes.plot(*series(rows, f"validation_{loss}"), "o-", ms=3, label="validation (averaged weights)")
     if codebook_size is not None and of_tokens:
-        prior.axhline(math.log(codebook_size), color="grey", ls=":", label="log K: a uniform guess")
-    prior.set(title="Prior: nats a token" if of_tokens else "Prior: squared error of the prediction", xlabel="step")
-    prior.legend()
-
-    with atomic_file(path) as beside:
-        figure.savefig(beside, format="png", dpi=100)
-    pyplot.close(figure)
+        axes.axhline(math.log(codebook_size), color="grey", ls=":", label="log K: a uniform guess")
+    axes.set(title="Prior: nats a token" if of_tokens else "Prior: squared error of the prediction", xlabel="step")
+    axes.legend()
 
 
 def draw_tokenizer(losses: "Axes", quality: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:

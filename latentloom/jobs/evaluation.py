@@ -1,6 +1,8 @@
 """What `evaluate` and the main job share: which features, where they are kept, a sheet of samples, and the settings."""
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_grids import image_grid
 from stage1_tokenizer.data.image_processor import ImageProcessor
-from training_harness.processes import accelerated_device
+from training_harness.processes import accelerated_device, print_once
 from training_harness.provenance import machine, versions
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
@@ -35,10 +37,19 @@ def extractor_for(
 
 
 def features_folder() -> Path:
-    """Where features of real images are kept: $LATENTLOOM_CACHE, else the user's cache folder."""
+    """Where features of real images are kept: $LATENTLOOM_CACHE, else the user's cache folder, else a temporary one."""
     own = os.environ.get("LATENTLOOM_CACHE")
-    cache = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentloom"
-    return cache / "features"
+    try:
+        cache = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = (cache if own else cache / "latentloom") / "features"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable", str(folder))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        folder = Path(tempfile.gettempdir()) / f"latentloom-{getpass.getuser()}" / "features"
+        print_once(f"note: the cache folder cannot be used ({error}); features of real images are kept in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def settings_of(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from training_harness.files import atomic_file
+from latentloom.jobs.plotting import plot
 
 FIGURES = {
     "frechet": "Fréchet distance",
@@ -21,27 +21,17 @@ def draw_by_class(figures: dict[str, Any], path: Path) -> bool:
     shown = {key: name for key, name in FIGURES.items() if any(row.get(key) is not None for row in rows.values())}
     if not shown:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    height = 1.0 + 0.24 * len(rows)
-    picture, axes = pyplot.subplots(
-        1, len(shown), figsize=(1.5 + 2.4 * len(shown), height), sharey=True, squeeze=False, layout="constrained"
-    )
-    names = list(rows)
-    for axis, (key, name) in zip(axes[0], shown.items(), strict=True):
-        axis.barh(names, [rows[label].get(key) or 0.0 for label in names], color="tab:blue")
-        if figures.get(key) is not None:
-            axis.axvline(figures[key], color="black", lw=1, label="all classes")
-        if (floor := (figures.get("floor") or {}).get(key)) is not None:
-            axis.axvline(floor, color="tab:green", ls="--", lw=1, label="real images, all classes")
-        axis.set_title(name, fontsize=10)
-    axes[0][0].invert_yaxis()  # shared by all: the first class on top
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-    with atomic_file(path) as beside:
-        picture.savefig(beside, format="png", dpi=100)
-    pyplot.close(picture)
+    names = [" ".join(name.split()).encode("utf-8", "replace").decode() for name in rows]
+    with plot(path, len(shown), 1.5 + 2.4 * len(shown), 1.0 + 0.24 * len(rows), sharey=True) as (figure, axes):
+        for axis, (key, name) in zip(axes, shown.items(), strict=True):
+            axis.barh(range(len(rows)), [row.get(key) or 0.0 for row in rows.values()], color="tab:blue")
+            if figures.get(key) is not None:
+                axis.axvline(figures[key], color="black", lw=1, label="all classes")
+            if (floor := (figures.get("floor") or {}).get(key)) is not None:
+                axis.axvline(floor, color="tab:green", ls="--", lw=1, label="real images, all classes")
+            axis.set_title(name, fontsize=10)
+        axes[0].set_yticks(range(len(rows)), names, parse_math=False)
+        axes[0].invert_yaxis()  # shared by all: the first class on top
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     return True

@@ -21,16 +21,11 @@ from latentloom.jobs.curves import draw_curves
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.jobs.stages import held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
+from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.features import FeatureExtractor
-from pipelines.evaluation.report import (
-    Evaluator,
-    balanced_labels,
-    keeping_first,
-    pipeline_figures,
-    reconstruct,
-    sampled_batches,
-)
+from pipelines.evaluation.pipeline_metrics import balanced_labels, keeping_first, pipeline_metrics, sampled_batches
 from pipelines.evaluation.restoration import Restorations
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
 from pipelines.saving import INDEX, check_place
 from stage1_tokenizer.codes.manifest import Contents, codes_fingerprint, stored_manifest
@@ -216,7 +211,7 @@ def write_results(
             samples = evaluator.measure_stream(batches, labels, "sample")
             phase["images"] = len(samples)
         with timed(phases, "evaluate") as phase:
-            figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, names)
+            figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, names)
             phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
     if restorations is not None:
         figures |= restorations.figures()

@@ -12,6 +12,6 @@ __getattr__, __dir__ = lazy_names(
         "kernel_distance": "pipelines.evaluation.kernel_distance",
         "precision_recall": "pipelines.evaluation.manifolds",
         "density_coverage": "pipelines.evaluation.manifolds",
-        "Evaluator": "pipelines.evaluation.report",
+        "Evaluator": "pipelines.evaluation.evaluator",
     },
 )

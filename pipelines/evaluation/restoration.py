@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.report import ImageSet
+from pipelines.evaluation.evaluator import ImageSet
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.degradation import degraded
 from stage1_tokenizer.metrics import psnr

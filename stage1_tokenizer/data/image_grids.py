@@ -25,17 +25,23 @@ def image_grid(
     scale = scale or max(1, round(64 / max(height, width)))
     cell_h, cell_w = height * scale + GAP, width * scale + GAP
     rows = -(-len(images) // columns)
+    row_labels = [printable(label) for label in row_labels or ()]
     font = ImageFont.load_default(size=max(11, min(16, cell_h // 3)))
     margin = round(max((font.getlength(label) for label in row_labels), default=0)) + 2 * GAP + 4 if row_labels else GAP
     sheet = Image.new("RGB", (margin + columns * cell_w, GAP + rows * cell_h), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(row_labels or ()):
+    for row, label in enumerate(row_labels):
         draw.text((GAP + 2, GAP + row * cell_h + cell_h / 2), label, fill="black", font=font, anchor="lm")
     for i, picture in enumerate(to_pil(images)):
         enlarged = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST).convert("RGBA")
         place = (margin + i % columns * cell_w, GAP + i // columns * cell_h)
         sheet.paste(enlarged, place, enlarged)
     return sheet
+
+
+def printable(label: str) -> str:
+    """A label in one line, whatever characters a class's name has."""
+    return " ".join(label.split()).encode("utf-8", "replace").decode()
 
 
 def before_and_after(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Image.Image:

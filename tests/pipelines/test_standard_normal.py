@@ -11,8 +11,9 @@ from tiny_models import seeded, tiny_prior, tiny_tokenizer
 
 from latentloom.cli import main
 from latentloom.jobs.stages import load_source
+from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.features import feature_extractor
-from pipelines.evaluation.report import Evaluator, balanced_labels, pipeline_figures, sampled_batches
+from pipelines.evaluation.pipeline_metrics import balanced_labels, pipeline_metrics, sampled_batches
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stage1_tokenizer.data.image_loader import Pixels
@@ -117,4 +118,4 @@ def figures_of(run: Path, data: Path) -> dict[str, Any]:
     with Evaluator(feature_extractor("pixels-8x8"), run.parent / "features") as evaluator:
         labels = balanced_labels(pipeline, 8)
         samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "samples")
-        return pipeline_figures(evaluator, pipeline, samples, held_out, train, ())
+        return pipeline_metrics(evaluator, pipeline, samples, held_out, train, ())

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import tiny_pipeline
 
 from latentloom.jobs.evaluation_plots import draw_by_class
-from pipelines.evaluation.report import bits_per_token
+from pipelines.evaluation.pipeline_metrics import bits_per_token
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage2_prior.autoregressive.sampling import SamplingOptions

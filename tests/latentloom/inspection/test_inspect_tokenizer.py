@@ -24,7 +24,7 @@ from latentloom.inspection.latents import LatentStatistics
 from latentloom.inspection.measure import Inspection, inspect
 from latentloom.inspection.page import Subject, page
 from latentloom.report.numbers import number
-from pipelines.evaluation.report import reconstruct
+from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source

@@ -12,6 +12,7 @@ from small_parts import one_line
 from tiny_models import seeded
 from torch import Tensor
 
+from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.feature_files import (
     SLICE,
     FeatureFile,
@@ -22,7 +23,6 @@ from pipelines.evaluation.feature_files import (
     write_features,
 )
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
-from pipelines.evaluation.report import Evaluator
 from training_harness.errors import UserError
 
 

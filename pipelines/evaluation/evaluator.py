@@ -1,4 +1,4 @@
-"""Figures of a tokenizer and of a pipeline on held-out images, in batches: memory does not grow with their number.
+"""Measures sets of images and compares them, in batches: memory does not grow with the number of images.
 
     images → features → a folder of rows → Fréchet and kernel distance, precision, recall, density, coverage
                                          → verdicts of the judge, or of a linear probe → class agreement
@@ -11,8 +11,7 @@ the names mean, and from which papers they come, say the modules that compute th
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple, Protocol, Self
@@ -20,29 +19,19 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pipelines.across_processes import sample_across_processes
 from pipelines.evaluation.feature_files import FeatureFile, drawn_positions, read_features, slices, write_features
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
 from pipelines.evaluation.kernel_distance import kernel_distance
-from pipelines.evaluation.likelihood import likelihood_figures, surprise
 from pipelines.evaluation.linear_probe import fit_probe
 from pipelines.evaluation.manifolds import DENSITY_NEIGHBOURS, density_coverage, nearest_distances, precision_recall
-from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.data.image_loader import images_at_once
-from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
-from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
-from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
 from training_harness.files import atomic_folder
-from training_harness.processes import number_of_processes
 from training_harness.progress import progress_bar
 
 BATCH = 250
 FEWEST = DENSITY_NEIGHBOURS + 1  # images on a side, for all figures to exist
-PUBLISHED = 50_000  # images that published distances use
 COPIED = 0.05  # a share of held-out images by which a sample counts as near a training image
 
 
@@ -130,52 +119,7 @@ class Evaluator:
 
     # -- figures --------------------------------------------------------------------------------------------------
 
-    def tokenizer_figures(
-        self, tokenizer: Tokenizer, images: ImageSet, real: Measured, train: Measured | None = None
-    ) -> dict[str, Any]:
-        """psnr, ssim, lpips (means over images), codes, and the distance of the reconstructions from their originals.
-
-        What is said of codes is none of a tokenizer without a codebook. `real` are the features of `images`, `train` those of
-        training images for the noise floor.
-        """
-        spec = tokenizer.latent_spec()
-        counts = torch.zeros(spec.codebook_size or 0)
-        by_image: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
-        side = min(tokenizer.config.image_processor.content_size)
-        lpips = lpips_distance(tokenizer.device) if side >= LPIPS_SIDE else None
-
-        def rebuilt() -> Iterator[Tensor]:
-            for _, originals in images.batches(BATCH):
-                reconstruction, indices = reconstruct(tokenizer, originals)
-                if indices is not None:
-                    counts.add_(torch.bincount(indices.flatten(), minlength=len(counts)))
-                by_image["psnr"].append(psnr(reconstruction, originals))
-                if side >= SSIM_WINDOW:
-                    by_image["ssim"].append(ssim(reconstruction, originals))
-                if lpips is not None:
-                    by_image["lpips"].append(lpips(reconstruction, originals).cpu())
-                yield reconstruction
-
-        reconstructions = self.measure_stream(rebuilt(), real.labels, "reconstructions")
-        figures: dict[str, Any] = {
-            name: float(torch.cat(values).mean()) if values else None for name, values in by_image.items()
-        }
-        figures |= dict.fromkeys(("codes_used", "perplexity", "bits_per_pixel"))
-        if spec.codebook_size is not None:
-            figures |= codebook_usage(counts)._asdict()
-            pixels = math.prod(tokenizer.config.image_processor.content_size)
-            figures["bits_per_pixel"] = spec.tokens * math.log2(spec.codebook_size) / pixels
-        rebuilt_rows, real_rows = reconstructions.features, real.features
-        floor = real_rows if train is None else self._floor(train, real.labels).features
-        enough, floor_exists = len(real) >= 2, train is not None and min(len(floor), len(real)) >= 2
-        interval = bootstrap_interval(rebuilt_rows, real_rows, self.seed, paired=True) if enough else None
-        return figures | {
-            "reconstruction_frechet": frechet_distance(rebuilt_rows, real_rows) if enough else None,
-            "reconstruction_frechet_interval": interval,
-            "reconstruction_frechet_floor": frechet_distance(floor, real_rows) if floor_exists else None,
-        }
-
-    def sample_figures(
+    def sample_metrics(
         self,
         samples: Measured,
         real: Measured,
@@ -195,7 +139,7 @@ class Evaluator:
         figures["floor"] = figures["memorisation"] = None
         nearest: tuple[Tensor, Tensor] | None = None
         if train is not None:
-            floor = self._floor(train, samples.labels if names else torch.full_like(samples.labels, -1))
+            floor = self.noise_floor(train, samples.labels if names else torch.full_like(samples.labels, -1))
             figures["floor"] = self._compared(floor, real) | {"num_images": len(floor)}
             figures["floor"]["class_agreement"] = agreement(verdicts and verdicts[1], real)
             nearest = (
@@ -215,7 +159,7 @@ class Evaluator:
             figures["by_class"][name] = row | {"num_images": len(mine)}
         return figures
 
-    def moments_figures(self, samples: Measured, moments: Mapping[str, Gaussian]) -> dict[str, Any]:
+    def moments_metrics(self, samples: Measured, moments: Mapping[str, Gaussian]) -> dict[str, Any]:
         """FID and sFID against stored moments of Inception's features.
 
         Raises:   UserError when the images were measured by another network.
@@ -248,7 +192,7 @@ class Evaluator:
         figures |= precision_recall(b, a)._asdict() | density_coverage(b, a)._asdict()
         return figures
 
-    def _floor(self, train: Measured, labels: Tensor) -> Measured:
+    def noise_floor(self, train: Measured, labels: Tensor) -> Measured:
         """A training image for each of `labels`, of that class; of any class where either side has none.
 
         Drawn at random; where a class has too few, all that it has.
@@ -303,115 +247,9 @@ def memorisation(samples: Tensor, held_out: Tensor) -> dict[str, float | None]:
     }
 
 
-def pipeline_figures(
-    evaluator: Evaluator,
-    pipeline: LatentGenerationPipeline,
-    samples: Measured,
-    held_out: ImageSet,
-    train: ImageSet,
-    label_names: Sequence[str],
-) -> dict[str, Any]:
-    """Every figure of a pipeline: its tokenizer's, its prior's, and those of its samples.
-
-    `label_names` are the classes' when the pipeline's ids mean the same as the images'; empty otherwise.
-    """
-    real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
-    return (
-        evaluator.tokenizer_figures(pipeline.tokenizer, held_out, real, trained)
-        | evaluator.sample_figures(samples, real, trained, label_names)
-        | bits_per_token(pipeline, held_out)
-        | {"num_images": len(samples), "num_reference_images": len(real), "num_training_images": len(trained)}
-        | {"reference_hash": real.hash, "training_hash": trained.hash}
-    )
-
-
-@torch.inference_mode()
-def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """uint8 (B, C, h, w) → the same after the round trip, and the codes (B, h, w) if there are any, both on the CPU."""
-    processor, pictures, codes = tokenizer.config.image_processor, list[Tensor](), list[Tensor]()
-    for part in images.split(images_at_once(tokenizer.config.image_size)):
-        output = tokenizer(processor.preprocess(part.to(tokenizer.device)))
-        pictures.append(processor.postprocess(output.reconstruction).cpu())
-        if output.indices is not None:
-            codes.append(output.indices.cpu())
-    return torch.cat(pictures), torch.cat(codes) if codes else None
-
-
-def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
-    """Figures of `likelihood_figures` on images; none where the prior gives codes no probability."""
-    prior, processor = pipeline.prior, pipeline.tokenizer.config.image_processor
-    if not isinstance(prior, AutoregressivePrior):
-        return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
-    labels, bits, classes = images.labels(), [], []
-    for positions, batch in images.batches(images_at_once(pipeline.tokenizer.config.image_size)):
-        with torch.inference_mode():
-            codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
-        classes.append(torch.tensor([-1 if labels is None else labels[i] for i in positions]))
-        bits.append(surprise(prior, codes, classes[-1]))
-    return likelihood_figures(
-        torch.cat(bits),
-        torch.cat(classes),
-        pipeline.label_names or (),
-        prior.config.codebook_size,
-        math.prod(processor.content_size),
-    )
-
-
-def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:
-    """About `count` class ids, as many of each class; −1 for a pipeline without classes."""
-    classes = list(range(pipeline.prior.config.num_classes)) or None
-    per_class = max(1, count // len(classes)) if classes else count
-    return torch.tensor(classes or [-1]).repeat_interleave(per_class)
-
-
-def sampled_batches(
-    pipeline: LatentGenerationPipeline, labels: Tensor, seed: int, batch_size: int = 200, **options: Any
-) -> Iterator[Tensor]:
-    """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size.
-
-    Several processes share the work and must all go through it; each gets all samples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for part in labels.split(batch_size * number_of_processes()):
-        yield sample_across_processes(pipeline, part, generator, batch_size, **options)
-
-
-def keeping_first(
-    batches: Iterable[Tensor], labels: Tensor, kept: dict[int, list[Tensor]], rows: int, columns: int
-) -> Iterator[Tensor]:
-    """Passes batches on, and puts the first `columns` images (C, h, w) of the first `rows` classes into `kept`.
-
-    Of images without a class it keeps `rows` × `columns`.
-    """
-    start = 0
-    for batch in batches:
-        for image, label in zip(batch, labels[start : start + len(batch)].tolist(), strict=True):
-            row = kept.setdefault(label, []) if len(kept) < rows else kept.get(label, [])
-            if len(row) < (columns if label >= 0 else rows * columns):
-                row.append(image.clone())  # or the whole batch would stay in memory
-        start += len(batch)
-        yield batch
-
-
-def warnings_for(num_images: int, num_reference_images: int) -> list[str]:
-    """What a reader of the figures must know."""
-    found = []
-    if (fewest := min(num_images, num_reference_images)) < PUBLISHED:
-        found.append(
-            f"{fewest:,} images: distances grow as N falls, and published ones use {PUBLISHED:,}; compare with the floor, "
-            "and with figures of the same N alone"
-        )
-    return found
-
-
 def check_inception(extractor: FeatureExtractor) -> None:
     if extractor.name != "inception":
         raise UserError(
             f"the reference holds moments of Inception's features and images are to be measured by {extractor.name}; "
             "expected the same; give --features inception, or a reference of images"
         )
-
-
-def check_enough(count: int, what: str) -> None:
-    if count < FEWEST:
-        raise UserError(f"{what}: {count}; expected at least {FEWEST}, or the figures do not exist; give more images")

@@ -11,23 +11,21 @@ import torch
 from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
 from torch import Tensor
 
+from pipelines.evaluation.evaluator import Evaluator, Measured, memorisation
 from pipelines.evaluation.features import POOLED_PIXELS, FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import frechet_distance, gaussian_of_moments
 from pipelines.evaluation.kernel_distance import kernel_distance
 from pipelines.evaluation.manifolds import density_coverage, precision_recall
-from pipelines.evaluation.report import (
-    Evaluator,
-    Measured,
+from pipelines.evaluation.pipeline_metrics import (
     balanced_labels,
     bits_per_token,
     check_enough,
     keeping_first,
-    memorisation,
-    pipeline_figures,
-    reconstruct,
+    pipeline_metrics,
     sampled_batches,
     warnings_for,
 )
+from pipelines.evaluation.tokenizer_metrics import reconstruct, tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.metrics import ssim
@@ -146,8 +144,8 @@ def test_the_tokenizers_figures_equal_those_computed_image_by_image(
     train = Pictures(pictures(30, 3))
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
         real, trained = evaluator.measure(pixels, "real"), evaluator.measure(train, "train")
-        figures = evaluator.tokenizer_figures(tokenizer, pixels, real, trained)
-        alone = evaluator.tokenizer_figures(tokenizer, pixels, real)
+        figures = tokenizer_metrics(evaluator, tokenizer, pixels, real, trained)
+        alone = tokenizer_metrics(evaluator, tokenizer, pixels, real)
     assert figures["psnr"] == pytest.approx(np.mean([10 * math.log10(255**2 / error) for error in errors]), abs=0.01)
     assert figures["ssim"] == pytest.approx(np.mean(likenesses), abs=1e-3)
     assert figures["lpips"] is None  # no weights are shipped
@@ -175,7 +173,7 @@ def test_reconstructions_come_in_order_without_padding(tokenizer: VQGAN, pixels:
 def test_evaluating_a_tokenizer_does_not_change_it(pixels: Pixels, evaluator: Evaluator) -> None:
     fresh = tiny_tokenizer()
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    evaluator.tokenizer_figures(fresh, pixels, evaluator.measure(pixels, "real"))
+    tokenizer_metrics(evaluator, fresh, pixels, evaluator.measure(pixels, "real"))
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before.items())
 
 
@@ -188,12 +186,12 @@ def test_lpips_and_ssim_are_left_out_of_images_that_are_too_small(
         asked.append(device)
         return lambda images, references: torch.full((len(images),), 0.25)
 
-    monkeypatch.setattr("pipelines.evaluation.report.lpips_distance", fake)
+    monkeypatch.setattr("pipelines.evaluation.tokenizer_metrics.lpips_distance", fake)
 
     def figures(side: int) -> dict[str, Any]:
         tokenizer = tiny_tokenizer(image_size=(side, side), content_size=(side, side))
         images = Pixels(tiny_split(4, size=(side, side)), tokenizer.config.image_processor)
-        return evaluator.tokenizer_figures(tokenizer, images, evaluator.measure(images, "real"))
+        return tokenizer_metrics(evaluator, tokenizer, images, evaluator.measure(images, "real"))
 
     assert figures(8)["ssim"] is figures(8)["lpips"] is figures(28)["lpips"] is None
     assert not asked
@@ -203,14 +201,14 @@ def test_lpips_and_ssim_are_left_out_of_images_that_are_too_small(
 
 def test_a_single_image_has_no_frechet_distance(tokenizer: VQGAN, evaluator: Evaluator) -> None:
     one = Pixels(tiny_split(1), tokenizer.config.image_processor)
-    figures = evaluator.tokenizer_figures(tokenizer, one, evaluator.measure(one, "real"))
+    figures = tokenizer_metrics(evaluator, tokenizer, one, evaluator.measure(one, "real"))
     assert figures["reconstruction_frechet"] is figures["reconstruction_frechet_interval"] is None
     assert figures["psnr"] > 0
 
 
 def test_the_samples_figures_are_those_of_the_features_that_were_given(evaluator: Evaluator) -> None:
     images, reference = pictures(20, 1), pictures(30, 2)
-    figures = evaluator.sample_figures(measured(evaluator, images), measured(evaluator, reference))
+    figures = evaluator.sample_metrics(measured(evaluator, images), measured(evaluator, reference))
     a, b = corners(images), corners(reference)
     kid = kernel_distance(a, b, seed=0)
     expected = {"frechet": frechet_distance(a, b), "kid": kid.mean, "kid_std": kid.std}
@@ -226,10 +224,10 @@ def test_the_samples_figures_are_those_of_the_features_that_were_given(evaluator
 def test_the_noise_floor_is_the_figure_of_as_many_training_images(evaluator: Evaluator) -> None:
     images, reference = measured(evaluator, pictures(12, 1)), measured(evaluator, pictures(30, 2))
     train = pictures(50, 3)
-    floor = evaluator.sample_figures(images, reference, measured(evaluator, train))["floor"]
+    floor = evaluator.sample_metrics(images, reference, measured(evaluator, train))["floor"]
     assert floor["num_images"] == 12
     few = measured(evaluator, train[:9])
-    whole = evaluator.sample_figures(images, reference, few)["floor"]
+    whole = evaluator.sample_metrics(images, reference, few)["floor"]
     assert whole["num_images"] == 9
     assert whole["frechet"] == pytest.approx(frechet_distance(corners(train[:9]), corners(pictures(30, 2))), rel=1e-6)
 
@@ -237,21 +235,21 @@ def test_the_noise_floor_is_the_figure_of_as_many_training_images(evaluator: Eva
 def test_the_noise_floor_has_as_many_images_of_each_class_as_the_samples(evaluator: Evaluator) -> None:
     train = measured(evaluator, pictures(50, 3), [0] * 40 + [1] * 8 + [2] * 2)
     wanted = torch.tensor([0] * 3 + [1] * 5 + [2] * 4)
-    floor = evaluator._floor(train, wanted)
+    floor = evaluator.noise_floor(train, wanted)
     assert floor.labels.bincount().tolist() == [3, 5, 2]  # of the third class there are but two
-    assert torch.equal(floor.features.read(0, 99), evaluator._floor(train, wanted.flip(0)).features.read(0, 99))
+    assert torch.equal(floor.features.read(0, 99), evaluator.noise_floor(train, wanted.flip(0)).features.read(0, 99))
 
 
 def test_real_images_in_the_samples_place_have_no_distance_and_are_seen_as_copies(evaluator: Evaluator) -> None:
     train = measured(evaluator, pictures(40, 1))
     held_out = measured(evaluator, pictures(30, 2))
-    same = evaluator.sample_figures(train, train, train)
+    same = evaluator.sample_metrics(train, train, train)
     assert same["frechet"] == pytest.approx(0, abs=1e-6)
     assert same["precision"] == same["recall"] == same["coverage"] == 1
-    copied = evaluator.sample_figures(train, held_out, train)["memorisation"]
+    copied = evaluator.sample_metrics(train, held_out, train)["memorisation"]
     assert copied["nearest_training_image"] == copied["ratio"] == 0
     assert copied["closer_than_held_out_5_percent"] == 1
-    honest = evaluator.sample_figures(held_out, held_out, train)["memorisation"]
+    honest = evaluator.sample_metrics(held_out, held_out, train)["memorisation"]
     assert honest["ratio"] == 1
     assert honest["closer_than_held_out_5_percent"] == pytest.approx(0.05, abs=0.02)
 
@@ -271,8 +269,8 @@ def test_a_judges_verdicts_give_the_agreement_overall_and_by_class(tmp_path: Pat
     with Evaluator(BY_FIRST_PIXEL, tmp_path) as evaluator:
         samples = evaluator.measure_stream(images.split(4), labels, "samples")
         real = measured(evaluator, reference, real_labels)
-        figures = evaluator.sample_figures(samples, real, real, NAMES)
-        without = evaluator.sample_figures(samples, real, real)
+        figures = evaluator.sample_metrics(samples, real, real, NAMES)
+        without = evaluator.sample_metrics(samples, real, real)
     assert figures["class_agreement"] == pytest.approx(14 / 21)
     assert figures["floor"]["class_agreement"] == 1
     assert list(figures["by_class"]) == list(NAMES)
@@ -302,20 +300,20 @@ def test_without_a_judge_a_probe_trained_on_real_images_gives_the_agreement(eval
     wrong = torch.tensor(labels)
     wrong[:4] = (wrong[:4] + 1) % 3
     samples = evaluator.measure_stream([images], wrong, "samples")
-    figures = evaluator.sample_figures(samples, real, train, NAMES)
+    figures = evaluator.sample_metrics(samples, real, train, NAMES)
     assert figures["class_agreement"] == pytest.approx(8 / 12)
     assert figures["floor"]["class_agreement"] == 1
     unlabelled = measured(evaluator, shades(30, 1)[0])
-    assert evaluator.sample_figures(samples, real, unlabelled, NAMES)["class_agreement"] is None
+    assert evaluator.sample_metrics(samples, real, unlabelled, NAMES)["class_agreement"] is None
 
 
 @pytest.mark.parametrize(("count", "reference"), [(5, 8), (8, 5)])
 def test_five_images_on_a_side_are_too_few_for_distances_and_six_are_enough(
     count: int, reference: int, evaluator: Evaluator
 ) -> None:
-    few = evaluator.sample_figures(*(measured(evaluator, pictures(n, n)) for n in (count, reference)))
+    few = evaluator.sample_metrics(*(measured(evaluator, pictures(n, n)) for n in (count, reference)))
     assert few["frechet"] is few["precision"] is few["kid"] is few["coverage"] is None
-    enough = evaluator.sample_figures(*(measured(evaluator, pictures(n + 1, n)) for n in (count, reference)))
+    enough = evaluator.sample_metrics(*(measured(evaluator, pictures(n + 1, n)) for n in (count, reference)))
     assert min(enough[name] for name in ("frechet", "precision", "recall", "density", "coverage")) >= 0
     with pytest.raises(UserError, match="samples: 5; expected at least 6"):
         check_enough(5, "samples")
@@ -332,15 +330,15 @@ def test_moments_are_compared_by_inceptions_features_alone(tmp_path: Path) -> No
     moments = {"features": gaussian_of_moments(features.mean(0), features.T.cov())}
     moments["spatial"] = gaussian_of_moments(features[:, :2].mean(0) + 1, features[:, :2].T.cov())
     with Evaluator(FeatureExtractor("inception", extract), tmp_path) as evaluator:
-        figures = evaluator.moments_figures(measured(evaluator, images), moments)
-        compared = evaluator.sample_figures(*(measured(evaluator, pictures(30, seed)) for seed in (1, 2)))
+        figures = evaluator.moments_metrics(measured(evaluator, images), moments)
+        compared = evaluator.sample_metrics(*(measured(evaluator, pictures(30, seed)) for seed in (1, 2)))
     assert figures["fid"] == figures["frechet"] == pytest.approx(0, abs=1e-5)
     assert figures["sfid"] == pytest.approx(2, rel=1e-6)
     assert figures["inception_score"] >= 1
     assert compared["fid"] == compared["frechet"] > 0
     assert compared["sfid"] != compared["fid"]
     with Evaluator(CORNERS, tmp_path) as evaluator, pytest.raises(UserError, match="to be measured by corners"):
-        evaluator.moments_figures(measured(evaluator, images), moments)
+        evaluator.moments_metrics(measured(evaluator, images), moments)
 
 
 def test_bits_per_token_are_those_of_the_priors_own_loss(pixels: Pixels) -> None:
@@ -398,7 +396,7 @@ def test_a_pipelines_report_has_its_tokenizers_its_priors_and_its_samples_figure
     labels = balanced_labels(pipeline, 30)
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
         samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "sample")
-        figures = pipeline_figures(evaluator, pipeline, samples, held_out, train, NAMES)
+        figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, NAMES)
     assert {"psnr", "ssim", "perplexity", "bits_per_token", "frechet", "kid", "coverage", "floor"} <= figures.keys()
     assert figures["floor"]["frechet"] < figures["frechet"]  # the models are untrained
     assert (figures["num_images"], figures["num_reference_images"], figures["num_training_images"]) == (30, 23, 40)
