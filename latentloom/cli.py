@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 
 VERBS = {
     "quickstart": "train both stages on embedded images and sample, in a few minutes",
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Turns off other libraries' bars and advice; ours say what there is to say."""
+    for message in ("Image size .* exceeds limit", "Corrupt EXIF data", "Truncated File Read", "Palette images with"):
+        warnings.filterwarnings("ignore", message=message)  # Pillow's, of single pictures
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

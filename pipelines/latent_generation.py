@@ -56,6 +56,7 @@ class LatentGenerationPipeline:
         tokenizer, prior: trained on one another's codes; SpecMismatchError if not.
         label_names: names of the classes by id, or none.
         sampling: what `__call__` uses for the options it is not given, an instance of the prior's `options_class`.
+        trained_classes: ids of the classes that had training images, which are sampled where no class is named; by default all.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LatentGenerationPipeline:
         prior: Prior,
         label_names: Sequence[str] | None = None,
         sampling: Any = None,
+        trained_classes: Sequence[int] | None = None,
     ) -> None:
         prior.check_spec(tokenizer.latent_spec())
         if label_names is not None and len(label_names) != prior.config.num_classes:
@@ -74,6 +76,8 @@ class LatentGenerationPipeline:
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.label_names = tuple(label_names) if label_names is not None else None
         self.sampling = sampling or prior.options_class()
+        every_class = range(prior.config.num_classes)
+        self.trained_classes = tuple(i for i in every_class if trained_classes is None or i in trained_classes)
         self._progress_bar_config: dict[str, Any] = {"disable": None}
 
     # -- sampling -------------------------------------------------------------------------------------------------
@@ -312,13 +316,15 @@ class LatentGenerationPipeline:
         """
         folder = Path(save_directory)
         check_place(folder)
-        index = {
+        index: dict[str, Any] = {
             "_class_name": type(self).__name__,
             "tokenizer": type(self.tokenizer).__name__,
             "prior": type(self.prior).__name__,
             "label_names": list(self.label_names) if self.label_names else None,
             "sampling": dataclasses.asdict(self.sampling),
         }
+        if len(self.trained_classes) < self.prior.config.num_classes:
+            index["trained_classes"] = list(self.trained_classes)  # absent: all of them
         with whole_folder(folder) as beside:
             self.tokenizer.save_pretrained(beside / "tokenizer")
             self.prior.save_pretrained(beside / "prior")
@@ -366,7 +372,7 @@ class LatentGenerationPipeline:
         tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
         prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
         sampling = from_mapping(prior.options_class, index.get("sampling") or {}, "sampling.")
-        pipeline = cls(tokenizer, prior, index.get("label_names"), sampling)
+        pipeline = cls(tokenizer, prior, index.get("label_names"), sampling, index.get("trained_classes"))
         if device_map is not None:
             places = device_map if isinstance(device_map, dict) else dict.fromkeys(("tokenizer", "prior"), device_map)
             for name, place in places.items():

@@ -25,7 +25,7 @@ def pipeline_card(
 ) -> str:
     spec, sampling = pipeline.tokenizer.latent_spec(), pipeline.sampling
     height, width = pipeline.tokenizer.config.image_processor.content_size
-    example = repr(pipeline.label_names[0]) if pipeline.label_names else "None"
+    example = repr(pipeline.label_names[(*pipeline.trained_classes, 0)[0]]) if pipeline.label_names else "None"
     ids = f"ids 0 to {pipeline.prior.config.num_classes - 1}" if pipeline.prior.config.num_classes else "none"
     classes = ", ".join(pipeline.label_names) if pipeline.label_names else ids
     condition = "class-conditional" if pipeline.prior.config.num_classes else "unconditional"

@@ -27,7 +27,7 @@ class Arguments(SamplingArguments):
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     classes: tuple[str, ...] = ()
-    """Names or ids of classes; by default all of them in turn."""
+    """Names or ids of classes; by default all that had training images, in turn."""
     num_images: int = 16
     """Images in all, shared evenly among the classes."""
     seed: int = 0
@@ -64,8 +64,9 @@ def main(words: list[str]) -> None:
     a = parse(Arguments, "sample", words)
     check_output(a.output, a.overwrite)
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    every_class = range(pipeline.prior.config.num_classes)
-    by_default = [] if pipeline.prior.restores else list(every_class)  # what is to be restored has a class of its own
+    by_default = (
+        [] if pipeline.prior.restores else list(pipeline.trained_classes)
+    )  # what is to be restored has a class of its own
     wanted = pipeline.label_ids(a.classes or by_default or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = a.sampling_options() | {"num_candidates": a.num_candidates}
@@ -134,7 +135,7 @@ def opened(path: Path) -> PIL.Image.Image:
         with PIL.Image.open(path) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise errors of many classes on broken files
         raise UserError(f"{path} could not be read ({error}); expected a picture such as a PNG or JPEG file") from error
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from latentloom.commands.arguments import check_apart, check_dry_run, parse, recipe_help, training_values
 from latentloom.jobs.main_job import check_bounds, check_codes, run_main_job, summary
-from latentloom.jobs.stages import load_source, say
+from latentloom.jobs.stages import load_source, say, say_classes
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
 from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
@@ -93,6 +93,7 @@ def main(words: list[str]) -> None:
         prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
     for line in choice.reasons:
         say(line)
+    say_classes(source)
     if a.dry_run:
         say(what_both_take(tokenizer, choice.tokenizer, prior, choice.prior, source, seen))
         return

@@ -16,7 +16,7 @@ from latentloom.commands.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.jobs.stages import load_source, run_tokenizer, say, tokenizer_inputs
+from latentloom.jobs.stages import load_source, run_tokenizer, say, say_classes, tokenizer_inputs
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import choose
@@ -52,6 +52,7 @@ def main(words: list[str]) -> None:
     check_dry_run(arguments.dry_run, arguments.minutes)
     check_apart(arguments.training.output, arguments.training.data)
     training, source = arguments.training, load_source(arguments.training.data)
+    say_classes(source)
     if arguments.dry_run:
         training, shape, _ = tokenizer_inputs(training, source)
         title = f"tokenizer {recipe or ''}".rstrip()

@@ -125,6 +125,7 @@ def run_main_job(
         folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
+    source = source.numbered_as(pipeline.label_names)
     if not is_main_process():  # which measures, and is helped to sample
         if not pipeline.prior.restores:
             for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):

@@ -57,6 +57,17 @@ def load_source(data: str) -> ImageSource:
     return open_source(data_path(data))
 
 
+def say_classes(source: ImageSource) -> None:
+    """Prints how many classes were found, or why there are none, and names those that have no training image."""
+    say(source.describe_classes())
+    if missing := source.classes_without_images:
+        named = ", ".join(missing[:20]) + (", …" if len(missing) > 20 else "")
+        say(
+            f"warning: {len(missing)} of {len(source.label_names or ())} classes have no training image and are sampled only when "
+            f"named: {named}"
+        )
+
+
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, Path]:
     """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
     nested = Path(path) / "tokenizer"
@@ -156,7 +167,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
 
     def preview(prior: Prior, path: Path) -> None:
         tokenizer.to(prior.device)
-        pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
+        pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling, codes.trained_classes)
         drawn = sheet_of(pipeline, codes, config.seed)
         if is_main_process():
             save_picture(drawn, path)
@@ -164,7 +175,9 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     with advice_when_memory_runs_out(config, rehearse):
         model = train_prior(config, codes, preview)
     prior = saved_prior(model)
-    pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
+    pipeline = LatentGenerationPipeline(
+        tokenizer.cpu(), prior, codes.label_names, config.sampling, codes.trained_classes
+    )
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
     drawn = preview_of_these.exists()
     samples = PIL.Image.open(preview_of_these) if drawn else sheet_of(pipeline, codes, config.seed)
@@ -194,7 +207,7 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
     """A labelled sheet, one row for each of at most ten classes, at a fixed seed; all processes draw it together."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    classes = list(range(min(PREVIEW_ROWS, pipeline.prior.config.num_classes))) or None
+    classes = list(pipeline.trained_classes[:PREVIEW_ROWS]) or None
     labels = torch.tensor(classes or [-1] * 4).repeat_interleave(columns)
     pictures = sample_across_processes(pipeline, labels, generator)
     pipeline.set_progress_bar_config(disable=None)

@@ -59,6 +59,11 @@ class CodeSplit:
         """(B,) int64; −1 for images without a label."""
         return torch.from_numpy(self._take("label", rows))
 
+    def classes(self) -> tuple[int, ...]:
+        """Ids of the classes that have an image, in order."""
+        parts = self._columns.get("label", ())
+        return tuple(int(label) for label in np.unique(np.concatenate([[-1], *parts])) if label >= 0)
+
     def source_ids(self, rows: np.ndarray) -> list[str]:
         parts, shards = self._columns["source_id"], np.searchsorted(self._starts, rows, side="right") - 1
         return [parts[n][int(row - self._starts[n])].as_py() for n, row in zip(shards, rows, strict=True)]
@@ -101,6 +106,11 @@ class CodeCache:
         self.label_names: tuple[str, ...] | None = tuple(names) if names else None
         self.train = CodeSplit(self.path, train, self.spec)
         self.validation = CodeSplit(self.path, validation, self.spec)
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """Ids of the classes that have a training image; others have names alone."""
+        return self.train.classes()
 
     @property
     def tokenizer_folder(self) -> Path:

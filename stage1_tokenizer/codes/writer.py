@@ -60,6 +60,8 @@ def write_code_cache(
     Raises:
         UserError when `output` holds anything but an earlier cache of the same request.
     """
+    if held := held_manifest(output):
+        source = source.numbered_as(held.get("label_names"))
     spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
@@ -74,7 +76,7 @@ def write_code_cache(
         "degradation": None if degradation == "none" else degradation,
         "label_names": list(source.label_names) if source.label_names else None,
     }
-    if held := held_manifest(output):
+    if held:
         differing = [name for name, value in request.items() if held.get(name) != value]
         if differing:
             raise UserError(

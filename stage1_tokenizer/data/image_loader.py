@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.source_splits import one_line
 from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
@@ -52,7 +53,7 @@ class Pixels:
         else:
             self.readable = range(len(split))
         if not self.readable:
-            raise none_readable(self.skipped, len(split))
+            raise none_readable(self.skipped, split)
 
     def __len__(self) -> int:
         return len(self.readable)
@@ -115,8 +116,8 @@ class Pixels:
         except UnreadableImage as error:
             self.skipped[position] = error
             return None
-        except ValueError as error:  # of other channels than the rest
-            self.skipped[position] = UnreadableImage(self.split.source_id(position), str(error))
+        except Exception as error:  # of other channels than the rest, or of a kind that cannot be converted
+            self.skipped[position] = UnreadableImage(self.split.source_id(position), one_line(error))
             return None
 
     def _readable_from(self, position: int) -> Tensor:
@@ -124,7 +125,7 @@ class Pixels:
             image = self._try_read((position + offset) % len(self.split))
             if image is not None:
                 return image
-        raise none_readable(self.skipped, len(self.split))
+        raise none_readable(self.skipped, self.split)
 
     def report_skipped(self) -> None:
         """One line on stderr when pictures were left out."""
@@ -137,9 +138,12 @@ class Pixels:
             )
 
 
-def none_readable(skipped: dict[int, UnreadableImage], total: int) -> UserError:
+def none_readable(skipped: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
+    place = f" in {split.origin!r}" if split.origin else ""
+    if not skipped:
+        return UserError(f"there are no images{place}; expected PNG, JPEG or other pictures; check the folder")
     first = skipped[min(skipped)]
     return UserError(
-        f"none of {total} images can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
+        f"none of {len(split)} images{place} can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
         "pictures; check the folder"
     )
