@@ -15,7 +15,9 @@ from latentloom.jobs.stages import say
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
+from stage1_tokenizer.data.image_decoding import decoded
 from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
+from stage1_tokenizer.data.image_processor import Picture
 from training_harness.errors import UserError
 from training_harness.processes import accelerated_device, is_main_process
 
@@ -129,12 +131,10 @@ def interpolated(
     return to_uint8(cast("torch.Tensor", drawn))
 
 
-def opened(path: Path) -> PIL.Image.Image:
+def opened(path: Path) -> Picture:
     """A picture file; raises UserError when it cannot be read."""
     try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
-            return picture
+        return decoded(path.read_bytes())
     except Exception as error:  # decoders raise errors of many classes on broken files
         raise UserError(f"{path} could not be read ({error}); expected a picture such as a PNG or JPEG file") from error
 

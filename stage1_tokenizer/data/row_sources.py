@@ -6,6 +6,7 @@ format a data set was saved with: pictures as bytes of any Arrow type, alone, be
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,9 +122,10 @@ def tables_with_pictures(root: Path, paths: list[str]) -> list[str]:
 def _holds_pictures(path: Path) -> bool:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        for column in _columns_of_bytes(file.schema_arrow):
-            for batch in file.iter_batches(batch_size=1, columns=[column]):
+    with path.open("rb") as file:
+        parquet = pq.ParquetFile(file)
+        for column in _columns_of_bytes(parquet.schema_arrow):
+            for batch in parquet.iter_batches(batch_size=1, columns=[column]):
                 cell = batch.column(0)[0].as_py()
                 cell = cell[0] if isinstance(cell, list) and cell else cell
                 content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -164,9 +166,10 @@ def load_parquet(splits: Mapping[str, list[str]], data: str | Path) -> Mapping[s
     for split, paths in splits.items():
         schemas = {}
         for path in paths:
-            with _one_line_errors(f"{printable(path)!r} could not be read as Parquet"), pq.ParquetFile(path) as file:
-                if file.metadata.num_rows:
-                    schemas[path] = file.schema_arrow
+            with _one_line_errors(f"{printable(path)!r} could not be read as Parquet"), open(path, "rb") as file:
+                parquet = pq.ParquetFile(file)  # a name may look like an address
+                if parquet.metadata.num_rows:
+                    schemas[path] = parquet.schema_arrow
         if schemas:
             with _one_line_errors(f"{printable(paths[0])!r}, or a file beside it, could not be read as Parquet"):
                 loaded[split] = _load_tables(schemas, data)
@@ -188,15 +191,19 @@ def _load_tables(schemas: Mapping[str, pa.Schema], data: str | Path) -> Dataset:
     common = [name for name in schema.names if all(name in other.names for other in schemas.values())]
     own = _features(schema)
     picture = _picture_column(schema, own, data, common)
-    names = [name for name in common if name in (picture, ID_NAME, *LABEL_NAMES) or _class_names(own.get(name))]
+    read = (ID_NAME, *LABEL_NAMES)
+    names = [
+        name
+        for name in common
+        if name == picture or _class_names(own.get(name)) or (name in read and _may_name(schema.field(name).type))
+    ]
     narrow = pa.schema([schema.field(name) for name in names])
     features = datasets.Features.from_arrow_schema(narrow.remove_metadata())
     features.update({name: own[name] for name in names if name in own})
     paths = list(schemas)
+    # `datasets` would take these names for addresses, or fail to write them.
     if any("::" in path or "://" in path or printable(path) != path for path in paths):
-        tables = [
-            pq.read_table(path, columns=names).cast(narrow) for path in paths
-        ]  # `datasets` takes it for an address
+        tables = [pq.read_table(io.BytesIO(Path(path).read_bytes()), columns=names).cast(narrow) for path in paths]
         return datasets.Dataset(pa.concat_tables(tables).replace_schema_metadata()).cast(features)
     files = DataFilesList(paths, [(path, str(Path(path).stat().st_mtime_ns)) for path in paths])  # no patterns of names
     loaded = datasets.load_dataset("parquet", data_files={TRAIN: files}, columns=names, features=features)
@@ -259,7 +266,7 @@ def _row_part(rows: Dataset, split: str, label: str | None, names: Sequence[str]
     ids = [str(value) for value in _values(rows, ID_NAME)] if ID_NAME in rows.column_names else None
     store = RowStore(rows.select_columns([picture]).with_format("arrow"), split, ids)
     if label is None or label not in rows.column_names:
-        return Part(store, None, f"no column is named {' or '.join(LABEL_NAMES)}")
+        return Part(store, None, f"no column of labels is named {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}")
     classes = _values(rows, label)
     if any(isinstance(value, list) and len(value) > 1 for value in classes):
         return Part(store, None, f"the column {label!r} holds several labels a row")
@@ -357,27 +364,23 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _label_column(rows: Dataset) -> str | None:
     """The column of type ClassLabel (`label` first), else one of numbers or strings with a name for labels."""
-    import pyarrow as pa
-
     features = rows.features
     named = [name for name, feature in features.items() if _class_names(feature)]
     usual = [name for name in LABEL_NAMES if name in features]
     if named:
         return next((name for name in usual if name in named), named[0])
-    checks = (
-        pa.types.is_integer,
-        pa.types.is_boolean,
-        pa.types.is_floating,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    for name in usual:
-        kind = features.arrow_schema.field(name).type
-        while pa.types.is_dictionary(kind) or _is_list(kind):
-            kind = kind.value_type
-        if pa.types.is_string_view(kind) or any(check(kind) for check in checks):
-            return name
-    return None
+    return next((name for name in usual if _may_name(features.arrow_schema.field(name).type)), None)
+
+
+def _may_name(kind: pa.DataType) -> bool:
+    """Whether cells of a type can be classes or ids: numbers or strings, alone or in lists."""
+    import pyarrow as pa
+
+    while pa.types.is_dictionary(kind) or _is_list(kind):
+        kind = kind.value_type
+    numbers = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return numbers or strings
 
 
 def _element(feature: Any) -> Any:
