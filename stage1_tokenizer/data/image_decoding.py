@@ -65,9 +65,9 @@ def _loaded(image: Picture, at_least: tuple[int, int] | None) -> Picture:
     if isinstance(image, np.ndarray):
         return image
     width, height = image.size
-    large = width * height > 2 * (PIL.Image.MAX_IMAGE_PIXELS or width * height)
     if at_least is not None:
         image.draft(None, (at_least[1], at_least[0]))  # does nothing but for JPEG
+    large = image.width * image.height > 2 * (PIL.Image.MAX_IMAGE_PIXELS or width * height)
     size = image.width * image.height * BYTES_A_PIXEL.get(image.mode, 4)
     if size > LARGEST:
         raise ValueError(

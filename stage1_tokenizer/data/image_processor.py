@@ -259,8 +259,8 @@ def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
     """uint8 of (v − zero) · scale, row by row: a large picture is never held in float64."""
     out = np.empty(values.shape, np.uint8)
     with np.errstate(over="ignore"):
-        for row, numbers in zip(out, values, strict=True):
-            row[...] = ((numbers.astype(np.float64) - zero) * scale).round().clip(0, 255)
+        for i, row in enumerate(values):
+            out[i] = ((row.astype(np.float64) - zero) * scale).round().clip(0, 255)
     return out
 
 
