@@ -63,8 +63,7 @@ def say_classes(source: ImageSource) -> None:
     if missing := source.classes_without_images:
         named = ", ".join(missing[:20]) + (", …" if len(missing) > 20 else "")
         say(
-            f"warning: {len(missing)} of {len(source.label_names or ())} classes have no training image and are sampled only when "
-            f"named: {named}"
+            f"warning: classes without a training image: {named} ({len(missing)} in all); they are sampled only when named"
         )
 
 
