@@ -1,4 +1,4 @@
-"""A folder of images as parts: which files are pictures, which folders are splits and which are classes."""
+"""A folder of images as parts: which files are images, which folders are splits and which are classes."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def _may_be_read(entry: os.DirEntry[str]) -> bool:
 
 
 def image_files(root: Path, files: list[str]) -> list[str]:
-    """Those of the files below `root` that are pictures: by their endings, or without an ending by how they begin."""
+    """Those of the files below `root` that are images: by their endings, or without an ending by how they begin."""
     endings = image_endings()
     return [
         path
         for path in files
-        if (end := _ending(path)) in endings or (_says_nothing(end, endings) and _begins_as_picture(root / path))
+        if (end := _ending(path)) in endings or (_says_nothing(end, endings) and _file_begins_as_image(root / path))
     ]
 
 
@@ -115,18 +115,18 @@ def _says_nothing(ending: str, endings: frozenset[str]) -> bool:
     return known is not None and known[0] in endings
 
 
-def _begins_as_picture(path: Path) -> bool:
-    """Whether a file begins as the formats do that people have pictures in; a text never does."""
+def _file_begins_as_image(path: Path) -> bool:
+    """Whether a file begins as the formats do that people have images in; a text never does."""
     try:
         with path.open("rb") as file:
             begin = file.read(LOOKED_AT)
     except OSError:
         return False
-    return is_picture(begin)
+    return begins_as_image(begin)
 
 
-def is_picture(begin: bytes) -> bool:
-    """Whether bytes begin as a picture: some formats are known by two letters, with which a text may begin too."""
+def begins_as_image(begin: bytes) -> bool:
+    """Whether bytes begin as a image: some formats are known by two letters, with which a text may begin too."""
     if begin.startswith(NUMPY_MAGIC):
         return True
     if not any(byte < 9 or byte > 126 for byte in begin):
@@ -137,9 +137,9 @@ def is_picture(begin: bytes) -> bool:
 
 
 def folder_parts(root: Path, paths: list[str], data: str | Path, files: list[str]) -> dict[str, Part]:
-    """Splits and classes from where the pictures lie, by the table in the header of `sources`.
+    """Splits and classes from where the images lie, by the table in the header of `sources`.
 
-    `files` are all files there, for the message where none is a picture."""
+    `files` are all files there, for the message where none is a image."""
     if not paths:
         endings = Counter(_ending(path) or "no ending" for path in files).most_common(3)
         kinds = f" (its files: {', '.join(f'{count} {end}' for end, count in endings)})" if endings else ""
@@ -194,7 +194,7 @@ def _domains(roles: dict[str, str]) -> dict[str, str]:
 
 
 def _parts(root: Path, members: list[tuple[str, str, str]]) -> dict[str, Part]:
-    """(path, role, class or "") → the parts; a split with a picture that has no class is unlabelled."""
+    """(path, role, class or "") → the parts; a split with a image that has no class is unlabelled."""
     parts = {}
     for role in (TRAIN, VALIDATION, TEST):
         files = [path for path, own, _ in members if own == role]

@@ -1,8 +1,9 @@
-"""Encoded bytes to a picture: what Pillow opens, and NumPy arrays, within a bound on memory.
+"""Encoded bytes to a image: what Pillow opens, and NumPy arrays, within a bound on memory.
 
-Pillow refuses text of more than a megabyte in a PNG, which holds nothing of the picture: such a file is read without it.
+Pillow refuses text of more than a megabyte in a PNG, and text that is broken. It holds nothing of the image: such a file is
+read without it.
 It also refuses more than 179 million pixels. Here the bound is on bytes, `LARGEST` as Pillow holds them (1 a pixel for grey,
-4 for colours), after a JPEG was decoded smaller where that is enough. One picture above Pillow's bound is decoded at a time,
+4 for colours), after a JPEG was decoded smaller where that is enough. One image above Pillow's bound is decoded at a time,
 and shrunk at once by a whole number where it need not stay that large.
 
 TIFF files of numbers that Pillow does not know (float64, colours of floats or signed integers) are read here, uncompressed or
@@ -24,38 +25,36 @@ from stage1_tokenizer.data.image_processor import Picture, to_eight_bits, uprigh
 
 NUMPY_MAGIC, PNG_MAGIC, TIFF_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
 METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that change nothing in its pixels
-LARGEST = 1 << 30  # bytes of one decoded picture
+LARGEST = 1 << 30  # bytes of one decoded image
 TOO_LARGE = f"expected at most {LARGEST >> 30} GiB decoded; make it smaller"
 BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # Pillow's; all other modes 4
 _one_at_a_time = Lock()
 
 
 def opened(encoded: bytes) -> Picture:
-    """The picture with its size and mode; pixels of Pillow's are not decoded yet.
+    """The image with its size and mode; pixels of Pillow's are not decoded yet.
 
     Raises:   whatever is wrong with the bytes."""
     if encoded.startswith(NUMPY_MAGIC):
         return opened_array(encoded)
     try:
         return PIL.Image.open(io.BytesIO(encoded))
-    except PIL.UnidentifiedImageError:
+    except (PIL.UnidentifiedImageError, ValueError):
         if encoded[:4] in TIFF_MAGIC and (array := tiff_array(encoded)) is not None:
-            return as_picture(array, channels_last=True)
-        raise
-    except ValueError:
+            return as_image(array, channels_last=True)
         return PIL.Image.open(io.BytesIO(without_metadata(encoded)))
     except PIL.Image.DecompressionBombError:
         return _opened_without_bound(encoded)
 
 
 def decoded(encoded: bytes, at_least: tuple[int, int] | None = None) -> Picture:
-    """The picture with its pixels.
+    """The image with its pixels.
 
     Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that large.
-    Raises:   whatever is wrong with the bytes; ValueError for a picture of more than `LARGEST` bytes."""
+    Raises:   whatever is wrong with the bytes; ValueError for a image of more than `LARGEST` bytes."""
     try:
         return _loaded(opened(encoded), at_least)
-    except ValueError:
+    except (ValueError, OSError, SyntaxError):
         if (stripped := without_metadata(encoded)) == encoded:
             raise
         return _loaded(opened(stripped), at_least)  # text may also come after the pixels
@@ -111,10 +110,10 @@ def opened_array(encoded: bytes) -> Picture:
 
     Channels may come first: where the first axis is the smallest and is at most 4, or the other two are equal. Values become
     8 bits by `to_eight_bits`."""
-    return as_picture(np.load(io.BytesIO(encoded), allow_pickle=False))
+    return as_image(np.load(io.BytesIO(encoded), allow_pickle=False))
 
 
-def as_picture(array: np.ndarray, channels_last: bool = False) -> Picture:
+def as_image(array: np.ndarray, channels_last: bool = False) -> Picture:
     """What `opened_array` says of the numbers in a file."""
     if (
         array.dtype.kind not in "biuf"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stage1_tokenizer.data.folder_sources import is_picture
+from stage1_tokenizer.data.folder_sources import begins_as_image
 from stage1_tokenizer.data.source_splits import (
     EXPECTED,
     SPLIT_NAMES,
@@ -55,7 +55,7 @@ class RowStore:
         cell = self.pictures[i].column(0)[0].as_py()
         if isinstance(cell, list):
             if len(cell) > 1:
-                raise ValueError(f"the row holds {len(cell)} pictures; expected one")
+                raise ValueError(f"the row holds {len(cell)} images; expected one")
             cell = cell[0] if cell else None
         if isinstance(cell, dict):
             content, path = cell.get("bytes"), cell.get("path")
@@ -105,21 +105,22 @@ def saved_splits(path: Path) -> dict[str, Path]:
                 f"{str(path / 'dataset_dict.json')!r} does not list the splits ({one_line(error)}); expected what save_to_disk "
                 "wrote. Save the data set again"
             ) from error
-    return {state.parent.name: state.parent for state in sorted(path.glob("*/state.json"))}
+    folders = [info.parent for info in sorted(path.glob("*/dataset_info.json"))]
+    return {folder.name: folder for folder in folders if (folder / "state.json").exists()}
 
 
-def tables_with_pictures(root: Path, paths: list[str]) -> list[str]:
+def tables_with_images(root: Path, paths: list[str]) -> list[str]:
     """The Parquet files that hold pictures; those that cannot be read count when others do."""
     held: dict[str, bool | None] = {}
     for path in paths:
         try:
-            held[path] = _holds_pictures(root / path)
+            held[path] = _holds_images(root / path)
         except Exception:  # Arrow raises errors of many classes on broken files
             held[path] = None
     return [path for path in paths if held[path] is not False] if True in held.values() else []
 
 
-def _holds_pictures(path: Path) -> bool:
+def _holds_images(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
@@ -129,7 +130,7 @@ def _holds_pictures(path: Path) -> bool:
                 cell = batch.column(0)[0].as_py()
                 cell = cell[0] if isinstance(cell, list) and cell else cell
                 content = cell.get("bytes") if isinstance(cell, dict) else cell
-                if isinstance(content, bytes) and is_picture(content[:32]):
+                if isinstance(content, bytes) and begins_as_image(content[:32]):
                     return True
                 break
     return False
@@ -149,11 +150,12 @@ def _load_folder(folder: Path) -> Dataset:
 
     try:
         return datasets.load_from_disk(folder)
-    except ValueError:
+    except Exception:
         state = json.loads((folder / "state.json").read_text("utf-8"))
-        if state.get("_format_type") is None:
+        if state.get("_format_type") is None and "::" not in str(folder):
             raise
-        # It was saved with the format of a library that is not installed here, and the format does not matter.
+        # Saved with the format of a library that is not installed here, which does not matter, or in a folder whose name
+        # `datasets` takes for an address.
         parts = [datasets.Dataset.from_file(str(folder / part["filename"])) for part in state["_data_files"]]
         return datasets.concatenate_datasets(parts)
 

@@ -82,6 +82,10 @@ def split_roles(names: Iterable[str], *, any_lead: bool = False) -> dict[str, st
     for named in led.values():
         if TRAIN in named.values() and len(set(named.values())) > 1:
             roles |= named
+    evaluation = [name for name in roles if {"eval", "evaluation"} & set(words_of(name))]
+    others = {role for name, role in roles.items() if name not in evaluation}
+    if VALIDATION in others and TEST not in others:  # training, validation and evaluation
+        roles |= dict.fromkeys(evaluation, TEST)
     return roles
 
 

@@ -50,7 +50,7 @@ from stage1_tokenizer.data.row_sources import (
     parquet_splits,
     row_parts,
     saved_splits,
-    tables_with_pictures,
+    tables_with_images,
 )
 from stage1_tokenizer.data.source_splits import (
     EXPECTED,
@@ -256,7 +256,7 @@ def _folder_parts(path: Path, data: str | Path) -> tuple[dict[str, Part], Sequen
     images = image_files(path, files)
     if parquet := [file for file in files if file.lower().endswith(".parquet")]:
         if images:  # img2dataset writes a table of addresses beside each folder
-            parquet = tables_with_pictures(path, parquet)
+            parquet = tables_with_images(path, parquet)
         if parquet:
             return row_parts(load_parquet(parquet_splits(path, parquet), data), data)
     return folder_parts(path, images, data, files), None

@@ -105,6 +105,11 @@ def test_a_single_folder_in_a_split_that_says_nothing_is_no_class(inner, tmp_pat
     assert open_source(write(tmp_path, *paths)).label_names == ("cat", "dog")
 
 
+def test_evaluation_is_the_test_split_beside_a_validation_split():
+    assert split_roles(["training", "evaluation"])["evaluation"] == "validation"
+    assert split_roles(["training", "validation", "evaluation"])["evaluation"] == "test"
+
+
 def test_splits_below_class_folders_are_splits(tmp_path):
     source = open_source(write(tmp_path, *(f"{k}/{s}/1.png" for k in ("cat", "dog") for s in ("train", "test"))))
     assert source.label_names == ("cat", "dog")
@@ -364,7 +369,7 @@ def test_the_format_that_a_data_set_was_saved_with_does_not_matter(kind, tmp_pat
     ("columns", "reason"),
     [
         ({"image": [PNG, PNG, None]}, "holds no picture"),
-        ({"image": [[PNG], [PNG], [PNG, PNG]]}, "holds 2 pictures"),
+        ({"image": [[PNG], [PNG], [PNG, PNG]]}, "holds 2 images"),
         ({"image": [PNG, PNG, b""]}, "not a picture"),
     ],
 )

@@ -164,6 +164,13 @@ def test_text_of_any_length_in_a_png_does_no_harm(after):
     assert opened(encoded).size == (12, 8)
 
 
+def test_broken_text_in_a_png_does_no_harm():
+    text = PngInfo()
+    text.add_text("comment", "b" * 50)
+    encoded = written(PIL.Image.fromarray(EXPECTED), pnginfo=text).replace(b"bbb", b"bab")
+    assert np.array_equal(grey(encoded), EXPECTED)
+
+
 def test_a_colour_profile_of_any_length_does_no_harm():
     assert np.array_equal(grey(written(PIL.Image.fromarray(EXPECTED), icc_profile=bytes(3_000_000))), EXPECTED)
 
