@@ -126,7 +126,7 @@ def _file_begins_as_image(path: Path) -> bool:
 
 
 def begins_as_image(begin: bytes) -> bool:
-    """Whether bytes begin as a image: some formats are known by two letters, with which a text may begin too."""
+    """Whether bytes begin as an image: some formats are known by two letters, with which a text may begin too."""
     if begin.startswith(NUMPY_MAGIC):
         return True
     if not any(byte < 9 or byte > 126 for byte in begin):
@@ -139,7 +139,7 @@ def begins_as_image(begin: bytes) -> bool:
 def folder_parts(root: Path, paths: list[str], data: str | Path, files: list[str]) -> dict[str, Part]:
     """Splits and classes from where the images lie, by the table in the header of `sources`.
 
-    `files` are all files there, for the message where none is a image."""
+    `files` are all files there, for the message where none is an image."""
     if not paths:
         endings = Counter(_ending(path) or "no ending" for path in files).most_common(3)
         kinds = f" (its files: {', '.join(f'{count} {end}' for end, count in endings)})" if endings else ""
@@ -194,7 +194,7 @@ def _domains(roles: dict[str, str]) -> dict[str, str]:
 
 
 def _parts(root: Path, members: list[tuple[str, str, str]]) -> dict[str, Part]:
-    """(path, role, class or "") → the parts; a split with a image that has no class is unlabelled."""
+    """(path, role, class or "") → the parts; a split with an image that has no class is unlabelled."""
     parts = {}
     for role in (TRAIN, VALIDATION, TEST):
         files = [path for path, own, _ in members if own == role]

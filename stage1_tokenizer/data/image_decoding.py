@@ -1,4 +1,4 @@
-"""Encoded bytes to a image: what Pillow opens, and NumPy arrays, within a bound on memory.
+"""Encoded bytes to an image: what Pillow opens, and NumPy arrays, within a bound on memory.
 
 Pillow refuses text of more than a megabyte in a PNG, and text that is broken. It holds nothing of the image: such a file is
 read without it.
@@ -51,7 +51,7 @@ def decoded(encoded: bytes, at_least: tuple[int, int] | None = None) -> Picture:
     """The image with its pixels.
 
     Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that large.
-    Raises:   whatever is wrong with the bytes; ValueError for a image of more than `LARGEST` bytes."""
+    Raises:   whatever is wrong with the bytes; ValueError for an image of more than `LARGEST` bytes."""
     try:
         return _loaded(opened(encoded), at_least)
     except (ValueError, OSError, SyntaxError):

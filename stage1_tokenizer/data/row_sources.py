@@ -199,7 +199,7 @@ def _load_tables(schemas: Mapping[str, pa.Schema], data: str | Path) -> Dataset:
         for name in common
         if name == picture or _class_names(own.get(name)) or (name in read and _may_name(schema.field(name).type))
     ]
-    narrow = pa.schema([schema.field(name) for name in names])
+    narrow = pa.schema([(name, _of_any_length(schema.field(name).type)) for name in names])
     features = datasets.Features.from_arrow_schema(narrow.remove_metadata())
     features.update({name: own[name] for name in names if name in own})
     paths = list(schemas)
@@ -355,6 +355,21 @@ def _columns_of_bytes(schema: pa.Schema) -> list[str]:
         return any(check(kind) for check in is_bytes)
 
     return [field.name for field in schema if holds_bytes(field.type)]
+
+
+def _of_any_length(kind: pa.DataType) -> pa.DataType:
+    """A type with bytes of fixed size as bytes of any size: `datasets` knows the former from version 5 on."""
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_of_any_length(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_of_any_length(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _of_any_length(field.type)) for field in kind])
+    return kind
 
 
 def _is_list(kind: pa.DataType) -> bool:

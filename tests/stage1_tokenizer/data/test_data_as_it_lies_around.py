@@ -294,6 +294,8 @@ def cell_types() -> dict[str, pa.Array]:
         for path in (pa.string(), pa.large_string(), pa.string_view()):
             kind = pa.struct([("bytes", content), ("path", path)])
             cells[f"{content} {path}"] = pa.array([{"bytes": PNG, "path": None}] * 3, kind)
+    fixed = pa.struct([("bytes", pa.binary(len(PNG))), ("path", pa.string())])
+    cells["fixed beside a path"] = pa.array([{"bytes": PNG, "path": None}] * 3, fixed)
     cells["list of structs"] = pa.array([[{"path": "x", "bytes": PNG}]] * 3)
     return cells
 
