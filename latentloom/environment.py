@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -46,6 +47,7 @@ def ignore_incomplete_launcher() -> None:
 
 def quiet_libraries() -> None:
     """Turns off other libraries' progress bars and notices."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about single images: those that cannot be read are listed
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -48,6 +48,7 @@ class LatentGenerationPipeline:
         tokenizer, prior: trained on one another's codes; SpecMismatchError if not.
         label_names: names of the classes by id, or none.
         sampling: what `__call__` uses for the options it is not given, an instance of the prior's `options_class`.
+        trained_classes: ids of the classes that had training images, which are sampled where no class is named; by default all.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LatentGenerationPipeline:
         prior: Prior,
         label_names: Sequence[str] | None = None,
         sampling: Any = None,
+        trained_classes: Sequence[int] | None = None,
     ) -> None:
         prior.check_spec(tokenizer.latent_spec())
         if label_names is not None and len(label_names) != prior.config.num_classes:
@@ -66,6 +68,8 @@ class LatentGenerationPipeline:
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.label_names = tuple(label_names) if label_names is not None else None
         self.sampling = sampling or prior.options_class()
+        every_class = range(prior.config.num_classes)
+        self.trained_classes = tuple(i for i in every_class if trained_classes is None or i in trained_classes)
         self._progress_bar_config: dict[str, Any] = {"disable": None}
 
     # -- sampling -------------------------------------------------------------------------------------------------
@@ -164,7 +168,8 @@ class LatentGenerationPipeline:
         starts = range(0, len(labels), size)
         pictures = list[Tensor]()
         steps = self.prior.num_steps(spec, chosen)
-        with progress_bar(total=len(starts) * steps, desc="sample", unit="step", **self._progress_bar_config) as bar:
+        shown = {"total": len(starts) * steps, "desc": "sample", "unit": "step"} | self._progress_bar_config
+        with progress_bar(**shown) as bar:
 
             def on_step(step: int, codes: Tensor) -> None:
                 bar.update(len(pictures) * steps + step + 1 - bar.n)  # what is known takes no step
@@ -303,7 +308,7 @@ class LatentGenerationPipeline:
         An earlier pipeline in the folder is replaced, other files stay. In the card, what stands outside our markers stays.
         Raises UserError when one of these names is taken by something that no pipeline wrote.
         """
-        parts = PipelineParts(self.tokenizer, self.prior, self.label_names, self.sampling)
+        parts = PipelineParts(self.tokenizer, self.prior, self.label_names, self.sampling, self.trained_classes)
         save_parts(Path(save_directory), parts, type(self).__name__, metrics, samples, repo_id)
 
     @classmethod

@@ -25,13 +25,14 @@ def pipeline_card(
     prior: Prior,
     label_names: Sequence[str] | None,
     sampling: Any,
+    trained_classes: Sequence[int],
     metrics: Mapping[str, Any] | None,
     has_samples: bool,
     repo_id: str | None,
 ) -> str:
     """The YAML header and the text of a pipeline's card."""
     height, width = tokenizer.config.image_processor.content_size
-    example = repr(label_names[0]) if label_names else "None"
+    example = repr(label_names[(*trained_classes, 0)[0]]) if label_names else "None"
     ids = f"ids 0 to {prior.config.num_classes - 1}" if prior.config.num_classes else "none"
     classes = ", ".join(" ".join(name.split()) for name in label_names) if label_names else ids
     condition = "class-conditional" if prior.config.num_classes else "unconditional"

@@ -36,6 +36,7 @@ class PipelineParts(NamedTuple):
     prior: Prior
     label_names: tuple[str, ...] | None
     sampling: Any  # an instance of the prior's `options_class`
+    trained_classes: tuple[int, ...]  # ids of the classes that had training images
 
 
 def save_parts(
@@ -60,13 +61,15 @@ def save_parts(
         if metrics is not None:
             write_json(beside / METRICS, metrics)
         write_card(folder, beside, pipeline_card(*parts, metrics, samples is not None, repo_id))
-        index = {
+        index: dict[str, Any] = {
             "_class_name": class_name,
             "tokenizer": type(parts.tokenizer).__name__,
             "prior": type(parts.prior).__name__,
             "label_names": list(parts.label_names) if parts.label_names else None,
             "sampling": dataclasses.asdict(parts.sampling),
         }
+        if len(parts.trained_classes) < parts.prior.config.num_classes:
+            index["trained_classes"] = list(parts.trained_classes)  # absent: all of them
         _remove_stale(folder.expanduser(), beside)
         # An earlier index must not vouch for files of two pipelines, should this be cut short.
         write_json(folder.expanduser() / INDEX, index | {"incomplete": True})
@@ -121,7 +124,8 @@ def load_parts(folder: Path, dtype: torch.dtype | None) -> PipelineParts:
     prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
     names = index.get("label_names")
     sampling = from_mapping(prior.options_class, index.get("sampling") or {}, "sampling.")
-    return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling)
+    trained = tuple(index.get("trained_classes") or range(prior.config.num_classes))
+    return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling, trained)
 
 
 def _check_complete(folder: Path, index: Mapping[str, Any]) -> None:

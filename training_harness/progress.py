@@ -36,11 +36,11 @@ class LineProgress(tqdm):
 
 
 def progress_bar(**options: Any) -> tqdm:
-    """A progress bar with tqdm's options; `disable=True` shows nothing.
+    """A progress bar with tqdm's options; `disable=True` shows nothing, `disable=False` a bar also where there is no terminal.
 
-    Without a terminal it prints a line every 30 seconds, with what `set_postfix` was given.
+    By default it prints there a line every 30 seconds, with what `set_postfix` was given.
     """
     in_notebook = "ipykernel" in sys.modules
-    if options.get("disable") or in_notebook or sys.stderr.isatty():
+    if options.get("disable") is not None or in_notebook or sys.stderr.isatty():
         return auto_tqdm(**{"dynamic_ncols": True} | options | {"disable": bool(options.get("disable"))})
     return LineProgress(**options | {"disable": False, "file": sys.stderr})

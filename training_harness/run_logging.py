@@ -42,7 +42,7 @@ class RunLogging:
             desc=description,
             unit="image",
             unit_scale=True,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,
         )
         return self._bar
 

@@ -147,6 +147,7 @@ def against_images(a: Arguments) -> dict[str, Any]:
     pipeline, samples = load_samples(a)
     if pipeline is None:
         check_size(source, a.reference, samples.processor)
+    source = source.numbered_as(samples.label_names)
     names = source.label_names if samples.label_names == source.label_names else None
     source = source.relabelled(samples.label_names)
     extractor = extractor_for(a.reference, samples.processor, a.features)

@@ -16,7 +16,9 @@ from latentloom.jobs.sample_folders import SAMPLE_LIST, sample_list
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
+from stage1_tokenizer.data.image_decoding import decoded
 from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
+from stage1_tokenizer.data.image_processor import Picture
 from training_harness.errors import UserError
 from training_harness.files import write_json
 from training_harness.output_lock import output_lock
@@ -30,7 +32,7 @@ class Arguments(SamplingArguments):
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     classes: tuple[str, ...] = ()
-    """Names or ids of classes; by default all of them in turn."""
+    """Names or ids of classes; by default all that had training images, in turn."""
     num_images: int = 16
     """Images in all, shared evenly among the classes."""
     seed: int = 0
@@ -72,8 +74,9 @@ def main(words: list[str]) -> None:
 
 def write_samples(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    every_class = range(pipeline.prior.config.num_classes)
-    by_default = [] if pipeline.prior.restores else list(every_class)  # what is to be restored has a class of its own
+    by_default = (
+        [] if pipeline.prior.restores else list(pipeline.trained_classes)
+    )  # what is to be restored has a class of its own
     wanted = pipeline.label_ids(a.classes or by_default or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
     options = a.sampling_options() | {"num_candidates": a.num_candidates}
@@ -138,13 +141,11 @@ def interpolated(
     return to_uint8(cast("torch.Tensor", drawn))
 
 
-def opened(path: Path) -> PIL.Image.Image:
+def opened(path: Path) -> Picture:
     """A picture file; raises UserError when it cannot be read."""
     try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, ValueError) as error:
+        return decoded(path.read_bytes())
+    except Exception as error:  # decoders raise errors of many classes on broken files
         raise UserError(f"{path} could not be read ({error}); expected a picture such as a PNG or JPEG file") from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
 from latentloom.commands.arguments import parse, recipe_help, training_values
 from latentloom.jobs.main_job import check_codes, run_main_job, summary
-from latentloom.jobs.stages import load_source
+from latentloom.jobs.stages import load_source, print_classes
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
 from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
@@ -96,6 +96,7 @@ def main(words: list[str]) -> None:
     inputs = tokenizer_inputs(tokenizer, source, seen)
     for line in choice.reasons:
         print_once(line)
+    print_classes(source)
     if a.dry_run:
         print_once(what_both_take(inputs, choice.tokenizer, prior, choice.prior))
         return

@@ -15,7 +15,7 @@ from latentloom.commands.arguments import (
     training_values,
     with_required_missing,
 )
-from latentloom.jobs.stages import load_source, run_tokenizer
+from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import choose
@@ -53,6 +53,7 @@ def main(words: list[str]) -> None:
     check_apart(arguments.training.output, arguments.training.data)
     inputs = tokenizer_inputs(arguments.training, load_source(arguments.training.data))
     training = inputs.config
+    print_classes(inputs.source)
     if arguments.dry_run:
         title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
         text, seconds = dry_run(title, training, images, lambda config: rehearse_tokenizer(config, inputs.model))

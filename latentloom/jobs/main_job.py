@@ -122,6 +122,7 @@ def _run_main_job(
         folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
+    images = inputs.images.numbered_as(pipeline.label_names)
     if not is_main_process():  # which measures, and is helped to sample
         if not pipeline.prior.restores:
             for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
@@ -129,7 +130,7 @@ def _run_main_job(
         wait_for_everyone()
         return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
-    figures, samples = write_results(output, inputs.images, pipeline, extractor, prior.seed, num_images, phases)
+    figures, samples = write_results(output, images, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
         "seconds": round(time.perf_counter() - begin, 1),
         "phases": phases,

@@ -59,6 +59,16 @@ def load_source(data: str) -> ImageSource:
     return open_source(data_path(data))
 
 
+def print_classes(source: ImageSource) -> None:
+    """Prints how many classes were found, or why there are none, and names those that have no training image."""
+    print_once(source.describe_classes())
+    if missing := source.classes_without_images:
+        named = ", ".join(missing[:20]) + (", …" if len(missing) > 20 else "")
+        print_once(
+            f"warning: classes without a training image: {named} ({len(missing)} in all); they are sampled only when named"
+        )
+
+
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, Path]:
     """A tokenizer and its model folder, from a run folder, a model folder, a pipeline or a Hub repository."""
     nested = Path(path).expanduser() / "tokenizer"
@@ -166,7 +176,7 @@ def train_and_save_pipeline(
 
     def preview(prior: Prior, path: Path) -> None:
         tokenizer.to(prior.device)
-        pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling)
+        pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling, codes.trained_classes)
         drawn = sheet_of(pipeline, codes, config.seed)
         if is_main_process():
             save_picture(drawn, path)
@@ -174,7 +184,9 @@ def train_and_save_pipeline(
     with advice_when_memory_runs_out(config, rehearse):
         model = train_prior(config, codes, preview)
     prior = saved_prior(model)
-    pipeline = LatentGenerationPipeline(tokenizer.cpu(), prior, codes.label_names, config.sampling)
+    pipeline = LatentGenerationPipeline(
+        tokenizer.cpu(), prior, codes.label_names, config.sampling, codes.trained_classes
+    )
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
     drawn = preview_of_these.exists()
     samples = PIL.Image.open(preview_of_these) if drawn else sheet_of(pipeline, codes, config.seed)
@@ -204,7 +216,7 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
     """A labelled sheet, one row for each of at most ten classes, at a fixed seed; all processes draw it together."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    classes = list(range(min(PREVIEW_ROWS, pipeline.prior.config.num_classes))) or None
+    classes = list(pipeline.trained_classes[:PREVIEW_ROWS]) or None
     labels = torch.tensor(classes or [-1] * 4).repeat_interleave(columns)
     pictures = sample_across_processes(pipeline, labels, generator)
     pipeline.set_progress_bar_config(disable=None)

@@ -63,8 +63,8 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
 
 
 def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:
-    """About `count` class ids, as many of each class; −1 for a pipeline without classes."""
-    classes = list(range(pipeline.prior.config.num_classes)) or None
+    """About `count` class ids, as many of each class with training images; −1 for a pipeline without classes."""
+    classes = list(pipeline.trained_classes) or None
     per_class = max(1, count // len(classes)) if classes else count
     return torch.tensor(classes or [-1]).repeat_interleave(per_class)
 

@@ -59,6 +59,11 @@ class CodeSplit:
         """(B,) int64; −1 for images without a label."""
         return torch.from_numpy(self._take("label", rows))
 
+    def classes(self) -> tuple[int, ...]:
+        """Ids of the classes that have an image, in order."""
+        parts = self._columns.get("label", ())
+        return tuple(int(label) for label in np.unique(np.concatenate([[-1], *parts])) if label >= 0)
+
     def source_ids(self, rows: np.ndarray) -> list[str]:
         parts, shards = self._columns["source_id"], np.searchsorted(self._starts, rows, side="right") - 1
         return [parts[n][int(row - self._starts[n])].as_py() for n, row in zip(shards, rows, strict=True)]
@@ -100,6 +105,11 @@ class CodeCache:
     def fingerprint(self) -> str:
         """A hash of what the cache holds, by which runs know it wherever it lies."""
         return codes_fingerprint(self.manifest)
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """Ids of the classes that have a training image; others have names alone."""
+        return self.train.classes()
 
     @property
     def tokenizer_folder(self) -> Path:

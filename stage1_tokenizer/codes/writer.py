@@ -55,11 +55,13 @@ def write_code_cache(
         UserError when `output` holds anything but an earlier cache of the same request.
     """
     output = output.expanduser()
+    if held := stored_manifest(output):
+        source = source.numbered_as(held.get("label_names"))
     spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
     request = CodeRequest.of(source, spec, contents, views, degradation)
-    if held := stored_manifest(output):
+    if held:
         if differing := request.differences(held):
             raise UserError(
                 f"{output} holds a code cache with another {', '.join(differing)}; expected the same request and images; "

@@ -3,6 +3,7 @@
 A picture that cannot be read is left out, and listed with the reason.
 """
 
+import copy
 import sys
 import time
 from collections import deque
@@ -10,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import count
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.source_splits import one_line
 from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
@@ -54,7 +57,7 @@ class Pixels:
         else:
             self.readable = range(len(split))
         if not self.readable:
-            raise none_readable(self.skipped, len(split))
+            raise none_readable(self.skipped, split)
 
     def __len__(self) -> int:
         return len(self.readable)
@@ -99,7 +102,7 @@ class Pixels:
                 ahead.append(pool.submit(self.__getitem__, order.batch(number)))
 
     def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
-        quiet = not describe or len(positions) <= 2000
+        quiet = None if describe and len(positions) > 2000 else True
         bar = progress_bar(desc=describe, total=len(positions), unit="image", disable=quiet)
         begin = time.perf_counter()
         with bar, ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
@@ -117,8 +120,8 @@ class Pixels:
         except UnreadableImage as error:
             self.skipped[position] = error
             return None
-        except ValueError as error:  # of other channels than the rest
-            self.skipped[position] = UnreadableImage(self.split.source_id(position), str(error))
+        except Exception as error:  # of other channels than the rest, or of a kind that cannot be converted
+            self.skipped[position] = UnreadableImage(self.split.source_id(position), one_line(error))
             return None
 
     def _readable_from(self, position: int) -> Tensor:
@@ -126,7 +129,7 @@ class Pixels:
             image = self._try_read((position + offset) % len(self.split))
             if image is not None:
                 return image
-        raise none_readable(self.skipped, len(self.split))
+        raise none_readable(self.skipped, self.split)
 
     def report_skipped(self) -> None:
         """Prints one line on stderr, once, when images were left out."""
@@ -159,10 +162,22 @@ class LoadedSource:
         """The images that metrics are measured on: the test split, else the validation split."""
         return self.validation if self.source.test is None else Pixels(self.source.test, self.processor)
 
+    def numbered_as(self, label_names: Sequence[str] | None) -> Self:
+        """The same images, whose classes have the ids that they have in `label_names`; what is decoded stays so."""
+        numbered = type(self)(self.source.numbered_as(label_names), self.processor)
+        for name in ("train", "validation", "held_out"):
+            if name in self.__dict__:
+                loader = numbered.__dict__[name] = copy.copy(self.__dict__[name])
+                loader.split = getattr(numbered.source, name)
+        return numbered
 
-def none_readable(skipped: dict[int, UnreadableImage], total: int) -> UserError:
+
+def none_readable(skipped: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
+    place = f" in {split.origin!r}" if split.origin else ""
+    if not skipped:
+        return UserError(f"there are no images{place}; expected PNG, JPEG or other pictures; check the folder")
     first = skipped[min(skipped)]
     return UserError(
-        f"none of {total} images can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
+        f"none of {len(split)} images{place} can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
         "pictures; check the folder"
     )

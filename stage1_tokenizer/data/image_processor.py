@@ -6,6 +6,16 @@
     postprocess float   (B, C, H, W)    →  uint8   (B, C, h, w)   padding cropped off, v = round(127.5 (x + 1))
 
 `postprocess` undoes `preprocess` exactly. Content (h, w) is what users see; (H, W) is what the tokenizer sees.
+
+Numbers of more than 8 bits become 8 bits by the least and the greatest of a picture, in this order (`to_eight_bits`):
+
+    uint16               v / 257                       int8, bool      v + 128, 255 v
+    integers             in [0, 255]    as they are    in [0, 65535]   v / 257          others   stretched to [0, 255]
+    floats               in [0, 1]      255 v          in [-1, 1]      127.5 (v + 1)
+                         in [0, 255]    as they are    in [0, 65535]   v / 257          others   stretched to [0, 255]
+
+Floats may leave [0, 1] and [-1, 1] by a twentieth of their width, as resampling does, and are clipped. NaN and −∞ count as the
+least finite value, +∞ as the greatest.
 """
 
 from __future__ import annotations
@@ -25,7 +35,8 @@ from training_harness.errors import ConfigError
 Picture = PIL.Image.Image | np.ndarray
 """A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
-ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG, BITS_TAG, SAMPLE_FORMAT_TAG = 0x0112, 258, 339  # of EXIF and TIFF
+OVERSHOOT = 0.05
 UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -71,7 +82,7 @@ class ImageProcessor:
     def read(self, image: Picture) -> Tensor:
         """A picture of any mode and size as uint8 (C, h, w) of the content.
 
-        Turned upright by its EXIF orientation; 16 bits scaled to 8; transparency kept where this processor has an alpha
+        Turned upright by its EXIF orientation; other numbers brought to 8 bits; transparency kept where this processor has an alpha
         channel and laid on white where it has none; cropped at the centre to the content's aspect ratio, then resized
         (Lanczos). A picture that has the size already is not resampled. Raises ValueError for one of other channels than
         this processor's where there is no conversion."""
@@ -81,7 +92,7 @@ class ImageProcessor:
             raise ValueError(f"it has {found} channels; expected {self.channels}")
         if isinstance(image, np.ndarray):
             return _fitted(torch.from_numpy(image).permute(2, 0, 1), height, width)
-        image = _in_mode(with_eight_bits(upright(image)), MODES[self.channels])
+        image = _in_mode(upright_with_eight_bits(image), MODES[self.channels])
         if image.size != (width, height):
             image = PIL.ImageOps.fit(image, (width, height), method=PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).view(height, width, self.channels)
@@ -139,7 +150,7 @@ def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:
     rows, columns = pixels.shape[1:]
     if (rows, columns) == (height, width):
         return pixels.contiguous()
-    kept = min(rows, round(columns * height / width)), min(columns, round(rows * width / height))
+    kept = min(rows, max(1, round(columns * height / width))), min(columns, max(1, round(rows * width / height)))
     top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
     cropped = pixels[None, :, top : top + kept[0], left : left + kept[1]].float()
     resized = F.interpolate(cropped, (height, width), mode="bicubic", align_corners=False, antialias=True)
@@ -160,14 +171,22 @@ def orientation_of(image: Picture) -> int:
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
+        return orientation if orientation in UPRIGHT else 1
     except Exception:  # cameras and editors write broken EXIF in many ways; the picture itself is fine
         return 1
-    return orientation if orientation in UPRIGHT else 1
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The picture as its EXIF orientation wants it seen."""
-    orientation = orientation_of(image)
+    return _turned(image, orientation_of(image))
+
+
+def upright_with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """`with_eight_bits` of the picture, as its EXIF orientation wants it seen."""
+    return _turned(with_eight_bits(image), orientation_of(image))
+
+
+def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     if orientation == 1:
         return image
     turned = image.transpose(UPRIGHT[orientation])
@@ -177,19 +196,72 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in mode L, LA, RGB or RGBA, whichever holds what it shows.
-
-    16-bit grey is scaled, v / 257, not clipped. 32-bit integers count as 16-bit ones, since Pillow opens some 16-bit
-    files so, and floats as 0..255, which is Pillow's own reading of them."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64).clip(0, 65_535)
-        return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    """The picture in mode L, LA, RGB or RGBA, whichever holds what it shows; see the header for other numbers."""
+    if (values := _numbers_of(image)) is not None:
+        return PIL.Image.fromarray(to_eight_bits(values))
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
-    grey = image.mode in ("1", "L", "F", "La", "LA")
+    grey = image.mode in ("1", "L", "La", "LA")
     if image.has_transparency_data:
         return image.convert("LA" if grey else "RGBA")
     return image.convert("L" if grey else "RGB")
+
+
+def _numbers_of(image: PIL.Image.Image) -> np.ndarray | None:
+    """(h, w) of a grey picture with the type that its file has; none for modes of 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    signed = tags.get(SAMPLE_FORMAT_TAG) == (2,)
+    if image.mode == "L":
+        return np.asarray(image).view(np.int8) if signed else None
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return None
+    values = np.asarray(image)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return values.clip(0, 65_535).astype(np.uint16)  # Pillow opens their 16 bits so
+    if image.mode == "I" and tags.get(BITS_TAG) == (32,) and not signed:
+        return values.view(np.uint32)
+    return values
+
+
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers of any type as uint8, by the table in this module's header.
+
+    Raises:   ValueError when none of them is finite."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.int8:
+        return (values.astype(np.int16) + 128).astype(np.uint8)
+    floats = values.dtype.kind == "f"
+    if floats and not np.isfinite(values).all():
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            raise ValueError("none of its numbers is finite; expected grey levels")
+        values = np.nan_to_num(values, nan=finite.min(), neginf=finite.min(), posinf=finite.max())
+    least, most = float(values.min()), float(values.max())
+
+    def within(low: float, high: float) -> bool:
+        return least >= low and most <= high
+
+    if floats and within(-OVERSHOOT, 1 + OVERSHOOT):
+        return _rounded(values, 0, 255)
+    if floats and within(-1 - 2 * OVERSHOOT, 1 + 2 * OVERSHOOT):
+        return _rounded(values, -1, 127.5)
+    if values.dtype != np.uint16 and within(0, 255):
+        return _rounded(values, 0, 1)
+    if within(0, 65_535):
+        return _rounded(values, 0, 1 / 257)
+    return _rounded(values, least, 127.5 / (most / 2 - least / 2) if most > least else 0)
+
+
+def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
+    """uint8 of (v − zero) · scale, row by row: a large picture is never held in float64."""
+    out = np.empty(values.shape, np.uint8)
+    with np.errstate(over="ignore"):
+        for i, row in enumerate(values):
+            out[i] = ((row.astype(np.float64) - zero) * scale).round().clip(0, 255)
+    return out
 
 
 def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:

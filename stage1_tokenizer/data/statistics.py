@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stage1_tokenizer.data.image_processor import Picture, orientation_of, with_eight_bits
+from stage1_tokenizer.data.source_splits import one_line
 from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
 from training_harness.errors import UserError
 
@@ -40,15 +41,20 @@ def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
         try:
             image = split.image(index, at_least=COLOUR_SAMPLE)
             height, width = split.size(index)
+            shown = _channels_of(image)
         except UnreadableImage as error:
             unreadable.append(error)
             continue
+        except Exception as error:  # of a kind that cannot be converted
+            unreadable.append(UnreadableImage(split.source_id(index), one_line(error)))
+            continue
         sizes[(width, height) if orientation_of(image) >= 5 else (height, width)] += 1
-        channels = max(channels, _channels_of(image))
+        channels = max(channels, shown)
     if not sizes:
+        place = f" in {split.origin!r}" if split.origin else ""
         example = f"for example {unreadable[0]}" if unreadable else "there is none"
         raise UserError(
-            f"none of {count} images could be read ({example}); expected pictures. Check how the files were copied"
+            f"none of {count} images{place} could be read ({example}); expected pictures. Check how the files were copied"
         )
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     commonest = max(by_area, key=lambda size: (sizes[size], size[0] * size[1]))

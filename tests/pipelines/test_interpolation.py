@@ -81,6 +81,7 @@ def test_the_command_writes_a_row_of_each_class(tmp_path: Path, capsys: pytest.C
         "00004-dog.png",
         "00005-dog.png",
         "grid.png",
+        "samples.json",
     ]
     assert latentloom(*given, "--overwrite", "--classes", "cat", "dog", "--num-images", "5") == 2
     assert "expected as many of each" in capsys.readouterr().err

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import CHECKOUT
+from command_line import CHECKOUT, latentloom
 from PIL import Image
 from small_parts import one_line
 from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
+from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from training_harness import files
@@ -59,6 +60,23 @@ def images(pipeline: LatentGenerationPipeline, **options: Any) -> torch.Tensor:
 
 
 # -- round trip -------------------------------------------------------------------------------------------------------
+
+
+def test_classes_without_training_images_are_sampled_only_when_named(folder: Path, tmp_path: Path) -> None:
+    whole = LatentGenerationPipeline.from_pretrained(folder)
+    assert whole.trained_classes == (0, 1, 2)
+    assert "trained_classes" not in json.loads((folder / "model_index.json").read_text())
+    part = LatentGenerationPipeline(whole.tokenizer, whole.prior, NAMES, trained_classes=[2, 0])
+    part.save_pretrained(tmp_path / "part")
+    again = LatentGenerationPipeline.from_pretrained(tmp_path / "part")
+    assert again.trained_classes == (0, 2)
+    assert balanced_labels(again, 4).tolist() == [0, 0, 2, 2]
+    assert again.label_ids(NAMES[1]) == [1]
+    assert (
+        latentloom("sample", "--pipeline", tmp_path / "part", "--num-images", 4, "--output", tmp_path / "samples") == 0
+    )
+    names = {path.stem.split("-")[1] for path in (tmp_path / "samples").glob("0*.png")}
+    assert names == {NAMES[0], NAMES[2]}
 
 
 def test_a_new_process_samples_the_same_images_bit_by_bit(folder: Path, tmp_path: Path) -> None:

@@ -63,8 +63,15 @@ def test_arrays_of_up_to_four_channels_are_pictures(tmp_path):
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((4, 4, 6), np.float32), np.zeros(4, np.uint8), np.zeros((0, 4, 6), np.uint8), np.array([{}], object)],
-    ids=["floats", "one axis", "empty", "pickled"],
+    [
+        np.zeros((4, 4, 6), np.complex64),
+        np.full((4, 4, 6), np.nan),
+        np.zeros(4, np.uint8),
+        np.zeros((2, 4, 4, 6), np.uint8),
+        np.zeros((0, 4, 6), np.uint8),
+        np.array([{}], object),
+    ],
+    ids=["complex", "not a number", "one axis", "two pictures", "empty", "pickled"],
 )
 def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)

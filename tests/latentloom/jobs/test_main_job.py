@@ -212,7 +212,7 @@ def test_every_verb_does_its_part_on_real_images(
     out = tmp_path / "samples"
     words = ["--pipeline", prior, "--classes", "class 7", "2", "--num-images", 3, "--seed", 5]
     assert latentloom("sample", *words, "--output", out) == 0
-    assert names(out) == {"grid.png", "00000-class-7.png", "00001-class-7.png", "00002-class-2.png"}
+    assert names(out) == {"grid.png", "samples.json", "00000-class-7.png", "00001-class-7.png", "00002-class-2.png"}
     assert Image.open(out / "00000-class-7.png").size == (16, 16)
     assert latentloom("sample", *words, "--output", tmp_path / "again") == 0
     assert digests(out) == digests(tmp_path / "again")
@@ -340,7 +340,12 @@ def test_train_leaves_a_pipeline_that_restores_pictures(
         picture.resize((picture.width // 2, picture.height // 2)).save(tmp_path / "small.png")
     sample = ["sample", "--pipeline", job / "pipeline", "--num-images", 2]
     assert latentloom(*sample, "--image", tmp_path / "small.png", "--output", tmp_path / "restored") == 0
-    assert names(tmp_path / "restored") == {"grid.png", "00000.png", "00001.png"}  # of no class that nobody named
+    assert names(tmp_path / "restored") == {
+        "grid.png",
+        "samples.json",
+        "00000.png",
+        "00001.png",
+    }  # of no class that nobody named
     report = ["evaluate", "--pipeline", job / "pipeline", "--reference", real_images, "--num-images", 10]
     assert latentloom(*report, "--output", tmp_path / "figures.json") == 0
     assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["restored_psnr"] > 0
@@ -358,10 +363,10 @@ def test_train_takes_a_flat_folder_without_labels(real_images: Path, tmp_path: P
     assert pipeline.label_names is None
     out = tmp_path / "samples"
     assert latentloom("sample", "--pipeline", tmp_path / "job", "--num-images", 2, "--output", out) == 0
-    assert names(out) == {"grid.png", "00000.png", "00001.png"}
+    assert names(out) == {"grid.png", "samples.json", "00000.png", "00001.png"}
     varied = ["sample", "--pipeline", tmp_path / "job", "--num-images", 2, "--image", out / "00000.png"]
     assert latentloom(*varied, "--output", tmp_path / "varied") == 0
-    assert names(tmp_path / "varied") == {"grid.png", "00000.png", "00001.png"}
+    assert names(tmp_path / "varied") == {"grid.png", "samples.json", "00000.png", "00001.png"}
     assert metrics_of(tmp_path / "job")["num_reference_images"] < 4  # too few for a distance,
     assert metrics_of(tmp_path / "job")["recall"] is None  # which must not cost the user the rest of the job
 
