@@ -74,7 +74,9 @@ def _section(title: str, body: list[str]) -> Iterator[str]:
         yield from _entries(body, ENTRY)
     elif title == "Raises" and body and ERROR.match(body[0].strip()):
         yield f"{title}:"
-        yield from _entries([ERROR.sub(r"\1: \2", line.strip()) if ERROR.match(line.strip()) else line for line in body], ENTRY)
+        yield from _entries(
+            [ERROR.sub(r"\1: \2", line.strip()) if ERROR.match(line.strip()) else line for line in body], ENTRY
+        )
     else:
         name = "Arguments" if title == "Args" else title
         yield f":{name}: {escaped(' '.join(line.strip() for line in body))}"

@@ -105,7 +105,9 @@ def names() -> str:
             target = f"{value.__module__}.{value.__qualname__}"
             rows.append(f"| {{py:obj}}`{name} <{target}>` | {summary(name, value)} | `{value.__module__}` |")
         if rows:
-            parts.append("\n".join([f"## From `{package}`", "", "| Name | What it is | Defined in |", "|---|---|---|", *rows]))
+            parts.append(
+                "\n".join([f"## From `{package}`", "", "| Name | What it is | Defined in |", "|---|---|---|", *rows])
+            )
     return "\n\n".join(parts)
 
 
