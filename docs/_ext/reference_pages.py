@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import command_line
-from command_line import Option
+import command_help
+from command_help import Option
 from sphinx.application import Sphinx
 
 from latentloom.cli import VERBS
@@ -128,7 +128,7 @@ def summary(name: str, value: object) -> str:
 def commands() -> Iterator[str]:
     for verb, words in VERBS.items():
         yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{words[0].upper()}{words[1:]}."
-        for group in command_line.groups(verb):
+        for group in command_help.groups(verb):
             if group.section in ("", "positional arguments"):
                 yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
         if verb in TRAINING_VERBS:
@@ -136,7 +136,7 @@ def commands() -> Iterator[str]:
 
 
 def fields(level: str, *words: str) -> Iterator[str]:
-    for group in command_line.groups(*words):
+    for group in command_help.groups(*words):
         title = f"`{group.section}`" if group.section else "At the top level"
         yield f"{level} {title}"
         yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
