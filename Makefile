@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A test computes with one thread: files of tests run side by side, in the order of tests/conftest.py.
 PYTEST = python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-all test-oldest check format bench golden clean
+.PHONY: quickstart test test-all test-oldest check docs format bench golden clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/latentloom quickstart $(ARGS)
@@ -25,10 +25,14 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[dev]"
 	.venv-oldest/bin/$(PYTEST) $(ARGS)
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation, in docs/_build/html: no network is needed, and a warning is an error.
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
@@ -43,7 +47,7 @@ golden: $(VENV)/installed-dev
 	$(BIN)/python scripts/golden_losses.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist docs/_build docs/reference/api docs/reference/_generated .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('latentloom needs Python 3.11 or newer; found ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"

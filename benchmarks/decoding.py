@@ -1,9 +1,9 @@
 """Decoding side by side with transformers' `generate`: 256 codes of a small decoder, without guidance.
 
-6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024; a class prefix and 256 codes, drawn at temperature 1: ours from its prior,
-transformers from a `LlamaForCausalLM` of the same sizes, with its dynamic and its static cache. Ours norms queries and keys, which
-Llama does not. The bound is what reading the weights once a step would take at the speed that this machine reads memory with. int8
-is ours with its products' weights as 8-bit integers; what that costs in bits a code stands in `prior_likelihood`.
+6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024; a class prefix and 256 codes, sampled at temperature 1. Ours samples with
+its prior, transformers with a `LlamaForCausalLM` of the same size, with its dynamic and its static cache. Ours normalizes
+queries and keys, Llama does not. The bound is the time to read the weights once in each step at this machine's memory
+bandwidth. int8 is ours with 8-bit weights; the benchmark `prior_likelihood` has their cost in bits a code.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,10 @@
 """A diffusion transformer side by side with diffusers' `DiTTransformer2DModel` of the same size: forward pass and training step.
 
-DiT-S, 12 layers × 384, 6 heads, four latent channels, 1,000 classes, in float32: a forward pass without gradients, and forward and
-backward pass of the mean squared error. The arithmetic of the blocks is the same; diffusers embeds time and class anew in each
-block. Ours runs with the products that its training loop sets (`training_harness.matmul_precision`), diffusers' as torch comes;
-"products as ours" is diffusers with the same setting. The share is that of the speed this machine reaches in a large product.
+DiT-S, 12 layers × 384, 6 heads, four latent channels, 1,000 classes, in float32: a forward pass without gradients, and a
+forward and backward pass of the mean squared error. The blocks have the same arithmetic. diffusers embeds time and class
+again in each block. Ours runs with the matmul precision of its training loop (`training_harness.matmul_precision`), diffusers
+with torch's default; "products as ours" is diffusers with our setting. The share is relative to this machine's speed in a
+large product.
 """
 
 from collections.abc import Callable

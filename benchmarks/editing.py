@@ -1,11 +1,12 @@
-"""Holes in held-out pictures: how a prior that draws in raster order should see what lies below and to the right of them.
+"""Filling masked regions of held-out images: in raster order, with candidates, and in any order.
 
-A square in the middle of each test image of the embedded set is drawn anew through the pipeline, given its class: by `ar-tiny` as
-raster order comes (one candidate), which sees nothing below the hole; by the same prior with candidates that are weighed by what
-follows them; and by `ar-tiny-any-order`, which reads all that is kept before it draws. Kept pixels are the originals'. The judge
-has seen none of them: Fréchet distance and agreement are those of the edited pictures. The seam is the mean step between
-neighbours across the hole's edge, less that of the originals at the same places, in levels of 255: 0 would be no seam to see. The
-error is that of the hole's pixels against the originals, which a good guess need not meet.
+A square in the middle of each test image of the embedded set is filled through the pipeline, given the image's class: by
+`ar-tiny` in raster order with one candidate, which sees nothing below the square; by the same prior with several candidates,
+weighted by the codes that follow; and by `ar-tiny-any-order`, which reads all known codes first. Kept pixels are those of the
+original. The reference classifier has seen none of the images. Fréchet distance and agreement are those of the edited images.
+The seam is the mean step between neighbours across the square's edge, minus the same of the originals, in levels of 255: 0
+means no visible seam. The error is the one of the filled pixels against the original. A good filling need not have a small
+error.
 """
 
 from pathlib import Path
@@ -77,7 +78,7 @@ def run(quick: bool) -> Report:
     body = table(head, [[name, *row.values()] for name, row in rows.items()])
     hole = HOLE.stop - HOLE.start
     words = (
-        f"{count:,} test images, a hole of {hole} pixels a side in {side}, guidance as the recipe has it; seed {seed}."
+        f"{count:,} test images, a masked square of {hole} pixels a side in {side}, the recipe's guidance; seed {seed}."
     )
 
     def chart(path: Path) -> None:
@@ -85,7 +86,7 @@ def run(quick: bool) -> Report:
 
     return Report(
         name="editing",
-        title="Holes in held-out pictures",
+        title="Filling masked regions of held-out images",
         text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), words, body]),
         figures={"seed": seed, "num_images": count, "hole": [HOLE.start, HOLE.stop], "rows": rows},
         chart=chart,

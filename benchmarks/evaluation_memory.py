@@ -1,7 +1,8 @@
 """Peak memory of `latentloom evaluate` at 2,000 and at 50,000 images.
 
-The command in a process of its own, on the embedded images with the judge, measuring images that are read from an `.npz`;
-the peak is the largest resident set that the system saw. Noise images do, since memory does not depend on what they show.
+The command runs in its own process on the embedded images, with the features of the reference classifier, and measures images
+that it reads from an `.npz` file. The peak is the largest resident set that the system recorded. The images are noise, since
+memory does not depend on their content.
 """
 
 import os

@@ -3,14 +3,13 @@
     ratio_r = seconds of the peer in round r / our seconds in round r        above 1: ours is faster
 
 A round runs each contender once, each time in another order, so that what a shared machine does to one it does to all; the
-median of the ratios and their quartiles are what is reported. Results go to docs/benchmarks/NAME.json, their table and
-chart into the section of that name in docs/benchmarks.md.
+median of the ratios and their quartiles are what is reported. Results go to docs/benchmarks: NAME.json, the page NAME.md and
+the chart NAME.png.
 """
 
 import dataclasses
 import gc
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +26,13 @@ from training_harness.configuration import from_mapping
 from training_harness.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
-PAGE, FOLDER = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
+FOLDER = ROOT / "docs" / "benchmarks"
 OURS = "latentloom"
 
 
 @dataclass
 class Report:
-    """What one benchmark found: its JSON, and its section of the page as Markdown."""
+    """What one benchmark found: its JSON, and its page as Markdown."""
 
     name: str
     title: str
@@ -50,31 +49,22 @@ class Report:
     def versions(self) -> dict[str, str]:
         return versions() | {name: version(name) for name in self.peers}
 
-    def section(self) -> str:
+    def page(self) -> str:
         where, known = self.made["machine"], self.versions()
         libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", *self.peers))
         device = "" if where["device"] == "cpu" else f"{where['device']}, "
         threads = f"{where['threads']} threads of {where['cores']} cores"
         setting = f"*{self.made['date']}: {device}{where['processor']}, {threads}; {libraries}.*"
-        chart = "" if self.chart is None else f"\n\n![{self.title}](benchmarks/{self.name}.png)"
-        return f"## {self.title}\n\n{setting}\n\n{self.text.strip()}{chart}"
+        chart = "" if self.chart is None else f"\n\n![{self.title}]({self.name}.png)"
+        return f"# {self.title}\n\n{setting}\n\n{self.text.strip()}{chart}\n"
 
     def publish(self) -> None:
-        """Writes the JSON, the chart, and the section of the page, and leaves all other sections as they are."""
+        """Writes the JSON, the page, and the chart."""
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{self.name}.json").write_text(json.dumps(self.described(), indent=2, ensure_ascii=False) + "\n")
+        (FOLDER / f"{self.name}.md").write_text(self.page(), encoding="utf-8")
         if self.chart is not None:
             self.chart(FOLDER / f"{self.name}.png")
-        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), self.name, self.section()), encoding="utf-8")
-
-
-def with_section(page: str, name: str, section: str) -> str:
-    """The page with what stands between the marks of `name` exchanged, or with a new section at its end."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    block = f"{begin}\n{section}\n{end}"
-    if begin not in page:
-        return f"{page.rstrip()}\n\n{block}\n"
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL)
 
 
 def interleaved(

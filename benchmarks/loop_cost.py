@@ -1,9 +1,9 @@
-"""What the loops cost over bare ones of the same models, and what saving costs.
+"""Cost of the training loops over bare ones of the same models, and what saving costs.
 
-The bare loop is forward, backward, clipping, the optimiser's step and the weight average, on the same batches with the same
-rounding of products. Ours also checks for what is not finite, logs, counts, listens for signals and can go on after a kill. A
-round runs both for as many steps; the first steps do not count. Saving is the time of one checkpoint over that of the steps
-between two at the default interval.
+The bare loop has the forward and backward pass, gradient clipping, the optimizer step and the moving average of the weights,
+on the same batches and with the same matmul precision. Our loop also checks for non-finite numbers, logs, counts, handles
+signals and can resume after a kill. A round runs both for the same number of steps. The first steps do not count. Saving is
+the time of one checkpoint, relative to the time between two checkpoints at the default interval.
 """
 
 import dataclasses
@@ -150,4 +150,4 @@ def run(quick: bool) -> Report:
             figures.append({"stage": name, "loop": found, "save_seconds": saves, "saving_share": saving})
     head = ["", "ms a step", "over the bare loop (quartiles)", "seconds a checkpoint", "share of the time between two"]
     text = f"{(__doc__ or '').partition(chr(10) * 2)[2].strip()}\n\n{table(head, rows)}"
-    return Report("loop_cost", "What the loops cost", text, {"rows": figures})
+    return Report("loop_cost", "Cost of the training loops", text, {"rows": figures})

@@ -1,9 +1,9 @@
 """What a prior of the quickstart's codes needs for a held-out code, beside transformers' Llama of the same size.
 
-Ours is `ar-tiny`, trained as in the quickstart; Llama has its sizes, is tuned as in the comparison of whole stacks and trained for
-as many seconds, its learning rate decaying over them. Both average their weights. Bits are those of the codes of the validation
-images, each given its class and all codes before it; of Llama's vocabulary only the codes count. The last row is ours with its
-products' weights as 8-bit integers, one place at a time, as it decodes.
+Ours is `ar-tiny`, trained as in the quickstart. Llama has the same size and the settings tuned for the comparison of whole
+stacks. It trains for as many seconds, with a learning rate that decays over them. Both average their weights. The bits are
+those of the codes of validation images, given the class and all codes before. Only codes count in Llama's vocabulary. The
+last row is ours with 8-bit weights, one position at a time, as it decodes.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def run(quick: bool) -> Report:
     )
     return Report(
         name="prior_likelihood",
-        title="Bits a code, at equal seconds",
+        title="Bits a code at equal training time",
         text="\n\n".join(
             [
                 (__doc__ or "").partition("\n\n")[2].strip(),

@@ -1,10 +1,10 @@
 """A stage-two training step against one of transformers' Llama of the same size.
 
-6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024, 256 codes after a class prefix, batches of 32: forward, loss, backward,
-clipping and fused AdamW, for both. Ours is the same arithmetic as Llama's; norms of queries and keys, which recipes have and Llama
-has not, are a row of their own. Ours takes its loss by chunks of the head; Llama the cross-entropy of all logits, with torch's
-attention and with its own eager one. Ours runs with the products that its training loop sets (`training_harness.matmul_precision`),
-Llama as torch comes; "products as ours" is Llama with the same setting.
+6 layers × 384, 6 heads, SwiGLU of 1,024, K = 1,024, 256 codes after a class prefix, batches of 32: forward pass, loss,
+backward pass, clipping and fused AdamW for both. Ours has the same arithmetic as Llama. The QK-norm of our recipes, which
+Llama lacks, is a row of its own. Ours computes its loss in chunks of the head, Llama the cross-entropy of all logits, with
+torch's attention and with its own eager attention. Ours runs with the matmul precision of its training loop
+(`training_harness.matmul_precision`), Llama with torch's default; "products as ours" is Llama with our setting.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,7 +76,10 @@ def run(quick: bool) -> Report:
         rows.append([name, 1e3 * seconds, BATCH * SIDE**2 / seconds, row["ratio"], f"{low:.2f} … {high:.2f}"])
     own = found[OURS]["seconds"] / steps
     share = flop / own / speed
-    words = f"Ours computes {flop / own / 1e9:,.0f} GFLOP/s in products, {share:.0%} of what this machine reaches in a large one."
+    words = (
+        f"Ours reaches {flop / own / 1e9:,.0f} GFLOP/s in matrix products, {share:.0%} of this machine's speed in a large "
+        "product."
+    )
     return Report(
         name="prior_step",
         title="A stage-two training step",

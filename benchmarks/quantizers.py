@@ -1,13 +1,14 @@
 """Quantizers against those of diffusers and vector-quantize-pytorch.
 
-Latents of D channels at 16×16 positions of 16 images (N = 4,096 vectors) and K codes, all normal; float32, no autocast. Forward
-is the nearest codes and their vectors, without gradients. A training step is forward in training mode, and backward from a
-given gradient at the output and from the loss ‖sg[z] − e‖² + ‖z − sg[e]‖², whose first term a codebook of moving averages
-replaces by its update, which is in the step. Gradients pass straight through, decays are equal, dead codes stay (diffusers has
-no restart, so that ours is off and vector-quantize-pytorch's too), and the optimiser is left out, the same for all. Before the
-clock runs, each contender is held to choosing the codes that ours chooses, but for ties within rounding.
+The latents have D channels at 16×16 positions of 16 images (N = 4,096 vectors), with K codes. All numbers are normal, in
+float32, without autocast. The forward pass finds the nearest codes and their vectors, without gradients. A training step is a
+forward pass in training mode and a backward pass, from a given gradient at the output and from the loss ‖sg[z] − e‖² + ‖z −
+sg[e]‖². A codebook of moving averages replaces the first term by its update, which is part of the step. All use the
+straight-through gradient and the same decay. Dead codes are not restarted: diffusers has no restart, so ours and the one of
+vector-quantize-pytorch are off. The optimizer is left out for all. Before the timing starts, each contender must choose the
+same codes as ours, apart from ties within rounding.
 
-The bare product is N × D by D × K alone, in our chunks and with nothing kept. A ratio is the peer's seconds over ours.
+The bare product is N × D by D × K alone, in our chunks, with nothing stored. A ratio is the peer's time over ours.
 """
 
 import subprocess
@@ -264,10 +265,10 @@ def run(quick: bool) -> Report:
         [
             (__doc__ or "").partition("\n\n")[2].strip(),
             timing_table(found),
-            f"Over the faster peer of each row: {min(ratios):.2f} to {max(ratios):.2f}. In each row at least {same:.2%} of the "
-            "peers' codes are ours, and the others are ties.",
-            f"Memory at D {channels}, K {codes:,}: how much more than before a process of its own holds at once in its first such "
-            "step, latents and codebook being there already.",
+            f"Speed-up over the faster peer of each row: {min(ratios):.2f} to {max(ratios):.2f}. In each row at least {same:.2%} "
+            "of the peers' codes equal ours, and the others are ties.",
+            f"Memory at D {channels}, K {codes:,}: the peak increase during the first such step of a new process that already "
+            "holds the latents and the codebook.",
             memory_table(growth, counts),
         ]
     )

@@ -1,6 +1,6 @@
-"""Runs benchmarks and writes them into docs/benchmarks.md: `python benchmarks/run.py [--quick] [NAME …]`.
+"""Runs benchmarks and writes them into docs/benchmarks: `python benchmarks/run.py [--quick] [NAME …]`.
 
---quick makes all of them end within minutes: smaller, fewer rounds, printed and not written to the page.
+--quick makes all of them end within minutes: smaller, fewer rounds, printed and not written.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         report = importlib.import_module(name).run(arguments.quick)
         if not arguments.quick:
             report.publish()
-        print(f"\n{report.section()}\n\n{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"\n{report.page()}\n{name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

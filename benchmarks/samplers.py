@@ -1,10 +1,10 @@
 """What an evaluation of the network buys: distance of samples against evaluations, for every sampler and for a mean flow.
 
-`diffusion-tiny` on `kl-f8`'s latents of the embedded images, sampled with the guidance of its recipe by each sampler in as many
-steps as the evaluations allow (DDIM's at η = 0 are Euler's); a guided evaluation, which is a batch of twice the images, counts
-once. Heun takes two evaluations a step but for the last, so it has one fewer where the number is even. The mean flow is
-`diffusion-tiny-few-steps`, trained about as long and sampled as its recipe says, which needs no second half of a batch. Images
-and their noise are the same everywhere; the distance is the judge's, from the test images.
+`diffusion-tiny` on the latents of `kl-f8` for the embedded images. Each sampler uses the recipe's guidance and as many steps
+as the number of evaluations allows. (DDIM with η = 0 equals Euler.) A guided evaluation, a batch with twice the images,
+counts once. Heun takes two evaluations for each step but the last, so it has one evaluation fewer where the number is even.
+The mean flow is `diffusion-tiny-few-steps`, trained for about as long and sampled as in its recipe, without a doubled batch.
+Images and noise are the same for all. The Fréchet distance is on the reference classifier's features, from the test images.
 """
 
 from collections.abc import Mapping
@@ -75,10 +75,10 @@ def run(quick: bool) -> Report:
         f"guidance {one.guidance_scale} between the times {one.guidance_interval[0]} and {one.guidance_interval[1]}"
         for one in (flow.sampling, mean_flow.sampling)
     )
-    words = f"{count:,} samples, {told}, of the mean flow {learnt}; seed {seed}."
+    words = f"{count:,} samples with {told}; the mean flow with {learnt}; seed {seed}."
     return Report(
         name="samplers",
-        title="Samplers of the diffusion prior: distance by evaluations",
+        title="Samplers of the diffusion prior",
         text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), words, *tables]),
         figures={"seed": seed, "num_images": count, "rows": rows},
         chart=lambda path: draw(rows, path),

@@ -1,7 +1,7 @@
 """Distances between two sets of features against torch-fidelity's, on the same arrays.
 
-Two sets of N rows of F numbers, the second a little off the first. The kernel distance is one draw of whole sets, so that
-both compute the same number; precision and recall are at k = 3.
+Each side has N rows of F numbers, and the second set is slightly different from the first. The kernel distance uses whole
+sets once, so that both libraries compute the same number. Precision and recall use k = 3.
 """
 
 from collections.abc import Callable

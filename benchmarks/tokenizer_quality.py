@@ -1,9 +1,10 @@
 """The same minutes for every quantizer and for diffusers' VQModel: what each makes of a set of small pictures.
 
-Each is trained anew, from reading the pictures to a saved model, its learning rate decaying over the time it is given; VQModel
-as tuned for the comparison of whole stacks (docs/LOG.md), for the seconds that our default took. Where pictures are no 32×32 both
-are also trained on pictures padded to that, for 64 codes at f = 4. Figures are on held-out pictures. The Fréchet distance is on
-features that none was trained on: of the judge for the embedded set, of EfficientNet-Lite0 for pictures in colour.
+Each tokenizer is trained from scratch, from reading the images to a saved model, with a learning rate that decays over the
+given time. VQModel has the settings tuned for the comparison of whole stacks (docs/LOG.md) and trains for as many seconds as
+our default took. If images are not 32×32, both are also trained on images padded to 32×32, which gives 64 codes at f = 4.
+Metrics are on held-out images. The Fréchet distance is on features that no tokenizer was trained on: the reference
+classifier's for the embedded images, EfficientNet-Lite0's for colour images.
 """
 
 import math
@@ -154,7 +155,7 @@ def measured(
     }
     return Report(
         name=f"tokenizer_quality_{pictures.name}",
-        title=f"Every quantizer in {minutes:g} minutes: {pictures.name}",
+        title=f"Quantizers after {minutes:g} minutes of training: {pictures.name} images",
         text=words(pictures, minutes, rows, recipes[0]),
         figures=figures,
         peers=("diffusers",),
@@ -180,20 +181,18 @@ def words(pictures: PictureSet, minutes: float, rows: dict[str, dict[str, Any]],
         peer = rows[f"{PEER}, {codes} codes"]
         said.append(
             f"At {codes} codes our default, `{default}`, is {own['psnr'] - peer['psnr']:+.2f} dB from VQModel, with "
-            f"{own['frechet'] / peer['frechet']:.0%} of its distance."
+            f"{own['frechet'] / peer['frechet']:.0%} of its Fréchet distance."
         )
         early = [row for name, row in rows.items() if name.startswith(f"{default}, {codes} codes, ")]
         reached = [row["seconds"] for row in early if row["psnr"] >= peer["psnr"]]
         if reached:
-            said.append(
-                f"Trained for {min(reached) / peer['seconds']:.0%} of the seconds it is where VQModel ends, or better."
-            )
+            said.append(f"It reaches VQModel's final PSNR after {min(reached) / peer['seconds']:.0%} of the time.")
         elif early:
-            said.append("No shorter run of it was where VQModel ends.")
+            said.append("No shorter run of it reached VQModel's final PSNR.")
     return "\n\n".join(
         [
             (__doc__ or "").partition("\n\n")[2].strip(),
-            f"{len(pictures.train):,} pictures of {pictures.size}×{pictures.size}, {pictures.channels} channel"
+            f"{len(pictures.train):,} images of {pictures.size}×{pictures.size}, {pictures.channels} channel"
             f"{'s' * (pictures.channels > 1)}; {len(pictures.originals):,} held out; {minutes:g} minutes each; one seed.",
             body,
             " ".join(said),

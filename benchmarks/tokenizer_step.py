@@ -1,15 +1,16 @@
 """A stage-one training step against one of diffusers' VQModel, without a discriminator.
 
-Batches of 32 grey pictures of 32×32, f = 4, K = 512 codes of 16 numbers, channels 32, 64, 64, no attention. The architectures
-are not the same: VQModel has a block more a level in its decoder and two more around the code grid, halves by 3×3 convolutions
-and not by 4×4, and changes its width in blocks. Ours has the numbers of blocks that come nearest to its arithmetic, in all and
-by resolution. Both minimise the mean squared error and ‖z − sg[e]‖² + ¼ ‖sg[z] − e‖² with fused AdamW; no code is restarted.
+Batches of 32 grey images of 32×32, f = 4, K = 512 codes of 16 channels, channels 32, 64, 64, no attention. The architectures
+differ: VQModel has one more block for each level of its decoder and two more around the code grid, downsamples with 3×3
+convolutions instead of 4×4, and changes its width inside blocks. Ours has the numbers of blocks that come closest to its
+arithmetic, in total and by resolution. Both minimize the mean squared error and ‖z − sg[e]‖² + ¼ ‖sg[z] − e‖² with fused
+AdamW. No code is restarted.
 
-The training loop is `train_tokenizer`: channels last, factors of products rounded where the machine gains from it, and beside
-the step itself batches, a weight average, checks for what is not finite, and the log. The plain loop is what one writes at
-first: forward, loss, backward, clipping, the optimiser's step; it trains both networks, with and without those two settings.
-The process keeps freed memory for all of them, as the training loop asks for; alone, VQModel would go without. A round runs
-each for as many steps, and the first ones do not count. A ratio is VQModel's seconds over ours.
+The training loop is `train_tokenizer`: channels-last, reduced matmul precision where the machine gains from it, and besides
+the step itself data loading, moving average, checks for non-finite numbers, and the log. The plain loop is the usual first
+version: forward pass, loss, backward pass, clipping, optimizer step. It trains both networks, with and without these two
+settings. The process keeps freed memory for all of them, as the training loop asks for; on its own, VQModel would run without
+that. A round runs each for the same number of steps. The first steps do not count. A ratio is VQModel's time over ours.
 """
 
 import dataclasses
@@ -262,8 +263,8 @@ def run(quick: bool) -> Report:
         [
             (__doc__ or "").partition("\n\n")[2].strip(),
             compute,
-            f"A step of ours is {share:.1%} of the arithmetic of VQModel's, enlarging as it does; without rounded products "
-            "ours needs less, since upsampling and its convolution are one transposed convolution. Our training loop takes "
+            f"Our step has {share:.1%} of the arithmetic of VQModel's step when it upsamples in the same way. Without rounded "
+            "products it needs less, since upsampling and its convolution are one transposed convolution. Our training loop takes "
             f"{own:.0f} ms a step; VQModel in a plain loop takes {first} times as long, and {same} times with the same two "
             "settings.",
             table(["plain loop", "VQModel, ms", "ours, ms", "ratio (quartiles)", "ratio to our training loop"], rows),
@@ -271,4 +272,4 @@ def run(quick: bool) -> Report:
     )
     same_settings = {str(setting): each for setting, each in alike.items()}
     figures = {"arithmetic": computed, "timing": found, "same_settings": same_settings}
-    return Report("tokenizer_step", "A stage-one step", text, figures, ["diffusers"])
+    return Report("tokenizer_step", "A stage-one training step", text, figures, ["diffusers"])

@@ -1,10 +1,9 @@
 """Where the time goes in a stage-one step, a stage-two step, an encoded batch and a sampled token, of the quickstart's recipes.
 
-Parts are measured in the real loops, by a stopwatch around the functions that make them up; a part's time is its own, without
-that of the parts inside it. Beside a job stands what its arithmetic would take if all of it ran at the speed that this machine
-reaches in large products and convolutions (with factors rounded in training, as `training_harness.matmul_precision` does), or,
-for a sampled token, what reading the weights once would take: the bound. What is above the bound is activations and norms, small
-products, and Python.
+The parts are timed inside the real loops, with a stopwatch around the functions. The time of a part excludes the parts inside
+it. The bound is what the arithmetic would take if all of it ran as fast as large products and convolutions on this machine,
+with factors rounded as in training (`training_harness.matmul_precision`). For a sampled token the bound is the time to read
+the weights once. The time above the bound goes to activations, normalization, small products and Python.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The frame of the benchmarks: who runs when, what a ratio is, and that a section is written without touching the others."""
+"""The frame of the benchmarks: who runs when, what a ratio is, and what is written."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import frame
 import pytest
-from frame import Report, compared, interleaved, table, with_section
+from frame import Report, compared, interleaved, table
 from run import NAMES
 from where_time_goes import Stopwatch
 
@@ -33,29 +33,32 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios_and_not_that_of_the_medi
     assert noisy["quartiles"] == [1.75, 4.5]
 
 
-def test_a_section_takes_the_place_of_its_own_and_leaves_the_others() -> None:
-    page = with_section(with_section("# Page\n", "one", "first"), "two", "second \\1")
-    again = with_section(page, "one", "changed")
-    assert again == page.replace("first", "changed")
-    assert "second \\1" in again
-    assert again.count("<!-- one: begin -->") == 1
-
-
-def test_a_report_publishes_its_figures_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "benchmarks.md"
-    page.write_text("# Benchmarks\n")
-    monkeypatch.setattr(frame, "PAGE", page)
-    monkeypatch.setattr(frame, "FOLDER", tmp_path / "benchmarks")
-    report = Report("sizes", "Sizes", "words", {"x": 1.5}, ["numpy"], lambda path: path.write_bytes(b"picture"))
+def test_a_report_publishes_its_figures_its_chart_and_a_page_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame, "FOLDER", tmp_path)
+    Report("other", "Other", "words", {}).publish()
+    before = (tmp_path / "other.md").read_text()
+    report = Report("sizes", "Sizes", "words", {"x": 1.5}, ["numpy"], lambda path: path.write_bytes(b"image"))
     report.publish()
-    held = json.loads((tmp_path / "benchmarks" / "sizes.json").read_text())
+    assert (tmp_path / "other.md").read_text() == before
+    assert "![" not in before
+    held = json.loads((tmp_path / "sizes.json").read_text())
     assert held["figures"] == {"x": 1.5}
     assert {"numpy", "torch", "latentloom"} <= held["versions"].keys()
     assert held["machine"]["threads"] == 1
-    text = page.read_text()
-    assert "## Sizes" in text
+    text = (tmp_path / "sizes.md").read_text()
+    assert text.startswith("# Sizes\n\n*")
     assert "1 threads of" in text
-    assert "![Sizes](benchmarks/sizes.png)" in text
+    assert text.endswith("words\n\n![Sizes](sizes.png)\n")
+
+
+def test_every_benchmark_has_its_page_in_the_documentation() -> None:
+    folder = frame.ROOT / "docs" / "benchmarks"
+    results = {path.stem for path in folder.glob("*.json")}
+    assert {path.stem for path in folder.glob("*.md")} - {"index"} == results
+    listed = (folder / "index.md").read_text(encoding="utf-8")
+    assert all(f"({name}.md)" in listed for name in results)
 
 
 def test_tables_show_three_digits_and_a_dash_for_what_there_is_not() -> None:

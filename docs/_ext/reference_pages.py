@@ -1,0 +1,166 @@
+"""Writes the parts of the reference that follow from the code, before Sphinx reads its sources.
+
+    reference/api/PACKAGE.FOLDER.rst        the modules of one folder
+    reference/_generated/names.md           what can be imported from the packages themselves
+    reference/_generated/commands.md        the options of each verb
+    reference/_generated/fields-*.md        the fields of each training configuration
+    reference/_generated/recipes.md         every recipe with its file
+
+A file is only written when its text has changed, so that Sphinx does not read it again for nothing.
+"""
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import command_help
+from command_help import Option
+from sphinx.application import Sphinx
+
+from latentloom.cli import VERBS
+from latentloom.recipes import recipe_names
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
+COMMAND_LINE_ONLY = {"commands", "inspection", "report", "search"}
+"""Folders of `latentloom` that hold what a verb does and nothing to import."""
+TRAINING_VERBS = ("train-tokenizer", "train-prior")
+CONFIGURATIONS = {
+    "tokenizer": ("train-tokenizer",),
+    "autoregressive": ("train-prior", "--recipe", "ar-tiny"),
+    "diffusion": ("train-prior", "--recipe", "diffusion-tiny"),
+}
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / "reference"))
+    return {"parallel_read_safe": True}
+
+
+def write_pages(folder: Path) -> None:
+    pages = {f"_generated/{name}.md": text for name, text in generated()}
+    pages |= {f"api/{page}.rst": api_page(page, files) for page, files in folders().items()}
+    for name, text in pages.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+    for stale in {*folder.glob("api/*.rst"), *folder.glob("_generated/*.md")} - {folder / name for name in pages}:
+        stale.unlink()
+
+
+def generated() -> Iterator[tuple[str, str]]:
+    yield "names", names()
+    yield "commands", "\n\n".join(commands())
+    for name, words in CONFIGURATIONS.items():
+        yield f"fields-{name}", "\n\n".join(fields("###" if name == "tokenizer" else "####", *words))
+    yield "recipes", "\n\n".join(recipes())
+
+
+# -- the API ------------------------------------------------------------------------------------------------------
+
+
+def folders() -> dict[str, list[Path]]:
+    """The Python files of each folder, by its dotted name."""
+    found: dict[str, list[Path]] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__main__.py" and not COMMAND_LINE_ONLY & set(path.relative_to(ROOT).parts):
+                found.setdefault(".".join(path.relative_to(ROOT).parent.parts), []).append(path)
+    return found
+
+
+def api_page(folder: str, files: list[Path]) -> str:
+    lines = [heading(folder, "="), *first_docstring(files)]
+    for path in files:
+        if path.name != "__init__.py":
+            module = f"{folder}.{path.stem}"
+            options = ("members:", "undoc-members:", "show-inheritance:", "member-order: bysource")
+            lines += [heading(path.name, "-"), f".. automodule:: {module}\n" + "".join(f"   :{o}\n" for o in options)]
+    return "\n".join(lines)
+
+
+def first_docstring(files: list[Path]) -> list[str]:
+    initial = next((path for path in files if path.name == "__init__.py"), None)
+    text = ast.get_docstring(ast.parse(initial.read_text(encoding="utf-8"))) if initial else None
+    return [text.partition("\n\n")[0].replace("`", "``") + "\n"] if text else []
+
+
+def heading(title: str, line: str) -> str:
+    return f"{title}\n{line * len(title)}\n"
+
+
+def names() -> str:
+    """Tables of the names that the packages offer, with links to where they are described."""
+    parts = []
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        offered = dir(module) if hasattr(module, "__getattr__") else []
+        rows = []
+        for name in sorted(name for name in offered if not name.startswith("_")):
+            value = getattr(module, name)
+            target = f"{value.__module__}.{value.__qualname__}"
+            rows.append(f"| {{py:obj}}`{name} <{target}>` | {summary(name, value)} | `{value.__module__}` |")
+        if rows:
+            parts.append(
+                "\n".join([f"## From `{package}`", "", "| Name | What it is | Defined in |", "|---|---|---|", *rows])
+            )
+    return "\n\n".join(parts)
+
+
+def summary(name: str, value: object) -> str:
+    """The first sentence of a docstring, or of the module's where a class has none."""
+    text = (value.__doc__ or "").strip()
+    if isinstance(value, type) and (not text or text.startswith(f"{name}(")):
+        if name.endswith("Config"):
+            return f"Configuration of `{name.removesuffix('Config')}`."
+        text = sys.modules[value.__module__].__doc__ or ""
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return markdown(re.split(r"(?<=[\w)`])\.\s", paragraph)[0].rstrip(".:") + ".")
+
+
+# -- the command line and the configuration ------------------------------------------------------------------------
+
+
+def commands() -> Iterator[str]:
+    for verb, words in VERBS.items():
+        yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{words[0].upper()}{words[1:]}."
+        for group in command_help.groups(verb):
+            if group.section in ("", "positional arguments"):
+                yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+        if verb in TRAINING_VERBS:
+            yield f"Every field of the configuration is an option as well: see [](configuration.md#fields-of-{verb})."
+
+
+def fields(level: str, *words: str) -> Iterator[str]:
+    for group in command_help.groups(*words):
+        title = f"`{group.section}`" if group.section else "At the top level"
+        yield f"{level} {title}"
+        yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+
+
+def entry(option: Option) -> str:
+    """One option as an item of a definition list."""
+    values = re.sub(r"\{None\}\||(?<=\{)None,", "", option.values)
+    title = ", ".join(f"`{name}`" for name in option.names) + (f" `{values}`" if values else "")
+    default = "*Required.*" if option.default is None else ""
+    if option.default not in (None, "", "None"):
+        default = f"Default: `{option.default}`."
+    text = " ".join(filter(None, (markdown(option.help), default))) or "Optional."
+    return f"{title}\n: {text}"
+
+
+def recipes() -> Iterator[str]:
+    for stage, title in (("tokenizer", "Tokenizers"), ("prior", "Priors")):
+        yield f"## {title}"
+        for name in recipe_names(stage):
+            yield f"### `{name}`\n\n```{{literalinclude}} ../../latentloom/recipes/{name}.yaml\n:language: yaml\n```"
+
+
+def markdown(text: str) -> str:
+    """Plain text as Markdown: what stands outside of backticks means itself."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if i % 2 else re.sub(r"([*_\[\]<>|\\{}$])", r"\\\1", part) for i, part in enumerate(parts))
