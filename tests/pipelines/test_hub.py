@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from hub_stand_in import TOKEN, StandInHub
+from small_parts import one_line
 from tiny_models import seeded, tiny_pipeline
 
 from pipelines.latent_generation import LatentGenerationPipeline
+from training_harness.errors import UserError
 
 BEGIN = """
 import json, sys, torch
@@ -41,6 +43,17 @@ print(json.dumps({
     "refused": error_of(lambda: pipeline.push_to_hub("stand-in/refused", token="hf_of_nobody")),
     "no token": error_of(lambda: pipeline.push_to_hub("stand-in/refused", token=False)),
 }))
+"""
+
+EDIT = """
+from huggingface_hub import HfApi, hf_hub_download
+pipeline = LatentGenerationPipeline.from_pretrained("pipeline")
+pipeline.push_to_hub("stand-in/mine", metrics={"psnr": 20.0})
+card = open(hf_hub_download("stand-in/mine", "README.md"), encoding="utf-8").read()
+edited = card.replace("library_name", "license: mit\\nlibrary_name") + "\\nA sentence of mine.\\n"
+HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="stand-in/mine")
+pipeline.push_to_hub("stand-in/mine", metrics={"psnr": 21.0})
+print(json.dumps({}))
 """
 
 PULL = """
@@ -110,6 +123,15 @@ def test_pushing_again_commits_what_changed_and_an_unchanged_pipeline_commits_no
     assert json.loads(repo.files["metrics.json"]) == {"psnr": 21.0}
 
 
+def test_what_its_owner_wrote_into_a_card_on_the_hub_stays_when_the_pipeline_is_pushed_again(story: Story) -> None:
+    story.told(EDIT)
+    card = story.hub.repos["stand-in/mine"].files["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n")
+    assert card.endswith("\nA sentence of mine.\n")
+    assert "21.00" in card
+    assert "20.00" not in card
+
+
 def test_a_private_repository_is_private(story: Story) -> None:
     assert story.hub.repos["stand-in/secret"].private
     assert not story.hub.repos["stand-in/tiny"].private
@@ -135,10 +157,17 @@ def test_a_push_that_is_refused_is_one_line_with_what_to_do(story: Story, case: 
     assert "stand-in/refused" not in story.hub.repos
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_push_while_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    from training_harness.errors import UserError
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set") as caught:
+        tiny_pipeline().push_to_hub("me/tiny", token="hf_x")
+    one_line(caught)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(UserError, match="could not push to me/tiny") as pushing:

@@ -1,12 +1,21 @@
 """What is written appears whole or not at all, and a log that a kill tore is mended."""
 
+import errno
 import json
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from command_line import CHECKOUT
 
-from training_harness.files import atomic_file, atomic_folder, write_json, write_text
+from training_harness import files
+from training_harness.errors import UserError
+from training_harness.files import atomic_file, atomic_folder, files_into, write_json, write_text
 from training_harness.metric_log import MetricLog, read_metrics
+from training_harness.output_lock import output_lock
 
 
 def names(folder) -> list[str]:
@@ -126,3 +135,97 @@ def test_rewinding_forgets_what_a_resumed_run_writes_again(tmp_path):
     assert read_metrics(log.path) == []
     MetricLog(tmp_path / "new.jsonl").rewind(5)
     assert not (tmp_path / "new.jsonl").exists()
+
+
+# -- folders that are not ours alone, and file systems that cannot do everything ------------------------------------------
+
+
+def fill(folder: Path, **contents: str) -> None:
+    with files_into(folder, last="index") as beside:
+        for name, text in contents.items():
+            write_text(beside / "sub" / name if name != "index" else beside / name, text)
+
+
+def test_files_take_their_places_among_those_of_the_user_and_the_index_is_the_last(tmp_path, monkeypatch):
+    order, move = [], files._move
+    monkeypatch.setattr(files, "_move", lambda source, target: (order.append(target.name), move(source, target)))
+    write_text(tmp_path / "sub" / "mine", "mine")
+    order.clear()
+    fill(tmp_path, index="i", a="new", b="new")
+    assert order[-3:] == ["a", "b", "index"]
+    assert names(tmp_path) == ["index", "sub"]
+    assert (tmp_path / "sub" / "mine").read_text() == "mine"
+
+
+def test_what_a_link_points_to_receives_the_files_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    fill(tmp_path / "link", index="i")
+    write_text(tmp_path / "link" / "a.txt", "a")
+    (tmp_path / "b.txt").symlink_to("disk/b.txt")
+    write_text(tmp_path / "b.txt", "b")
+    with atomic_folder(tmp_path / "link" / "f") as beside:
+        write_text(beside / "x", "x")
+    assert names(tmp_path / "disk") == ["a.txt", "b.txt", "f", "index"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "b.txt").is_symlink()
+
+
+def test_a_file_system_that_neither_flushes_folders_nor_renames_over_devices_still_gets_the_files(
+    tmp_path, monkeypatch
+):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "over devices")
+
+    def no_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "a folder")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    monkeypatch.setattr(os, "fsync", no_folders)
+    write_text(tmp_path / "a.txt", "a")
+    with atomic_folder(tmp_path / "f") as beside:
+        write_text(beside / "x", "x")
+    fill(tmp_path / "g", index="i", y="y")
+    assert names(tmp_path) == ["a.txt", "f", "g"]
+    assert names(tmp_path / "g" / "sub") == ["y"]
+
+
+def test_a_disk_that_fails_to_flush_a_file_is_not_passed_over(tmp_path, monkeypatch):
+    def failing(descriptor):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="broken"):
+        write_text(tmp_path / "a.txt", "a")
+
+
+# -- one command a folder ---------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from training_harness.output_lock import output_lock
+with output_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_command_is_refused_and_the_lock_of_a_killed_one_is_gone(tmp_path):
+    folder = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True, cwd=CHECKOUT)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=r"another command is writing to .*run"), output_lock(folder):
+        pass
+    first.kill()
+    first.wait()
+    with output_lock(folder):
+        write_text(folder / "a.txt", "a")
+    assert names(folder) == ["a.txt"]
+
+
+def test_a_command_that_writes_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="refused"), output_lock(tmp_path / "run"):
+        raise UserError("refused")
+    assert names(tmp_path) == []

@@ -401,6 +401,36 @@ def test_another_configuration_is_refused_with_what_differs_and_nothing_is_touch
     assert check_folder(replace(config, log_every=1, checkpoint_every=7), "tokenizer") is None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingOnData(Training):
+    data: str = "images"
+
+
+def test_a_run_is_known_by_the_fingerprint_of_its_data_wherever_they_and_the_run_are_moved(tmp_path):
+    config = TrainingOnData(output=tmp_path / "run", max_steps=4, batch_size=2)
+    run = Run(config, trained_on="a hash")
+    run.track(counter=Counter())
+    run.checkpoint(2)
+    moved = replace(config, output=tmp_path / "moved", data="/elsewhere/pictures")
+    config.output.rename(moved.output)
+    assert check_folder(moved, "tokenizer", "a hash") is None
+    for data in ("images", "/elsewhere/pictures"):
+        with pytest.raises(UserError) as caught:
+            check_folder(replace(moved, data=data), "tokenizer", "another hash")
+        one_line(caught)
+
+
+def test_a_run_without_a_fingerprint_is_known_by_where_its_data_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    config = TrainingOnData(output=tmp_path / "run", max_steps=4, batch_size=2)
+    checkpointed(config, 2)
+    for data in ("images/", "./images", str(tmp_path / "images")):
+        assert check_folder(replace(config, data=data), "tokenizer", "a hash") is None
+    with pytest.raises(UserError, match="data is 'images' there and 'others' here"):
+        check_folder(replace(config, data="others"), "tokenizer", "a hash")
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     write_text(tmp_path / "run" / "thesis.tex", "years of work")
     with pytest.raises(UserError) as caught:

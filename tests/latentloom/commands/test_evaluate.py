@@ -174,3 +174,32 @@ def test_grey_samples_from_an_array_are_grey_again_so_that_the_judge_can_look_at
     assert figures["features"] == "fashion-mnist-judge"
     assert figures["precision"] == 1  # they are among the reference
     assert figures["memorisation"]["ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_folder_that_sample_wrote_is_measured_as_it_is(finished_job: Path, real_images: Path, tmp_path: Path) -> None:
+    samples = tmp_path / "samples"
+    assert latentloom("sample", "--pipeline", finished_job, "--num-images", 20, "--output", samples) == 0
+    words = ["--samples", samples, "--reference", tmp_path / "reference", "--features", "pixels-8x8"]
+    for i, path in enumerate(sorted(real_images.rglob("*.png"))[::9]):
+        for split in ("train", "test"):
+            target = tmp_path / "reference" / split / path.parent.name / f"{i}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((16, 16)).save(target)
+    figures = evaluated(tmp_path / "a.json", *words)
+    assert figures["num_images"] == 20  # and not the grid
+    assert len(figures["by_class"]) == 10  # their classes are in samples.json
+    (samples / "samples.json").unlink()  # as earlier versions left it
+    assert evaluated(tmp_path / "b.json", *words)["frechet"] == figures["frechet"]
+
+
+def test_grey_samples_are_compared_with_colours_in_colour(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        for folder, shown in (("images/train", image), ("images/test", image), ("grey", image.convert("L"))):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            shown.save(tmp_path / folder / f"{i}.png")
+    words = ["--reference", tmp_path / "images", "--features", "pixels-8x8"]
+    for samples, least, most in (("images/test", 0.0, 1e-6), ("grey", 0.1, 100.0)):
+        metrics = evaluated(tmp_path / "metrics.json", "--samples", tmp_path / samples, *words)
+        assert least <= metrics["frechet"] < most

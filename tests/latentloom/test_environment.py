@@ -1,0 +1,97 @@
+"""Commands work in the surroundings that users have: launchers, terminals, other packages, read-only folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import CHECKOUT, latentloom
+from PIL import Image
+
+from latentloom.environment import ignore_incomplete_launcher
+from latentloom.jobs.evaluation import features_folder
+from latentloom.jobs.evaluation_plots import draw_by_class
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"RANK": "1"}, False),
+        ({"LOCAL_RANK": "0"}, False),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, False),
+        (WHOLE | {"RANK": "2"}, False),
+        (WHOLE | {"LOCAL_RANK": "1"}, True),
+    ],
+)
+def test_launcher_variables_count_only_when_a_launcher_set_them_all(
+    given: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*WHOLE, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    ignore_incomplete_launcher()
+    assert {name for name in given if name in os.environ} == (set(given) if kept else set())
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in given) != kept
+
+
+def python(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(path for path in sys.path if path and Path(path) != CHECKOUT)
+    installed = {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), paths])} if words[0] == "-m" else {"PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | installed | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_package_of_the_user_named_like_one_of_ours_hides_neither(tmp_path: Path) -> None:
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("mine = True")
+    done = python(tmp_path, "-m", "latentloom", "sample", "--pipeline", "./none")
+    assert "error: no pipeline at ./none" in done.stderr, done.stderr
+    code = f"import sys; sys.path.append({str(CHECKOUT)!r}); import latentloom"
+    done = python(tmp_path, "-c", code)
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: latentloom needs its own package pipelines")
+    assert str(tmp_path / "pipelines") in done.stderr
+    assert python(tmp_path, "-c", "import pipelines; print(pipelines.mine)").stdout == "True\n"
+
+
+def test_characters_that_the_terminal_does_not_know_are_shown_as_escapes(tmp_path: Path) -> None:
+    done = python(tmp_path, "-m", "latentloom", "sample", "--pipeline", "./ключ", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert "no pipeline at ./\\u043a" in done.stderr
+
+
+def test_a_cache_folder_that_cannot_be_used_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LATENTLOOM_CACHE", str(tmp_path / "file" / "cache"))
+    folder = features_folder()
+    assert os.access(folder, os.W_OK)
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_class_names_of_any_characters_stand_in_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://of_another_machine")
+    names = ["$x^{", "_private", "two\nlines", "猫", "caf\udce9", "$a$", ""]
+    metrics = {"frechet": 1.0, "floor": None, "by_class": {name: {"frechet": i + 1.0} for i, name in enumerate(names)}}
+    assert draw_by_class(metrics, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[1] > 100
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert latentloom("sample", "--pipeline=~/none", "--output=~/out") == 2
+    words = ["--tokenizer=~/none", "--data=~", "--output=~/r"]
+    assert latentloom("reconstruct", *words) == 2
+    assert not any(path.name == "~" for path in (*Path.cwd().iterdir(), *tmp_path.iterdir()))
