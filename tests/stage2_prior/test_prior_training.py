@@ -63,6 +63,7 @@ def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCac
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "run.json",
         "samples/step_000003.png",
         "samples/step_000006.png",
         "checkpoints/step_000003/checkpoint.json",
