@@ -148,8 +148,8 @@ def finished_metrics(
     """The metrics of a job that has nothing left to do; raises UserError when it was given another configuration."""
     tokenizer = inputs.config
     if minutes is not None:  # has set the steps when the job began
-        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer.output) or tokenizer.max_steps)
-        prior = replace(prior, max_steps=held_steps(prior.output) or prior.max_steps)
+        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer) or tokenizer.max_steps)
+        prior = replace(prior, max_steps=held_steps(prior) or prior.max_steps)
     manifest = stored_manifest(prior.codes)
     done = {
         "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),

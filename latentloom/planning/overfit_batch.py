@@ -65,7 +65,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 def _short(config: Training, ema: EMAConfig) -> Training:
     folder = config.output.absolute()
     folder = folder.with_name(f"{folder.name}-overfit-batch")
-    if held_configuration(folder) is not None:  # of an earlier check
+    if held_configuration(folder, config.migration) is not None:  # of an earlier check
         shutil.rmtree(folder)
     steps = min(config.max_steps, STEPS)
     every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}
