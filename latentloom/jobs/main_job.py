@@ -65,7 +65,7 @@ def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
     model = tokenizer.model
     if model.name == "vqgan" or prior.prior == "diffusion":
         return
-    hint = ", or train-tokenizer alone: it samples without a prior" if model.prior == "standard_normal" else ""
+    hint = ", or train-tokenizer alone: it samples without a prior" if model.samples_alone else ""
     raise UserError(
         f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer or "
         f"prior; give --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"

@@ -77,7 +77,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     if minutes is not None and config.model.learns:
         config = bounded(config, minutes, rehearse)
     folder = config.output / "model"
-    samples_alone = config.model.prior == "standard_normal"
+    samples_alone = config.model.samples_alone
     with output_lock(config.output):
         done = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
         if done is not None and (not samples_alone or (config.output / "pipeline" / INDEX).exists()):
