@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from where_time_goes import by_kind, machine_speed
 
-from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel
 from stage2_prior.diffusion.dit import DiT
 from training_harness.allocator import keep_freed_memory
 from training_harness.matmul_precision import rounded_products
@@ -35,8 +35,8 @@ SHAPES = ((8, 1, 8), (32, 2, 4), (16, 1, 8))  # side of the latents, patch, batc
 
 
 def our_denoiser(side: int, patch: int) -> DiT:
-    sizes = {"channels": CHANNELS, "height": side, "width": side, "num_classes": CLASSES, "patch_size": patch}
-    return DiT(DiffusionPriorConfig(**sizes))
+    model, sizes = DiTModel(patch_size=patch), {"channels": CHANNELS, "height": side, "width": side}
+    return DiT(DiffusionPriorConfig(model=model, num_classes=CLASSES, **sizes), model)
 
 
 def their_denoiser(side: int, patch: int) -> Any:

@@ -115,7 +115,7 @@ def run(quick: bool) -> Report:
         codes = CodeCache(folder / "codes")
 
         def bare_prior() -> list[float]:
-            model = AutoregressivePrior(second.model.for_spec(codes.spec, 10)).train()
+            model = AutoregressivePrior(second.prior_config(codes.spec, 10)).train()
             order = BatchOrder(len(codes.train), second.batch_size, 0)
 
             def loss_of(step: int) -> torch.Tensor:

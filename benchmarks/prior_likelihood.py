@@ -64,13 +64,13 @@ def run(quick: bool) -> Report:
     pipeline = LatentGenerationPipeline.from_pretrained(trained_prior(folder, "ar-tiny", share, seed))
     seconds = time.perf_counter() - begin
     prior, (held_out, labels) = pipeline.prior.eval(), (x[:count] for x in everything(codes.validation))
-    config, (known, classes) = prior.config, everything(codes.train)
+    model, (known, classes) = prior.config.model, everything(codes.train)
     tuning = dataclasses.replace(
         glue_stack.Tuning(),
-        hidden_size=config.hidden_size,
-        layers=config.num_layers,
-        heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
+        hidden_size=model.hidden_size,
+        layers=model.num_layers,
+        heads=model.num_heads,
+        intermediate_size=model.intermediate_size,
     )
     with rounded_products(torch.device("cpu"), enabled=True):
         llama = glue_stack.train_prior(known.flatten(1), classes, seconds, tuning, seed)
@@ -80,7 +80,7 @@ def run(quick: bool) -> Report:
         f"{OURS}, a place at a time": stepped_bits(prior, held_out, labels, eight_bits=False),
         f"{OURS}, int8": stepped_bits(prior, held_out, labels, eight_bits=True),
     }
-    uniform = math.log2(config.codebook_size)
+    uniform = math.log2(prior.config.codebook_size)
     rows = [[name, f"{value:.4f}", f"{value / uniform:.1%}"] for name, value in bits.items()]
     parameters = {OURS: prior, "transformers Llama": llama.model}
     sizes = ", ".join(f"{sum(p.numel() for p in m.parameters()):,} ({name})" for name, m in parameters.items())

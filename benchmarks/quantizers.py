@@ -23,9 +23,10 @@ import torch
 from frame import OURS, Report, compared, interleaved, table
 from torch import Tensor, nn
 
-from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig, QuantizerName
+from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig
 from stage1_tokenizer.quantizers.protocol import as_vectors
 from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS
+from training_harness.configuration import section
 from training_harness.processes import accelerated_device
 
 DIFFUSERS, LUCIDRAINS, PRODUCT = "diffusers", "vector-quantize-pytorch", "bare product"
@@ -44,8 +45,9 @@ class Contender(NamedTuple):
     """Latents to indices, codes through which the gradient passes, and the loss."""
 
 
-def ours(name: QuantizerName, codebook: Tensor) -> Contender:
-    config = QuantizerConfig(name=name, usage_decay=DECAY, restart_threshold=0)
+def ours(name: str, codebook: Tensor) -> Contender:
+    options = {"name": name, "usage_decay": DECAY, "restart_threshold": 0}
+    config = section(AnyQuantizerConfig, options, "model.quantizer")
     quantizer: Any = QUANTIZERS[name](config, *codebook.shape)
     quantizer.codebook.data.copy_(codebook)
     quantizer.usage.fill_(1)  # or the first batch would give every code a vector

@@ -36,7 +36,7 @@ from latentloom.jobs.stages import load_source
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
+from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from training_harness.allocator import keep_freed_memory
 from training_harness.batch_order import BatchOrder
@@ -182,13 +182,7 @@ def training_loop(folder: Path, train: Pixels, validation: Pixels) -> Callable[[
         batch_size=BATCH,
         sample_every=10**9,
         checkpoint_every=10**9,
-        model=TokenizerModel(
-            channels=CHANNELS,
-            blocks=BLOCKS,
-            latent_channels=LATENTS,
-            codebook_size=CODES,
-            quantizer=CONFIG.quantizer_config,
-        ),
+        model=CONFIG.model,
         reconstruction=ReconstructionConfig(l1=0.0, l2=1.0, commitment=COMMITMENT, codebook=CODEBOOK),
         optimizer=OPTIMIZER,
     )

@@ -19,6 +19,7 @@ from pipelines.model_card import pipeline_card
 from stage1_tokenizer.data.image_grids import save_picture
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
+from stage2_prior.migration import SAMPLING
 from stage2_prior.prior import Prior
 from stage2_prior.registry import PRIORS
 from training_harness.configuration import from_mapping
@@ -123,7 +124,7 @@ def load_parts(folder: Path, dtype: torch.dtype | None) -> PipelineParts:
     tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
     prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
     names = index.get("label_names")
-    sampling = from_mapping(prior.options_class, index.get("sampling") or {}, "sampling.")
+    sampling = from_mapping(prior.options_class, SAMPLING.present(index.get("sampling") or {}), "sampling.")
     trained = tuple(index.get("trained_classes") or range(prior.config.num_classes))
     return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling, trained)
 

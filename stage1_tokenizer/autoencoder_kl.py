@@ -9,20 +9,35 @@ The loss term `kl` is in nats by value of the image, so that its weight does not
 likelihood of standard deviation s, −log p(x) has (x − x̂)² / 2s²: beside a mean squared error of weight 1 that is 2s².
 """
 
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderModel
 from stage1_tokenizer.tokenizer import TokenizerOutput
 from training_harness.precision import widened
+from training_harness.pretrained import stored_config
 
 
-@strict
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLModel(AutoencoderModel):
+    name: Literal["kl"] = "kl"
+    prior: Literal["none", "standard_normal"] = "none"
+    """`standard_normal`: latents come from N(0, I), and the run leaves a pipeline that samples without a stage two."""
+
+    @property
+    def samples_alone(self) -> bool:
+        return self.prior == "standard_normal"
+
+
+@stored_config
 class AutoencoderKLConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-kl"
+    model_options: ClassVar[Any] = AutoencoderKLModel
+
+    model: AutoencoderKLModel = field(default_factory=AutoencoderKLModel)
 
 
 class AutoencoderKL(Autoencoder):
@@ -31,7 +46,7 @@ class AutoencoderKL(Autoencoder):
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__(config)
-        self.encoder, self.decoder = config.encoder(2 * config.latent_channels), config.decoder()
+        self.encoder, self.decoder = config.encoder(2 * config.model.latent_channels), config.decoder()
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:

@@ -39,7 +39,7 @@ class Health:
         usage: dict[str, float],
         choices: int,
         codebook_size: int | None,
-        quantizer: QuantizerConfig,
+        quantizer: QuantizerConfig | None,
         adversarial_share: float,
     ) -> dict[str, str]:
         """What is to be said of the figures found at this step, by what it is about."""
@@ -74,17 +74,18 @@ class Health:
 
 
 def codebook_warning(
-    usage: dict[str, float], choices: int, codebook_size: int | None, quantizer: QuantizerConfig
+    usage: dict[str, float], choices: int, codebook_size: int | None, quantizer: QuantizerConfig | None
 ) -> str | None:
-    if not codebook_size or choices < ENOUGH * codebook_size:
+    if quantizer is None or not codebook_size or choices < ENOUGH * codebook_size:
         return None
     used = usage.get("codes_used_at_fewest_level", usage["codes_used"])
     if used >= LOW_USAGE * codebook_size:
         return None
     where = "" if used == usage["codes_used"] else " at a level"
+    restart_threshold = getattr(quantizer, "restart_threshold", None)
     return (
         f"the codebook has collapsed: {used:.0f} of {codebook_size} codes were used{where} since the last validation; "
-        f"train with {usage_remedy(quantizer.name, quantizer.restart_threshold, codebook_size)}"
+        f"train with {usage_remedy(quantizer.name, restart_threshold, codebook_size)}"
     )
 
 

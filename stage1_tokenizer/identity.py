@@ -1,21 +1,33 @@
 """No compression at all: the latents are the pixels, normalised by channel, so that stage two works in pixel space."""
 
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from training_harness.pretrained import WeightlessModel
+from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig, TokenizerModel, TokenizerOutput
+from training_harness.pretrained import WeightlessModel, stored_config
 
 
-@strict
-class IdentityConfig(TokenizerConfig):
-    model_type: ClassVar[str] = "latentloom-identity"
+@dataclass(frozen=True, kw_only=True)
+class IdentityModel(TokenizerModel):
+    name: Literal["identity"] = "identity"
 
     @property
     def downsampling_factor(self) -> int:
         return 1
+
+    @property
+    def learns(self) -> bool:
+        return False
+
+
+@stored_config
+class IdentityConfig(TokenizerConfig):
+    model_type: ClassVar[str] = "latentloom-identity"
+    model_options: ClassVar[Any] = IdentityModel
+
+    model: IdentityModel = field(default_factory=IdentityModel)
 
 
 class IdentityTokenizer(Tokenizer, WeightlessModel):

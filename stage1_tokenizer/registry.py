@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
 from stage1_tokenizer.identity import IdentityTokenizer
@@ -10,8 +9,7 @@ from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 
-TokenizerName = Literal["vqgan", "kl", "identity"]
-TOKENIZERS: dict[TokenizerName, type[Tokenizer]] = {
+TOKENIZERS: dict[str, type[Tokenizer]] = {
     "vqgan": VQGAN,
     "kl": AutoencoderKL,
     "identity": IdentityTokenizer,

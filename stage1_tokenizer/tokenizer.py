@@ -8,20 +8,47 @@ configuration: users of the latents need no scale of their own.
 
 import hashlib
 import json
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.latent_spec import LatentSpec
+from stage1_tokenizer.migration import MODEL
+from training_harness.configuration import changed_values
 from training_harness.errors import ConfigError, UserError
-from training_harness.pretrained import StrictConfig, StrictModel
+from training_harness.migration import Migration
+from training_harness.pretrained import StrictConfig, StrictModel, stored_config
 
 
-@strict
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModel:
+    """The section `model` of a configuration. Each kind of tokenizer has a dataclass of its own, beside its class."""
+
+    name: str
+    """Kind of tokenizer: vqgan (codes), kl (continuous latents of a Gaussian) or identity (the pixels themselves)."""
+
+    @property
+    def downsampling_factor(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    @property
+    def samples_alone(self) -> bool:
+        """Whether the run leaves a pipeline that samples without a stage two."""
+        return False
+
+
+@stored_config
 class TokenizerConfig(StrictConfig):
+    migration: ClassVar[Migration] = MODEL
+
+    model: TokenizerModel
     image_channels: int = 3
     image_size: list[int] | tuple[int, ...] = (64, 64)
     """Height and width that the network sees: multiples of f."""
@@ -41,7 +68,18 @@ class TokenizerConfig(StrictConfig):
 
     @property
     def downsampling_factor(self) -> int:
-        raise NotImplementedError
+        return self.model.downsampling_factor
+
+    def id_fields(self) -> dict[str, Any]:
+        """What the id is made of beside the weights, by the names of the first format: stored ids depend on them.
+
+        A field that was added later enters where its value is not its default, so that the ids of others stay.
+        """
+        first = ("image_channels", "image_size", "content_size", "latent_mean", "latent_std")
+        library = StrictConfig.__dataclass_fields__
+        return {name: getattr(self, name) for name in first} | changed_values(
+            self, {*first, *library, "tokenizer_id", "model"}
+        )
 
     @property
     def image_processor(self) -> ImageProcessor:
@@ -135,11 +173,7 @@ class Tokenizer(StrictModel):
 
     def compute_id(self) -> str:
         """A hash of the float32 weights and the model's own fields: 16 hexadecimal digits."""
-        own = (
-            type(self.config).__dataclass_fields__.keys() - StrictConfig.__dataclass_fields__.keys() - {"tokenizer_id"}
-        )
-        fields = {name: value for name, value in self.config.to_dict().items() if name in own}
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.id_fields(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.float().cpu().numpy().tobytes())

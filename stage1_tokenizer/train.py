@@ -24,6 +24,7 @@ from stage1_tokenizer.networks.discriminator import PatchDiscriminator
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
@@ -144,7 +145,7 @@ def train_tokenizer(
         if run.due(step, config.sample_every):
             found, choices, used = validation_psnr(ema.model, validation), usage.choices, usage.since_last()
             run.log_row(step, {"validation_psnr": found} | used)
-            quantizer = config.model.quantizer
+            quantizer = config.model.quantizer if isinstance(config.model, VQGANModel) else None
             for about, text in health.warnings(found, used, choices, tokenizer.codebook_size, quantizer, share).items():
                 run.warn(step, about, text)
             run.record_validation(step, -found)

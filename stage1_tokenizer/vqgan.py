@@ -6,35 +6,72 @@ Esser, Rombach, Ommer 2021, arXiv 2012.09841. Trained without a discriminator an
 VQ-VAE (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937).
 """
 
-from dataclasses import field
-from typing import Any, ClassVar
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderModel
+from stage1_tokenizer.migration import FIRST_QUANTIZER, SHAPE, without_unused
+from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, EMAVectorQuantizerConfig, QuantizerConfig
 from stage1_tokenizer.tokenizer import TokenizerOutput
-from training_harness.configuration import from_mapping
-from training_harness.errors import UserError
+from training_harness.configuration import changed_values, section, to_mapping
+from training_harness.errors import ConfigError, UserError
+from training_harness.pretrained import stored_config
 
 
-@strict
+@dataclass(frozen=True, kw_only=True)
+class VQGANModel(AutoencoderModel):
+    name: Literal["vqgan"] = "vqgan"
+    codebook_size: int = 512
+    quantizer: AnyQuantizerConfig = field(default_factory=EMAVectorQuantizerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codebook_size < 1:
+            raise ConfigError(f"model.codebook_size is {self.codebook_size}; expected at least 1")
+        self.quantizer.check(self.codebook_size, self.latent_channels)
+
+
+@stored_config
 class VQGANConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-vqgan"
+    model_options: ClassVar[Any] = VQGANModel
+    first_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE, "codebook_size", "quantizer")
 
-    codebook_size: int = 512
-    quantizer: dict[str, Any] = field(default_factory=dict)
-    """Fields of `QuantizerConfig` that differ from its own."""
+    model: VQGANModel = field(default_factory=VQGANModel)
+    id_quantizer: dict[str, Any] | None = None
+    """The quantizer's section as a file of the first format had it, where the id was made of it; none: of all its fields."""
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.quantizer_config.check(self.codebook_size, self.latent_channels)
+    @classmethod
+    def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = super().present_values(values)
+        stored = found.get("id_quantizer")
+        if stored and json.dumps(stored, sort_keys=True) == json.dumps(
+            first_section(found["model"].quantizer), sort_keys=True
+        ):
+            del found["id_quantizer"]
+        return found
 
-    @property
-    def quantizer_config(self) -> QuantizerConfig:
-        return from_mapping(QuantizerConfig, self.quantizer, "model.quantizer.")
+    def id_fields(self) -> dict[str, Any]:
+        quantizer, stored = self.model.quantizer, self.id_quantizer
+        if stored is not None:
+            used = without_unused(stored, stored.get("name", FIRST_QUANTIZER["name"]))
+            if section(AnyQuantizerConfig, used, "id_quantizer") != quantizer:
+                stored = None  # the model has been given another one since
+        added = changed_values(quantizer, FIRST_QUANTIZER)
+        fields = super().id_fields() | {f"model.quantizer.{name}": value for name, value in added.items()}
+        fields.pop("id_quantizer", None)
+        return fields | {"codebook_size": self.model.codebook_size, "quantizer": stored or first_section(quantizer)}
+
+
+def first_section(quantizer: QuantizerConfig) -> dict[str, Any]:
+    """A quantizer's section as format 1 had it, with the options of all quantizers."""
+    own = to_mapping(quantizer)
+    return {name: own.get(name, default) for name, default in FIRST_QUANTIZER.items()}
 
 
 class VQGAN(Autoencoder):
@@ -44,9 +81,9 @@ class VQGAN(Autoencoder):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config)
-        self.encoder = config.encoder(config.latent_channels)
-        quantizer = config.quantizer_config
-        self.quantizer = QUANTIZERS[quantizer.name](quantizer, config.codebook_size, config.latent_channels)
+        self.encoder = config.encoder(config.model.latent_channels)
+        model = config.model
+        self.quantizer = QUANTIZERS[model.quantizer.name](model.quantizer, model.codebook_size, model.latent_channels)
         self.decoder = config.decoder()
         self.post_init()
 
@@ -70,7 +107,7 @@ class VQGAN(Autoencoder):
 
     @property
     def codebook_size(self) -> int:
-        return self.config.codebook_size
+        return self.config.model.codebook_size
 
     @property
     def levels(self) -> int:

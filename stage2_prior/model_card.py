@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
+from stage2_prior.diffusion.config import UNetModel
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.prior import Prior
 from training_harness.metric_log import read_metrics
@@ -10,10 +11,13 @@ from training_harness.pretrained import count_parameters
 
 
 def prior_card(prior: Prior, metrics: Path) -> str:
-    config, last = prior.config, dict[str, float]()
+    config, model, last = prior.config, prior.config.model, dict[str, float]()
     for row in read_metrics(metrics):
         last |= {name: value for name, value in row.items() if name.startswith("validation_")}
     kind, what, loss = _described(prior, last)
+    sizes = {"layers": model.num_layers, "width": model.hidden_size}
+    if not isinstance(model, UNetModel):
+        sizes["heads"] = model.num_heads
     classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
     return f"""---
 library_name: latentloom
@@ -27,7 +31,7 @@ tags: [image-generation, {kind.lower()}]
 | | |
 |---|---|
 | parameters | {count_parameters(prior):,} |
-| layers, width, heads | {config.num_layers}, {config.hidden_size}, {config.num_heads} |
+| {", ".join(sizes)} | {", ".join(map(str, sizes.values()))} |
 | validation loss | {loss} |
 | tokenizer id | `{config.tokenizer_id}` |
 """
@@ -41,6 +45,6 @@ def _described(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
         what = f"A decoder-only transformer over {config.height}×{config.width} image codes of {config.codebook_size}"
         return "Autoregressive", what, f"{nats:.3f} nats a token, {bits:.0f} bits an image"
     assert isinstance(prior, DiffusionPrior)
-    network = "transformer" if config.denoiser == "dit" else "U-Net"
+    network = "transformer" if config.model.name == "dit" else "U-Net"
     what = f"A diffusion {network} over {config.height}×{config.width} latents of {config.channels} channels"
     return "Diffusion", what, f"{last.get('validation_squared_error', nothing):.4f} squared error of its prediction"

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.prior import Known, Prior, randn_per_image
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, WeightlessModel
+from training_harness.pretrained import StrictConfig, WeightlessModel, stored_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class StandardNormalOptions:
             raise UserError(f"temperature is {self.temperature}; expected a positive number; 1 draws from N(0, I)")
 
 
-@strict
+@stored_config
 class StandardNormalPriorConfig(StrictConfig):
     model_type: ClassVar[str] = "latentloom-standard-normal"
 

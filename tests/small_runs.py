@@ -28,7 +28,8 @@ from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGANModel
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
 from training_harness import checkpoints
@@ -55,7 +56,7 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
         return
     source = open_source(folder / "pictures")
     seen = survey(source.train)
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
+    model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
     config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
     config = completed(config, seen)

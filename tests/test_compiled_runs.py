@@ -15,7 +15,8 @@ from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.metric_log import read_metrics
 
 
@@ -24,7 +25,7 @@ from training_harness.metric_log import read_metrics
 def test_a_compiled_run_has_a_discriminator_with_an_adaptive_weight_and_r1(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "pictures"))
     seen = survey(source.train)
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), latent_channels=4, codebook_size=16)
+    model = VQGANModel(channels=(8, 8), blocks=(0, 1), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2, r1=1.0)
     fields: dict[str, Any] = STEPS | {"max_steps": 5, "compile": True, "output": tmp_path / "run"}
     config = completed(TokenizerTraining(data="pictures", model=model, adversarial=judged, **fields), seen)

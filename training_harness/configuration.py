@@ -3,12 +3,14 @@
 Each value is checked against its field's type. Three conversions are made, since YAML asks for them: an int where a float
 is expected, a string such as `1e-4`, which YAML 1.1 does not read as a number, and false where the choice is `no`, which
 it reads as a truth value. A key that no field has is an error that suggests the nearest one.
+
+A field whose type is a union of dataclasses holds one of several variants, which the section's `name` chooses.
 """
 
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +18,7 @@ import yaml
 
 from training_harness.errors import ConfigError
 from training_harness.files import write_text
+from training_harness.migration import Migration
 
 Config = TypeVar("Config")
 
@@ -40,49 +43,149 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `overlay` in place of its own, section by section."""
+def variants(hint: Any) -> dict[str, type]:
+    """The dataclasses of a union, by their `name`; empty for any other type. The first is the default."""
+    options = _options(hint)
+    if len(options) < 2 or not all(dataclasses.is_dataclass(o) and "name" in o.__dataclass_fields__ for o in options):
+        return {}
+    return {option.__dataclass_fields__["name"].default: option for option in options}
+
+
+def optional_section(hint: Any) -> type | None:
+    """The dataclass of a section that may be none, or None for any other type."""
+    options = _options(hint)
+    one = options[0] if len(options) == 1 else None
+    return one if isinstance(one, type) and dataclasses.is_dataclass(one) else None
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types of a union, without none."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return []
+    return [option for option in get_args(hint) if option is not type(None)]
+
+
+def field_names(hint: Any) -> list[str]:
+    """Of a dataclass, or of all variants of a union; none of any other type."""
+    options: list[Any] = list(variants(hint).values()) or [hint] * dataclasses.is_dataclass(hint)
+    return list(dict.fromkeys(field.name for option in options for field in dataclasses.fields(option)))
+
+
+def merged(base: Mapping[str, Any], overlay: Mapping[str, Any], hint: Any = None) -> dict[str, Any]:
+    """`base` with the values of `overlay` in place of its own, section by section.
+
+    With the `hint` of what they configure, a dataclass or a union of variants: where `overlay` names another variant, the
+    values of `base` that the variant has no field for are left out.
+    """
     result = dict(base)
+    if known := variants(hint):
+        before = base.get("name", next(iter(known)))
+        name = overlay.get("name", before)
+        hint = known.get(name) if isinstance(name, str) else None
+        if hint is not None and name != before:
+            result = {key: value for key, value in base.items() if key in hint.__dataclass_fields__}
+    hint = optional_section(hint) or hint
+    hints = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
     for key, value in overlay.items():
         under = result.get(key)
-        result[key] = merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+        both = isinstance(under, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(under, value, hints.get(key)) if both else value  # type: ignore[arg-type]
     return result
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
     """An instance of the dataclass `cls` from a mapping; raises ConfigError at the first key or value that does not fit."""
-    hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"unknown field '{where}{key}'; {nearest(str(key), list(fields))}")
-        arguments[key] = _converted(hints[key], value, f"{where}{key}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in arguments
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing field '{where}{missing[0]}'; expected a value of type {hints[missing[0]]}")
+    arguments = _arguments(cls, values, where, from_mapping)
+    if missing := [name for name in _required(cls) if name not in arguments]:
+        hint = get_type_hints(cls)[missing[0]]
+        raise ConfigError(f"missing field '{where}{missing[0]}'; expected a value of type {hint}")
     return cls(**arguments)
 
 
-def _converted(hint: Any, value: Any, where: str) -> Any:
+def draft(cls: type[Config], values: Mapping[str, Any], missing: Any = None) -> Config:
+    """As `from_mapping`, without the checks of `__post_init__`; required fields that have no value yet get `missing`."""
+
+    def build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+        arguments = dict.fromkeys(_required(cls), missing) | _arguments(cls, values, where, build)
+        instance = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            if field.name not in arguments:
+                factory = field.default_factory
+                arguments[field.name] = field.default if factory is dataclasses.MISSING else factory()
+            object.__setattr__(instance, field.name, arguments[field.name])
+        return instance
+
+    return build(cls, values, "")
+
+
+def with_defaults(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the defaults of the fields that they lack, as `to_mapping` gives them."""
+    return to_mapping(draft(cls, values))
+
+
+def section(hint: Any, values: Mapping[str, Any], where: str) -> Any:
+    """An instance from a section of fields. `hint` is a dataclass or a union of variants, `where` the section's name."""
+    return _converted(hint, values, where, from_mapping)
+
+
+Build = Callable[[type[Any], Mapping[str, Any], str], Any]
+
+
+def _required(cls: type[Any]) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def _arguments(cls: type[Any], values: Mapping[str, Any], where: str, build: Build) -> dict[str, Any]:
+    hints, arguments = get_type_hints(cls), {}
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown field '{where}{key}'; {nearest(str(key), fields)}")
+        arguments[key] = _converted(hints[key], value, f"{where}{key}", build)
+    return arguments
+
+
+def owners(known: Mapping[str, type[Any]], field: str) -> list[str]:
+    """Names of the variants that have a field."""
+    return [name for name, option in known.items() if field in option.__dataclass_fields__]
+
+
+def _chosen(known: Mapping[str, type[Any]], values: Mapping[str, Any], where: str) -> type[Any]:
+    """The variant that a section names; raises ConfigError for a field that only others have."""
+    name = values.get("name", next(iter(known)))
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"{where}.name is {name!r}; {nearest(str(name), list(known))}")
+    fields = known[name].__dataclass_fields__
+    for key in values:
+        if key not in fields:
+            hint = nearest(str(key), list(fields))
+            if others := owners(known, str(key)):
+                hint = f"expected it with {', '.join(others)} alone; leave it out"
+            raise ConfigError(f"unknown field '{where}.{key}' for the {where.split('.')[-1]} {name}; {hint}")
+    return known[name]
+
+
+def _converted(hint: Any, value: Any, where: str, build: Build) -> Any:
     origin, options = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    known, optional = variants(hint), optional_section(hint)
+    if dataclasses.is_dataclass(hint) or known or (optional and value is not None):
+        if isinstance(value, tuple(known.values()) or optional or hint):
+            return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} is {value!r}; expected a section of fields")
-        return from_mapping(hint, value, f"{where}.")  # type: ignore[arg-type]
+        cls = _chosen(known, value, where) if known else optional or hint
+        return build(cls, value, f"{where}.")
     if origin in (Union, types.UnionType):
         for exact in (True, False):  # `3` for `int | float` stays an int; `1e-4` becomes a float only when nothing fits
             for option in options:
                 if exact and type(value) is not option and get_origin(option) is None:
                     continue
                 try:
-                    return _converted(option, value, where)
+                    return _converted(option, value, where, build)
                 except ConfigError:
                     continue
         raise _mismatch(hint, value, where)
@@ -97,7 +200,8 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
         inner = options if origin is tuple and options[-1] is not Ellipsis else (options[0],) * len(value)
         if len(inner) != len(value):
             raise _mismatch(hint, value, where)
-        return origin(_converted(option, item, f"{where}[{i}]") for i, (option, item) in enumerate(zip(inner, value)))  # noqa: B905
+        pairs = enumerate(zip(inner, value, strict=True))
+        return origin(_converted(option, item, f"{where}[{i}]", build) for i, (option, item) in pairs)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
@@ -122,6 +226,24 @@ def _mismatch(hint: Any, value: Any, where: str) -> ConfigError:
 def to_mapping(config: Any) -> dict[str, Any]:
     """The plain values of a dataclass, as YAML and JSON hold them."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def stored(config: Any) -> dict[str, Any]:
+    """`to_mapping` with the number of the format, as a file holds it, of a dataclass that has a `migration`."""
+    values = to_mapping(config)
+    migration: Migration | None = getattr(config, "migration", None)
+    return values if migration is None else migration.numbered(values)
+
+
+def changed_values(config: Any, besides: Collection[str]) -> dict[str, Any]:
+    """The plain values of a dataclass that are not the fields' defaults, without the fields named in `besides`."""
+    found = {}
+    for field in dataclasses.fields(config):
+        factory, value = field.default_factory, getattr(config, field.name)
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.name not in besides and value != default:
+            found[field.name] = _plain(value)
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -154,4 +276,4 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any], where: str =
 
 def write_yaml(path: Path, config: Any) -> None:
     # Not allow_unicode: what is written raw, such as U+0085, does not always come back.
-    write_text(path, yaml.safe_dump(to_mapping(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(stored(config), sort_keys=False))

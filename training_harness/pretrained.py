@@ -1,16 +1,19 @@
 """What every model of the project adds to transformers' base classes: strictness.
 
 A configuration with a key that it does not know is refused, and so are weights that do not match the model name by name;
-transformers alone would keep the first and initialise what is missing at random.
+transformers alone would keep the first and initialise what is missing at random. Configurations of earlier formats are
+brought to the present one as they are read.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -19,11 +22,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from training_harness.configuration import nearest
+from training_harness.configuration import field_names, nearest, section, to_mapping
 from training_harness.errors import ConfigError, UserError
+from training_harness.migration import MODEL_KEY, Migration
 
 # Keys that transformers itself writes into a config.json or passes to a configuration.
 LIBRARY_KEYS = {"torch_dtype", "num_labels", "name_or_path", "attn_implementation", "model_type", "_name_or_path"}
+Configuration = TypeVar("Configuration", bound="StrictConfig")
 
 
 @contextmanager
@@ -39,15 +44,50 @@ def without_progress_bars() -> Iterator[None]:
 
 
 class StrictConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` that refuses unknown keys. Subclasses are decorated with `huggingface_hub.dataclasses.strict`."""
+    """A `PreTrainedConfig` that refuses unknown keys. Subclasses are decorated with `stored_config`.
+
+    What the training configuration has in its section `model` is a field of that name here, a dataclass that both share.
+    """
+
+    migration: ClassVar[Migration] = Migration("model's config.json", key=MODEL_KEY)
+    model_options: ClassVar[Any] = None
+    """Type of the field `model`: a dataclass, or a union of variants."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = type(self).__dataclass_fields__
         for key in kwargs:
             if key not in LIBRARY_KEYS and not key.startswith("_"):
                 own = [name for name in known if name not in PreTrainedConfig.__dataclass_fields__]
+                own += field_names(self.model_options)  # those may be given by themselves, as in format 1
                 raise ConfigError(f"unknown field '{key}' in a {type(self).__name__}; {nearest(key, own)}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments or the content of a config.json, in whatever format, as the present fields."""
+        found = cls.migration.present(values)
+        if isinstance(found.get("model"), Mapping):
+            found["model"] = section(cls.model_options, found["model"], "model")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        plain = {name: to_mapping(value) for name, value in values.items() if dataclasses.is_dataclass(value)}
+        return self.migration.numbered(values | plain)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+def stored_config(cls: type[Configuration]) -> type[Configuration]:
+    """Makes a `StrictConfig` check its fields' types, and take the names of earlier formats too."""
+    checked: Any = strict(cls)
+    initialize = checked.__init__
+
+    @wraps(initialize)
+    def __init__(self: Configuration, **values: Any) -> None:  # noqa: N807 - it takes the place of the class's own
+        initialize(self, **cls.present_values(values))
+
+    checked.__init__ = __init__
+    return checked
 
 
 class StrictModel(PreTrainedModel):

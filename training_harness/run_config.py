@@ -3,15 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from training_harness.errors import ConfigError
+from training_harness.migration import Migration
 from training_harness.trackers import TrackerName
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run writes, how long it trains, and how often it logs, samples and saves."""
+
+    migration: ClassVar[Migration] = Migration("run configuration")
 
     output: Path
     """Run folder."""

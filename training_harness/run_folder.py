@@ -4,13 +4,15 @@ A run is known by its configuration and by the fingerprint of what it is trained
 may be moved, renamed or named in another way.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from training_harness.checkpoints import newest_step
-from training_harness.configuration import differences, read_yaml, to_mapping
-from training_harness.errors import UserError
+from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files
+from training_harness.migration import Migration
 from training_harness.run_config import RunConfig
 from training_harness.run_facts import finished_step, run_facts
 
@@ -22,12 +24,16 @@ CHANGEABLE = (
 PLACES = ("data", "codes")  # fields that name what a run is trained on
 
 
-def held_configuration(folder: Path) -> dict[str, Any] | None:
-    """The configuration that the run in a folder was begun with; none where there is no run, whatever else may be there."""
+def held_configuration(folder: Path, migration: Migration) -> dict[str, Any] | None:
+    """The configuration that the run in a folder was begun with, in the present format.
+
+    None where there is no run, whatever else may be there.
+    """
     try:
         held = read_yaml(folder / "config.yaml")
     except (UserError, OSError):
         return None
+    held = migration.present(held)
     return held if {"output", "max_steps", "batch_size", "seed"} <= held.keys() else None
 
 
@@ -43,7 +49,7 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
         that has done more steps than `config` asks for.
     """
     folder = config.output
-    held = held_configuration(folder)
+    held = held_configuration(folder, config.migration)
     if held is None:
         if holds_files(folder):
             raise UserError(
@@ -52,6 +58,8 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
         return None
     if not (newest_step(folder) or (folder / "model").exists()):
         return None  # nothing was saved that another configuration could not go on with
+    with suppress(ConfigError):  # a run of another kind, which then differs
+        held = with_defaults(type(config), held)
     different = {
         name: values for name, values in differences(held, to_mapping(config)).items() if name not in CHANGEABLE
     }

@@ -6,33 +6,52 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from latentloom.recipes import recipe_names, recipe_values
-from training_harness.configuration import from_mapping, merged, read_yaml
+import stage1_tokenizer.migration
+import stage2_prior.migration
+from latentloom.recipes import overlaid, recipe_names, recipe_values
+from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError, UserError
 
 Arguments = TypeVar("Arguments")
+MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
+ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # tyro would make a subcommand of each variant of a section
 
 
-def parse(cls: type[Arguments], verb: str, arguments: Sequence[str], default: Arguments | None = None) -> Arguments:
-    """An instance of the dataclass `cls` from command-line words; raises UserError for words that do not fit."""
+Explain = Callable[[str], str | None]
+"""What is known of an option that is none, such as its present name."""
+
+
+def parse(
+    cls: type[Arguments],
+    verb: str,
+    arguments: Sequence[str],
+    default: Arguments | None = None,
+    explain: Explain = lambda option: None,
+) -> Arguments:
+    """An instance of the dataclass `cls` from command-line words; raises UserError for words that do not fit.
+
+    Of a section with several variants, the one that `default` holds is parsed.
+    """
     said, prog = io.StringIO(), f"latentloom {verb}"
     start = tyro.MISSING_NONPROP if default is None else default
     if {"-h", "--help"} & set(arguments):
-        tyro.cli(cls, args=["--help"], prog=prog, default=start)
+        tyro.cli(cls, args=["--help"], prog=prog, default=start, config=ONE_VARIANT)
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(cls, args=list(arguments), prog=prog, default=start, return_unknown_args=True)
+            parsed, unknown = tyro.cli(
+                cls, args=list(arguments), prog=prog, default=start, return_unknown_args=True, config=ONE_VARIANT
+            )
     except SystemExit as refused:
-        reason = _own_error(refused) or _in_one_line(said.getvalue(), arguments, _options(cls, default))
+        reason = _own_error(refused) or _in_one_line(said.getvalue(), arguments, _options(cls, default), explain)
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        raise UserError(f"{_unknown(unknown[0], _options(cls, default))}; see latentloom {verb} --help")
+        raise UserError(f"{_unknown(unknown[0], _options(cls, default), explain)}; see latentloom {verb} --help")
     return _with_home(parsed)
 
 
@@ -51,12 +70,15 @@ def _options(cls: type, default: object) -> list[str]:
     """The options that --help lists."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        tyro.cli(cls, args=["--help"], prog="", default=tyro.MISSING_NONPROP if default is None else default)
+        start = tyro.MISSING_NONPROP if default is None else default
+        tyro.cli(cls, args=["--help"], prog="", default=start, config=ONE_VARIANT)
     return re.findall(r"--[\w.-]+", said.getvalue())
 
 
-def _unknown(word: str, options: list[str]) -> str:
+def _unknown(word: str, options: list[str], explain: Explain) -> str:
     name = word.split("=")[0]
+    if (known := explain(name)) is not None:
+        return f"unknown option '{name}'; {known}"
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown {'option' if name.startswith('-') else 'argument'} '{name}'{hint}"
@@ -70,13 +92,13 @@ def _own_error(error: BaseException) -> str:
     return "" if below is None else str(below)
 
 
-def _in_one_line(message: str, words: Sequence[str], options: list[str]) -> str:
+def _in_one_line(message: str, words: Sequence[str], options: list[str], explain: Explain) -> str:
     """What tyro says in a framed box about `words`, as one line that names the option, the value and what was expected."""
     blocks = _blocks(message)
     text = " ".join(blocks[0])
     for block in blocks:
         if block[0].startswith("Unrecognized options") and len(block) > 1:
-            return _unknown(block[1].split()[0], options)
+            return _unknown(block[1].split()[0], options, explain)
     if text.startswith("Missing from"):
         missing = [line.split()[0] for line in blocks[0][1:] if line.startswith("--")]
         return f"{' and '.join(missing)} missing; expected a value after {'it' if len(missing) == 1 else 'each'}"
@@ -104,20 +126,11 @@ def training_values(
     stage: str, recipe: str | None, config: Path | None, given: dict[str, object] | None = None
 ) -> dict[str, object]:
     """A training configuration's values: those of the recipe, those of a YAML file over them, then `given`."""
-    values = recipe_values(recipe, stage) if recipe else {}
+    migration = MIGRATIONS[stage]
+    values = migration.present(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
-        values = merged(values, read_yaml(config))
-    return merged(values, given or {})
-
-
-def with_required_missing(cls: type[Arguments], values: dict[str, object], required: Sequence[str]) -> Arguments:
-    """An instance in which required fields without a value are tyro's MISSING, for the command line to fill."""
-    absent = [name for name in required if name not in values]
-    placeholders: dict[str, object] = dict.fromkeys(absent, "")
-    instance = from_mapping(cls, merged(values, placeholders))
-    for name in absent:
-        object.__setattr__(instance, name, tyro.MISSING)
-    return instance
+        values = overlaid(stage, values, migration.present(read_yaml(config)))
+    return overlaid(stage, values, given or {})
 
 
 def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:
@@ -136,6 +149,7 @@ def peek(words: Sequence[str], *names: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
         if name in names:
             found[name] = value if equals else after
             if not found[name] or found[name].startswith("--"):

@@ -21,7 +21,7 @@ from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
-from training_harness.configuration import from_mapping, merged
+from training_harness.configuration import from_mapping
 from training_harness.errors import UserError
 from training_harness.processes import print_once
 
@@ -94,7 +94,7 @@ def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
     if "resolution" not in values:
         values = chosen_for_images(words, values, a.recipe, a.config)
     size = {} if a.resolution is None else {"resolution": a.resolution}
-    base = from_mapping(TokenizerTraining, merged(values, {"data": data} | common(a) | size))
+    base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
     plan = plan_of(a, base)
     done = run_sweep(plan, lambda: tokenizer_trainer(base, load_source(data)))
     print_once(f"{closing(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")

@@ -1,13 +1,15 @@
 """latentloom train-prior: stage two."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar, cast
 
 import tyro
 
 from latentloom.checks import check_dry_run
-from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values, with_required_missing
+from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values
+from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
@@ -38,9 +40,10 @@ def main(words: list[str]) -> None:
     recipe, config = recipe_and_config(words)
     values = training_values("prior", recipe or (None if config else DEFAULT_RECIPE), config)
     kind = training_class(values)
-    training = with_required_missing(kind, values, ("codes", "output"))
+    training, words = starting_point(kind, values, words)
     shown = cast("type[Arguments[PriorTraining]]", Arguments[kind])  # type: ignore[valid-type]
-    arguments = parse(shown, "train-prior", words, Arguments(training))
+    explain = partial(explained, training)
+    arguments = parse(shown, "train-prior", words, Arguments(training), explain)
     check_dry_run(arguments.dry_run, arguments.minutes)
     if arguments.dry_run:
         codes = CodeCache(arguments.training.codes)

@@ -1,6 +1,7 @@
 """latentloom train-tokenizer: stage one."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from latentloom.commands.arguments import (
     recipe_and_config,
     recipe_help,
     training_values,
-    with_required_missing,
 )
+from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
@@ -47,8 +48,9 @@ def main(words: list[str]) -> None:
     values = training_values("tokenizer", recipe, config)
     if "resolution" not in values:
         values = chosen_for_images(words, values, recipe, config)
-    training = with_required_missing(TokenizerTraining, values, ("data", "output"))
-    arguments = parse(Arguments, "train-tokenizer", words, Arguments(training))
+    training, words = starting_point(TokenizerTraining, values, words)
+    explain = partial(explained, training)
+    arguments = parse(Arguments, "train-tokenizer", words, Arguments(training), explain)
     check_dry_run(arguments.dry_run, arguments.minutes)
     check_apart(arguments.training.output, arguments.training.data)
     inputs = tokenizer_inputs(arguments.training, load_source(arguments.training.data))

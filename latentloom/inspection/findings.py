@@ -19,7 +19,7 @@ def codebook_verdict(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Verdict:
     level, config = levels[worst], tokenizer.config
     name, threshold = None, None
     if isinstance(config, VQGANConfig):
-        name, threshold = config.quantizer_config.name, config.quantizer_config.restart_threshold
+        name, threshold = config.model.quantizer.name, getattr(config.model.quantizer, "restart_threshold", None)
     remedy = codebook_remedy(name, threshold, level.codebook_size)
     found = codebook_use(*level.usage, level.codebook_size, remedy)
     where = f"Level {worst + 1} of {len(levels)}, the least used: " if len(levels) > 1 else ""

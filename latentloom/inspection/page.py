@@ -59,7 +59,7 @@ def overview(subject: Subject, found: Inspection, levels: list[LevelUsage]) -> s
 def facts(subject: Subject, found: Inspection) -> Iterator[tuple[str, str]]:
     tokenizer, spec = subject.tokenizer, subject.tokenizer.latent_spec()
     config, processor = tokenizer.config, tokenizer.config.image_processor
-    quantizer = f", quantizer {config.quantizer_config.name}" if isinstance(config, VQGANConfig) else ""
+    quantizer = f", quantizer {config.model.quantizer.name}" if isinstance(config, VQGANConfig) else ""
     yield "kind", type(tokenizer).__name__ + quantizer
     if spec.codebook_size is not None:
         levels = f", on each of {spec.levels} levels" if spec.levels > 1 else ""

@@ -65,7 +65,7 @@ def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
     model = tokenizer.model
     if model.name == "vqgan" or prior.prior == "diffusion":
         return
-    hint = ", or train-tokenizer alone: it samples without a prior" if model.prior == "standard_normal" else ""
+    hint = ", or train-tokenizer alone: it samples without a prior" if model.samples_alone else ""
     raise UserError(
         f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer or "
         f"prior; give --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"
@@ -149,8 +149,8 @@ def finished_metrics(
     """The metrics of a job that has nothing left to do; raises UserError when it was given another configuration."""
     tokenizer = inputs.config
     if minutes is not None:  # has set the steps when the job began
-        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer.output) or tokenizer.max_steps)
-        prior = replace(prior, max_steps=held_steps(prior.output) or prior.max_steps)
+        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer) or tokenizer.max_steps)
+        prior = replace(prior, max_steps=held_steps(prior) or prior.max_steps)
     manifest = stored_manifest(prior.codes)
     done = {
         "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),

@@ -87,7 +87,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     if minutes is not None and config.model.learns:
         config = bounded(config, minutes, rehearse)
     folder = config.output / "model"
-    samples_alone = config.model.prior == "standard_normal"
+    samples_alone = config.model.samples_alone
     with output_lock(config.output):
         done = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
         if done is not None and (not samples_alone or (config.output / "pipeline" / INDEX).exists()):
@@ -226,7 +226,7 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
 
 def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Rehearsal]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
-    if (steps := held_steps(config.output)) is None:
+    if (steps := held_steps(config)) is None:
         seconds = measured_seconds(config, rehearse, at_least=REHEARSED * 60 * minutes)
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
@@ -237,7 +237,7 @@ def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Reh
     return dataclasses.replace(config, max_steps=steps)
 
 
-def held_steps(run_folder: Path) -> int | None:
+def held_steps(config: RunConfig) -> int | None:
     """The steps that a run has set out to do; none before it has begun."""
-    held = held_configuration(run_folder)
+    held = held_configuration(config.output, config.migration)
     return None if held is None else held["max_steps"]

@@ -49,10 +49,11 @@ def overfit_prior(config: PriorTraining) -> str:
     codes.train = codes.validation = codes.train.select(_spread(len(codes.train), config.batch_size))
     short = _short(config, replace(config.ema, decay=0.9))
     if isinstance(short, DiffusionTraining):
-        plain: PriorTraining = replace(short, model=replace(short.model, class_dropout=0.0))
+        plain: PriorTraining = replace(short, class_dropout=0.0)
         term = "squared_error"
     else:
-        plain, term = replace(short, model=replace(short.model, dropout=0.0, class_dropout=0.0)), "nats_per_token"
+        plain = replace(short, class_dropout=0.0, model=replace(short.model, dropout=0.0))
+        term = "nats_per_token"
     train_prior(plain, codes)
     return _verdict(plain, term)
 
@@ -65,7 +66,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 def _short(config: Training, ema: EMAConfig) -> Training:
     folder = config.output.absolute()
     folder = folder.with_name(f"{folder.name}-overfit-batch")
-    if held_configuration(folder) is not None:  # of an earlier check
+    if held_configuration(folder, config.migration) is not None:  # of an earlier check
         shutil.rmtree(folder)
     steps = min(config.max_steps, STEPS)
     every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}

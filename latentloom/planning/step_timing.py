@@ -26,6 +26,7 @@ from stage1_tokenizer.networks.discriminator import PatchDiscriminator
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
+from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMA
 from training_harness.errors import UserError
@@ -158,9 +159,10 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
             latents, noise = torch.randn(2, images, spec.channels, spec.height, spec.width, device=device)
             times, ends, guidance = torch.rand(images, device=device), None, None
             # its targets keep nothing, and choose images by numbers, which fake tensors have not
-            if config.model.mean_flow and not isinstance(latents, FakeTensor) and has_spans(config, next(numbers)):
-                times, ends = config.times.spans(times, torch.rand(images, device=device))
-                guidance = torch.full_like(times, config.model.max_guidance)
+            mean_flow = config.model.mean_flow
+            if mean_flow and not isinstance(latents, FakeTensor) and has_spans(mean_flow, next(numbers)):
+                times, ends = mean_flow.spans(times, config.times.shares(torch.rand(images, device=device)))
+                guidance = torch.full_like(times, mean_flow.max_guidance)
             degraded = None if config.degradation == "none" else noise
             return prior(latents, labels, times, noise, None, degraded, ends, guidance).total
         shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
@@ -169,7 +171,7 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
     return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
 
 
-def has_spans(config: DiffusionTraining, number: int) -> bool:
+def has_spans(mean_flow: MeanFlow, number: int) -> bool:
     """Whether a step learns spans, which takes longer: of rehearsed ones as large a share as of a run's, evenly spread."""
-    share = 1 - config.times.spans_from
+    share = 1 - mean_flow.spans_from
     return math.floor((number + 1) * share) > math.floor(number * share)

@@ -3,6 +3,7 @@
 `base: NAME` in one stands for the fields of another, beneath its own.
 """
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,4 +33,21 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
         raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)
-    return values if base is None else merged(recipe_values(base, stage), values)
+    return values if base is None else overlaid(stage, recipe_values(base, stage), values)
+
+
+def overlaid(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's configuration with other values of some fields; see `merged` for another variant of a section."""
+    return merged(base, values, training_type(stage, {**base, **values}))
+
+
+def training_type(stage: str, values: Mapping[str, Any]) -> Any:
+    """The dataclass of a stage's training configuration."""
+    # Imported here: the names of the recipes are asked for where no model is.
+    if stage == "tokenizer":
+        from stage1_tokenizer.training_config import TokenizerTraining
+
+        return TokenizerTraining
+    from stage2_prior.training_config import training_class
+
+    return training_class(values)

@@ -11,13 +11,17 @@ from typing import Any, Literal, TypeGuard
 
 from PIL import Image
 
+import stage1_tokenizer.migration
+import stage2_prior.migration
 from latentloom.report.svg_charts import Points
+from stage1_tokenizer.migration import MODEL
 from training_harness.configuration import read_yaml
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 
 Stage = Literal["tokenizer", "prior"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "prior")
+MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
 MAX_GRIDS, MAX_GRID_BYTES = 40, 16_000_000  # of one run: mail and browsers take a page of that size
 
 
@@ -150,6 +154,9 @@ def read_run(folder: Path) -> RunRecord:
     config = folder / "config.yaml"
     configuration = read_yaml(config) if config.exists() else {}
     rows = read_rows(folder / "metrics.jsonl")
+    logged = {name for row in rows for name in row}
+    stage: Stage = "prior" if "codes" in configuration or logged & {"nats_per_token", "squared_error"} else "tokenizer"
+    configuration = MIGRATIONS[stage].present(configuration)
     skipped = [row for path in sorted(folder.glob("skipped_steps.*.jsonl")) for row in read_rows(path)]
     paths = {
         int(found[1]): path
@@ -160,8 +167,6 @@ def read_run(folder: Path) -> RunRecord:
         (step, read_picture(paths[step])) for step in chosen_grids({s: p.stat().st_size for s, p in paths.items()})
     ]
     names = [path.name for path in folder.glob("checkpoints/step_*") if path.is_dir()]
-    logged = {name for row in rows for name in row}
-    stage: Stage = "prior" if "codes" in configuration or logged & {"nats_per_token", "squared_error"} else "tokenizer"
     return RunRecord(
         name=folder.resolve().name,
         stage=stage,
@@ -222,9 +227,11 @@ def chosen_grids(sizes: dict[int, int]) -> list[int]:
 
 def find_codebook_size(folder: Path, stage: Stage, configuration: dict[str, Any]) -> int | None:
     """K from the configuration, the model, or for a prior from its codes, also where the job has been moved."""
-    model = configuration.get("model")
-    size = (model if isinstance(model, dict) else {}).get("codebook_size")
-    size = size or read_json(folder / "model" / "config.json").get("codebook_size")
+    saved = read_json(folder / "model" / "config.json")
+    if stage == "tokenizer":
+        saved = MODEL.present(saved)
+    sections = (configuration.get("model"), saved, saved.get("model"))
+    size = next((found for one in sections if isinstance(one, dict) and (found := one.get("codebook_size"))), None)
     if stage == "prior" and not size:
         places = (Path(str(configuration.get("codes", "codes"))), folder.parent / "codes")
         specs = [read_json(place / "manifest.json").get("spec") for place in places]

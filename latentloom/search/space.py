@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stage1_tokenizer.quantizers.protocol import LEARNT
 from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.vqgan import VQGANModel
 from stage2_prior.training_config import PriorTraining
 from training_harness.configuration import flat, from_mapping, merged, nearest, to_mapping
 from training_harness.errors import ConfigError
@@ -55,10 +55,10 @@ class Range:
     def spec(self) -> str:
         return f"{self.low}..{self.high}"
 
-    def suggest(self, trial: "optuna.Trial") -> Any:
+    def suggest(self, trial: "optuna.Trial", name: str) -> Any:
         if isinstance(self.low, int):
-            return trial.suggest_int(self.field, self.low, int(self.high))
-        return trial.suggest_float(self.field, self.low, self.high, log=self.logarithmic)
+            return trial.suggest_int(name, self.low, int(self.high))
+        return trial.suggest_float(name, self.low, self.high, log=self.logarithmic)
 
     def value_of(self, drawn: Any) -> Any:
         """With six digits, which say enough and read well in a recipe."""
@@ -81,8 +81,8 @@ class Choices:
     def spec(self) -> str:
         return "|".join(self.texts)
 
-    def suggest(self, trial: "optuna.Trial") -> Any:
-        return trial.suggest_categorical(self.field, self.texts)
+    def suggest(self, trial: "optuna.Trial", name: str) -> Any:
+        return trial.suggest_categorical(name, self.texts)
 
     def value_of(self, drawn: Any) -> Any:
         return self.values[self.texts.index(drawn)]
@@ -144,6 +144,8 @@ def check_field(field: str, base: Training) -> None:
         raise ConfigError(
             f"--search has {field}, which {why}; expected a setting of the training, such as optimizer.learning_rate"
         )
+    if field not in names and (new := base.migration.renamed.get(field)):
+        raise ConfigError(f"--search has {field}, which has another name; expected {new}")
     if field not in names:
         raise ConfigError(f"--search has the unknown field '{field}'; {nearest(field, names)}")
 
@@ -162,7 +164,7 @@ def with_values(base: Training, values: Mapping[str, Any]) -> Any:
     for field, value in values.items():
         for name in reversed(field.split(".")):
             value = {name: value}
-        mapping = merged(mapping, value)
+        mapping = merged(mapping, value, type(base))
     return from_mapping(type(base), mapping)
 
 
@@ -175,12 +177,12 @@ def own_values(space: Space, base: Training) -> dict[str, Any]:
 def bottleneck_words(base: TokenizerTraining) -> list[str]:
     """How strongly the latents are held, a factor of 4 either side, and the decay of a codebook that has one."""
     model, weights = base.model, base.reconstruction
-    quantizer = model.quantizer.name if model.name == "vqgan" else None
+    quantizer = model.quantizer if isinstance(model, VQGANModel) else None
     name = "kl" if model.name == "kl" else "commitment"
     weight = getattr(weights, name)
-    held = weight > 0 and (model.name == "kl" or quantizer not in (None, "fsq"))
+    held = weight > 0 and (model.name == "kl" or not (quantizer is None or quantizer.name == "fsq"))
     words = [f"reconstruction.{name}={weight / 4:.6g}..{weight * 4:.6g}"] if held else []
-    return [*words, "model.quantizer.usage_decay=0.9|0.95|0.99"] if quantizer in LEARNT else words
+    return [*words, "model.quantizer.usage_decay=0.9|0.95|0.99"] if hasattr(quantizer, "usage_decay") else words
 
 
 def default_words(base: Training) -> list[str]:

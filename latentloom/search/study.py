@@ -7,6 +7,7 @@ been. Trials are counted by those that are over; one that was cut off stays in t
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ import yaml
 
 from latentloom.search.results import Metric, TrialResult
 from latentloom.search.space import Space, Training, own_values, with_values
-from training_harness.configuration import differences, read_yaml, to_mapping
-from training_harness.errors import UserError
+from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files, write_text
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def holds_this_search(plan: Plan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    found = differences(read_yaml(path), plan.request)
+    found = differences(held_request(plan), plan.request)
     differing = [f"{name} is {held!r} there and {wanted!r} here" for name, (held, wanted) in found.items()]
     if differing:
         raise UserError(
@@ -95,9 +96,23 @@ def holds_this_search(plan: Plan) -> bool:
     return True
 
 
+def held_request(plan: Plan) -> dict[str, Any]:
+    """The request of the search in the folder, in the present format and with the defaults of fields that are new."""
+    migration = plan.base.migration
+    fields = migration.present(read_yaml(plan.folder / "search.yaml"))
+    own = {name: fields.pop(name, None) for name in ("trial_steps", "trained_on", "search")}
+    if isinstance(own["search"], dict):
+        own["search"] = {migration.renamed.get(field, field): spec for field, spec in own["search"].items()}
+    with suppress(ConfigError):  # of another kind of prior, which then differs
+        fields = with_defaults(type(plan.base), fields)
+        del fields["output"]
+    return own | fields
+
+
 def write_request(plan: Plan) -> None:
     plan.folder.mkdir(parents=True, exist_ok=True)
-    write_text(plan.folder / "search.yaml", yaml.safe_dump(plan.request, sort_keys=False))
+    request = plan.base.migration.numbered(plan.request)
+    write_text(plan.folder / "search.yaml", yaml.safe_dump(request, sort_keys=False))
 
 
 def open_study(plan: Plan) -> "optuna.Study":
@@ -134,6 +149,7 @@ def results_of(study: "optuna.Study", plan: Plan) -> list[TrialResult]:
     from optuna.trial import TrialState
 
     names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    known_as = journal_names(plan, study)
     over = [
         t
         for t in study.get_trials(deepcopy=False, states=tuple(names))
@@ -142,7 +158,7 @@ def results_of(study: "optuna.Study", plan: Plan) -> list[TrialResult]:
     return [
         TrialResult(
             number=number,
-            values={p.field: p.value_of(t.params[p.field]) for p in plan.space},
+            values={p.field: p.value_of(t.params[known_as[p.field]]) for p in plan.space},
             outcome=names[t.state],  # type: ignore[arg-type]
             figure=min(t.intermediate_values.values(), default=math.nan),
             steps=max(t.intermediate_values, default=0),
@@ -151,6 +167,13 @@ def results_of(study: "optuna.Study", plan: Plan) -> list[TrialResult]:
         )
         for number, t in enumerate(over, 1)
     ]
+
+
+def journal_names(plan: Plan, study: "optuna.Study") -> dict[str, str]:
+    """The name of each searched field in the journal: a former one, where the search began with that."""
+    held = {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
+    former = {new: old for old, new in plan.base.migration.renamed.items() if old in held}
+    return {parameter.field: former.get(parameter.field, parameter.field) for parameter in plan.space}
 
 
 def draw(plan: Plan, study: "optuna.Study", number: int) -> "optuna.Trial":
@@ -163,6 +186,7 @@ def draw(plan: Plan, study: "optuna.Study", number: int) -> "optuna.Trial":
     if number == 1 and not waiting:  # one waits where a search was killed between the two
         study.enqueue_trial(own_values(plan.space, plan.base))
     trial = study.ask()
+    known_as = journal_names(plan, study)
     for parameter in plan.space:
-        parameter.suggest(trial)
+        parameter.suggest(trial, known_as[parameter.field])
     return trial

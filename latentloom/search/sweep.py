@@ -23,6 +23,7 @@ from latentloom.search.study import (
     Plan,
     draw,
     holds_this_search,
+    journal_names,
     open_study,
     require_optuna,
     results_of,
@@ -129,7 +130,8 @@ def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, dead
 
     shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of a trial that was cut off
     try:
-        values = {p.field: p.value_of(trial.params[p.field]) for p in plan.space}
+        known_as = journal_names(plan, study)
+        values = {p.field: p.value_of(trial.params[known_as[p.field]]) for p in plan.space}
         train(plan.trial_config(number, values), judge)
     except Hopeless:
         study.tell(trial, state=TrialState.PRUNED)

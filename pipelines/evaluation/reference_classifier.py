@@ -11,11 +11,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, StrictModel, parameter_device
+from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, stored_config
 
 
 class JudgeOutput(NamedTuple):
@@ -23,7 +22,7 @@ class JudgeOutput(NamedTuple):
     features: Tensor  # (N, F) float32, ≥ 0; F is the last width
 
 
-@strict
+@stored_config
 class JudgeConfig(StrictConfig):
     """Sizes of the images it was trained on, channels of each stage, and in `id2label` the names of the classes.
 

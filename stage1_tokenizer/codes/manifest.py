@@ -14,19 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.latent_spec import LatentSpec
-from training_harness.errors import UserError
+from stage1_tokenizer.migration import CODE_CACHE
+from training_harness.configuration import with_defaults
+from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_json
 
 View = Literal["original", "flip"]
 Contents = Literal["indices", "latents", "both"]
-FORMAT = 2
 MANIFEST, SKIPPED, TOKENIZER = "manifest.json", "skipped.jsonl", "tokenizer"
 
 
@@ -72,7 +74,7 @@ class CodeRequest:
     def to_dict(self) -> dict[str, Any]:
         """As it is stored: the fields in JSON's types, beside the number of the format."""
         return {
-            "format": FORMAT,
+            "format": CODE_CACHE.format,
             "spec": self.spec.to_dict(),
             "source": self.source,
             "images": self.images,
@@ -89,7 +91,10 @@ class CodeRequest:
         del wanted["format"], wanted["source"]
         if manifest.get("format") == 1:
             wanted["fingerprint"] = self.fingerprint_of_ids
-        return [name for name, value in wanted.items() if manifest.get(name) != value]
+        stored = CODE_CACHE.present(manifest)
+        with suppress(ConfigError):  # another spec, which then differs
+            stored["spec"] = with_defaults(type(self.spec), stored["spec"])
+        return [name for name, value in wanted.items() if stored.get(name) != value]
 
 
 def stored_manifest(folder: Path) -> dict[str, Any]:
@@ -119,6 +124,9 @@ def codes_fingerprint(manifest: Mapping[str, Any]) -> str:
     known = {
         name: manifest.get(name) for name in ("spec", "images", "fingerprint", "views", "degradation", "label_names")
     }
+    if isinstance(spec := known["spec"], dict):  # without fields that were added later, where they are their defaults
+        defaults = {field.name: field.default for field in fields(LatentSpec)}
+        known["spec"] = {name: value for name, value in spec.items() if value != defaults.get(name, MISSING)}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,15 +1,15 @@
-"""Quantizers by name: a new one is one file and one line here."""
+"""Quantizers by name: a new one is one file, with its configuration, and one line in each table here."""
 
-from stage1_tokenizer.quantizers.binary import BSQ, LFQ
-from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer
-from stage1_tokenizer.quantizers.fsq import FSQ
-from stage1_tokenizer.quantizers.ibq import IBQ
-from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerName, QuantizerOutput
-from stage1_tokenizer.quantizers.residual import ResidualQuantizer
-from stage1_tokenizer.quantizers.simvq import SimVQ
-from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer, nearest_code
+from stage1_tokenizer.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
+from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer, EMAVectorQuantizerConfig
+from stage1_tokenizer.quantizers.fsq import FSQ, FSQConfig
+from stage1_tokenizer.quantizers.ibq import IBQ, IBQConfig
+from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput
+from stage1_tokenizer.quantizers.residual import ResidualQuantizer, ResidualQuantizerConfig
+from stage1_tokenizer.quantizers.simvq import SimVQ, SimVQConfig
+from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer, VectorQuantizerConfig, nearest_code
 
-QUANTIZERS: dict[QuantizerName, type[Quantizer]] = {
+QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "ema": EMAVectorQuantizer,
     "simvq": SimVQ,
@@ -19,13 +19,33 @@ QUANTIZERS: dict[QuantizerName, type[Quantizer]] = {
     "bsq": BSQ,
     "residual": ResidualQuantizer,
 }
+AnyQuantizerConfig = (
+    EMAVectorQuantizerConfig
+    | VectorQuantizerConfig
+    | SimVQConfig
+    | IBQConfig
+    | FSQConfig
+    | LFQConfig
+    | BSQConfig
+    | ResidualQuantizerConfig
+)
+"""The section `model.quantizer`; the first is what a section without a name means."""
 
 __all__ = [
     "QUANTIZERS",
+    "AnyQuantizerConfig",
+    "BSQConfig",
     "EMAVectorQuantizer",
+    "EMAVectorQuantizerConfig",
+    "FSQConfig",
+    "IBQConfig",
+    "LFQConfig",
     "Quantizer",
     "QuantizerConfig",
     "QuantizerOutput",
+    "ResidualQuantizerConfig",
+    "SimVQConfig",
     "VectorQuantizer",
+    "VectorQuantizerConfig",
     "nearest_code",
 ]

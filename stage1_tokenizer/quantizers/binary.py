@@ -11,11 +11,23 @@ over bits, which is a matrix product of two halves of them, so that memory is N 
 channels of the mean bit's entropy, an upper bound. Both hold the latents to their codes, by the commitment term.
 """
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput, as_maps, as_vectors, averaged
+from stage1_tokenizer.quantizers.protocol import (
+    EntropyQuantizerConfig,
+    Quantizer,
+    QuantizerOutput,
+    as_maps,
+    as_vectors,
+    averaged,
+)
+from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
 
@@ -43,7 +55,30 @@ def _products(bits: Tensor) -> Tensor:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class BinaryQuantizerConfig(EntropyQuantizerConfig):
+    def check(self, codebook_size: int, channels: int) -> None:
+        super().check(codebook_size, channels)
+        if codebook_size != 2**channels:
+            bits = max(1, round(math.log2(codebook_size)))
+            raise ConfigError(
+                f"model.codebook_size is {codebook_size} and model.latent_channels {channels}; expected 2^channels codes, a bit "
+                f"a channel, for {self.name}: {2**bits} and {bits}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFQConfig(BinaryQuantizerConfig):
+    name: Literal["lfq"] = "lfq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSQConfig(BinaryQuantizerConfig):
+    name: Literal["bsq"] = "bsq"
+
+
 class LFQ(Quantizer):
+    config: BinaryQuantizerConfig
     sharpness = 4.0  # the squared distances to the two signs differ by 4 z
 
     def forward(self, latents: Tensor) -> QuantizerOutput:

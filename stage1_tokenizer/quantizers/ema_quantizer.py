@@ -6,11 +6,19 @@ van den Oord et al. 2017, arXiv 1711.00937, appendix A.1. Counts and sums are su
 all of them hold one codebook; a restarted entry gets a new sum and count with its new vector.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from stage1_tokenizer.quantizers.protocol import summed
-from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
+from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, VectorQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAVectorQuantizerConfig(CodebookConfig):
+    name: Literal["ema"] = "ema"
 
 
 class EMAVectorQuantizer(VectorQuantizer):

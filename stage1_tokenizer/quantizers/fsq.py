@@ -7,21 +7,47 @@ Mentzer et al. 2023, arXiv 2309.15505, section 3.1. The gradient passes the roun
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput
+from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
 MARGIN = 1e-3  # ε: the outermost values can be reached
 
 
+@dataclass(frozen=True, kw_only=True)
+class FSQConfig(QuantizerConfig):
+    name: Literal["fsq"] = "fsq"
+    levels: tuple[int, ...]
+    """Values that each channel takes, such as 8 5 5 5."""
+
+    def __post_init__(self) -> None:
+        if not self.levels or any(level < 2 for level in self.levels):
+            raise ConfigError(
+                f"model.quantizer.levels is {list(self.levels)}; expected two or more values a channel, such as 8 5 5 5"
+            )
+
+    def check(self, codebook_size: int, channels: int) -> None:
+        size = math.prod(self.levels)
+        if (codebook_size, channels) != (size, len(self.levels)):
+            raise ConfigError(
+                f"model.codebook_size is {codebook_size} and model.latent_channels {channels}; expected {size} and "
+                f"{len(self.levels)}, which model.quantizer.levels {list(self.levels)} multiply and count to"
+            )
+        super().check(codebook_size, channels)
+
+
 class FSQ(Quantizer):
+    config: FSQConfig
     levels: Tensor
     strides: Tensor
 
-    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+    def __init__(self, config: FSQConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
         strides = [math.prod(config.levels[:i]) for i in range(channels)]
         # persistent: what is not, a model that was built without memory loses

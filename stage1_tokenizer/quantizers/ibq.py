@@ -10,7 +10,8 @@ Shi et al. 2024, arXiv 2412.02692, section 3. Written out, with g = ∂L/∂ẑ,
 which is computed in chunks of N, the choice anew, so that memory is O(chunk) and not N × K.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stage1_tokenizer.quantizers.protocol import (
+    EntropyQuantizerConfig,
     Quantizer,
-    QuantizerConfig,
     QuantizerOutput,
     as_maps,
     as_vectors,
@@ -61,8 +62,15 @@ def softly_chosen(vectors: Tensor, codebook: Tensor, indices: Tensor, temperatur
     return _Chosen.apply(vectors, codebook, indices, temperature)
 
 
+@dataclass(frozen=True, kw_only=True)
+class IBQConfig(EntropyQuantizerConfig):
+    name: Literal["ibq"] = "ibq"
+
+
 class IBQ(Quantizer):
-    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+    config: IBQConfig
+
+    def __init__(self, config: IBQConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
         self.codebook = nn.Parameter(torch.randn(codebook_size, channels) * channels**-0.5)
 

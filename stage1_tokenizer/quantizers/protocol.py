@@ -1,4 +1,4 @@
-"""What every quantizer offers, and the configuration that chooses one.
+"""What every quantizer offers, and what their configurations share.
 
     latents (B, c, h, w) → forward → quantized, indices, losses by name        lookup(quantize(z)) is what forward decodes
 
@@ -7,9 +7,8 @@ weighs each by the field of that name. In training mode forward may also change 
 moving averages.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,79 +16,35 @@ from torch import Tensor, nn
 
 from training_harness.errors import ConfigError
 
-QuantizerName = Literal["vq", "ema", "simvq", "ibq", "fsq", "lfq", "bsq", "residual"]
-LEARNT = (
-    "vq",
-    "ema",
-    "residual",
-)  # codebooks whose entries restart, may lie on the sphere, and may pass gradients turned
-
 MOST_CODES = 2**24  # each is counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    name: QuantizerName = "ema"
-    usage_decay: float = 0.95
-    """Of the moving average of how often each code is chosen, and of an `ema` codebook itself."""
-    restart_threshold: float = 0.3
-    """Codes chosen less often than this share of the uniform rate are restarted; 0 never."""
-    kmeans_iterations: int = 0
-    """Of Lloyd's algorithm on the first batch, from which a codebook then starts; 0 starts from vectors of the batch."""
-    normalize: bool = False
-    """Latents and codes lie on the unit sphere, as in ViT-VQGAN and LlamaGen."""
-    gradient: Literal["straight-through", "rotation"] = "straight-through"
-    """How the gradient passes the codes: copied, or turned and scaled as the latent is onto its code."""
-    levels: tuple[int, ...] = ()
-    """Of `fsq`: values a channel takes, such as 8 5 5 5."""
-    depth: int = 4
-    """Of `residual`: codes a position, each of what the ones before leave over."""
-    entropy_temperature: float = 1.0
-    """Of `lfq`, `bsq` and `ibq`: how soft the choice is by which the entropy loss judges it."""
+    """Each quantizer has a dataclass of its own, beside its class: its `name`, and its options."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.usage_decay < 1 or self.restart_threshold < 0:
-            raise ConfigError(
-                f"model.quantizer.usage_decay is {self.usage_decay} and restart_threshold {self.restart_threshold}; expected "
-                "a share in [0, 1) and 0 or more"
-            )
-        for name, least in (("kmeans_iterations", 0), ("depth", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"model.quantizer.{name} is {getattr(self, name)}; expected {least} or more")
-        if self.entropy_temperature <= 0:
-            raise ConfigError(
-                f"model.quantizer.entropy_temperature is {self.entropy_temperature}; expected a positive number"
-            )
-        for name, value in (("normalize", self.normalize), ("gradient", self.gradient == "rotation")):
-            if value and self.name not in LEARNT:
-                raise ConfigError(
-                    f"model.quantizer.{name} is {getattr(self, name)} with the quantizer {self.name}; expected it with "
-                    f"{', '.join(LEARNT)} alone; leave it out"
-                )
-        if bool(self.levels) != (self.name == "fsq") or any(level < 2 for level in self.levels):
-            raise ConfigError(
-                f"model.quantizer.levels is {list(self.levels)} with the quantizer {self.name}; expected two or more values a "
-                "channel for fsq, such as 8 5 5 5, and none for others"
-            )
+    name: str
+    """Quantizer: ema, vq, simvq, ibq, fsq, lfq, bsq or residual."""
 
     def check(self, codebook_size: int, channels: int) -> None:
         """Raises ConfigError when K and the latent channels are not those of the quantizer."""
-        if self.name == "fsq":
-            size = math.prod(self.levels)
-            if (codebook_size, channels) != (size, len(self.levels)):
-                raise ConfigError(
-                    f"model.codebook_size is {codebook_size} and model.latent_channels {channels}; expected {size} and "
-                    f"{len(self.levels)}, which model.quantizer.levels {list(self.levels)} multiply and count to"
-                )
         if codebook_size > MOST_CODES:
             raise ConfigError(
                 f"model.codebook_size is {codebook_size}; expected at most {MOST_CODES}, as 2^18 is large"
             )
-        if self.name in ("lfq", "bsq") and codebook_size != 2**channels:
-            bits = max(1, round(math.log2(codebook_size)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyQuantizerConfig(QuantizerConfig):
+    """Of a quantizer with an entropy loss."""
+
+    entropy_temperature: float = 1.0
+    """How soft the choice is by which the entropy loss judges it."""
+
+    def __post_init__(self) -> None:
+        if self.entropy_temperature <= 0:
             raise ConfigError(
-                f"model.codebook_size is {codebook_size} and model.latent_channels {channels}; expected 2^channels codes, a bit "
-                f"a channel, for {self.name}: {2**bits} and {bits}"
+                f"model.quantizer.entropy_temperature is {self.entropy_temperature}; expected a positive number"
             )
 
 

@@ -7,23 +7,43 @@ The loss terms are means over levels. The gradient of ẑ passes to z as in plai
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, fields
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer
-from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput, as_maps, as_vectors
-from stage1_tokenizer.quantizers.vector_quantizer import turned
+from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer, EMAVectorQuantizerConfig
+from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput, as_maps, as_vectors
+from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, turned
+from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResidualQuantizerConfig(CodebookConfig):
+    name: Literal["residual"] = "residual"
+    depth: int = 4
+    """Codes at each position, each of what the ones before leave over."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 1:
+            raise ConfigError(f"model.quantizer.depth is {self.depth}; expected 1 or more")
+
+    @property
+    def level(self) -> EMAVectorQuantizerConfig:
+        """Of the codebook of each level."""
+        shared = {field.name: getattr(self, field.name) for field in fields(CodebookConfig)}
+        return EMAVectorQuantizerConfig(**shared | {"name": "ema", "gradient": "straight-through"})
+
+
 class ResidualQuantizer(Quantizer):
-    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+    config: ResidualQuantizerConfig
+
+    def __init__(self, config: ResidualQuantizerConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
-        self.depth = config.depth
-        inner = replace(config, name="ema", gradient="straight-through")
+        self.depth, inner = config.depth, config.level
         self.levels = nn.ModuleList(EMAVectorQuantizer(inner, codebook_size, channels) for _ in range(config.depth))
 
     @property

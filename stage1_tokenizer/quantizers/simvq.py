@@ -5,6 +5,9 @@ r"""SimVQ: a frozen random codebook behind one learnt linear layer, so that each
 Zhu et al. 2024, arXiv 2411.02038, section 4. With the codes tied by W none is left behind, and none needs a restart.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +17,15 @@ from stage1_tokenizer.quantizers.vector_quantizer import nearest_code
 from training_harness.precision import widened
 
 
+@dataclass(frozen=True, kw_only=True)
+class SimVQConfig(QuantizerConfig):
+    name: Literal["simvq"] = "simvq"
+
+
 class SimVQ(Quantizer):
     frozen: Tensor
 
-    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+    def __init__(self, config: SimVQConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
         self.register_buffer("frozen", torch.randn(codebook_size, channels) * channels**-0.5)
         self.basis = nn.Parameter(torch.randn(channels, channels) * channels**-0.5)

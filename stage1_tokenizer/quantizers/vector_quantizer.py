@@ -13,6 +13,9 @@ With `normalize` z and e are divided by their lengths first (Yu et al. 2021, arX
     ẑ = λ R z,    λ = ‖e‖ / ‖z‖,    R = I − 2 r rᵀ + 2 ê ẑᵀ,    r = (ẑ + ê) / ‖ẑ + ê‖    with λ and R held, hats of length 1
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ from stage1_tokenizer.quantizers.protocol import (
     gathered,
     summed,
 )
+from training_harness.errors import ConfigError
 from training_harness.matmul_precision import exact_products
 from training_harness.precision import widened
 
@@ -76,14 +80,45 @@ def turned(vectors: Tensor, codes: Tensor) -> Tensor:
     return rotated + (codes - rotated).detach()  # the code itself: rounding would leave a little of the rotation
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig(QuantizerConfig):
+    """Of a codebook whose entries restart, may lie on the sphere, and may pass the gradient by rotation."""
+
+    usage_decay: float = 0.95
+    """Of the moving average of how often each code is chosen, and of an `ema` codebook itself."""
+    restart_threshold: float = 0.3
+    """Codes chosen less often than this share of the uniform rate are restarted; 0 never."""
+    kmeans_iterations: int = 0
+    """Of Lloyd's algorithm on the first batch, from which a codebook then starts; 0 starts from vectors of the batch."""
+    normalize: bool = False
+    """Latents and codes lie on the unit sphere, as in ViT-VQGAN and LlamaGen."""
+    gradient: Literal["straight-through", "rotation"] = "straight-through"
+    """How the gradient passes the codes: copied, or turned and scaled as the latent is onto its code."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.usage_decay < 1 or self.restart_threshold < 0:
+            raise ConfigError(
+                f"model.quantizer.usage_decay is {self.usage_decay} and restart_threshold {self.restart_threshold}; expected "
+                "a share in [0, 1) and 0 or more"
+            )
+        if self.kmeans_iterations < 0:
+            raise ConfigError(f"model.quantizer.kmeans_iterations is {self.kmeans_iterations}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantizerConfig(CodebookConfig):
+    name: Literal["vq"] = "vq"
+
+
 class VectorQuantizer(Quantizer):
     """A codebook learnt by gradient."""
 
+    config: CodebookConfig
     codebook: Tensor
     usage: Tensor
     restarts: Tensor
 
-    def __init__(self, config: QuantizerConfig, codebook_size: int, channels: int) -> None:
+    def __init__(self, config: CodebookConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
         self._make_codebook(torch.randn(codebook_size, channels))
         self.register_buffer("usage", torch.zeros(codebook_size))  # vectors a step and entry, moving average

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stage2_prior.autoregressive.config import AutoregressivePriorConfig
+from stage2_prior.autoregressive.config import AutoregressiveModel
 from stage2_prior.autoregressive.kv_cache import Cache
 from stage2_prior.layers.attention import plain_attention, plain_products_pay
 from stage2_prior.layers.feed_forward import SwiGLU
@@ -19,16 +19,16 @@ from stage2_prior.layers.rotary import Turns, rotate
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; with a cache, over all tokens so far."""
 
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
+    def __init__(self, model: AutoregressiveModel) -> None:
         super().__init__()
-        width, shared = config.hidden_size, config.key_value_heads * config.head_dim
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.groups = config.num_heads // config.key_value_heads
+        width, shared = model.hidden_size, model.key_value_heads * model.head_dim
+        self.head_dim, self.dropout = model.head_dim, model.dropout
+        self.groups = model.num_heads // model.key_value_heads
         self.query = nn.Linear(width, width, bias=False)
         self.key, self.value = (nn.Linear(width, shared, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width, bias=False)
         self.query_norm, self.key_norm = (
-            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(model.head_dim, eps=model.rms_norm_eps) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
     def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
@@ -56,13 +56,13 @@ class Attention(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    def __init__(self, config: AutoregressivePriorConfig) -> None:
+    def __init__(self, model: AutoregressiveModel) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
+        self.attention = Attention(model)
+        self.feed_forward_norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
+        self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size)
+        self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))

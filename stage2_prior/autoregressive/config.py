@@ -1,55 +1,45 @@
-"""Configuration of the autoregressive prior, as it stands in a model's config.json."""
+"""The autoregressive prior's options: what a training configuration and a model's config.json share, and the latter."""
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-
+from stage2_prior.checks import check_share, check_sizes
+from stage2_prior.migration import AUTOREGRESSIVE_MODEL
 from training_harness.errors import ConfigError
-from training_harness.pretrained import StrictConfig
+from training_harness.migration import Migration
+from training_harness.pretrained import StrictConfig, stored_config
 
 
-@strict
-class AutoregressivePriorConfig(StrictConfig):
-    model_type: ClassVar[str] = "latentloom-autoregressive"
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveModel:
+    """The section `model`."""
 
-    codebook_size: int = 512
-    levels: int = 1
-    """Codes a place: those of residual quantisation are predicted one after another."""
-    height: int = 8
-    width: int = 8
-    num_classes: int = 0
     hidden_size: int = 192
     num_layers: int = 4
     depth_layers: int = 2
-    """Layers that predict the levels of a place; without levels there are none."""
+    """Layers that predict the levels of residual codes, position by position; other codes have none."""
     num_heads: int = 4
     num_key_value_heads: int | None = None
-    """Grouped-query attention where fewer than the heads; none for as many."""
+    """Fewer than the heads for grouped-query attention, which keeps a smaller cache; by default as many."""
     intermediate_size: int = 512
+    """Width of SwiGLU; about 8 / 3 of the hidden size."""
     dropout: float = 0.0
     qk_norm: bool = True
     tie_embeddings: bool = False
-    """Whether the head is the code embedding, scaled."""
+    """Whether the head shares the code embedding's weights."""
     positions: Literal["none", "1d", "2d"] = "2d"
     """Rotary positions along the sequence, or along rows and columns."""
     learned_positions: bool = False
-    """Adds a learnt vector of the place to be predicted, beside rotary positions or in their stead."""
-    random_order: float = 0.0
-    """Share of random orders at the end of training; above 0 the prior can be given codes at any places first."""
-    rope_theta: float | int = 10_000.0
+    """Adds a learnt vector of the position to be predicted, beside rotary positions, which makes early training quicker, or
+    in their stead."""
+    rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
-    tokenizer_id: str = ""
-    """Of the tokenizer whose codes the prior was trained on."""
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        sizes = ("codebook_size", "levels", "height", "width", "hidden_size", "num_layers", "depth_layers", "num_heads")
-        for name in (*sizes, "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
-        for name in ("dropout", "random_order"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1], such as 0.1")
+    def check(self) -> None:
+        """Raises ConfigError for values that cannot be built."""
+        sizes = ("hidden_size", "num_layers", "depth_layers", "num_heads", "intermediate_size")
+        check_sizes(self, sizes)
+        check_share(self.dropout, "model.dropout")
         if self.positions == "none" and not self.learned_positions:
             raise ConfigError(
                 "model.positions is none and model.learned_positions false, so no code would have a place; expected one of them; "
@@ -78,6 +68,33 @@ class AutoregressivePriorConfig(StrictConfig):
     @property
     def key_value_heads(self) -> int:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+
+@stored_config
+class AutoregressivePriorConfig(StrictConfig):
+    """A model's config.json."""
+
+    model_type: ClassVar[str] = "latentloom-autoregressive"
+    migration: ClassVar[Migration] = AUTOREGRESSIVE_MODEL
+    model_options: ClassVar[Any] = AutoregressiveModel
+
+    model: AutoregressiveModel = field(default_factory=AutoregressiveModel)
+    codebook_size: int = 512
+    levels: int = 1
+    """Codes a position: those of residual quantisation are predicted one after another."""
+    height: int = 8
+    width: int = 8
+    num_classes: int = 0
+    random_order: float = 0.0
+    """Share of random orders at the end of training; above 0 the prior can be given codes at any positions first."""
+    tokenizer_id: str = ""
+    """Of the tokenizer whose codes the prior was trained on."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_sizes(self, ("codebook_size", "levels", "height", "width"))
+        check_share(self.random_order, "model.random_order")
+        self.model.check()
 
     @property
     def places(self) -> int:

@@ -20,10 +20,11 @@ from stage2_prior.layers.rotary import rotary_angles, turns
 class DepthTransformer(nn.Module):
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__()
-        self.levels, self.head_dim, self.theta = config.levels, config.head_dim, config.rope_theta
-        self.level_embedding = nn.Embedding(config.levels, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        model = config.model
+        self.levels, self.head_dim, self.theta = config.levels, model.head_dim, model.rope_theta
+        self.level_embedding = nn.Embedding(config.levels, model.hidden_size)
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.depth_layers))
+        self.norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
 
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Hidden states of places (N, hidden) and vectors of their first codes (N, levels − 1, hidden) → (N, levels, hidden)."""

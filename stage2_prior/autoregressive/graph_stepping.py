@@ -42,7 +42,7 @@ class GraphStepper:
     def __init__(self, prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None) -> None:
         self.prior, self.caches = prior, caches
         like = caches[0].held
-        self.inputs = like.new_zeros(like.shape[1], 1, prior.config.hidden_size)
+        self.inputs = like.new_zeros(like.shape[1], 1, prior.config.model.hidden_size)
         self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.slot_caches = [SlotCache(cache, self.slot) for cache in caches]
         angles = prior.angles(like.device)  # (1 + places, head_dim / 2)

@@ -28,11 +28,11 @@ class AutoregressiveObjective:
             )
         codes.train.require("indices")
         self.config, self.codes = config, codes
-        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()), config.order.final)
-        self.draws = 2 + self.model.places if config.order.ever_random else 1
+        self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
+        self.draws = 2 + self.prior_config.places if config.order.ever_random else 1
 
     def new_prior(self) -> AutoregressivePrior:
-        prior = AutoregressivePrior(self.model)
+        prior = AutoregressivePrior(self.prior_config)
         prior.start_from_code_vectors(self.codes.code_vectors())
         return prior
 
@@ -41,7 +41,7 @@ class AutoregressiveObjective:
 
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         config, split = self.config, self.codes.train
-        labels = without_some(split.labels(rows), draws[:, 0], config.model.class_dropout)
+        labels = without_some(split.labels(rows), draws[:, 0], config.class_dropout)
         orders = drawn_orders(draws[:, 1:], config.order.at(step, config.max_steps))
         return split.indices(rows), labels, orders
 

@@ -63,7 +63,7 @@ class PackedStepper:
         rows: int,
         eight_bits: bool = False,
     ) -> None:
-        self.caches, self.length = caches, UnitLength(prior.config.hidden_size, prior.config.rms_norm_eps)
+        self.caches, self.length = caches, UnitLength(prior.config.model.hidden_size, prior.config.model.rms_norm_eps)
         self.gain = prior.norm.weight * self.length.root
         turned = turns(prior.angles(torch.device("cpu")))  # (1 + places, head_dim) each
         self.slots = (
@@ -73,9 +73,11 @@ class PackedStepper:
         if prior.position_embedding is not None:
             order = torch.arange(prior.config.places) if orders is None else orders
             self.positions = prior.position_embedding(order)  # (places, hidden), or (rows, places, hidden)
-        attention = CachedAttention(rows, prior.config.num_heads, prior.config.key_value_heads, prior.config.places)
+        attention = CachedAttention(
+            rows, prior.config.model.num_heads, prior.config.model.key_value_heads, prior.config.places
+        )
         self.blocks = [
-            PackedBlock(block, attention, turned, rows, prior.config.rms_norm_eps, eight_bits)
+            PackedBlock(block, attention, turned, rows, prior.config.model.rms_norm_eps, eight_bits)
             for block in cast("Iterable[Block]", prior.blocks)
         ]
         self.heads = [packed_product(prior.head_rows(level), rows) for level in range(prior.levels)]

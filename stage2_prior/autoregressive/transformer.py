@@ -39,14 +39,14 @@ class CodeTransformer(Prior):
 
     def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__(config)
-        codes = config.levels * config.codebook_size
-        self.class_embedding = ClassEmbedding(config.num_classes, config.hidden_size)
-        self.code_embedding = nn.Embedding(codes, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.places, config.hidden_size) if config.learned_positions else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        model, codes = config.model, config.levels * config.codebook_size
+        self.class_embedding = ClassEmbedding(config.num_classes, model.hidden_size)
+        self.code_embedding = nn.Embedding(codes, model.hidden_size)
+        self.position_embedding = nn.Embedding(config.places, model.hidden_size) if model.learned_positions else None
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_layers))
+        self.norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
         self.depth = DepthTransformer(config) if config.levels > 1 else None
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, codes, bias=False)
+        self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, codes, bias=False)
         self._draw_weights()
         self.post_init()
 
@@ -136,8 +136,8 @@ class CodeTransformer(Prior):
         return F.linear(states, self.head_rows(level))
 
     def angles(self, device: torch.device) -> Tensor:
-        config = self.config
-        found = rotary_angles(config.height, config.width, config.head_dim, config.rotary_axes, config.rope_theta)
+        config, model = self.config, self.config.model
+        found = rotary_angles(config.height, config.width, model.head_dim, model.rotary_axes, model.rope_theta)
         return found.to(device)
 
     def new_caches(self, batch: int) -> list[KVCache]:
@@ -147,8 +147,8 @@ class CodeTransformer(Prior):
         return [] if self.depth is None else self._caches(batch, self.levels, len(self.depth.blocks))
 
     def _caches(self, batch: int, tokens: int, layers: int) -> list[KVCache]:
-        config, like = self.config, self.code_embedding.weight
-        return [KVCache(batch, config.key_value_heads, tokens, config.head_dim, like) for _ in range(layers)]
+        model, like = self.config.model, self.code_embedding.weight
+        return [KVCache(batch, model.key_value_heads, tokens, model.head_dim, like) for _ in range(layers)]
 
     @torch.no_grad()
     def start_from_code_vectors(self, vectors: Tensor) -> None:
@@ -157,7 +157,7 @@ class CodeTransformer(Prior):
 
         Rows drawn at random would have to learn from which codes meet what the codebook knows already.
         """
-        channels, hidden = vectors.shape[1], self.config.hidden_size
+        channels, hidden = vectors.shape[1], self.config.model.hidden_size
         rotation = nn.init.orthogonal_(vectors.new_empty(channels, hidden))
         rows = vectors @ rotation * math.sqrt(max(hidden / channels, 1))  # (K, hidden), near unit variance
         self.code_embedding.weight.copy_(EMBEDDING_STD * rows)
@@ -166,7 +166,7 @@ class CodeTransformer(Prior):
 
     def _draw_weights(self) -> None:
         """Normal: matrices with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
-        depth = math.sqrt(2 * self.config.num_layers)
+        depth = math.sqrt(2 * self.config.model.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and "embedding" not in name:
                 std = parameter.shape[1] ** -0.5

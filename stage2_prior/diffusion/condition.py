@@ -24,11 +24,11 @@ STD = 0.02
 class Condition(nn.Module):
     def __init__(self, config: DiffusionPriorConfig, width: int) -> None:
         super().__init__()
-        scale = MEAN_FLOW_SCALE if config.mean_flow else SCALE
+        self.mean_flow = config.model.mean_flow is not None
+        scale = MEAN_FLOW_SCALE if self.mean_flow else SCALE
         self.time_embedding = NumberEmbedding(width, scale)
         self.class_embedding = ClassEmbedding(config.num_classes, width)
         nn.init.normal_(self.class_embedding.weight, std=STD)
-        self.mean_flow = config.mean_flow
         if self.mean_flow:
             self.span_embedding, self.guidance_embedding = (NumberEmbedding(width, scale) for _ in range(2))
 

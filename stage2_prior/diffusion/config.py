@@ -1,82 +1,38 @@
-"""Configuration of the diffusion prior, as it stands in a model's config.json."""
+"""The diffusion prior's options: what a training configuration and a model's config.json share, and the latter."""
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-
 from stage1_tokenizer.data.degradation import Degradation
+from stage2_prior.checks import check_sizes
+from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.diffusion.schedule import LEVELS, Schedule
+from stage2_prior.migration import DIFFUSION_MODEL
 from training_harness.errors import ConfigError, UserError
-from training_harness.pretrained import StrictConfig
+from training_harness.migration import Migration
+from training_harness.pretrained import StrictConfig, stored_config
 
 
-@strict
-class DiffusionPriorConfig(StrictConfig):
-    model_type: ClassVar[str] = "latentloom-diffusion"
+@dataclass(frozen=True, kw_only=True)
+class DenoiserModel:
+    """The section `model`: each denoiser has a dataclass of its own, with what all of them share."""
 
-    channels: int = 16
-    height: int = 8
-    width: int = 8
-    num_classes: int = 0
-    denoiser: Literal["dit", "unet"] = "dit"
-    patch_size: int = 1
-    """Sides of the square of latents that is a token."""
+    name: str
+    """Denoiser: dit, a transformer over patches, or unet, a U-Net of convolutions, for small images and pixels."""
     hidden_size: int = 384
     num_layers: int = 12
-    num_heads: int = 6
-    intermediate_size: int = 1536
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
-    norm: Literal["layer", "rms"] = "layer"
-    qk_norm: bool = False
-    positions: Literal["sincos", "2d"] = "sincos"
-    """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
-    rope_theta: float | int = 10_000.0
-    channel_multipliers: tuple[int, ...] | list[int] = ()
-    """Of a U-Net: channels at each resolution, in multiples of hidden_size; its num_layers are blocks a resolution."""
-    attention: tuple[int, ...] | list[int] = ()
-    """Of a U-Net: downsampling factors at which its blocks attend; the middle always does."""
     schedule: Schedule = "flow"
+    """How the noise grows: `flow` along straight lines; linear, scaled-linear and cosine as in DDPM, in 1,000 levels."""
     prediction: Prediction = "flow"
+    """What the network says of a noisy latent: its velocity, v, the noise, or the sample."""
     zero_terminal_snr: bool = False
-    mean_flow: bool = False
-    """Whether the network tells the mean velocity between two times, for sampling in a few steps."""
-    max_guidance: float | int = 4.0
-    """Of a mean flow: up to which guidance scale it learns."""
-    degradation: Degradation = "none"
-    """Of the pictures that it restores, whose latents it is given beside the noisy ones."""
-    tokenizer_id: str = ""
-    """Of the tokenizer whose latents the prior was trained on."""
+    """Lets linear, scaled-linear and cosine end with noise alone."""
 
-    @property
-    def input_channels(self) -> int:
-        return self.channels if self.degradation == "none" else 2 * self.channels
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        for name in (
-            "channels",
-            "height",
-            "width",
-            "patch_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected a whole number of at least 1")
-        if self.height % self.patch_size or self.width % self.patch_size:
-            raise ConfigError(
-                f"model.patch_size is {self.patch_size} for {self.height}×{self.width} latents; expected a number that divides "
-                "both sides, such as 1"
-            )
-        if self.denoiser == "dit" and self.hidden_size % (4 * self.num_heads):
-            raise ConfigError(
-                f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of {4 * self.num_heads}"
-            )
-        self._check_unet()
+    def check(self, height: int, width: int) -> None:
+        """Raises ConfigError for values that cannot be built, or do not fit latents of that size."""
+        check_sizes(self, ("hidden_size", "num_layers"))
         if self.zero_terminal_snr and self.schedule == "flow":
             raise ConfigError(
                 "model.zero_terminal_snr is true for a flow, which ends with noise alone as it is; expected it with linear, "
@@ -88,52 +44,124 @@ class DiffusionPriorConfig(StrictConfig):
                 "expected v_prediction, flow or sample"
             )
 
-        if self.mean_flow and (self.denoiser, self.schedule, self.prediction) != ("dit", "flow", "flow"):
+
+@dataclass(frozen=True, kw_only=True)
+class DiTModel(DenoiserModel):
+    name: Literal["dit"] = "dit"
+    patch_size: int = 1
+    """Sides of the square of latents that is a token."""
+    num_heads: int = 6
+    intermediate_size: int = 1536
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    positions: Literal["sincos", "2d"] = "sincos"
+    """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
+    rope_theta: float = 10_000.0
+    mean_flow: MeanFlow | None = None
+    """Its options make the prior a mean flow, for sampling in a few steps."""
+
+    def check(self, height: int, width: int) -> None:
+        check_sizes(self, ("patch_size", "num_heads", "intermediate_size"))
+        if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
-                f"model.mean_flow is true with the denoiser {self.denoiser}, the schedule {self.schedule} and the prediction "
-                f"{self.prediction}; expected dit, flow and flow"
+                f"model.patch_size is {self.patch_size} for {height}×{width} latents; expected a number that divides "
+                "both sides, such as 1"
             )
-        if self.mean_flow and self.degradation != "none":
+        if self.hidden_size % (4 * self.num_heads):
             raise ConfigError(
-                f"model.mean_flow is true and the degradation {self.degradation}; expected one of them; give "
-                "--degradation none, or --model.mean-flow False"
+                f"model.hidden_size is {self.hidden_size} for {self.num_heads} heads; expected a multiple of {4 * self.num_heads}"
             )
-        if not self.max_guidance >= 1:
+        super().check(height, width)
+        if self.mean_flow and (self.schedule, self.prediction) != ("flow", "flow"):
             raise ConfigError(
-                f"model.max_guidance is {self.max_guidance}; expected 1, which is without guidance, or more"
+                f"model.mean_flow is given with the schedule {self.schedule} and the prediction {self.prediction}; expected "
+                "flow and flow"
             )
 
-    def check_sampling(self, options: DiffusionOptions) -> None:
-        """Raises UserError for what a prior of this kind does not sample with."""
-        if self.schedule != "flow" and options.num_inference_steps > LEVELS:
-            raise UserError(
-                f"num_inference_steps is {options.num_inference_steps} and the schedule {self.schedule} has {LEVELS} levels; "
-                f"expected at most {LEVELS}"
-            )
-        if self.mean_flow and not 1 <= options.guidance_scale <= self.max_guidance:
-            raise UserError(
-                f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to {self.max_guidance:g}; "
-                "expected a number between; a larger model.max_guidance in training allows more"
-            )
-        if self.mean_flow and options.guidance_rescale:
-            raise UserError(
-                f"guidance_rescale is {options.guidance_rescale} with a mean flow, whose guidance is learnt; expected 0"
-            )
 
-    def _check_unet(self) -> None:
-        if (self.denoiser == "unet") != bool(self.channel_multipliers) or any(m < 1 for m in self.channel_multipliers):
+@dataclass(frozen=True, kw_only=True)
+class UNetModel(DenoiserModel):
+    name: Literal["unet"] = "unet"
+    channel_multipliers: tuple[int, ...]
+    """Channels at each resolution, in multiples of hidden_size, such as 1 2 2; num_layers are blocks a resolution."""
+    attention: tuple[int, ...] = ()
+    """Downsampling factors at which blocks attend; the middle always does."""
+
+    @property
+    def mean_flow(self) -> None:
+        """A mean flow needs a DiT."""
+
+    def check(self, height: int, width: int) -> None:
+        super().check(height, width)
+        if not self.channel_multipliers or any(m < 1 for m in self.channel_multipliers):
             raise ConfigError(
-                f"model.channel_multipliers is {list(self.channel_multipliers)} with the denoiser {self.denoiser}; expected "
-                "positive whole numbers for unet, such as 1 2 2, and none for dit"
+                f"model.channel_multipliers is {list(self.channel_multipliers)}; expected positive whole numbers, such as 1 2 2"
             )
         factors = [2**level for level in range(len(self.channel_multipliers))]
         if absent := set(self.attention) - set(factors):
             raise ConfigError(
                 f"model.attention has {', '.join(map(str, sorted(absent)))}, and the denoiser has resolutions at the factors "
-                f"{', '.join(map(str, factors)) or 'none'}; expected some of those; leave the others out"
+                f"{', '.join(map(str, factors))}; expected some of those; leave the others out"
             )
-        if factors and (self.height % factors[-1] or self.width % factors[-1]):
+        if height % factors[-1] or width % factors[-1]:
             raise ConfigError(
-                f"model.channel_multipliers halves {len(factors) - 1} times, and {self.height}×{self.width} latents are no "
+                f"model.channel_multipliers halves {len(factors) - 1} times, and {height}×{width} latents are no "
                 f"multiple of {factors[-1]}; expected fewer of them, or images of another size"
+            )
+
+
+DiffusionModel = DiTModel | UNetModel
+"""The first is what a section without a name means."""
+
+
+@stored_config
+class DiffusionPriorConfig(StrictConfig):
+    """A model's config.json."""
+
+    model_type: ClassVar[str] = "latentloom-diffusion"
+    migration: ClassVar[Migration] = DIFFUSION_MODEL
+    model_options: ClassVar[Any] = DiffusionModel
+
+    model: DiffusionModel = field(default_factory=DiTModel)
+    channels: int = 16
+    height: int = 8
+    width: int = 8
+    num_classes: int = 0
+    degradation: Degradation = "none"
+    """Of the images that it restores, whose latents it is given beside the noisy ones."""
+    tokenizer_id: str = ""
+    """Of the tokenizer whose latents the prior was trained on."""
+
+    @property
+    def input_channels(self) -> int:
+        return self.channels if self.degradation == "none" else 2 * self.channels
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_sizes(self, ("channels", "height", "width"))
+        self.model.check(self.height, self.width)
+        if self.model.mean_flow and self.degradation != "none":
+            raise ConfigError(
+                f"model.mean_flow is given and the degradation is {self.degradation}; expected one of them; give "
+                "--degradation none, or --model.mean-flow none"
+            )
+
+    def check_sampling(self, options: DiffusionOptions) -> None:
+        """Raises UserError for what a prior of this kind does not sample with."""
+        schedule, mean_flow = self.model.schedule, self.model.mean_flow
+        if schedule != "flow" and options.num_inference_steps > LEVELS:
+            raise UserError(
+                f"num_inference_steps is {options.num_inference_steps} and the schedule {schedule} has {LEVELS} levels; "
+                f"expected at most {LEVELS}"
+            )
+        if mean_flow and not 1 <= options.guidance_scale <= mean_flow.max_guidance:
+            raise UserError(
+                f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to "
+                f"{mean_flow.max_guidance:g}; expected a number between; a larger model.mean_flow.max_guidance in training "
+                "allows more"
+            )
+        if mean_flow and options.guidance_rescale:
+            raise UserError(
+                f"guidance_rescale is {options.guidance_rescale} with a mean flow, whose guidance is learnt; expected 0"
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.diffusion.condition import Condition
-from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel
 from stage2_prior.layers.activations import GELU
 from stage2_prior.layers.attention import carries_derivative, plain_attention, plain_products_pay
 from stage2_prior.layers.feed_forward import SwiGLU
@@ -25,14 +25,16 @@ EPS = 1e-6
 
 
 class DiT(nn.Module):
-    def __init__(self, config: DiffusionPriorConfig) -> None:
+    def __init__(self, config: DiffusionPriorConfig, model: DiTModel) -> None:
+        """`model` is the configuration's own."""
         super().__init__()
-        self.config, size, width = config, config.patch_size, config.hidden_size
+        self.model, size, width = model, model.patch_size, model.hidden_size
+        self.channels = config.channels
         self.grid = config.height // size, config.width // size
         self.patch = nn.Linear(config.input_channels * size**2, width)
         self.condition = Condition(config, width)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
-        self.norm = norm_layer(config)
+        self.blocks = nn.ModuleList(DiTBlock(model) for _ in range(model.num_layers))
+        self.norm = norm_layer(model)
         self.modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, config.channels * size**2)
         self._draw_weights()
@@ -48,12 +50,11 @@ class DiT(nn.Module):
         """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
         x = self.patch(self.patches(latents))
         turned = None
-        if self.config.positions == "sincos":
+        if self.model.positions == "sincos":
             x = x + sincos_positions(*self.grid, x.shape[-1]).to(x)
         else:
-            angles = rotary_angles(
-                *self.grid, self.config.hidden_size // self.config.num_heads, 2, self.config.rope_theta
-            )
+            head_dim = self.model.hidden_size // self.model.num_heads
+            angles = rotary_angles(*self.grid, head_dim, 2, self.model.rope_theta)
             turned = turns(angles[1:].to(x.device))  # the first is that of a class prefix
         condition = self.condition(times, classes, ends, guidance)
         for block in self.blocks:
@@ -63,15 +64,15 @@ class DiT(nn.Module):
 
     def patches(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) → (B, tokens, c · p²), row after row."""
-        size, (rows, columns) = self.config.patch_size, self.grid
+        size, (rows, columns) = self.model.patch_size, self.grid
         x = latents.unflatten(2, (rows, size)).unflatten(4, (columns, size))  # (B, c, rows, p, columns, p)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), rows * columns, -1)
 
     def whole(self, patches: Tensor) -> Tensor:
         """What `patches` undoes."""
-        size, (rows, columns) = self.config.patch_size, self.grid
-        x = patches.view(len(patches), rows, columns, self.config.channels, size, size)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.config.channels, rows * size, columns * size)
+        size, (rows, columns) = self.model.patch_size, self.grid
+        x = patches.view(len(patches), rows, columns, self.channels, size, size)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.channels, rows * size, columns * size)
 
     def _draw_weights(self) -> None:
         for module in (self.patch, self.modulation, self.final, *self.blocks.modules()):
@@ -85,14 +86,14 @@ class DiT(nn.Module):
 
 
 class DiTBlock(GradientCheckpointingLayer):
-    def __init__(self, config: DiffusionPriorConfig) -> None:
+    def __init__(self, model: DiTModel) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.attention_norm, self.feed_forward_norm = norm_layer(config), norm_layer(config)
-        self.attention = SelfAttention(config)
+        width, inner = model.hidden_size, model.intermediate_size
+        self.attention_norm, self.feed_forward_norm = norm_layer(model), norm_layer(model)
+        self.attention = SelfAttention(model)
         self.feed_forward = (
             SwiGLU(width, inner)
-            if config.feed_forward == "swiglu"
+            if model.feed_forward == "swiglu"
             else nn.Sequential(nn.Linear(width, inner), GELU(), nn.Linear(inner, width))
         )
         self.modulation = nn.Linear(width, 6 * width)
@@ -109,13 +110,13 @@ class DiTBlock(GradientCheckpointingLayer):
 class SelfAttention(nn.Module):
     """Every token to every token."""
 
-    def __init__(self, config: DiffusionPriorConfig) -> None:
+    def __init__(self, model: DiTModel) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.head_dim = width // config.num_heads
+        width = model.hidden_size
+        self.head_dim = width // model.num_heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.query_norm, self.key_norm = (
-            RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(self.head_dim, eps=EPS) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
     def forward(self, x: Tensor, turned: Turns | None) -> Tensor:
@@ -130,10 +131,10 @@ class SelfAttention(nn.Module):
         return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-def norm_layer(config: DiffusionPriorConfig) -> nn.Module:
-    if config.norm == "rms":
-        return RMSNorm(config.hidden_size, eps=EPS)
-    return nn.LayerNorm(config.hidden_size, eps=EPS, elementwise_affine=False)
+def norm_layer(model: DiTModel) -> nn.Module:
+    if model.norm == "rms":
+        return RMSNorm(model.hidden_size, eps=EPS)
+    return nn.LayerNorm(model.hidden_size, eps=EPS, elementwise_affine=False)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -10,18 +10,51 @@ Differentiated in t this is v = u + (t − r) du/dt, and the network learns to m
 Each example counts 1 / (sg[its squared error] + c): guidance and derivative make some targets far noisier than others. ω, the
 guidance scale, is drawn evenly and told to the network, so that guidance costs no second evaluation when sampling. Geng et al.
 2025, arXiv 2505.13447; u_θ(z, t, t) for the direction in place of ε − x, and ω as an input: arXiv 2512.02012. A plain flow comes
-first (`times.spans_from`), since the two terms of the loss pull against each other: Zhang et al. 2025, arXiv 2510.20771.
+first (`spans_from`), since the two terms of the loss pull against each other: Zhang et al. 2025, arXiv 2510.20771.
 """
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from stage2_prior.conditioning.classes import guided, has_class
+from training_harness.errors import ConfigError
 from training_harness.precision import widened
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlow:
+    max_guidance: float = 4.0
+    """Up to which guidance scale it learns."""
+    instant_share: float = 0.5
+    """Share of the images that learn the velocity at one time and not between two."""
+    spans_from: float = 0.0
+    """Share of the run that comes first and learns a plain flow, at half the time a step."""
+
+    def __post_init__(self) -> None:
+        where = "model.mean_flow"
+        if not self.max_guidance >= 1:
+            raise ConfigError(
+                f"{where}.max_guidance is {self.max_guidance}; expected 1, which is without guidance, or more"
+            )
+        if not 0 < self.instant_share <= 1:
+            raise ConfigError(f"{where}.instant_share is {self.instant_share}; expected a share in (0, 1], such as 0.5")
+        if not 0 <= self.spans_from < 1:
+            raise ConfigError(f"{where}.spans_from is {self.spans_from}; expected a share in [0, 1), such as 0.5")
+
+    def spans(self, times: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Two times of each image, (B,) each → the later and the earlier one.
+
+        For the first images, `instant_share` of them, both are the first of the two.
+        """
+        instants = torch.arange(len(times), device=times.device) < round(self.instant_share * len(times))
+        others = torch.where(instants, times, others)
+        return torch.maximum(times, others), torch.minimum(times, others)
+
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """û of z (B, c, h, w), t, class ids, r and ω, (B,) each."""

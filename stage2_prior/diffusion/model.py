@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.conditioning.classes import guided, has_class
-from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.config import DiffusionPriorConfig, UNetModel
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.mean_flow import mean_flow_errors
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
@@ -45,8 +45,9 @@ class DiffusionPrior(Prior):
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
         super().__init__(config)
-        self.denoiser = UNet(config) if config.denoiser == "unet" else DiT(config)
-        self.schedule = NoiseSchedule(config.schedule, config.zero_terminal_snr)
+        model = config.model
+        self.denoiser = UNet(config, model) if isinstance(model, UNetModel) else DiT(config, model)
+        self.schedule = NoiseSchedule(model.schedule, model.zero_terminal_snr)
         self.scheduler: Any = None
         """One of diffusers' schedulers, in place of our samplers."""
         self.post_init()
@@ -90,7 +91,7 @@ class DiffusionPrior(Prior):
         level = self.schedule.levels(times)
         level = Level(*(part[:, None, None, None] for part in level))
         noisy = noised(latents, noise, level).to(self.dtype)
-        target = prediction_of(latents, noise, level, self.config.prediction)
+        target = prediction_of(latents, noise, level, self.config.model.prediction)
         if ends is None or guidance is None:
             errors = self.denoiser(beside(noisy, degraded), times, conditioning).float() - target.float()
         else:
@@ -135,7 +136,7 @@ class DiffusionPrior(Prior):
         def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
             end = ends.get(level.time)
             prediction = self.prediction(noisy, level.time, conditioning, options, end, degraded)
-            found = estimate(noisy, prediction, level, self.config.prediction)
+            found = estimate(noisy, prediction, level, self.config.model.prediction)
             if known is None:
                 return found
             # A sampler goes straight to what stays.
@@ -146,7 +147,7 @@ class DiffusionPrior(Prior):
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [self.schedule.level(time) for time in times.tolist()]
         ends = dict[float, float]()
-        if self.config.mean_flow and options.sampler in BY_SPANS and self.scheduler is None:
+        if self.config.model.mean_flow and options.sampler in BY_SPANS and self.scheduler is None:
             ends = dict(pairwise(times.tolist()))  # a step goes by the mean velocity to its end
         latents, begin = draw() if noise is None else noise.to(conditioning.device), 0
         if known is not None and known.strength < 1:
@@ -183,7 +184,7 @@ class DiffusionPrior(Prior):
         """
         noisy = beside(noisy.to(self.dtype), degraded)
         times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
-        if self.config.mean_flow:
+        if self.config.model.mean_flow:
             end = time if end is None else end
             guidance = options.guidance_scale if options.guides_at((time + end) / 2) else 1.0
             ends = torch.full_like(times, end)

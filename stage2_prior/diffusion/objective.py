@@ -27,15 +27,14 @@ class DiffusionObjective:
                 f"same; run: latentloom tokenize --degradation {config.degradation} …"
             )
         self.config, self.codes = config, codes
-        self.model = config.model.for_spec(codes.spec, len(codes.label_names or ()), config.degradation)
-        self.model.check_sampling(config.sampling)
-        self.draws = (
-            4 if self.model.mean_flow else 2
-        )  # for the label, the time, and the span's other end and its guidance
-        self.schedule = NoiseSchedule(self.model.schedule, self.model.zero_terminal_snr)
+        self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
+        self.prior_config.check_sampling(config.sampling)
+        # for the label, the time, and the span's other end and its guidance
+        self.draws = 4 if config.model.mean_flow else 2
+        self.schedule = NoiseSchedule(config.model.schedule, config.model.zero_terminal_snr)
 
     def new_prior(self) -> DiffusionPrior:
-        return DiffusionPrior(self.model)
+        return DiffusionPrior(self.prior_config)
 
     def warnings(self) -> list[str]:
         split = self.codes.train
@@ -45,14 +44,15 @@ class DiffusionObjective:
 
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
         split = self.codes.train
-        labels = without_some(split.labels(rows), draws[:, 0], self.config.model.class_dropout)
+        labels = without_some(split.labels(rows), draws[:, 0], self.config.class_dropout)
         latents = split.latents(rows)
         times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
         ends = guidance = None
-        if self.model.mean_flow and step >= self.config.times.spans_from * self.config.max_steps:
-            times, ends = self.config.times.spans(times, draws[:, 2].float())
-            guidance = 1 + (self.model.max_guidance - 1) * draws[:, 3].float()
-        weights = self.config.times.weights(self.schedule.levels(times), self.model.prediction)
+        mean_flow = self.config.model.mean_flow
+        if mean_flow and step >= mean_flow.spans_from * self.config.max_steps:
+            times, ends = mean_flow.spans(times, self.config.times.shares(draws[:, 2].float()))
+            guidance = 1 + (mean_flow.max_guidance - 1) * draws[:, 3].float()
+        weights = self.config.times.weights(self.schedule.levels(times), self.config.model.prediction)
         return latents, labels, times, torch.randn(latents.shape), weights, self.degraded(split, rows), ends, guidance
 
     def degraded(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
@@ -63,7 +63,7 @@ class DiffusionObjective:
         """Squared errors at evenly spread times, with the same noise whenever it is measured; and in five bands of time."""
         split, limit = self.codes.validation, min(self.config.validation_images, len(self.codes.validation))
         generator = torch.Generator().manual_seed(0)
-        shape = (limit, self.model.channels, self.model.height, self.model.width)
+        shape = (limit, self.prior_config.channels, self.prior_config.height, self.prior_config.width)
         noise, places = torch.randn(shape, generator=generator), torch.randperm(limit, generator=generator)
         times = self.schedule.training_times((places + 0.5) / limit)
         own, totals, counts = torch.tensor(share_of(limit)), torch.zeros(BANDS), torch.zeros(BANDS)

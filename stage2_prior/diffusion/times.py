@@ -26,20 +26,12 @@ class TimesConfig:
     logit_std: float = 1.0
     min_snr_gamma: float = 0.0
     """Caps how much the times near the data count, 5 in the paper; at 0 the squared errors of predictions count alike."""
-    instant_share: float = 0.5
-    """Of a mean flow: share of the images that learn the velocity at one time and not between two."""
-    spans_from: float = 0.0
-    """Of a mean flow: share of the run that comes first and learns a plain flow, at half the time a step."""
 
     def __post_init__(self) -> None:
         if self.logit_std <= 0:
             raise ConfigError(f"times.logit_std is {self.logit_std}; expected a positive number such as 1.0")
         if self.min_snr_gamma < 0:
             raise ConfigError(f"times.min_snr_gamma is {self.min_snr_gamma}; expected 0 or more, such as 5.0")
-        if not 0 < self.instant_share <= 1:
-            raise ConfigError(f"times.instant_share is {self.instant_share}; expected a share in (0, 1], such as 0.5")
-        if not 0 <= self.spans_from < 1:
-            raise ConfigError(f"times.spans_from is {self.spans_from}; expected a share in [0, 1), such as 0.5")
 
     def shares(self, uniform: Tensor) -> Tensor:
         """Uniform numbers (B,) in [0, 1) → shares (B,) of the noise's time, in (0, 1]."""
@@ -48,15 +40,6 @@ class TimesConfig:
             return share
         normal = math.sqrt(2) * torch.erfinv((2 * share - 1).clamp(-BELOW_ONE, BELOW_ONE))
         return torch.sigmoid(self.logit_mean + self.logit_std * normal)
-
-    def spans(self, times: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B,) and uniform numbers (B,) in [0, 1) → the later and the earlier of two times, (B,) each, of a mean flow.
-
-        Of the first images, `instant_share` of them, both are the same.
-        """
-        instants = torch.arange(len(times), device=times.device) < round(self.instant_share * len(times))
-        others = torch.where(instants, times, self.shares(uniform))
-        return torch.maximum(times, others), torch.minimum(times, others)
 
     def weights(self, level: Level[Tensor], kind: Prediction) -> Tensor | None:
         """Of the squared errors of predictions, or none where all count alike."""

@@ -18,21 +18,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, Upsample, group_norm
 from stage2_prior.diffusion.condition import Condition
-from stage2_prior.diffusion.config import DiffusionPriorConfig
+from stage2_prior.diffusion.config import DiffusionPriorConfig, UNetModel
 
 
 class UNet(nn.Module):
-    def __init__(self, config: DiffusionPriorConfig) -> None:
+    def __init__(self, config: DiffusionPriorConfig, model: UNetModel) -> None:
+        """`model` is the configuration's own."""
         super().__init__()
-        sizes = [config.hidden_size * multiplier for multiplier in config.channel_multipliers]
-        wide, deepest = 4 * config.hidden_size, sizes[-1]
+        sizes = [model.hidden_size * multiplier for multiplier in model.channel_multipliers]
+        wide, deepest = 4 * model.hidden_size, sizes[-1]
         self.condition = Condition(config, wide)
         self.stem = nn.Conv2d(config.input_channels, sizes[0], 3, padding=1)
 
         def stage(channels: int, beside: int, level: int) -> nn.ModuleList:
-            attends = 2**level in config.attention
+            attends = 2**level in model.attention
             return nn.ModuleList(
-                ConvolutionBlock(channels + beside, channels, wide, attends) for _ in range(config.num_layers)
+                ConvolutionBlock(channels + beside, channels, wide, attends) for _ in range(model.num_layers)
             )
 
         levels = range(len(sizes))

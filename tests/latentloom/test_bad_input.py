@@ -105,7 +105,7 @@ CASES = {
     "a required option left out": ("train --data images", "--output missing", "expected a value"),
     "two required options left out": ("train", "--data and --output missing", "latentloom train --help"),
     "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
-    "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "Expected one of ('vq', 'ema'"),
+    "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "did you mean 'fsq'"),
     "an unknown recipe": (f"{TOKENIZER} --recipe vqgan-f44", "'vqgan-f44'", "did you mean 'vqgan-f4'?"),
     "a recipe unlike any": (f"{TOKENIZER} --recipe best", "'best'", "expected one of: bsq, ema, fsq"),
     "a prior's recipe for a tokenizer": (

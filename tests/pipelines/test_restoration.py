@@ -17,15 +17,16 @@ from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.degradation import Degradation, degraded, shrunk
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage2_prior.diffusion.config import DiTModel
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.prior import Known
-from stage2_prior.training_config import DiffusionModel, DiffusionTraining
+from stage2_prior.training_config import DiffusionTraining
 from training_harness.errors import UserError
 
 PROCESSOR = ImageProcessor(channels=1, content_size=(14, 14), image_size=(16, 16))
-MODEL = DiffusionModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+MODEL = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
 
 
 def restoring_pipeline(degradation: Degradation = "downscale-2x") -> LatentGenerationPipeline:

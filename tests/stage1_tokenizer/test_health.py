@@ -13,12 +13,13 @@ from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.health import Health, discriminator_warning, usage_remedy
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.metrics import CodeUsage
-from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from stage1_tokenizer.quantizers import QUANTIZERS, EMAVectorQuantizerConfig, ResidualQuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.metric_log import read_metrics
 
-EMA = QuantizerConfig()
+EMA = EMAVectorQuantizerConfig()
 
 
 def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, choices: int = 2048):
@@ -45,7 +46,7 @@ def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
     usage.count(indices)
     choices, used = usage.choices, usage.since_last()
     assert (choices, used["codes_used"], used["codes_used_at_fewest_level"]) == (400, 100, 1)
-    found = Health().warnings(20.0, used, choices, 100, QuantizerConfig(name="residual"), 0.0)
+    found = Health().warnings(20.0, used, choices, 100, ResidualQuantizerConfig(), 0.0)
     assert "1 of 100 codes were used at a level" in found["codebook"]
     assert usage.since_last()["codes_used"] == 0
 
@@ -102,7 +103,7 @@ def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dic
 
 
 def small(**fields) -> TokenizerTraining:
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 0), latent_channels=4, codebook_size=64)
+    model = VQGANModel(channels=(8, 8), blocks=(0, 0), latent_channels=4, codebook_size=64)
     plain = TokenizerTraining(output=Path("x"), data="x", model=model, batch_size=4, max_steps=8, sample_every=4)
     return replace(plain, **fields)
 

@@ -1,6 +1,5 @@
 """Tokenizers without a codebook keep the same contract: latents of unit variance, and one line where there are no indices."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from small_parts import one_line, some_pixels, write_pictures
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 
-from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.image_loader import Pixels
@@ -19,7 +18,8 @@ from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latents, train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, completed, model_config
+from training_harness.configuration import section
 from training_harness.errors import ConfigError, UserError
 from training_harness.metric_log import read_metrics
 
@@ -139,7 +139,7 @@ def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn()
 def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTraining]:
     source = open_source(str(data))
     small = {"channels": (8, 8), "blocks": (0, 1), "latent_channels": 4}
-    model = TokenizerModel(**small | fields)
+    model = section(AnyTokenizerModel, small | fields if fields["name"] == "kl" else fields, "model")
     config = TokenizerTraining(
         output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
     )
@@ -198,24 +198,29 @@ def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path
     ("fields", "said"),
     [
         ({"attention": (32,)}, "model.attention names 32, a resolution that never occurs with 3 levels; expected"),
-        ({"attention": (False, False, True)}, "model.attention names False"),
+        ({"attention": (False, False, True)}, "model.attention[0] is False; expected int"),
         ({"channels": (8, 8)}, "model.channels has 2 entries and model.blocks 3"),
         ({"channels": (), "blocks": ()}, "model.channels has 0 entries"),
         ({"blocks": (0, -1, 1)}, "no negative number of blocks"),
         ({"latent_channels": 0}, "model.latent_channels is 0"),
         ({"codebook_size": 0}, "model.codebook_size is 0"),
-        ({"prior": "standard_normal"}, "model.prior is standard_normal with the tokenizer vqgan"),
+        ({"prior": "standard_normal"}, "unknown field 'model.prior' for the model vqgan; expected it with kl alone"),
+        (
+            {"name": "kl", "codebook_size": 8},
+            "unknown field 'model.codebook_size' for the model kl; expected it with vqgan alone",
+        ),
+        ({"name": "vae"}, "model.name is 'vae'; expected one of: vqgan, kl, identity"),
     ],
 )
 def test_fields_that_cannot_go_together_are_one_line_that_names_them(fields, said):
     with pytest.raises(ConfigError) as caught:
-        TokenizerModel(**fields)
+        section(AnyTokenizerModel, fields, "model")
     assert said in one_line(caught)
 
 
-def test_a_continuous_tokenizer_asks_nothing_of_the_quantizer():
-    model = TokenizerModel(name="kl", latent_channels=3, codebook_size=512)
-    assert replace(model, prior="standard_normal").learns
+def test_a_continuous_tokenizer_samples_alone_when_its_latents_are_held_near_a_normal_distribution():
+    assert AutoencoderKLModel(prior="standard_normal").samples_alone
+    assert not AutoencoderKLModel().samples_alone
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])

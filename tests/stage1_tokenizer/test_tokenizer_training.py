@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from small_parts import one_line, write_pictures
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.autoencoder_kl import AutoencoderKL
+from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLModel
 from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.adversarial import AdversarialConfig, LeCAM
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
-from stage1_tokenizer.quantizers import QuantizerConfig
+from stage1_tokenizer.migration import TRAINING
+from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, VectorQuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config, parse_size
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
+from stage1_tokenizer.vqgan import VQGAN, VQGANModel
 from training_harness.configuration import from_mapping, read_yaml
 from training_harness.ema import EMAConfig
 from training_harness.errors import ConfigError
@@ -35,7 +36,8 @@ from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 from training_harness.run_folder import check_folder
 
-MODEL = TokenizerModel(channels=(8, 8, 16), blocks=(0, 1, 1), attention=(4,), latent_channels=4, codebook_size=16)
+SHAPE: dict[str, Any] = {"channels": (8, 8, 16), "blocks": (0, 1, 1), "attention": (4,), "latent_channels": 4}
+MODEL = VQGANModel(**SHAPE, codebook_size=16)
 ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=4, layers=2)
 
 
@@ -106,7 +108,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
 
 
 def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_path):
-    config = from_mapping(TokenizerTraining, read_yaml(finished / "config.yaml"))
+    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
     assert (config.resolution, config.image_channels) == ("16x16", 3)
     again = trained(replace(config, output=tmp_path / "again"))
     assert same(weights(again), weights(finished / "model"))
@@ -148,7 +150,7 @@ def test_the_model_is_the_averaged_one(finished):
 @torch.no_grad()
 def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_over_another(finished):
     tokenizer = VQGAN.from_pretrained(finished / "model")
-    config = from_mapping(TokenizerTraining, read_yaml(finished / "config.yaml"))
+    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
     train, _ = pixels_of(config)
     processor = tokenizer.config.image_processor
     latents = tokenizer.encode_latents(processor.preprocess(train[range(len(train))])).double()
@@ -186,7 +188,7 @@ def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_
 
     monkeypatch.setattr(Accelerator, "backward", noted)
     reconstruction = ReconstructionConfig(l1=0.7, l2=1.3, perceptual=0.6, commitment=0.2, codebook=1.1)
-    model = replace(MODEL, quantizer=QuantizerConfig(name="vq"))
+    model = replace(MODEL, quantizer=VectorQuantizerConfig())
     config = training(tmp_path / "run", pictures, reconstruction=reconstruction, adversarial=ADVERSARIAL, model=model)
     trained(config, perceptual=lambda a, b: (a - b).abs().amax())
     for row in rows_of(config.output):
@@ -209,7 +211,7 @@ def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_ste
             tmp_path / str(beta),
             pictures,
             max_steps=1,
-            model=replace(MODEL, quantizer=QuantizerConfig(name="vq", restart_threshold=0.0)),
+            model=replace(MODEL, quantizer=VectorQuantizerConfig(restart_threshold=0.0)),
             reconstruction=ReconstructionConfig(commitment=beta),
             optimizer=OptimizerConfig(max_grad_norm=0.0),
             schedule=ScheduleConfig(warmup=0, decay="constant"),
@@ -288,9 +290,9 @@ def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, picture
     config = training(tmp_path / "run", pictures, adversarial=judged, checkpoint_every=1, keep_checkpoints=20)
     config = replace(config, reconstruction=replace(config.reconstruction, charbonnier=1.0))
     if term == "codebook":  # that of moving averages has none
-        config = replace(config, model=replace(MODEL, quantizer=QuantizerConfig(name="vq")))
+        config = replace(config, model=replace(MODEL, quantizer=VectorQuantizerConfig()))
     if term == "kl":
-        config = replace(config, model=replace(MODEL, name="kl"))
+        config = replace(config, model=AutoencoderKLModel(**SHAPE))
     with monkeypatch.context() as patch:
         break_term(patch, term, range(6, 100))
         with pytest.raises(NonFiniteLossError) as caught:
@@ -342,11 +344,11 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
 VARIANTS: dict[str, dict[str, Any]] = {
     "ema codebook that restarts, discriminator": {
         "adversarial": ADVERSARIAL,
-        "model": replace(MODEL, codebook_size=64, quantizer=QuantizerConfig(usage_decay=0.5)),
+        "model": replace(MODEL, codebook_size=64, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)),
     },
     "learnt codebook, muon, discriminator": {
         "adversarial": ADVERSARIAL,
-        "model": replace(MODEL, quantizer=QuantizerConfig(name="vq")),
+        "model": replace(MODEL, quantizer=VectorQuantizerConfig()),
         "optimizer": OptimizerConfig(name="muon"),
     },
     "accumulated": {"accumulation_steps": 2, "batch_size": 3},

@@ -14,9 +14,9 @@ from stage1_tokenizer.data.image_loader import Pixels
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import survey
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
-from stage1_tokenizer.quantizers import EMAVectorQuantizer, QuantizerConfig
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining, completed, model_config
-from stage1_tokenizer.vqgan import VQGAN
+from stage1_tokenizer.quantizers import EMAVectorQuantizer, EMAVectorQuantizerConfig
+from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.vqgan import VQGAN, VQGANModel
 from training_harness.metric_log import read_metrics
 
 K, D = 12, 5
@@ -28,7 +28,7 @@ def latents(seed: int) -> torch.Tensor:
 
 def known_quantizer(**options: Any) -> EMAVectorQuantizer:
     """Its codebook counts as in use, so that the first batch does not replace it."""
-    q = EMAVectorQuantizer(QuantizerConfig(**options), K, D).train()
+    q = EMAVectorQuantizer(EMAVectorQuantizerConfig(**options), K, D).train()
     q.codebook.copy_(torch.randn(K, D, generator=seeded(9)))
     q.usage.fill_(2.0)
     q.sums.copy_(q.codebook * 2.0)
@@ -60,7 +60,7 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
     stage_one.export = noted
     source = open_source(folder / "pictures")
     seen = survey(source.train)
-    model = TokenizerModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
+    model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     adversarial = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2)
     steps = {"max_steps": 5, "batch_size": 4, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
     config = TokenizerTraining(output=folder / "run", data="pictures", model=model, adversarial=adversarial, **steps)

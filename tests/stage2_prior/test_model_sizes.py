@@ -8,7 +8,6 @@ import torch
 from latentloom.commands.arguments import training_values
 from latentloom.recipes import recipe_names
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.training_config import prior_training
@@ -34,7 +33,7 @@ def test_a_named_size_has_its_parameters(recipe: str, millions: int) -> None:
     codes = 16_384 if recipe in MILLIONS else 512
     spec = LatentSpec(codebook_size=codes, height=16, width=16, image_height=256, image_width=256, **SPEC)
     with torch.device("meta"):
-        prior = AutoregressivePrior(config.model.for_spec(spec, 1000 if recipe in MILLIONS else 10))
+        prior = config.new_prior(spec, 1000 if recipe in MILLIONS else 10)
     assert count_parameters(prior) / 1e6 == pytest.approx(millions, rel=0.02 if recipe in MILLIONS else 0.25)
 
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_parts import one_line
 
-from stage1_tokenizer.quantizers import QuantizerConfig
-from stage1_tokenizer.training_config import TokenizerModel, TokenizerTraining
+from stage1_tokenizer.migration import TRAINING
+from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, SimVQConfig, VectorQuantizerConfig
+from stage1_tokenizer.training_config import TokenizerTraining
+from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.configuration import from_mapping, merged, nearest, read_yaml, write_yaml
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
@@ -162,13 +164,13 @@ trainings = st.builds(
     image_channels=st.none() | st.integers(1, 4),
     model=st.integers(1, 5).flatmap(
         lambda levels: st.builds(
-            TokenizerModel,
+            VQGANModel,
             channels=st.tuples(*[st.integers(1, 512)] * levels),
             blocks=st.tuples(*[st.integers(0, 4)] * levels),
             attention=st.just((2 ** (levels - 1),)),
-            quantizer=st.builds(
-                QuantizerConfig, name=st.sampled_from(["vq", "ema", "simvq"]), restart_threshold=shares
-            ),
+            quantizer=st.just(SimVQConfig())
+            | st.builds(VectorQuantizerConfig, restart_threshold=shares)
+            | st.builds(EMAVectorQuantizerConfig, usage_decay=shares.filter(lambda share: share < 1)),
         )
     ),
     optimizer=st.builds(
@@ -183,7 +185,7 @@ trainings = st.builds(
 def test_every_training_configuration_comes_back_from_its_yaml_unchanged(training):
     with TemporaryDirectory() as folder:
         write_yaml(Path(folder) / "config.yaml", training)
-        back = from_mapping(TokenizerTraining, read_yaml(Path(folder) / "config.yaml"))
+        back = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(Path(folder) / "config.yaml")))
     assert back == training
     assert type(back.schedule.warmup) is type(training.schedule.warmup)
     assert type(back.resolution) is type(training.resolution)
@@ -192,6 +194,6 @@ def test_every_training_configuration_comes_back_from_its_yaml_unchanged(trainin
 def test_a_written_file_reads_back_and_a_changed_field_shows(tmp_path):
     training = TokenizerTraining(output=tmp_path / "run", data="pictures")
     write_yaml(tmp_path / "config.yaml", training)
-    assert from_mapping(TokenizerTraining, read_yaml(tmp_path / "config.yaml")) == training
+    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) == training
     write_yaml(tmp_path / "config.yaml", dataclasses.replace(training, seed=1))
-    assert from_mapping(TokenizerTraining, read_yaml(tmp_path / "config.yaml")) != training
+    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) != training

@@ -17,8 +17,9 @@ from latentloom.planning.step_timing import Rehearsal, has_spans, rehearse_prior
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
-from stage2_prior.diffusion.times import TimesConfig
-from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, DiffusionModel, DiffusionTraining
+from stage2_prior.diffusion.config import DiTModel
+from stage2_prior.diffusion.mean_flow import MeanFlow
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, DiffusionTraining
 from training_harness.errors import UserError
 from training_harness.optimization import OptimizerConfig
 
@@ -60,9 +61,9 @@ def test_the_activations_of_a_prior_are_those_that_a_step_on_numbers_keeps(recom
 
 
 def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_has_them() -> None:
-    model = DiffusionModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, mean_flow=True)
-    times = TimesConfig(spans_from=0.5)
-    config = DiffusionTraining(output=Path("run"), codes=Path("codes"), model=model, times=times, batch_size=6)
+    mean_flow = MeanFlow(spans_from=0.5)
+    model = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, mean_flow=mean_flow)
+    config = DiffusionTraining(output=Path("run"), codes=Path("codes"), model=model, batch_size=6)
 
     def rehearse(changed: DiffusionTraining) -> Rehearsal:
         return rehearse_prior(changed, SPEC, num_classes=3)
@@ -70,7 +71,7 @@ def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_
     rehearsal = rehearse(config)
     real = [really_kept(rehearsal, 6) - really_kept(rehearsal, 5) for _ in range(2)]
     assert footprint(config, rehearse).activations == pytest.approx(real[0], rel=0.1)
-    assert [has_spans(config, number) for number in range(4)] == [False, True, False, True]
+    assert [has_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
 
 
 def test_the_activations_of_a_tokenizer_are_those_that_a_step_on_numbers_keeps() -> None:

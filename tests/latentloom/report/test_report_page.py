@@ -20,7 +20,7 @@ from PIL import Image
 from latentloom.report import reading
 from latentloom.report.numbers import number
 from latentloom.report.panels import PANELS, marks_something
-from latentloom.report.reading import chosen_grids, read_run
+from latentloom.report.reading import chosen_grids, find_codebook_size, read_run
 from latentloom.report.svg_charts import CURVE_POINTS, thinned
 from latentloom.report.verdicts import verdicts
 
@@ -409,6 +409,16 @@ def test_a_prior_is_read_against_log_k_where_its_codes_tell_k(tmp_path: Path) ->
     assert "log K is 6" not in report(folder).text
     write_json(tmp_path / "job" / "codes" / "manifest.json", {"spec": {"codebook_size": 512}})
     assert "log K is 6.24" in report(folder).text
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"codebook_size": 512}, {"latentloom_format": 2, "model": {"name": "vqgan", "codebook_size": 512}}],
+    ids=["first format", "present format"],
+)
+def test_a_tokenizer_s_codebook_is_known_from_a_model_of_any_format(saved: Row, tmp_path: Path) -> None:
+    write_json(tmp_path / "model" / "config.json", saved)
+    assert find_codebook_size(tmp_path, "tokenizer", {}) == 512
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

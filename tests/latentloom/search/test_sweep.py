@@ -30,6 +30,7 @@ from latentloom.search.sweep import prior_trainer, run_sweep
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.quantizers import SimVQConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, prior_training
@@ -270,6 +271,31 @@ def test_more_trials_extend_a_finished_search(tmp_path: Path) -> None:
     assert search(plan_in(tmp_path / "one", trials=9)) == search(plan_in(tmp_path / "two", trials=9))
 
 
+def test_a_search_that_an_earlier_version_began_goes_on_under_the_present_names(tmp_path: Path) -> None:
+    words = (f"{RATE}=1e-5..1e-1", "class_dropout=0..0.5")
+    search(plan_in(tmp_path / "one", words, trials=5))
+    path, journal = tmp_path / "one" / "search.yaml", tmp_path / "one" / "study.log"
+    request = read_yaml(path)
+    assert request.pop("format") == 2
+    request["model"]["class_dropout"] = request.pop("class_dropout")
+    del request["model"]["rms_norm_eps"]
+    request["search"]["model.class_dropout"] = request["search"].pop("class_dropout")
+    path.write_text(yaml.safe_dump(request))
+    journal.write_text(journal.read_text().replace('"class_dropout"', '"model.class_dropout"'))
+    whole = search(plan_in(tmp_path / "two", words, trials=9))
+    assert search(plan_in(tmp_path / "one", words, trials=9)) == whole
+    assert search(plan_in(tmp_path / "one", words, trials=9)) == whole  # the request is of the present format now
+    with pytest.raises(ConfigError, match=r"--search has model\.class_dropout, .* expected class_dropout"):
+        parse_space(["model.class_dropout=0..0.5"], PRIOR)
+
+
+def test_a_search_over_variants_leaves_out_the_options_of_the_others(tmp_path: Path) -> None:
+    plan = replace(plan_in(tmp_path, ()), base=TOKENIZER)
+    assert isinstance(plan.trial_config(1, {"model.quantizer.name": "simvq"}).model.quantizer, SimVQConfig)
+    (found,) = parse_space(["model.quantizer.name=ema|vq|simvq"], TOKENIZER)
+    assert isinstance(found, Choices)
+
+
 def test_a_hopeless_trial_ends_before_its_last_step_and_a_good_one_does_not(tmp_path: Path) -> None:
     told_of: dict[str, int] = {}
 
@@ -416,10 +442,12 @@ def test_a_search_leaves_the_trial_of_the_least_validation_figure_as_a_recipe(
     best = min(found, key=lambda trial: min(found[trial]))
     assert f"trial {int(best)}, the best of 4, seed 3" in (output / "best.yaml").read_text().splitlines()[0]
 
-    recipe = read_yaml(output / "best.yaml")
+    recipe = AutoregressiveTraining.migration.present(read_yaml(output / "best.yaml"))
     assert not {"output", "codes"} & set(recipe)
     config = prior_training(recipe | {"output": "there", "codes": "codes"})
-    trial = prior_training(read_yaml(output / "trials" / best / "config.yaml"))
+    trial = prior_training(
+        AutoregressiveTraining.migration.present(read_yaml(output / "trials" / best / "config.yaml"))
+    )
     assert (config.model, config.optimizer, config.seed) == (trial.model, trial.optimizer, trial.seed)
     assert (config.max_steps, trial.max_steps, trial.seed) == (40, 8, 3)
 
@@ -490,8 +518,12 @@ def test_a_tokenizers_search_reads_each_picture_once_and_looks_for_the_highest_p
     assert f"trial {int(best)}, the best of 3" in said
     with (output / "trials.csv").open() as file:
         assert {f"{int(row['trial']):03d}": float(row["validation_psnr"]) for row in csv.DictReader(file)} == found
-    config = from_mapping(TokenizerTraining, read_yaml(output / "best.yaml") | {"output": "there", "data": "here"})
-    assert config.model == from_mapping(TokenizerTraining, read_yaml(output / "trials" / best / "config.yaml")).model
+    recipe, trial = (
+        TokenizerTraining.migration.present(read_yaml(path))
+        for path in (output / "best.yaml", output / "trials" / best / "config.yaml")
+    )
+    config = from_mapping(TokenizerTraining, recipe | {"output": "there", "data": "here"})
+    assert config.model == from_mapping(TokenizerTraining, trial).model
 
 
 def test_a_trial_leaves_neither_its_network_nor_its_hold_on_signals_to_the_next(

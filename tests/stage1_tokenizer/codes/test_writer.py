@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 from small_parts import one_line, whole_tokenizer, write_pictures
 
-from stage1_tokenizer.codes import writer
+from stage1_tokenizer.codes import manifest, writer
+from stage1_tokenizer.codes.manifest import codes_fingerprint
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.sources import ImageSource, open_source
+from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
 
@@ -240,3 +243,24 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, model, source, monkeypa
     with pytest.raises(KeyboardInterrupt):
         written(model, source, tmp_path / "codes")
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterSpec(LatentSpec):
+    scales: int = 1
+
+
+def test_a_field_that_is_added_to_the_spec_leaves_an_earlier_cache_what_was_asked_for(
+    tmp_path, model, source, monkeypatch, capsys
+):
+    folder, spec = written(model, source, tmp_path / "codes"), model[0].latent_spec().to_dict()
+    monkeypatch.setattr(manifest, "LatentSpec", LaterSpec)
+    monkeypatch.setattr(VQGAN, "latent_spec", lambda self: LaterSpec(**spec))
+    capsys.readouterr()
+    written(model, source, folder)
+    assert "holds these codes already" in capsys.readouterr().out
+    later, other = (manifest_of(folder) | {"spec": spec | {"scales": scales}} for scales in (1, 2))
+    assert codes_fingerprint(later) == codes_fingerprint(manifest_of(folder)) != codes_fingerprint(other)
+    monkeypatch.setattr(VQGAN, "latent_spec", lambda self: LaterSpec(**spec, scales=2))
+    with pytest.raises(UserError, match="another spec"):
+        written(model, source, folder)

@@ -11,9 +11,10 @@ from small_parts import one_line
 from tiny_models import seeded
 from torch import Tensor
 
-from stage1_tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig, ibq
+from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, LFQConfig, Quantizer, VectorQuantizerConfig, ibq
 from stage1_tokenizer.quantizers.binary import code_probabilities
 from stage1_tokenizer.quantizers.vector_quantizer import kmeans, turned
+from training_harness.configuration import section
 from training_harness.errors import ConfigError
 
 # K and the latent channels that suit each
@@ -34,7 +35,7 @@ SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def built(case: str, **fields: Any) -> Quantizer:
     size, channels, own = SIZES[case]
-    config = QuantizerConfig(**{"name": case} | own | fields)
+    config = section(AnyQuantizerConfig, {"name": case} | own | fields, "model.quantizer")
     config.check(size, channels)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -133,7 +134,7 @@ def test_latents_that_are_no_numbers_give_no_index_out_of_range(case: str) -> No
 
 
 def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_own() -> None:
-    q = QUANTIZERS["vq"](QuantizerConfig(name="vq"), 24, 5).train()
+    q = QUANTIZERS["vq"](VectorQuantizerConfig(), 24, 5).train()
     q(latents(batch=3))  # as many vectors as entries
     assert len(q.codebook.detach().unique(dim=0)) == 24
 
@@ -308,7 +309,7 @@ def test_kmeans_never_raises_the_error_and_finds_groups_that_are_far_apart() -> 
 def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> None:
     errors = {}
     for iterations in (0, 10):
-        config = QuantizerConfig(name="vq", kmeans_iterations=iterations)
+        config = VectorQuantizerConfig(kmeans_iterations=iterations)
         q = QUANTIZERS["vq"](config, 12, 5).train()
         z = latents(batch=20)
         errors[iterations] = q(z).losses["commitment"].item()
@@ -323,28 +324,41 @@ def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> No
     [
         ({"name": "fsq", "levels": (8, 5)}, 64, 2, "expected 40 and 2"),
         ({"name": "fsq", "levels": (8, 5)}, 40, 3, "expected 40 and 2"),
-        ({"name": "fsq"}, 40, 2, "model.quantizer.levels is []"),
-        ({"name": "vq", "levels": (8, 5)}, 40, 2, "none for others"),
+        ({"name": "fsq", "levels": ()}, 40, 2, "model.quantizer.levels is []"),
+        ({"name": "fsq"}, 40, 2, "missing field 'model.quantizer.levels'; expected"),
+        (
+            {"name": "vq", "levels": (8, 5)},
+            40,
+            2,
+            "'model.quantizer.levels' for the quantizer vq; expected it with fsq alone",
+        ),
+        (
+            {"name": "vq", "level": 3},
+            40,
+            2,
+            "unknown field 'model.quantizer.level' for the quantizer vq; expected one of",
+        ),
+        ({"name": "emma"}, 40, 2, "model.quantizer.name is 'emma'; did you mean 'ema'?"),
         ({"name": "fsq", "levels": (8, 1)}, 8, 2, "two or more values"),
         ({"name": "lfq"}, 500, 9, "expected 2^channels codes"),
         ({"name": "bsq"}, 512, 8, "512 and 9"),
-        ({"name": "lfq", "normalize": True}, 512, 9, "model.quantizer.normalize is True with the quantizer lfq"),
-        ({"name": "simvq", "gradient": "rotation"}, 512, 9, "model.quantizer.gradient is rotation"),
+        ({"name": "lfq", "normalize": True}, 512, 9, "for the quantizer lfq; expected it with ema, vq, residual alone"),
+        ({"name": "simvq", "gradient": "rotation"}, 512, 9, "'model.quantizer.gradient' for the quantizer simvq"),
         ({"usage_decay": 1.5}, 512, 9, "model.quantizer.usage_decay is 1.5"),
         ({"restart_threshold": -0.1}, 512, 9, "restart_threshold -0.1"),
         ({"name": "bsq"}, 2**36, 36, "model.codebook_size is 68719476736; expected at most 16777216"),
-        ({"depth": 0}, 512, 9, "model.quantizer.depth is 0"),
-        ({"entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
+        ({"name": "residual", "depth": 0}, 512, 9, "model.quantizer.depth is 0"),
+        ({"name": "ibq", "entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(
     fields: dict[str, Any], size: int, channels: int, said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        QuantizerConfig(**fields).check(size, channels)
+        section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
     assert said in one_line(caught)
 
 
 def test_the_hint_for_a_codebook_of_signs_is_a_power_of_two_that_is_taken() -> None:
-    QuantizerConfig(name="lfq").check(512, 9)
+    LFQConfig().check(512, 9)
     assert math.log2(512) == 9

@@ -6,8 +6,9 @@ from tiny_models import seeded
 
 from stage1_tokenizer.quantizers import (
     EMAVectorQuantizer,
-    QuantizerConfig,
+    EMAVectorQuantizerConfig,
     VectorQuantizer,
+    VectorQuantizerConfig,
     nearest_code,
     vector_quantizer,
 )
@@ -26,8 +27,8 @@ def flat(z: torch.Tensor) -> torch.Tensor:
 
 def quantizer(kind=VectorQuantizer, **options) -> VectorQuantizer:
     """With a known codebook that counts as in use, so that the first batch does not replace it."""
-    name = "ema" if kind is EMAVectorQuantizer else "vq"
-    q = kind(QuantizerConfig(name=name, **options), K, D)
+    config = EMAVectorQuantizerConfig if kind is EMAVectorQuantizer else VectorQuantizerConfig
+    q = kind(config(**options), K, D)
     q.codebook.data.copy_(torch.randn(K, D, generator=seeded(9)))
     q.usage.fill_(2.0)
     if kind is EMAVectorQuantizer:
@@ -159,7 +160,7 @@ def test_dead_entries_are_restarted_from_the_batch_with_a_new_count_and_sum_and_
 
 
 def test_before_the_first_batch_every_entry_counts_as_dead():
-    q, z = EMAVectorQuantizer(QuantizerConfig(), K, D).train(), latents(batch=8)
+    q, z = EMAVectorQuantizer(EMAVectorQuantizerConfig(), K, D).train(), latents(batch=8)
     q(z)
     assert q.usage.min() > 0
     assert (q(z).quantized - z).square().mean() < z.square().mean()  # a codebook drawn at random is no nearer than 0
@@ -175,7 +176,7 @@ def test_a_threshold_of_zero_restarts_nothing_after_the_first_batch():
 
 @pytest.mark.parametrize("kind", LEARNT.values(), ids=LEARNT)
 def test_in_evaluation_mode_nothing_of_the_codebook_changes(kind):
-    q = kind(QuantizerConfig(), K, D).eval()
+    q = kind(EMAVectorQuantizerConfig(), K, D).eval()
     before = {name: value.clone() for name, value in q.state_dict().items()}
     q(latents())
     assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())

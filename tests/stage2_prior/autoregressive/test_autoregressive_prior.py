@@ -85,7 +85,7 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        rms_norm_eps=ours.config.rms_norm_eps,
+        rms_norm_eps=ours.config.model.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
     theirs = LlamaModel(config).eval()
@@ -224,7 +224,7 @@ def test_a_configuration_that_cannot_be_built_is_one_line(fields: dict, message:
 
 
 def test_heads_of_six_channels_are_enough_for_one_axis() -> None:
-    assert AutoregressivePriorConfig(hidden_size=24, num_heads=4, positions="1d").head_dim == 6
+    assert AutoregressivePriorConfig(hidden_size=24, num_heads=4, positions="1d").model.head_dim == 6
 
 
 def test_a_saved_prior_comes_back_bit_by_bit(tmp_path: Path) -> None:

@@ -15,18 +15,20 @@ from torch.testing import assert_close
 
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage1_tokenizer.codes.writer import write_code_cache
+from stage2_prior.diffusion.config import DiTModel
 from stage2_prior.diffusion.health import not_normalised
+from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.times import TimesConfig
 from stage2_prior.train import train_prior
-from stage2_prior.training_config import AutoregressiveTraining, DiffusionModel, DiffusionTraining, prior_training
+from stage2_prior.training_config import AutoregressiveTraining, DiffusionTraining, prior_training
 from training_harness.errors import ConfigError, UserError
 from training_harness.optimization import ScheduleConfig
 
-MODEL = DiffusionModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+MODEL = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +133,8 @@ def test_min_snr_weights_are_those_of_the_paper(kind: Prediction) -> None:
 
 
 def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp_path: Path) -> None:
-    times, rows = TimesConfig(spans_from=0.5, instant_share=0.5), np.arange(8)
-    config = configuration(codes, tmp_path, model=replace(MODEL, mean_flow=True), times=times, max_steps=6)
+    model, rows = replace(MODEL, mean_flow=MeanFlow(spans_from=0.5, instant_share=0.5)), np.arange(8)
+    config = configuration(codes, tmp_path, model=model, max_steps=6)
     objective, draws = DiffusionObjective(config, codes), torch.rand(8, 4, generator=seeded(0))
     draws[:, 3] = torch.linspace(0, 1, 8)
     for step in range(6):
@@ -141,7 +143,7 @@ def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp
     assert guidance is not None
     assert_close(guidance, torch.linspace(1, 4, 8))  # large scales, which are sampled with, as often as small ones
     with pytest.raises(ConfigError, match=r"spans_from is 1\.0; expected a share in \[0, 1\)"):
-        TimesConfig(spans_from=1.0)
+        MeanFlow(spans_from=1.0)
 
 
 def test_a_configuration_is_that_of_the_prior_it_names() -> None:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from stage2_prior.diffusion.mean_flow import mean_flow_errors, total_derivative
+from stage2_prior.diffusion.mean_flow import MeanFlow, mean_flow_errors, total_derivative
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.sampling import DiffusionOptions
 from stage2_prior.diffusion.times import TimesConfig
@@ -172,7 +172,8 @@ def test_an_image_without_a_class_is_told_the_guidance_that_it_learnt_which_is_n
 
 def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
     times = torch.rand(40, generator=seeded(0))
-    later, earlier = TimesConfig(instant_share=0.25).spans(times, torch.rand(40, generator=seeded(1)))
+    others = TimesConfig().shares(torch.rand(40, generator=seeded(1)))
+    later, earlier = MeanFlow(instant_share=0.25).spans(times, others)
     assert torch.equal(later[:10], times[:10])
     assert torch.equal(later[:10], earlier[:10])
     assert (earlier[10:] < later[10:]).all()
@@ -181,8 +182,11 @@ def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"denoiser": "unet", "channel_multipliers": (1, 2)}, "expected dit, flow and flow"),
-        ({"prediction": "v_prediction"}, "expected dit, flow and flow"),
+        (
+            {"denoiser": "unet", "channel_multipliers": (1, 2)},
+            "'model.mean_flow' for the model unet; expected it with dit alone",
+        ),
+        ({"prediction": "v_prediction"}, "expected flow and flow"),
         ({"max_guidance": 0.5}, "max_guidance is 0.5"),
         ({"degradation": "noise"}, "expected one of them"),
     ],

@@ -1,0 +1,136 @@
+"""Stored mappings of earlier formats come to the present one, and a field that is new or renamed leaves an old run the same."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from small_parts import one_line
+
+from training_harness.configuration import read_yaml, write_yaml
+from training_harness.errors import ConfigError, UserError
+from training_harness.files import write_text
+from training_harness.migration import Migration, Step, Values
+from training_harness.run_config import RunConfig
+from training_harness.run_folder import check_folder, held_configuration
+
+
+def halved(values: Values) -> Values:
+    return {name: value / 2 if name == "both" else value for name, value in values.items()}
+
+
+TWICE = Migration(
+    "test file",
+    (
+        Step(renamed={"width": "model.width", "both": "one"}, change=halved),
+        Step(renamed={"model.width": "model.hidden_size"}),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"width": 3, "both": 8, "left": 1},
+        {"format": 1, "width": 3, "both": 8, "left": 1},
+        {"format": 2, "model": {"width": 3}, "one": 4.0, "left": 1},
+        {"format": 3, "model": {"hidden_size": 3}, "one": 4.0, "left": 1},
+        {"model": {"hidden_size": 3}, "one": 4.0, "left": 1},  # by hand, with present names and no number
+    ],
+)
+def test_every_format_comes_to_the_present_one(stored: dict[str, Any]) -> None:
+    before = yaml.safe_dump(stored)
+    assert TWICE.present(stored) == {"model": {"hidden_size": 3}, "one": 4.0, "left": 1}
+    assert yaml.safe_dump(stored) == before
+
+
+def test_what_is_written_carries_the_number_that_is_read_back() -> None:
+    values = {"both": 8}
+    assert TWICE.numbered(values) == {"format": 3, "both": 8}
+    assert TWICE.present(TWICE.numbered(values)) == values
+    assert Migration("test file").numbered(values) == values  # files of the first format never had one
+
+
+def test_a_field_is_known_by_its_present_name_whatever_the_format_it_comes_from() -> None:
+    assert TWICE.renamed == {"width": "model.hidden_size", "both": "one", "model.width": "model.hidden_size"}
+
+
+def test_an_old_name_beside_its_present_one_is_left_for_the_reader_to_refuse() -> None:
+    assert TWICE.present({"both": 8, "one": 3}) == {"both": 4, "one": 3}
+
+
+@pytest.mark.parametrize("number", [4, 0, "2", True, None])
+def test_a_number_that_is_no_known_format_is_refused(number: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        TWICE.present({"format": number})
+    assert f"format is {number!r} in a test file; expected a whole number from 1 to 3" in one_line(error)
+
+
+# Runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before(RunConfig):
+    width: int = 4
+    inner: Inner = Inner()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterInner(Inner):
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(RunConfig):
+    """`width` has another name, and there are a field and an option more."""
+
+    migration: ClassVar[Migration] = Migration("test configuration", (Step(renamed={"width": "hidden_size"}),))
+
+    hidden_size: int = 4
+    inner: LaterInner = LaterInner()
+    added: bool = False
+
+
+def begun(folder: Path, **fields: Any) -> Path:
+    """A run that an earlier version began, and finished."""
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", Before(output=folder, max_steps=4, **fields))
+    write_text(folder / "model" / "config.json", "{}")
+    return folder
+
+
+def test_a_new_field_does_not_make_an_old_run_another_configuration(tmp_path: Path) -> None:
+    config = Later(output=begun(tmp_path / "run"), max_steps=4)
+    check_folder(config, "test")
+    for other, found in (
+        (replace(config, added=True), "added is False there and True here"),
+        (replace(config, inner=LaterInner(momentum=0.5)), "inner.momentum is 0.9 there and 0.5 here"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_folder(other, "test")
+        assert found in one_line(error)
+
+
+def test_a_renamed_field_is_found_in_an_old_run(tmp_path: Path) -> None:
+    config = Later(output=begun(tmp_path / "run", width=8), max_steps=4, hidden_size=8)
+    check_folder(config, "test")
+    held = held_configuration(config.output, Later.migration)
+    assert held is not None
+    assert held["hidden_size"] == 8
+    with pytest.raises(UserError) as error:
+        check_folder(replace(config, hidden_size=4), "test")
+    assert "hidden_size is 8 there and 4 here" in one_line(error)
+
+
+def test_a_run_of_a_later_version_is_refused_by_its_number(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run")
+    write_yaml(folder / "config.yaml", Later(output=folder))
+    assert next(iter(read_yaml(folder / "config.yaml"))) == "format"
+    with pytest.raises(ConfigError, match="format is 2 in a run configuration"):
+        check_folder(Before(output=folder), "test")
