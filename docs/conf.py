@@ -44,3 +44,6 @@ html_title = f"latentloom {release}"
 html_show_sphinx = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+# Several classes have a field of one name, such as `tokenizer`: a word in a docstring may then link to any of them.
+suppress_warnings = ["ref.python"]
