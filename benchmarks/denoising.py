@@ -22,7 +22,7 @@ from where_time_goes import by_kind, machine_speed
 from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel
 from stage2_prior.diffusion.dit import DiT
 from training_harness.allocator import keep_freed_memory
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.processes import accelerated_device
 
 Given = tuple[Tensor, Tensor, Tensor]
@@ -47,12 +47,12 @@ def their_denoiser(side: int, patch: int) -> Any:
 
 
 def forward(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
-    with rounded_products(given[0].device, enabled=rounded), torch.no_grad():
+    with reduced_matmul_precision(given[0].device, enabled=rounded), torch.no_grad():
         predict(model, given)
 
 
 def training(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
-    with rounded_products(given[0].device, enabled=rounded):
+    with reduced_matmul_precision(given[0].device, enabled=rounded):
         F.mse_loss(predict(model, given), given[0]).backward()
         model.zero_grad()
 
@@ -71,7 +71,7 @@ def run(quick: bool) -> Report:
     torch.manual_seed(0)
     rounds, shapes = (2, SHAPES[:1]) if quick else (7, SHAPES)
     device = accelerated_device()
-    with rounded_products(device, enabled=True):
+    with reduced_matmul_precision(device, enabled=True):
         speed = machine_speed(3).product
     rows, figures = [], {}
     for side, patch, batch in shapes:

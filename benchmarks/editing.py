@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from frame import Report, table
 from quickstart_codes import codes_folder, trained_prior
-from tokenizer_quality import picture_set
+from tokenizer_quality import benchmark_images
 from torch import Tensor
 
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.data.image_grids import image_grid, save_picture
+from stage1_tokenizer.data.image_grids import image_grid, save_image
 
 HOLE = slice(6, 22)  # pixels, of rows and of columns
 SHOWN = 12
@@ -38,9 +38,9 @@ def seam(pictures: Tensor) -> Tensor:
 
 def run(quick: bool) -> Report:
     share, count, seed = (0.05, 100, 0) if quick else (1.0, 2000, 0)
-    codes, pictures = codes_folder(share, seed), picture_set("embedded")
+    codes, pictures = codes_folder(share, seed), benchmark_images("embedded")
     originals, labels = pictures.originals[:count], torch.tensor(pictures.test.labels()[:count])
-    judge, side = pictures.extractor, pictures.size
+    classifier, side = pictures.extractor, pictures.size
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[HOLE, HOLE] = True
     raster, anywhere = (
@@ -64,7 +64,7 @@ def run(quick: bool) -> Report:
         ).images
         edited = to_uint8(drawn)
         assert torch.equal(edited.masked_select(~mask), originals.masked_select(~mask))
-        seen = judge.extract(edited)
+        seen = classifier.extract(edited)
         error = (edited.float() - originals.float())[..., HOLE, HOLE].abs().mean()
         rows[name] = {
             "frechet": frechet_distance(seen.features, pictures.real),
@@ -76,13 +76,13 @@ def run(quick: bool) -> Report:
         print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
     head = ["", "Fréchet distance", "agreement", "seam", "error"]
     body = table(head, [[name, *row.values()] for name, row in rows.items()])
-    hole = HOLE.stop - HOLE.start
+    size = HOLE.stop - HOLE.start
     words = (
-        f"{count:,} test images, a masked square of {hole} pixels a side in {side}, the recipe's guidance; seed {seed}."
+        f"{count:,} test images, a masked square of {size} pixels a side in {side}, the recipe's guidance; seed {seed}."
     )
 
     def chart(path: Path) -> None:
-        save_picture(image_grid(torch.cat(list(shown.values())), SHOWN, list(shown), scale=2), path)
+        save_image(image_grid(torch.cat(list(shown.values())), SHOWN, list(shown), scale=2), path)
 
     return Report(
         name="editing",

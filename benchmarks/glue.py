@@ -1,7 +1,7 @@
 """latentloom's quickstart against the stack that a user would glue together, for the same seconds, by the same judge.
 
 At each budget both stacks are trained from scratch, one after the other, with learning rates that decay over the budget:
-first ours, at shares of the quickstart's steps, then the baseline stack (`glue_stack`) for exactly the seconds that our
+first ours, at shares of the quickstart's steps, then the baseline stack (`baseline_stack`) for exactly the seconds that our
 tokenizer, tokenizing and prior took. A reference classifier that neither has seen measures 2,000 samples, 200 of each class,
 against the 2,000 test images. At each budget each stack uses the better of two guidance scales.
 """
@@ -12,30 +12,30 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import glue_stack
+import baseline_stack
 import torch
 from frame import OURS, Report, recipe, table
 from torch import Tensor
 
-from latentloom.data.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, classifier_path
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
-from pipelines.evaluation.features import FeatureExtractor, judge_features
+from pipelines.evaluation.features import FeatureExtractor, classifier_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.evaluation.manifolds import precision_recall
 from pipelines.evaluation.pipeline_metrics import balanced_labels, sampled_batches
-from pipelines.evaluation.reference_classifier import Judge
+from pipelines.evaluation.reference_classifier import ReferenceClassifier
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.metrics import codebook_usage, psnr
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import AutoregressiveTraining
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 
-GLUE = "diffusers VQModel + transformers Llama"
+BASELINE = "diffusers VQModel + transformers Llama"
 # Of the quickstart's steps, tokenizer and prior: in a short run the prior's are worth more.
 SHARES = ((0.08, 0.12), (0.14, 0.25), (0.45, 0.55), (1.0, 1.0))
 OUR_GUIDANCE, THEIR_GUIDANCE = (3.5, 4.5), (2.0, 2.5)  # ours grows while an image is drawn
@@ -60,14 +60,14 @@ class Bench:
     def __init__(self) -> None:
         self.source = load_source(FASHION_MNIST)
         self.processor = ImageProcessor(channels=1, content_size=(28, 28), image_size=(28, 28))
-        train, test = (Pixels(split, self.processor) for split in (self.source.train, self.source.held_out))
+        train, test = (ImageLoader(split, self.processor) for split in (self.source.train, self.source.held_out))
         self.train, self.test = train[range(len(train))], test[range(len(test))]
         self.labels = torch.tensor(train.labels())
-        self.extractor: FeatureExtractor = judge_features(Judge.from_pretrained(judge_path()))
+        self.extractor: FeatureExtractor = classifier_features(ReferenceClassifier.from_pretrained(classifier_path()))
         self.real = self.extractor.extract(self.test).features
 
-    def reconstruction_figures(self, rebuilt: Tensor, indices: Tensor) -> dict[str, float]:
-        counts = torch.bincount(indices.flatten(), minlength=glue_stack.CODES)
+    def reconstruction_metrics(self, rebuilt: Tensor, indices: Tensor) -> dict[str, float]:
+        counts = torch.bincount(indices.flatten(), minlength=baseline_stack.CODES)
         return {
             "psnr": psnr(rebuilt, self.test).mean().item(),
             "perplexity": codebook_usage(counts).perplexity,
@@ -108,7 +108,7 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
         sampling = sum(taken) / len(taken)
         return (
             {"seconds": first + middle + last}
-            | bench.reconstruction_figures(rebuilt, indices)
+            | bench.reconstruction_metrics(rebuilt, indices)
             | min(tried, key=lambda figures: figures["frechet"])
             | {
                 "tokenizer_rate": tokenizer.max_steps * tokenizer.batch_size / first,
@@ -118,23 +118,23 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
         )
 
 
-def theirs(bench: Bench, seconds: float, samples: int, seed: int, tuning: glue_stack.Tuning) -> dict[str, float]:
+def theirs(bench: Bench, seconds: float, samples: int, seed: int, tuning: baseline_stack.Tuning) -> dict[str, float]:
     """The glue stack for as many seconds."""
     pixels, share = bench.processor.preprocess(bench.train), tuning.tokenizer_share
-    with rounded_products(torch.device("cpu"), enabled=True):
-        tokenizer = glue_stack.train_tokenizer(pixels, seconds * share, tuning, seed)
+    with reduced_matmul_precision(torch.device("cpu"), enabled=True):
+        tokenizer = baseline_stack.train_tokenizer(pixels, seconds * share, tuning, seed)
         encoding = time.perf_counter()
-        tokens = glue_stack.encode(tokenizer.model, pixels)
+        tokens = baseline_stack.encode(tokenizer.model, pixels)
         encoding = time.perf_counter() - encoding
-        prior = glue_stack.train_prior(tokens, bench.labels, seconds * (1 - share) - encoding, tuning, seed)
-    indices = glue_stack.encode(tokenizer.model, bench.processor.preprocess(bench.test))
-    figures = bench.reconstruction_figures(glue_stack.decode(tokenizer.model, indices), indices)
-    labels = torch.arange(glue_stack.CLASSES).repeat_interleave(samples // glue_stack.CLASSES)
+        prior = baseline_stack.train_prior(tokens, bench.labels, seconds * (1 - share) - encoding, tuning, seed)
+    indices = baseline_stack.encode(tokenizer.model, bench.processor.preprocess(bench.test))
+    figures = bench.reconstruction_metrics(baseline_stack.decode(tokenizer.model, indices), indices)
+    labels = torch.arange(baseline_stack.CLASSES).repeat_interleave(samples // baseline_stack.CLASSES)
     tried, begin = list[dict[str, float]](), time.perf_counter()
     for scale in THEIR_GUIDANCE:
         torch.manual_seed(seed)
-        drawn = glue_stack.sample(prior.model, labels, tokens.shape[1], scale)
-        images = glue_stack.decode(tokenizer.model, drawn)
+        drawn = baseline_stack.sample(prior.model, labels, tokens.shape[1], scale)
+        images = baseline_stack.decode(tokenizer.model, drawn)
         tried.append({"guidance_scale": scale} | bench.sample_metrics(images, labels))
     sampling = (time.perf_counter() - begin) / len(THEIR_GUIDANCE)
     return (
@@ -156,12 +156,12 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def run(quick: bool) -> Report:
-    bench, tuning, seed = Bench(), glue_stack.Tuning(), 0
+    bench, tuning, seed = Bench(), baseline_stack.Tuning(), 0
     budgets, samples = (((0.02, 0.03),), 100) if quick else (SHARES, 2000)
-    curves: dict[str, list[dict[str, float]]] = {OURS: [], GLUE: []}
+    curves: dict[str, list[dict[str, float]]] = {OURS: [], BASELINE: []}
     for shares in budgets:
         curves[OURS].append(ours(bench, shares, samples, seed))
-        curves[GLUE].append(theirs(bench, curves[OURS][-1]["seconds"], samples, seed, tuning))
+        curves[BASELINE].append(theirs(bench, curves[OURS][-1]["seconds"], samples, seed, tuning))
         print({name: {k: round(v, 3) for k, v in points[-1].items()} for name, points in curves.items()}, flush=True)
     return Report(
         name="glue",
@@ -174,9 +174,9 @@ def run(quick: bool) -> Report:
 
 
 def words(curves: dict[str, list[dict[str, float]]]) -> str:
-    own, glue = curves[OURS], curves[GLUE]
+    own, glue = curves[OURS], curves[BASELINE]
     full = table(
-        ["", OURS, GLUE],
+        ["", OURS, BASELINE],
         [["seconds of training", own[-1]["seconds"], glue[-1]["seconds"]]]
         + [[name, own[-1][key], glue[-1][key]] for key, name in FIGURES.items()],
     )
@@ -222,7 +222,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.set_xticks(seconds, [f"{number:.0f}" for number in seconds])
         axis.xaxis.set_minor_locator(NullLocator())
         if key == "frechet":
-            axis.axhline(curves[GLUE][-1][key], color="grey", ls=":", lw=1)
+            axis.axhline(curves[BASELINE][-1][key], color="grey", ls=":", lw=1)
             axis.set_yscale("log")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)

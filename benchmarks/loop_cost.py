@@ -22,8 +22,8 @@ from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tokenizer
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.codes.reader import CodeCache
-from stage1_tokenizer.data.image_loader import Pixels
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.image_loader import ImageLoader
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.reconstruction import reconstruction_terms, sum_weighted
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 from stage1_tokenizer.vqgan import VQGAN
@@ -31,7 +31,7 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.processes import accelerated_device
 from training_harness.run import Run
@@ -43,7 +43,7 @@ WARM_UP = 5
 
 def bare(model: torch.nn.Module, config: Any, loss_of: Callable[[int], torch.Tensor], steps: int) -> list[float]:
     optimizer, ema, ends = build_optimizer(model, config.optimizer), EMA(model, config.ema), []
-    with rounded_products(accelerated_device(), enabled=True):
+    with reduced_matmul_precision(accelerated_device(), enabled=True):
         for step in range(1, steps + 1):
             set_learning_rate(optimizer, config.schedule.at(step, steps))
             loss_of(step).backward()
@@ -88,12 +88,12 @@ def run(quick: bool) -> Report:
             rest = {"output": folder / str(number), "sample_every": 10**9, "checkpoint_every": 10**9}
             return dataclasses.replace(config, max_steps=steps, **rest)
 
-        seen = survey(source.train)
+        seen = dataset_statistics(source.train)
         first = completed(
             recipe(TokenizerTraining, "tokenizer", "vqgan-f4", 1, 0, data=FASHION_MNIST, output="t"), seen
         )
         shape = model_config(first, seen)
-        pixels, processor = Pixels(source.train, shape.image_processor), shape.image_processor
+        pixels, processor = ImageLoader(source.train, shape.image_processor), shape.image_processor
 
         def bare_tokenizer() -> list[float]:
             model = VQGAN(shape).to(memory_format=torch.channels_last).train()

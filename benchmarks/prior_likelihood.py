@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 
-import glue_stack
+import baseline_stack
 import torch
 import torch.nn.functional as F
 from frame import OURS, Report, table
@@ -18,12 +18,12 @@ from quickstart_codes import codes_folder, trained_prior
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from pipelines.evaluation.likelihood import surprise
+from pipelines.evaluation.likelihood import negative_log_likelihood
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.autoregressive.stepping import stepper_for
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 
 BATCH = 250
 
@@ -37,8 +37,8 @@ def everything(split: CodeSplit) -> tuple[Tensor, Tensor]:
 def llama_bits(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> float:
     nats = []
     for part, classes in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
-        sequence = torch.cat([glue_stack.CODES + classes[:, None], part], dim=1)
-        logits = model(input_ids=sequence[:, :-1], use_cache=False).logits[..., : glue_stack.CODES]
+        sequence = torch.cat([baseline_stack.CODES + classes[:, None], part], dim=1)
+        logits = model(input_ids=sequence[:, :-1], use_cache=False).logits[..., : baseline_stack.CODES]
         nats.append(F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none"))
     return torch.cat(nats).mean().item() / math.log(2)
 
@@ -50,7 +50,7 @@ def stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eigh
     for part, classes in zip(codes.split(BATCH), labels.split(BATCH), strict=True):
         tokens, caches = prior.tokens_of(part), prior.new_caches(len(part))
         stepper = stepper_for(prior, caches, None, len(part), eight_bits)
-        vectors = torch.cat([prior.class_embedding(classes)[:, None], prior.place_vectors(tokens[:, :-1, None])], 1)
+        vectors = torch.cat([prior.class_embedding(classes)[:, None], prior.embed_codes(tokens[:, :-1, None])], 1)
         logits = [stepper.logits(stepper.hidden(x[:, None]), 0) for x in vectors.unbind(1)]
         nats.append(F.cross_entropy(torch.stack(logits, 1).flatten(0, 1), tokens.flatten(), reduction="none"))
     return torch.cat(nats).mean().item() / math.log(2)
@@ -66,16 +66,16 @@ def run(quick: bool) -> Report:
     prior, (held_out, labels) = pipeline.prior.eval(), (x[:count] for x in everything(codes.validation))
     model, (known, classes) = prior.config.model, everything(codes.train)
     tuning = dataclasses.replace(
-        glue_stack.Tuning(),
+        baseline_stack.Tuning(),
         hidden_size=model.hidden_size,
         layers=model.num_layers,
         heads=model.num_heads,
         intermediate_size=model.intermediate_size,
     )
-    with rounded_products(torch.device("cpu"), enabled=True):
-        llama = glue_stack.train_prior(known.flatten(1), classes, seconds, tuning, seed)
+    with reduced_matmul_precision(torch.device("cpu"), enabled=True):
+        llama = baseline_stack.train_prior(known.flatten(1), classes, seconds, tuning, seed)
     bits = {
-        OURS: surprise(prior, held_out, labels).mean().item(),
+        OURS: negative_log_likelihood(prior, held_out, labels).mean().item(),
         "transformers Llama": llama_bits(llama.model, held_out.flatten(1), labels),
         f"{OURS}, a place at a time": stepped_bits(prior, held_out, labels, eight_bits=False),
         f"{OURS}, int8": stepped_bits(prior, held_out, labels, eight_bits=True),

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from where_time_goes import by_kind, machine_speed
 
 from training_harness.allocator import keep_freed_memory
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.processes import accelerated_device
 
 BATCH = 32
@@ -31,7 +31,7 @@ def stepping(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rounde
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def take() -> None:
-        with rounded_products(accelerated_device(), enabled=rounded):
+        with reduced_matmul_precision(accelerated_device(), enabled=rounded):
             for _ in range(steps):
                 loss_of().backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,7 +66,7 @@ def run(quick: bool) -> Report:
     with FlopCounterMode(display=False) as counter:
         our_prior(qk_norm=False)(codes, labels).total.backward()
     flop = by_kind(counter)["product"]
-    with rounded_products(accelerated_device(), enabled=True):
+    with reduced_matmul_precision(accelerated_device(), enabled=True):
         speed = machine_speed(3).product
     found = compared(interleaved(takes, rounds, warm_up))
     rows = []

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from frame import Report, table
 from quickstart_codes import codes_folder, trained_prior
-from tokenizer_quality import PictureSet, picture_set
+from tokenizer_quality import BenchmarkImages, benchmark_images
 
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
@@ -32,7 +32,7 @@ def steps_of(sampler: str, evaluations: int) -> int:
 
 
 def measured(
-    pipeline: LatentGenerationPipeline, pictures: PictureSet, count: int, seed: int, **options: Any
+    pipeline: LatentGenerationPipeline, pictures: BenchmarkImages, count: int, seed: int, **options: Any
 ) -> dict[str, float]:
     labels = balanced_labels(pipeline, count)
     drawn = pipeline.sample_pixels(labels, torch.Generator().manual_seed(seed), batch_size=250, **options)
@@ -46,7 +46,7 @@ def measured(
 def run(quick: bool) -> Report:
     share, count, seed = (0.02, 100, 0) if quick else (1.0, 500, 0)
     evaluations = EVALUATIONS[:3] if quick else EVALUATIONS
-    codes, pictures = codes_folder(share, seed, "kl-f8"), picture_set("embedded")
+    codes, pictures = codes_folder(share, seed, "kl-f8"), benchmark_images("embedded")
     flow, mean_flow = (
         LatentGenerationPipeline.from_pretrained(trained_prior(codes, name, share, seed))
         for name in ("diffusion-tiny", "diffusion-tiny-few-steps")

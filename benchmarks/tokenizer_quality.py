@@ -15,28 +15,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import picture_sets
+import image_sets
 import torch
 from frame import Report, table
 from torch import Tensor
 
 from latentloom.commands.arguments import training_values
-from latentloom.data.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, classifier_path
 from latentloom.jobs.stages import load_source, run_tokenizer
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from pipelines.evaluation.evaluator import BATCH
 from pipelines.evaluation.features import FeatureExtractor, feature_extractor
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.tokenizer_metrics import reconstruct
-from stage1_tokenizer.data.image_grids import image_grid, save_picture
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_grids import image_grid, save_image
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.data.sources import ImageSource, open_source
 from stage1_tokenizer.metrics import codebook_usage, psnr, ssim
 from stage1_tokenizer.registry import saved_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from training_harness.configuration import from_mapping
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 
 PEER = "diffusers VQModel"
 RECIPES = ("ema", "vq-vae", "rotation", "normalized", "simvq", "ibq", "fsq", "lfq", "bsq", "residual")
@@ -49,7 +49,7 @@ COLUMNS |= {"bits": "bits an image", "rate": "images/s", "seconds": "seconds"}
 
 
 @dataclass
-class PictureSet:
+class BenchmarkImages:
     name: str
     data: str
     source: ImageSource
@@ -60,7 +60,9 @@ class PictureSet:
         self.channels = 1 if self.data == FASHION_MNIST else 3
         sizes = {"content_size": (self.size, self.size), "image_size": (self.size, self.size)}
         self.processor = ImageProcessor(channels=self.channels, **sizes)
-        self.train, self.test = (Pixels(split, self.processor) for split in (self.source.train, self.source.held_out))
+        self.train, self.test = (
+            ImageLoader(split, self.processor) for split in (self.source.train, self.source.held_out)
+        )
         self.originals = self.test[range(len(self.test))]
         self.real = self.extractor.extract(self.originals).features
 
@@ -76,17 +78,17 @@ class PictureSet:
         }
 
 
-def picture_set(name: str) -> PictureSet:
+def benchmark_images(name: str) -> BenchmarkImages:
     if name == "embedded":
-        judge = feature_extractor("judge", judge=judge_path())
-        return PictureSet(name, FASHION_MNIST, load_source(FASHION_MNIST), 28, judge)
-    folder = picture_sets.colour(CACHE / name)
-    return PictureSet(
-        name, str(folder), open_source(folder), picture_sets.SIDE, feature_extractor("efficientnet-lite0")
+        classifier = feature_extractor("classifier", classifier=classifier_path())
+        return BenchmarkImages(name, FASHION_MNIST, load_source(FASHION_MNIST), 28, classifier)
+    folder = image_sets.colour(CACHE / name)
+    return BenchmarkImages(
+        name, str(folder), open_source(folder), image_sets.SIDE, feature_extractor("efficientnet-lite0")
     )
 
 
-def ours(pictures: PictureSet, recipe: str, size: int, minutes: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+def ours(pictures: BenchmarkImages, recipe: str, size: int, minutes: float, seed: int) -> tuple[dict[str, Any], Tensor]:
     """A recipe on the pictures, padded where they are smaller than `size` pixels a side."""
     with TemporaryDirectory() as temporary:
         fields = {"data": pictures.data, "output": str(Path(temporary) / "run"), "seed": seed, "sample_every": 10**9}
@@ -103,26 +105,26 @@ def ours(pictures: PictureSet, recipe: str, size: int, minutes: float, seed: int
         return figures | {"seconds": seconds, "rate": steps * config.batch_size / seconds}, rebuilt
 
 
-def theirs(pictures: PictureSet, size: int, seconds: float, seed: int) -> tuple[dict[str, Any], Tensor]:
+def theirs(pictures: BenchmarkImages, size: int, seconds: float, seed: int) -> tuple[dict[str, Any], Tensor]:
     """VQModel on the same."""
-    import glue_stack
+    import baseline_stack
 
     content = (pictures.size, pictures.size)
     processor = replace(pictures.processor, image_size=(size, size), content_size=content)
-    tuning = glue_stack.Tuning()
+    tuning = baseline_stack.Tuning()
     begin = time.perf_counter()
     pixels = processor.preprocess(pictures.train[range(len(pictures.train))])
-    with rounded_products(torch.device("cpu"), enabled=True):
-        trained = glue_stack.train_tokenizer(pixels, seconds, tuning, seed)
+    with reduced_matmul_precision(torch.device("cpu"), enabled=True):
+        trained = baseline_stack.train_tokenizer(pixels, seconds, tuning, seed)
     seconds = time.perf_counter() - begin
-    codes = glue_stack.encode(trained.model, processor.preprocess(pictures.originals))
-    rebuilt = processor.postprocess(glue_stack.decode(trained.model, codes).float() / 127.5 - 1)
+    codes = baseline_stack.encode(trained.model, processor.preprocess(pictures.originals))
+    rebuilt = processor.postprocess(baseline_stack.decode(trained.model, codes).float() / 127.5 - 1)
     rate = trained.steps * tuning.tokenizer_batch / seconds
-    return pictures.figures(rebuilt, codes, glue_stack.CODES) | {"seconds": seconds, "rate": rate}, rebuilt
+    return pictures.figures(rebuilt, codes, baseline_stack.CODES) | {"seconds": seconds, "rate": rate}, rebuilt
 
 
 def measured(
-    pictures: PictureSet, minutes: float, seed: int, recipes: tuple[str, ...], shares: tuple[float, ...]
+    pictures: BenchmarkImages, minutes: float, seed: int, recipes: tuple[str, ...], shares: tuple[float, ...]
 ) -> Report:
     rows: dict[str, dict[str, Any]] = {}
     shown = {"original": pictures.originals[:SHOWN]}
@@ -159,11 +161,11 @@ def measured(
         text=words(pictures, minutes, rows, recipes[0]),
         figures=figures,
         peers=("diffusers",),
-        chart=lambda path: save_picture(image_grid(torch.cat(list(shown.values())), SHOWN, list(shown), scale=2), path),
+        chart=lambda path: save_image(image_grid(torch.cat(list(shown.values())), SHOWN, list(shown), scale=2), path),
     )
 
 
-def sizes_of(pictures: PictureSet) -> list[int]:
+def sizes_of(pictures: BenchmarkImages) -> list[int]:
     return sorted({pictures.size, PADDED})
 
 
@@ -172,7 +174,7 @@ def codes_of(size: int) -> int:
     return (size // 4) ** 2
 
 
-def words(pictures: PictureSet, minutes: float, rows: dict[str, dict[str, Any]], default: str) -> str:
+def words(pictures: BenchmarkImages, minutes: float, rows: dict[str, dict[str, Any]], default: str) -> str:
     body = table(["", *COLUMNS.values()], [[name, *(row[key] for key in COLUMNS)] for name, row in rows.items()])
     said = []
     for codes in map(codes_of, sizes_of(pictures)):
@@ -202,8 +204,8 @@ def words(pictures: PictureSet, minutes: float, rows: dict[str, dict[str, Any]],
 
 def run_set(name: str, minutes: float, quick: bool, shares: tuple[float, ...] = ()) -> Report:
     if quick:
-        return measured(picture_set(name), 0.05, 0, RECIPES[:1], ())
-    return measured(picture_set(name), minutes, 0, RECIPES, shares)
+        return measured(benchmark_images(name), 0.05, 0, RECIPES[:1], ())
+    return measured(benchmark_images(name), minutes, 0, RECIPES, shares)
 
 
 def run(quick: bool) -> Report:

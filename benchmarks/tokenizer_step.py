@@ -33,14 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.data.embedded import FASHION_MNIST
 from latentloom.jobs.stages import load_source
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 from training_harness.allocator import keep_freed_memory
 from training_harness.batch_order import BatchOrder
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.optimization import OptimizerConfig
 from training_harness.processes import accelerated_device
 
@@ -125,7 +125,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {OURS: our_network, PEER: their_net
 
 def as_written() -> Any:
     """Within it our upsamplings are convolutions of enlarged maps, as VQModel's are and as they are where products are rounded."""
-    return patch("stage1_tokenizer.networks.blocks.convolutions_in_bfloat16", return_value=True)
+    return patch("stage1_tokenizer.networks.blocks.convolution_in_bf16", return_value=True)
 
 
 def flop_a_step(network: Network) -> int:
@@ -160,7 +160,7 @@ def plain_loop(network: Network, setting: Setting, pixel_values: Tensor) -> Call
 
     def train(steps: int) -> list[float]:
         ends = []
-        with rounded_products(device, setting.rounded):
+        with reduced_matmul_precision(device, setting.rounded):
             for _ in range(steps):
                 batch = pixel_values[order.batch(next(numbers))].to(device)
                 loss_of(batch.contiguous(memory_format=setting.layout)).backward()
@@ -174,7 +174,7 @@ def plain_loop(network: Network, setting: Setting, pixel_values: Tensor) -> Call
     return train
 
 
-def training_loop(folder: Path, train: Pixels, validation: Pixels) -> Callable[[int], list[float]]:
+def training_loop(folder: Path, train: ImageLoader, validation: ImageLoader) -> Callable[[int], list[float]]:
     """Ours, anew at each call."""
     config = TokenizerTraining(
         data=FASHION_MNIST,
@@ -233,7 +233,7 @@ def run(quick: bool) -> Report:
     steps, rounds = (2, 1) if quick else (12, 9)
     keep_freed_memory()
     source, processor = load_source(FASHION_MNIST), CONFIG.image_processor
-    train, validation = Pixels(source.train, processor), Pixels(source.validation, processor)
+    train, validation = ImageLoader(source.train, processor), ImageLoader(source.validation, processor)
     pixel_values = processor.preprocess(train[range(len(train))])
     with TemporaryDirectory() as temporary:
         loops = {OURS: training_loop(Path(temporary), train, validation)}

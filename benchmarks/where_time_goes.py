@@ -30,7 +30,7 @@ from latentloom.jobs.stages import load_source, run_prior, run_tokenize, run_tok
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators
 from stage1_tokenizer.codes.reader import CodeSplit
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.networks.decoder import Decoder
 from stage1_tokenizer.networks.encoder import Encoder
 from stage1_tokenizer.quantizers.vector_quantizer import VectorQuantizer
@@ -43,7 +43,7 @@ from stage2_prior.autoregressive.stepping import PackedBlock, PackedStepper
 from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.ema import EMA
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.muon import Muon
 from training_harness.processes import accelerated_device
 from training_harness.run import Run
@@ -117,7 +117,7 @@ STAGE_ONE = {
     (Run, "optimizer_step"): "gradient norm and checks",
     (Muon, "step"): "optimiser",
     (EMA, "update"): "weight average",
-    (Pixels, "__getitem__"): "images",
+    (ImageLoader, "__getitem__"): "images",
 }
 STAGE_TWO = {
     (AutoregressivePrior, "forward"): "embedding, norms, head, loss",
@@ -137,7 +137,7 @@ SAMPLING = {
     (PackedStepper, "__init__"): "packing the weights",
     (PackedBlock, "__call__"): "blocks",
     (KVCache, "append_one"): "key-value cache",
-    (decoding, "drawn_place"): "head and draw",
+    (decoding, "sample_position"): "head and draw",
 }
 
 
@@ -229,7 +229,7 @@ def repeated_job(
 def run(quick: bool) -> Report:
     steps, rounds = (5, 3) if quick else (30, 10)
     speed, source = machine_speed(rounds), load_source(FASHION_MNIST)
-    with rounded_products(accelerated_device(), enabled=True):
+    with reduced_matmul_precision(accelerated_device(), enabled=True):
         rounded = machine_speed(rounds)
     jobs = []
     with TemporaryDirectory() as temporary:

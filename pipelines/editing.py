@@ -20,13 +20,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stage1_tokenizer.data.image_loader import images_at_once
-from stage1_tokenizer.data.image_processor import MODES, ImageProcessor, Picture
+from stage1_tokenizer.data.image_processor import MODES, ImageLike, ImageProcessor
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.prior import Known, rand_per_image
+from stage2_prior.prior import KnownCodes, rand_per_image
 from training_harness.errors import UserError
 
 DEFAULT_STRENGTH = 0.8  # without a mask
-Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
+ImagesLike = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,27 @@ class Edit:
 
     originals: Tensor  # (N, C, h, w) uint8
     mask: Tensor  # (N, 1, h, w) bool: pixels that are drawn
-    hole: Tensor  # (N, rows, columns) bool: places of the code grid that are drawn
+    masked_region: Tensor  # (N, rows, columns) bool: places of the code grid that are drawn
     codes: Tensor  # (N, rows, columns) int64, or (N, levels, rows, columns); latents (N, c, rows, columns)
 
     @classmethod
     def of(
         cls,
         tokenizer: Tokenizer,
-        images: Pictures,
-        masks: Pictures | None,
+        images: ImagesLike,
+        masks: ImagesLike | None,
         latents: bool = False,
         batch_size: int | None = None,
     ) -> Self:
         """Raises UserError when the pictures cannot be read, or a mask has not the size of its picture."""
-        processor, pictures = tokenizer.config.image_processor, _as_pictures(images)
+        processor, pictures = tokenizer.config.image_processor, _as_images(images)
         if not pictures:
             raise UserError("image is empty; expected a picture, or one a label")
         originals = torch.stack([_read(picture, processor, "image") for picture in pictures])
         if masks is None:
             mask = torch.ones(len(originals), 1, *originals.shape[2:], dtype=torch.bool)
         else:
-            mask = _masks(_as_pictures(masks), pictures, processor)
+            mask = _masks(_as_images(masks), pictures, processor)
         spec, given = tokenizer.latent_spec(), filled(originals, mask) if masks is not None else originals
         encode = tokenizer.encode_latents if latents else tokenizer.encode_indices
         with torch.no_grad():
@@ -66,16 +66,18 @@ class Edit:
                 ]
             )
         padded = replace(processor, channels=1).preprocess(mask.to(torch.uint8) * 255)
-        hole = F.max_pool2d(padded, spec.downsampling_factor).squeeze(1) > -1
-        return cls(originals, mask, hole, codes)
+        masked_region = F.max_pool2d(padded, spec.downsampling_factor).squeeze(1) > -1
+        return cls(originals, mask, masked_region, codes)
 
     def repeated(self, count: int) -> Self:
         """Each picture `count` times."""
-        return type(self)(*(x.repeat_interleave(count, 0) for x in (self.originals, self.mask, self.hole, self.codes)))
+        return type(self)(
+            *(x.repeat_interleave(count, 0) for x in (self.originals, self.mask, self.masked_region, self.codes))
+        )
 
-    def known(self, strength: float, at_random: bool, generators: Sequence[torch.Generator]) -> Known:
+    def known(self, strength: float, at_random: bool, generators: Sequence[torch.Generator]) -> KnownCodes:
         """The codes that stay: outside the hole all, inside a share of 1 − `strength`, at random or the first in raster order."""
-        drawn = self.hole.flatten(1)
+        drawn = self.masked_region.flatten(1)
         if strength < 1:
             if at_random:
                 scores = rand_per_image(drawn.shape[1], generators)
@@ -84,7 +86,7 @@ class Edit:
             rank = scores.masked_fill(~drawn, 2.0).argsort(1).argsort(1)  # of the hole's places the first, by score
             wanted = (strength * drawn.sum(1, keepdim=True)).round().clamp(min=1)
             drawn = drawn & (rank < wanted)
-        return Known(self.codes, ~drawn.view_as(self.hole))
+        return KnownCodes(self.codes, ~drawn.view_as(self.masked_region))
 
     def composited(self, pictures: Tensor) -> Tensor:
         """(N, C, h, w) float in [0, 1]: what was drawn, laid under what was kept."""
@@ -115,14 +117,14 @@ def check_edit(image: object, mask_image: object, strength: float | None) -> Non
         raise UserError(f"strength is {strength}; expected a share in (0, 1]; 1 draws everything anew")
 
 
-def _as_pictures(pictures: Pictures) -> list[Picture]:
+def _as_images(pictures: ImagesLike) -> list[ImageLike]:
     """One picture or several, alone, in a sequence or in a batch."""
     if isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray | Tensor) and pictures.ndim < 4):
-        return [_as_picture(pictures)]
-    return [_as_picture(picture) for picture in pictures]
+        return [_as_image(pictures)]
+    return [_as_image(picture) for picture in pictures]
 
 
-def _as_picture(picture: Any) -> Picture:
+def _as_image(picture: Any) -> ImageLike:
     """A PIL picture; an array (h, w) or (h, w, C), or a tensor (h, w) or (C, h, w), of uint8 or of numbers in [0, 1]."""
     if isinstance(picture, Image.Image):
         return ImageOps.exif_transpose(picture)  # upright, as it is seen: sizes of picture and mask are compared
@@ -144,7 +146,7 @@ def _as_picture(picture: Any) -> Picture:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def _read(picture: Picture, processor: ImageProcessor, name: str) -> Tensor:
+def _read(picture: ImageLike, processor: ImageProcessor, name: str) -> Tensor:
     try:
         return processor.read(picture)
     except (ValueError, OSError, IndexError) as error:
@@ -153,7 +155,7 @@ def _read(picture: Picture, processor: ImageProcessor, name: str) -> Tensor:
         ) from error
 
 
-def _masks(masks: Sequence[Picture], pictures: Sequence[Picture], processor: ImageProcessor) -> Tensor:
+def _masks(masks: Sequence[ImageLike], pictures: Sequence[ImageLike], processor: ImageProcessor) -> Tensor:
     """(N, 1, h, w) bool, true where white."""
     if len(masks) not in (1, len(pictures)):
         raise UserError(f"{len(masks)} masks were given for {len(pictures)} images; expected one, or one an image")
@@ -168,5 +170,5 @@ def _masks(masks: Sequence[Picture], pictures: Sequence[Picture], processor: Ima
     return torch.stack(found)
 
 
-def _size(picture: Picture) -> tuple[int, int]:
+def _size(picture: ImageLike) -> tuple[int, int]:
     return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]

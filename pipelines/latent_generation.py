@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.editing import DEFAULT_STRENGTH, Edit, Pictures, check_edit
+from pipelines.editing import DEFAULT_STRENGTH, Edit, ImagesLike, check_edit
 from pipelines.hub import create_repository, fetch_card, local_folder, upload_folder
 from pipelines.saving import INDEX, PARTS, PipelineParts, load_parts, save_parts
 from stage1_tokenizer.data.image_loader import images_at_once
 from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.prior import UNKNOWN, Known, Prior, randn_per_image
+from stage2_prior.prior import UNKNOWN, KnownCodes, Prior, randn_per_image
 from training_harness.configuration import nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.processes import accelerated_device
@@ -81,8 +81,8 @@ class LatentGenerationPipeline:
         batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
-        image: Pictures | None = None,
-        mask_image: Pictures | None = None,
+        image: ImagesLike | None = None,
+        mask_image: ImagesLike | None = None,
         strength: float | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -118,12 +118,12 @@ class LatentGenerationPipeline:
         if num_images_per_label < 1:
             raise UserError(f"num_images_per_label is {num_images_per_label}; expected at least 1")
         check_edit(image, mask_image, strength)
-        if self.prior.restores and (mask_image is not None or strength is not None):
+        if self.prior.is_restoration and (mask_image is not None or strength is not None):
             raise UserError(
                 "mask_image or strength was given to a prior that restores whole pictures; expected image alone"
             )
         labels = torch.tensor(self.label_ids(class_labels))
-        of_latents = self.prior.draws == "latents"
+        of_latents = self.prior.output_kind == "latents"
         edit = None
         if image is not None:
             edit = Edit.of(self.tokenizer, image, mask_image, of_latents, batch_size)
@@ -133,12 +133,12 @@ class LatentGenerationPipeline:
         generators, known = image_generators(generator, len(labels)), None
         if edit is not None:
             edit = edit.repeated(num_images_per_label)
-            whole = mask_image is not None or self.prior.restores
+            whole = mask_image is not None or self.prior.is_restoration
             strength = strength or (1.0 if whole else DEFAULT_STRENGTH)
             known = (
-                Known(edit.codes, ~edit.hole, strength)
+                KnownCodes(edit.codes, ~edit.masked_region, strength)
                 if of_latents
-                else edit.known(strength, self.prior.fills_any_place, generators)
+                else edit.known(strength, self.prior.supports_any_order, generators)
             )
         pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, latents, **options)
         if edit is not None:
@@ -152,7 +152,7 @@ class LatentGenerationPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         callback_on_step_end: StepCallback | None = None,
-        known: Known | None = None,
+        known: KnownCodes | None = None,
         noise: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
@@ -174,12 +174,12 @@ class LatentGenerationPipeline:
             def on_step(step: int, codes: Tensor) -> None:
                 bar.update(len(pictures) * steps + step + 1 - bar.n)  # what is known takes no step
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, {self.prior.draws: codes})
+                    callback_on_step_end(self, step, step, {self.prior.output_kind: codes})
 
             for start in starts:
                 part = slice(start, start + size)
-                given = known and Known(
-                    known.codes[part].to(self.device), known.kept[part].to(self.device), known.strength
+                given = known and KnownCodes(
+                    known.codes[part].to(self.device), known.known_mask[part].to(self.device), known.strength
                 )
                 classes, begun = labels[part].to(self.device), None if noise is None else noise[part]
                 codes = self.prior.sample(spec, classes, chosen, generators[part], on_step, given, begun)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipelines.model_card import pipeline_card
-from stage1_tokenizer.data.image_grids import save_picture
+from stage1_tokenizer.data.image_grids import save_image
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.migration import SAMPLING
@@ -53,12 +53,12 @@ def save_parts(
     Raises:
         UserError when one of its names is taken by something that no pipeline wrote.
     """
-    check_place(folder)
+    check_pipeline_folder(folder)
     with files_into(folder, last=INDEX) as beside:
         parts.tokenizer.save_pretrained(beside / "tokenizer")
         parts.prior.save_pretrained(beside / "prior")
         if samples is not None:
-            save_picture(samples, beside / SAMPLES)
+            save_image(samples, beside / SAMPLES)
         if metrics is not None:
             write_json(beside / METRICS, metrics)
         write_card(folder, beside, pipeline_card(*parts, metrics, samples is not None, repo_id))
@@ -96,7 +96,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
 
-def check_place(folder: Path) -> None:
+def check_pipeline_folder(folder: Path) -> None:
     """Raises UserError when a pipeline cannot be written there without harm to what the user keeps."""
     folder = folder.expanduser()
     if folder.is_file():

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.linear_probe import class_agreement
-from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import ReferenceClassifier, ReferenceClassifierConfig
 from training_harness.files import atomic_folder
 
-JUDGE_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-classifier"
+CLASSIFIER_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-mnist-classifier"
 SEED = 0
 EPOCHS = 10
 BATCH_SIZE = 128
@@ -71,21 +71,21 @@ def batches(images: Tensor, labels: Tensor, generator: torch.Generator) -> Itera
         yield augment(images[chosen], generator).float() / 255, labels[chosen]
 
 
-def train(judge: Judge, images: Tensor, labels: Tensor, epochs: int) -> None:
+def train(classifier: ReferenceClassifier, images: Tensor, labels: Tensor, epochs: int) -> None:
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.SGD(
-        judge.parameters(), lr=PEAK_LEARNING_RATE, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+        classifier.parameters(), lr=PEAK_LEARNING_RATE, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
     steps_an_epoch = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LEARNING_RATE, epochs * steps_an_epoch, cycle_momentum=False
     )
-    judge.train()
+    classifier.train()
     for epoch in range(epochs):
         total = torch.zeros(())
         start = time.perf_counter()
         for pixels, targets in batches(images, labels, generator):
-            loss = F.cross_entropy(judge(pixels).logits, targets)
+            loss = F.cross_entropy(classifier(pixels).logits, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -95,13 +95,13 @@ def train(judge: Judge, images: Tensor, labels: Tensor, epochs: int) -> None:
             f"epoch {epoch + 1}/{epochs}: loss {total / steps_an_epoch:.4f}, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-    judge.eval()
+    classifier.eval()
 
 
-def save(judge: Judge, accuracy: float, epochs: int, folder: Path) -> None:
+def save(classifier: ReferenceClassifier, accuracy: float, epochs: int, folder: Path) -> None:
     readme = README.format(
-        parameters=judge.num_parameters(),
-        width=judge.config.widths[-1],
+        parameters=classifier.num_parameters(),
+        width=classifier.config.widths[-1],
         epochs=epochs,
         batch_size=BATCH_SIZE,
         momentum=MOMENTUM,
@@ -113,24 +113,24 @@ def save(judge: Judge, accuracy: float, epochs: int, folder: Path) -> None:
         torch_version=torch.__version__.split("+")[0],
     )
     with atomic_folder(folder) as beside:
-        judge.save_pretrained(beside)
+        classifier.save_pretrained(beside)
         (beside / "README.md").write_text(readme, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the judge of the embedded Fashion-MNIST set.")
     parser.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder with the four *.gz files")
-    parser.add_argument("--output", type=Path, default=JUDGE_FOLDER)
+    parser.add_argument("--output", type=Path, default=CLASSIFIER_FOLDER)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     arguments = parser.parse_args()
     torch.manual_seed(SEED)  # the initial weights; everything later draws from its own generator
-    judge = Judge(JudgeConfig(id2label=dict(enumerate(CLASS_NAMES))))
-    judge.trunk.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
-    train(judge, *load_split(arguments.source, "train"), arguments.epochs)
+    classifier = ReferenceClassifier(ReferenceClassifierConfig(id2label=dict(enumerate(CLASS_NAMES))))
+    classifier.trunk.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
+    train(classifier, *load_split(arguments.source, "train"), arguments.epochs)
     images, labels = load_split(arguments.source, "test")
-    accuracy = class_agreement(judge.classify_images(images).logits, labels)
-    judge.trunk.to(memory_format=torch.contiguous_format)
-    save(judge, accuracy, arguments.epochs, arguments.output)
+    accuracy = class_agreement(classifier.classify_images(images).logits, labels)
+    classifier.trunk.to(memory_format=torch.contiguous_format)
+    save(classifier, accuracy, arguments.epochs, arguments.output)
     print(f"{arguments.output}: {accuracy:.2%} of {len(images):,} test images named right")
 
 

@@ -29,7 +29,7 @@ class Health:
         self.best_psnr = -math.inf  # before the decoder heard of the discriminator
         self.said: set[str] = set()
 
-    def note_discriminator(self, loss: Tensor) -> None:
+    def record_discriminator(self, loss: Tensor) -> None:
         self.discriminator = self.discriminator + loss.detach()  # no number is asked of a GPU here
         self.judged += 1
 
@@ -85,11 +85,11 @@ def codebook_warning(
     restart_threshold = getattr(quantizer, "restart_threshold", None)
     return (
         f"the codebook has collapsed: {used:.0f} of {codebook_size} codes were used{where} since the last validation; "
-        f"train with {usage_remedy(quantizer.name, restart_threshold, codebook_size)}"
+        f"train with {usage_recommendation(quantizer.name, restart_threshold, codebook_size)}"
     )
 
 
-def usage_remedy(quantizer: str | None, restart_threshold: float | None, codebook_size: int) -> str:
+def usage_recommendation(quantizer: str | None, restart_threshold: float | None, codebook_size: int) -> str:
     """What to train with, so that a quantizer uses more of its codes."""
     smaller = max(2, 2 ** math.floor(math.log2(codebook_size / 4))) if codebook_size >= 8 else 2
     slower_or_smaller = f"a lower --optimizer.learning-rate, or a smaller codebook (--model.codebook-size {smaller})"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import as_rgb
 from stage1_tokenizer.losses.perceptual import lpips_network, lpips_obstacle
-from stage1_tokenizer.quantizers.protocol import summed
+from stage1_tokenizer.quantizers.protocol import all_reduce_sum
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
 LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
@@ -93,7 +93,7 @@ class CodeUsage:
         """indices: int64 (B, h, w), or (B, levels, h, w)."""
         levels, size = self.counts.shape
         own = indices.reshape(len(indices), levels, -1) + size * torch.arange(levels, device=indices.device)[:, None]
-        self.counts += summed(torch.bincount(own.flatten(), minlength=levels * size)).view(levels, size).cpu()
+        self.counts += all_reduce_sum(torch.bincount(own.flatten(), minlength=levels * size)).view(levels, size).cpu()
 
     @property
     def choices(self) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.data.image_grids import before_and_after, save_picture
-from stage1_tokenizer.data.image_loader import Pixels, images_at_once
+from stage1_tokenizer.data.image_grids import reconstruction_grid, save_image
+from stage1_tokenizer.data.image_loader import ImageLoader, images_at_once
 from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses.adversarial import (
     LeCAM,
@@ -41,8 +41,8 @@ STATISTICS_IMAGES = 2_000  # each gives h · w positions: more than enough for t
 def train_tokenizer(
     config: TokenizerTraining,
     model_config: TokenizerConfig,
-    train: Pixels,
-    validation: Pixels,
+    train: ImageLoader,
+    validation: ImageLoader,
     perceptual: PerceptualLoss | None = None,
     on_validation: Callable[[int, float], None] | None = None,
 ) -> Path:
@@ -64,7 +64,7 @@ def train_tokenizer(
     processor = model_config.image_processor
     tokenizer = new_tokenizer(model_config)
     if not config.model.learns:
-        return keep_as_it_is(run, tokenizer, train, validation)
+        return save_untrained(run, tokenizer, train, validation)
     tokenizer.to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
@@ -134,7 +134,7 @@ def train_tokenizer(
                     if adversarial.r1 > 0:
                         judged["r1"] = r1_penalty(real_logits, pair)
                         loss = loss + adversarial.r1 * judged["r1"]
-                    health.note_discriminator(judged["discriminator"])
+                    health.record_discriminator(judged["discriminator"])
                     terms |= judged
                     accelerator.backward(loss)
                     run.optimizer_step(step, discriminator_optimizer, critic, judged, 0.0, name="discriminator")
@@ -158,10 +158,10 @@ def train_tokenizer(
 
 
 @torch.no_grad()
-def preview(tokenizer: Tokenizer, validation: Pixels, path: Path) -> None:
+def preview(tokenizer: Tokenizer, validation: ImageLoader, path: Path) -> None:
     """Saves originals over reconstructions."""
     images = validation[range(min(PREVIEW_IMAGES, len(validation)))]
-    save_picture(before_and_after(images, rebuilt(tokenizer, images)), path)
+    save_image(reconstruction_grid(images, rebuilt(tokenizer, images)), path)
 
 
 def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_psnr(tokenizer: Tokenizer, validation: Pixels) -> float:
+def validation_psnr(tokenizer: Tokenizer, validation: ImageLoader) -> float:
     """Mean over at most 1,000 images, of which each process takes its share."""
     positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
     size = images_at_once(tokenizer.config.image_size)
@@ -182,7 +182,7 @@ def validation_psnr(tokenizer: Tokenizer, validation: Pixels) -> float:
 
 
 @torch.no_grad()
-def measure_latents(tokenizer: Tokenizer, pixels: Pixels) -> None:
+def measure_latents(tokenizer: Tokenizer, pixels: ImageLoader) -> None:
     """Stores mean and standard deviation by channel of the raw latents, over at most 2,000 images."""
     processor, device = tokenizer.config.image_processor, tokenizer.device
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -200,7 +200,7 @@ def measure_latents(tokenizer: Tokenizer, pixels: Pixels) -> None:
     tokenizer.config.latent_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
 
-def keep_as_it_is(run: Run, tokenizer: Tokenizer, train: Pixels, validation: Pixels) -> Path:
+def save_untrained(run: Run, tokenizer: Tokenizer, train: ImageLoader, validation: ImageLoader) -> Path:
     """Finishes the run of a tokenizer that has nothing to learn: its latents are measured, and that is all."""
     run.track(model=tokenizer)
     step = run.step = run.config.max_steps
@@ -209,7 +209,7 @@ def keep_as_it_is(run: Run, tokenizer: Tokenizer, train: Pixels, validation: Pix
     return export(run, tokenizer, train)
 
 
-def export(run: Run, tokenizer: Tokenizer, train: Pixels) -> Path:
+def export(run: Run, tokenizer: Tokenizer, train: ImageLoader) -> Path:
     """Writes `model/`: the averaged weights with the latents' statistics and the tokenizer's id."""
     folder = run.folder / "model"
     if run.accelerator.is_main_process:

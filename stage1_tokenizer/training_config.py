@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKLModel
 from stage1_tokenizer.data.image_processor import padded_size
-from stage1_tokenizer.data.statistics import ImageSurvey
+from stage1_tokenizer.data.statistics import DatasetStatistics
 from stage1_tokenizer.identity import IdentityModel
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.losses.perceptual import PerceptualName
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.migration import TRAINING
-from stage1_tokenizer.networks.discriminator import smallest_judged
+from stage1_tokenizer.networks.discriminator import smallest_image_side
 from stage1_tokenizer.registry import TOKENIZERS
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.vqgan import VQGANModel
@@ -62,10 +62,10 @@ def parse_size(resolution: int | str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def completed(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerTraining:
+def completed(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
     """`config` with resolution and channels filled in from the pictures where the user gave none."""
-    height, width = survey.commonest_size if config.resolution is None else parse_size(config.resolution)
-    asked, found = config.image_channels, survey.channels
+    height, width = dataset_statistics.commonest_size if config.resolution is None else parse_size(config.resolution)
+    asked, found = config.image_channels, dataset_statistics.channels
     if asked is not None and max(asked, found) > 4 and asked != found:
         raise ConfigError(
             f"--image-channels is {asked} and the pictures have {found}; expected 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) "
@@ -74,11 +74,11 @@ def completed(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerTraini
     return replace(
         config,
         resolution=f"{height}x{width}",
-        image_channels=survey.channels if config.image_channels is None else config.image_channels,
+        image_channels=dataset_statistics.channels if config.image_channels is None else config.image_channels,
     )
 
 
-def model_config(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerConfig:
+def model_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerConfig:
     """The model's configuration for a completed `config`.
 
     Raises ConfigError when the downsampling factor does not divide the size and the recipe refuses to pad.
@@ -93,15 +93,15 @@ def model_config(config: TokenizerTraining, survey: ImageSurvey) -> TokenizerCon
             f"--resolution is {wanted[0]}x{wanted[1]}; expected multiples of the downsampling factor {factor}, "
             f"such as {size[0]}x{size[1]}; give one, or --padding pad"
         )
-    smallest = smallest_judged(config.adversarial.layers)
+    smallest = smallest_image_side(config.adversarial.layers)
     if config.adversarial.weight > 0 and min(size) < smallest:
         raise ConfigError(
             f"--adversarial.layers is {config.adversarial.layers} and the images are {size[0]}x{size[1]}; expected at least "
             f"{smallest} pixels a side for as many halvings; lower --adversarial.layers"
         )
-    uniform = survey.smallest_size == survey.largest_size
-    near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, survey.smallest_size, strict=True))
-    content = survey.smallest_size if uniform and near else wanted
+    uniform = dataset_statistics.smallest_size == dataset_statistics.largest_size
+    near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, dataset_statistics.smallest_size, strict=True))
+    content = dataset_statistics.smallest_size if uniform and near else wanted
     return TOKENIZERS[config.model.name].config_class(
         model=config.model, image_channels=config.image_channels, image_size=size, content_size=content
     )

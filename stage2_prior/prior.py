@@ -29,16 +29,16 @@ def rand_per_image(count: int, generators: Sequence[torch.Generator]) -> Tensor:
 UNKNOWN = -1  # stands in a grid of codes where there is none yet
 
 
-class Known(NamedTuple):
+class KnownCodes(NamedTuple):
     """What is given of images before they are drawn."""
 
     codes: Tensor  # (B, h, w) or (B, levels, h, w) int64; of a prior of latents (B, c, h, w)
-    kept: Tensor  # (B, h, w) bool: places that stay as they are
+    known_mask: Tensor  # (B, h, w) bool: places that stay as they are
     strength: float = 1.0
     """Of a prior of latents: how much noise is laid on `codes` at the other places; at 1 they are not used."""
 
     @classmethod
-    def whole(cls, latents: Tensor) -> Self:
+    def for_restoration(cls, latents: Tensor) -> Self:
         """Pictures (B, c, h, w) of which nothing stays as it is: those that a prior restores."""
         return cls(latents, latents.new_zeros((len(latents), *latents.shape[2:]), dtype=torch.bool))
 
@@ -49,16 +49,16 @@ class Prior(StrictModel):
     """Dataclass of the options that `sample` takes."""
     spec_fields: ClassVar[tuple[str, ...]]
     """Fields in which the configuration and the spec of a tokenizer's codes must agree."""
-    draws: ClassVar[str]
+    output_kind: ClassVar[str]
     """What `on_step` is shown: "tokens" or "latents"."""
 
     @property
-    def fills_any_place(self) -> bool:
+    def supports_any_order(self) -> bool:
         """Whether it can be given any part of an image to go on from, not only the beginning."""
         return False
 
     @property
-    def restores(self) -> bool:
+    def is_restoration(self) -> bool:
         """Whether it makes better pictures of given ones, which are then `known`, and draws none of its own."""
         return False
 
@@ -69,7 +69,7 @@ class Prior(StrictModel):
         options: Any,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
-        known: Known | None = None,
+        known: KnownCodes | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """Indices (B, h, w) int64, or normalised latents (B, c, h, w), for class ids (B,); one generator an image.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.prior import Known, Prior, randn_per_image
+from stage2_prior.prior import KnownCodes, Prior, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import StrictConfig, WeightlessModel, stored_config
 
@@ -40,7 +40,7 @@ class StandardNormalPrior(Prior, WeightlessModel):
     config: StandardNormalPriorConfig
     options_class = StandardNormalOptions
     spec_fields = ("channels", "height", "width", "tokenizer_id")
-    draws = "latents"
+    output_kind = "latents"
 
     @classmethod
     def for_spec(cls, spec: LatentSpec) -> Self:
@@ -53,7 +53,7 @@ class StandardNormalPrior(Prior, WeightlessModel):
         options: StandardNormalOptions,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
-        known: Known | None = None,
+        known: KnownCodes | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)

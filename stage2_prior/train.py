@@ -9,7 +9,7 @@ import torch
 from stage1_tokenizer.codes.reader import CodeCache
 from stage2_prior.autoregressive.objective import AutoregressiveObjective
 from stage2_prior.diffusion.objective import DiffusionObjective
-from stage2_prior.health import turned
+from stage2_prior.health import overfitting_message
 from stage2_prior.model_card import prior_card
 from stage2_prior.objective import Objective
 from stage2_prior.prior import Prior
@@ -92,7 +92,11 @@ def train_prior(
             judged = next(iter(figures.values()))
             run.log_row(step, figures)
             run.record_validation(step, judged)
-            if not warned and run.best and (text := turned(judged, run.best["value"], int(run.best["step"]))):
+            if (
+                not warned
+                and run.best
+                and (text := overfitting_message(judged, run.best["value"], int(run.best["step"])))
+            ):
                 run.warn(step, "validation", text)
                 warned = True
             if preview is not None:

@@ -23,9 +23,9 @@ from tiny_models import tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
@@ -55,14 +55,14 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
         train_prior(AutoregressiveTraining(output=output, codes=codes.path, model=model, **fields), codes)
         return
     source = open_source(folder / "pictures")
-    seen = survey(source.train)
+    seen = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
     config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
     config = completed(config, seen)
     shape = model_config(config, seen)
     train_tokenizer(
-        config, shape, *(Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+        config, shape, *(ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     )
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from small_parts import write_pictures
 from small_runs import STEPS, prepare, train
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
@@ -24,13 +24,13 @@ from training_harness.metric_log import read_metrics
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_has_a_discriminator_with_an_adaptive_weight_and_r1(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "pictures"))
-    seen = survey(source.train)
+    seen = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2, r1=1.0)
     fields: dict[str, Any] = STEPS | {"max_steps": 5, "compile": True, "output": tmp_path / "run"}
     config = completed(TokenizerTraining(data="pictures", model=model, adversarial=judged, **fields), seen)
     shape = model_config(config, seen)
-    pixels = (Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+    pixels = (ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     train_tokenizer(config, shape, *pixels)
     last = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "generator" in row][-1]
     assert last["step"] == 5

@@ -15,24 +15,24 @@ CUDNN: Any = torch.backends.cudnn  # modules only at first sight
 MKLDNN: Any = torch.backends.mkldnn
 
 
-def multiplies_bfloat16() -> bool:
+def supports_bf16_matmul() -> bool:
     """Whether this CPU does; on others bfloat16 products can be hundreds of times slower than float32."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
-def convolves_bfloat16() -> bool:
+def supports_bf16_convolution() -> bool:
     """Whether this CPU gains from it in convolutions too: it has AMX."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 @contextmanager
-def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
+def reduced_matmul_precision(device: torch.device, enabled: bool) -> Iterator[None]:
     """Within it, products of float32 on `device` round their factors where that is faster."""
     settings: dict[Any, bool]
     if device.type == "cuda":
         settings, precision = {torch.backends.cuda.matmul: True, CUDNN.conv: True}, "tf32"
     else:
-        settings, precision = {MKLDNN.matmul: multiplies_bfloat16(), MKLDNN.conv: convolves_bfloat16()}, "bf16"
+        settings, precision = {MKLDNN.matmul: supports_bf16_matmul(), MKLDNN.conv: supports_bf16_convolution()}, "bf16"
         enabled = enabled and device.type == "cpu"
     before = {setting: setting.fp32_precision for setting in settings}
     try:
@@ -46,7 +46,7 @@ def rounded_products(device: torch.device, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+def full_matmul_precision(device: torch.device) -> Iterator[None]:
     """Within it, products of float32 matrices on `device` round nothing, whatever is set around it."""
     setting: Any = torch.backends.cuda.matmul if device.type == "cuda" else MKLDNN.matmul
     before, setting.fp32_precision = setting.fp32_precision, "ieee"
@@ -56,10 +56,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def products_in_bfloat16(device: torch.device) -> bool:
+def matmul_in_bf16(device: torch.device) -> bool:
     """Whether products on a CPU may be in bfloat16 now, and are fast in it."""
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
 
 
-def convolutions_in_bfloat16(device: torch.device) -> bool:
+def convolution_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and MKLDNN.conv.fp32_precision == "bf16"

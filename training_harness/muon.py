@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_harness.matmul_precision import products_in_bfloat16
+from training_harness.matmul_precision import matmul_in_bf16
 from training_harness.sharding import sharded_as, whole
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and within `rounded_products`, two to five times as fast there; float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" or products_in_bfloat16(device) else torch.float32
+    """bfloat16 on GPUs and within `reduced_matmul_precision`, two to five times as fast there; float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" or matmul_in_bf16(device) else torch.float32
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:

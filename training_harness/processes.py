@@ -15,13 +15,13 @@ from accelerate.utils import parse_flag_from_env, reduce
 NOTICE_AFTER = 20.0  # seconds of waiting for the other processes
 
 
-def number_asked_for() -> int:
+def requested_processes() -> int:
     """How many processes the environment tells of."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdecimal() else 1
 
 
-def _say_who_is_missing() -> None:
+def _report_missing_processes() -> None:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     print(
         f"waiting for the other processes at {address}: the environment says this is RANK {os.environ.get('RANK')} of WORLD_SIZE "
@@ -37,9 +37,9 @@ def joined() -> PartialState:
     They may wait for one another for a day: while one reads, tokenizes or measures, the usual ten minutes are soon over.
     """
     first = not PartialState._shared_state
-    notice = threading.Timer(NOTICE_AFTER, _say_who_is_missing)
+    notice = threading.Timer(NOTICE_AFTER, _report_missing_processes)
     notice.daemon = True
-    if first and number_asked_for() > 1:
+    if first and requested_processes() > 1:
         notice.start()
     # Without an accelerator Accelerate must be told so, or processes that torchrun started would not know of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

@@ -45,7 +45,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def note_environment(folder: Path, accelerator: Accelerator) -> str:
+def record_environment(folder: Path, accelerator: Accelerator) -> str:
     """Writes `environment.json` of a run that starts or goes on; returns its id, which stays the same."""
     path = folder / "environment.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

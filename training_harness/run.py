@@ -23,16 +23,16 @@ from training_harness.checkpoints import newest_step
 from training_harness.configuration import to_mapping, write_yaml
 from training_harness.errors import UserError
 from training_harness.guard import NonFiniteGuard, first_non_finite
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.metric_log import MetricLog
 from training_harness.processes import accelerated_device
-from training_harness.provenance import note_environment
+from training_harness.provenance import record_environment
 from training_harness.run_checkpointing import RunCheckpointing
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import note_run
+from training_harness.run_facts import record_run
 from training_harness.run_logging import RunLogging
 from training_harness.sharding import whole
-from training_harness.signals import Interrupted, Wish, wish_to_stop
+from training_harness.signals import Interrupted, StopRequest, stop_on_signal
 from training_harness.trackers import check_trackers, start_trackers
 
 
@@ -68,8 +68,8 @@ class Run(RunLogging, RunCheckpointing):
             # The next command goes on from the newest checkpoint.
             write_yaml(self.folder / "config.yaml", replace(config, resume="latest"))
             if trained_on:
-                note_run(self.folder, trained_on=trained_on)
-            run_id = note_environment(self.folder, self.accelerator)
+                record_run(self.folder, trained_on=trained_on)
+            run_id = record_environment(self.folder, self.accelerator)
             if config.report_to:
                 start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
         torch.manual_seed(config.seed)  # initial weights: the same on every process
@@ -79,14 +79,14 @@ class Run(RunLogging, RunCheckpointing):
         config, processes = self.config, self.accelerator.num_processes
         images = unit * config.accumulation_steps * processes
         bar = self.start_progress(self.step, images, describe)
-        rounded = rounded_products(self.accelerator.device, config.matmul_precision == "high")
-        with bar, rounded, wish_to_stop() as wish:
+        rounded = reduced_matmul_precision(self.accelerator.device, config.matmul_precision == "high")
+        with bar, rounded, stop_on_signal() as wish:
             for step in range(self.step + 1, config.max_steps + 1):
                 self._seed(seed_of(config.seed, step, self.accelerator.process_index))
                 yield step
                 self.step = step
                 bar.update(images)
-                self._stop_if_told(wish)
+                self._stop_if_requested(wish)
             if self.step and newest_step(self.folder) > self.step:  # chosen to be the last: later checkpoints give way
                 self.checkpoint(self.step)
             for tracker in self.accelerator.trackers:
@@ -98,15 +98,15 @@ class Run(RunLogging, RunCheckpointing):
         if self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
-    def _anywhere(self, number: int) -> int:
+    def _on_any_process(self, number: int) -> int:
         """The largest of the processes' numbers: what one of them found is then known to all."""
         if self.accelerator.num_processes == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
-    def _stop_if_told(self, wish: Wish) -> None:
+    def _stop_if_requested(self, wish: StopRequest) -> None:
         """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
-        if not (number := self._anywhere(wish.number)):
+        if not (number := self._on_any_process(wish.number)):
             return
         if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
             self.checkpoint(self.step)
@@ -140,7 +140,7 @@ class Run(RunLogging, RunCheckpointing):
             norm = self.gradient_norms[name] = math.nan if found is None else float(whole(found))
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
             guard = self.guards[name]
-            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._anywhere)
+            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._on_any_process)
             if not finite:
                 self._skip(step, model, guard)
             elif (usual := guard.spike(norm)) is not None:

@@ -66,7 +66,7 @@ class RunCheckpointing:
         }
         for thing in self._tracked.values():
             if isinstance(thing, nn.Module):
-                thing.register_forward_pre_hook(self._note_inputs)
+                thing.register_forward_pre_hook(self._record_inputs)
         if (state := self._state_to_resume()) is not None:
             for name, thing in self._tracked.items():
                 load_state(thing, state["objects"][name])
@@ -82,7 +82,7 @@ class RunCheckpointing:
                 self.log_file.append({"step": self.step, "resumed_from": self.step})
                 print(f"{self.folder}: going on from step {self.step}", file=sys.stderr)
 
-    def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _record_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._inputs[module] = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
 
     def _state_to_resume(self) -> dict[str, Any] | None:

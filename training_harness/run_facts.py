@@ -20,13 +20,13 @@ def run_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def note_run(folder: Path, **facts: Any) -> None:
+def record_run(folder: Path, **facts: Any) -> None:
     write_json(folder / RUN_FACTS, run_facts(folder) | facts)
 
 
 def mark_finished(folder: Path) -> None:
     """Notes that everything was written that follows from the newest checkpoint."""
-    note_run(folder, finished_step=newest_step(folder))
+    record_run(folder, finished_step=newest_step(folder))
 
 
 def finished_step(folder: Path) -> int:

@@ -21,10 +21,10 @@ CHANGEABLE = (
     *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
     *("compile", "gradient_checkpointing", "report_to", "ema.device"),
 )
-PLACES = ("data", "codes")  # fields that name what a run is trained on
+PATH_FIELDS = ("data", "codes")  # fields that name what a run is trained on
 
 
-def held_configuration(folder: Path, migration: Migration) -> dict[str, Any] | None:
+def stored_configuration(folder: Path, migration: Migration) -> dict[str, Any] | None:
     """The configuration that the run in a folder was begun with, in the present format.
 
     None where there is no run, whatever else may be there.
@@ -49,7 +49,7 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
         that has done more steps than `config` asks for.
     """
     folder = config.output
-    held = held_configuration(folder, config.migration)
+    held = stored_configuration(folder, config.migration)
     if held is None:
         if holds_files(folder):
             raise UserError(
@@ -63,8 +63,8 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
     different = {
         name: values for name, values in differences(held, to_mapping(config)).items() if name not in CHANGEABLE
     }
-    for name in PLACES:
-        if name in different and _same_place(folder, *different[name], trained_on):
+    for name in PATH_FIELDS:
+        if name in different and _same_path(folder, *different[name], trained_on):
             del different[name]
     if different:
         listed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in different.items()]
@@ -93,7 +93,7 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
     return None
 
 
-def _same_place(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
+def _same_path(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
     """Whether two paths name the same images or codes: by the fingerprint, or for runs without one by where they lead.
 
     A run of an earlier version has none. Its codes are compared by their tokenizer's id when the checkpoint is loaded.

@@ -14,7 +14,7 @@ from tqdm.std import tqdm
 from training_harness.metric_log import MetricLog
 from training_harness.progress import progress_bar
 from training_harness.run_config import RunConfig
-from training_harness.trackers import log_figures, log_picture
+from training_harness.trackers import log_image, log_metrics
 
 SHOWN_TERMS = 3  # in the progress bar
 
@@ -73,7 +73,7 @@ class RunLogging:
         rounded = {name: float(f"{value:.6g}") for name, value in row.items()}
         if self.accelerator.is_main_process:
             self.log_file.append({"step": step} | rounded)
-        log_figures(self.accelerator, rounded, step)
+        log_metrics(self.accelerator, rounded, step)
 
     def warn(self, step: int, about: str, text: str) -> None:
         """Prints a warning and keeps it in the log."""
@@ -88,4 +88,4 @@ class RunLogging:
     def log_image(self, step: int) -> None:
         """Hands the samples of a step to the trackers."""
         if self.accelerator.is_main_process and self.config.report_to:
-            log_picture(self.accelerator, self.image_path(step), step)
+            log_image(self.accelerator, self.image_path(step), step)

@@ -15,19 +15,19 @@ class Interrupted(Exception):  # noqa: N818 - what was asked for; no error of th
         self.number = number
 
 
-class Wish:
+class StopRequest:
     """`number` is the signal that came, 0 before one came."""
 
     number = 0
 
 
 @contextmanager
-def wish_to_stop() -> Iterator[Wish]:
+def stop_on_signal() -> Iterator[StopRequest]:
     """Notes the first SIGTERM or SIGINT; a second one does what it did before.
 
     Outside the main thread, where Python has no handlers, none is ever noted.
     """
-    wish = Wish()
+    wish = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return

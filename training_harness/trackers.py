@@ -37,7 +37,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, run_id: str, configur
     accelerator.init_trackers(PROJECT, plain, options)
 
 
-def log_figures(accelerator: Accelerator, figures: Mapping[str, float], step: int) -> None:
+def log_metrics(accelerator: Accelerator, figures: Mapping[str, float], step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "trackio" and accelerator.is_main_process:  # older Accelerate keeps the step from it
             tracker.tracker.log(dict(figures), step=step)
@@ -45,7 +45,7 @@ def log_figures(accelerator: Accelerator, figures: Mapping[str, float], step: in
             tracker.log(dict(figures), step=step)
 
 
-def log_picture(accelerator: Accelerator, path: Path, step: int) -> None:
+def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
     """Hands a saved picture to the trackers that take pictures."""
     picture = np.asarray(Image.open(path).convert("RGB"))[None]
     for tracker in accelerator.trackers:

@@ -15,11 +15,11 @@ from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.jobs.evaluation_plots import draw_by_class
+from latentloom.jobs.evaluation_plots import plot_by_class
 from latentloom.jobs.sample_folders import listed_samples
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, check_inception
-from pipelines.evaluation.feature_files import drawn_positions
+from pipelines.evaluation.feature_files import random_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
 from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
 from pipelines.evaluation.pipeline_metrics import (
@@ -34,11 +34,11 @@ from pipelines.evaluation.restoration import Restorations
 from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.folder_sources import FileStore
-from stage1_tokenizer.data.image_grids import save_picture
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_grids import save_image
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor, as_rgb
 from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage, open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
 from training_harness.files import sha256_of, write_json
 from training_harness.processes import accelerated_device, is_main_process, print_once
@@ -101,15 +101,15 @@ def main(words: list[str]) -> None:
         help_to_sample(a)
         return
     if a.tokenizer is not None:
-        figures = of_tokenizer(a)
+        figures = measure_tokenizer(a)
     elif a.reference.endswith(".npz"):
-        figures = against_arrays(a)
+        figures = measure_array_samples(a)
     else:
-        figures = against_images(a)
+        figures = measure_image_samples(a)
     if a.output is not None:
         write_json(a.output, figures)
         if figures.get("by_class"):
-            draw_by_class(figures, a.output.with_suffix(".by_class.png"))
+            plot_by_class(figures, a.output.with_suffix(".by_class.png"))
     print_once(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
@@ -120,7 +120,7 @@ def help_to_sample(a: Arguments) -> None:
             pass
 
 
-def of_tokenizer(a: Arguments) -> dict[str, Any]:
+def measure_tokenizer(a: Arguments) -> dict[str, Any]:
     tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
     if a.reference.endswith(".npz"):
@@ -140,7 +140,7 @@ def of_tokenizer(a: Arguments) -> dict[str, Any]:
     )
 
 
-def against_images(a: Arguments) -> dict[str, Any]:
+def measure_image_samples(a: Arguments) -> dict[str, Any]:
     """Figures of samples on a source's held-out images, with its training images for what needs them."""
     source = load_source(a.reference)
     check_enough(len(source.held_out), f"held-out images in {a.reference}")
@@ -170,7 +170,7 @@ def against_images(a: Arguments) -> dict[str, Any]:
     )
 
 
-def against_arrays(a: Arguments) -> dict[str, Any]:
+def measure_array_samples(a: Arguments) -> dict[str, Any]:
     """Figures of samples against an `.npz` of images, or of moments of Inception's features."""
     reference = read_reference(Path(a.reference))
     pipeline, samples = load_samples(a)
@@ -209,7 +209,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
         pipeline.sampling = pipeline.sampling_options(a.sampling_options())
         pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
         processor, names = pipeline.tokenizer.config.image_processor, pipeline.label_names
-        if pipeline.prior.restores:
+        if pipeline.prior.is_restoration:
             if a.reference.endswith(".npz"):
                 raise UserError(
                     f"--reference is {a.reference} for a pipeline that restores; expected a folder of images to restore"
@@ -238,7 +238,7 @@ def read_samples(path: str, reference: str) -> Samples:
         processor = processor_of(1 if grey else len(first[0]), array.image_shape[1:])
     else:
         split, names = sample_split(path)
-        channels = max(survey(split).channels, reference_channels(reference))
+        channels = max(dataset_statistics(split).channels, reference_channels(reference))
         processor = processor_of(channels, one_size(split, path))
         images = readable(split, processor)
     labels = images.labels()
@@ -261,7 +261,7 @@ def sample_split(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
 
 def reference_channels(reference: str) -> int:
     """Channels of the images to compare with; an `.npz` is compared as RGB later."""
-    return 1 if reference.endswith(".npz") else survey(load_source(reference).held_out).channels
+    return 1 if reference.endswith(".npz") else dataset_statistics(load_source(reference).held_out).channels
 
 
 def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
@@ -274,17 +274,17 @@ def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
         return
     kept: dict[int, list[Tensor]] = {}
     yield from keeping_first(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
-    save_picture(sheet(kept, samples.label_names), a.output.with_suffix(".samples.png"))
+    save_image(sheet(kept, samples.label_names), a.output.with_suffix(".samples.png"))
 
 
-def readable(split: ImageSplit, processor: ImageProcessor) -> Pixels:
+def readable(split: ImageSplit, processor: ImageProcessor) -> ImageLoader:
     """Pictures decoded each time they are asked for, so that a large set takes no memory."""
-    return Pixels(split, processor, memory_limit=0)
+    return ImageLoader(split, processor, memory_limit=0)
 
 
 def some(split: ImageSplit, most: int, seed: int) -> ImageSplit:
     """At most that many pictures of a split, drawn at random."""
-    return split.select(drawn_positions(len(split), most, seed).tolist())
+    return split.select(random_positions(len(split), most, seed).tolist())
 
 
 def processor_of(channels: int, size: tuple[int, int]) -> ImageProcessor:

@@ -9,9 +9,9 @@ from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
 from latentloom.jobs.stages import load_source
 from latentloom.report.numbers import count, number, percent
-from pipelines.evaluation.feature_files import drawn_positions
+from pipelines.evaluation.feature_files import random_positions
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import ImageSplit
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
@@ -54,9 +54,9 @@ def draw(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
     source = load_source(a.data).relabelled(pipeline.label_names)
 
-    def pixels(split: ImageSplit, most: int) -> Pixels:
-        drawn = drawn_positions(len(split), most, a.seed).tolist()
-        found = Pixels(split.select(drawn), pipeline.tokenizer.config.image_processor)
+    def pixels(split: ImageSplit, most: int) -> ImageLoader:
+        drawn = random_positions(len(split), most, a.seed).tolist()
+        found = ImageLoader(split.select(drawn), pipeline.tokenizer.config.image_processor)
         found.report_skipped()
         return found
 

@@ -8,8 +8,8 @@ from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
 from latentloom.jobs.stages import load_source, load_tokenizer
-from pipelines.evaluation.feature_files import drawn_positions
-from stage1_tokenizer.data.image_loader import Pixels
+from pipelines.evaluation.feature_files import random_positions
+from stage1_tokenizer.data.image_loader import ImageLoader
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
 
@@ -44,8 +44,8 @@ def draw(a: Arguments) -> None:
     tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
     source = load_source(a.data)
     split = source.held_out
-    drawn = drawn_positions(len(split), a.num_images, a.seed).tolist()
-    pixels = Pixels(split.select(drawn), tokenizer.config.image_processor)
+    drawn = random_positions(len(split), a.num_images, a.seed).tolist()
+    pixels = ImageLoader(split.select(drawn), tokenizer.config.image_processor)
     pixels.report_skipped()
     found = inspect(tokenizer, pixels, a.seed)
     subject = Subject(

@@ -10,8 +10,8 @@ from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH
 from pipelines.evaluation.tokenizer_metrics import reconstruct
-from stage1_tokenizer.data.image_grids import before_and_after, save_images, save_picture
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_grids import reconstruction_grid, save_image, save_images
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.metrics import psnr
 from training_harness.output_lock import output_lock
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
@@ -50,7 +50,7 @@ def write_reconstructions(a: Arguments) -> None:
     tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
     split = load_source(a.data).held_out
-    pixels = Pixels(split.select(range(min(a.num_images, len(split)))), processor)
+    pixels = ImageLoader(split.select(range(min(a.num_images, len(split)))), processor)
     pixels.report_skipped()
     images = torch.cat([batch for _, batch in pixels.batches(BATCH)])
     rebuilt = torch.cat(
@@ -60,5 +60,5 @@ def write_reconstructions(a: Arguments) -> None:
         ]
     )
     save_images(rebuilt, [a.output / f"{i:05d}.png" for i in range(len(rebuilt))])
-    save_picture(before_and_after(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
+    save_image(reconstruction_grid(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
     print_once(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")

@@ -17,8 +17,8 @@ from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.image_decoding import decoded
-from stage1_tokenizer.data.image_grids import image_grid, save_images, save_picture
-from stage1_tokenizer.data.image_processor import Picture
+from stage1_tokenizer.data.image_grids import image_grid, save_image, save_images
+from stage1_tokenizer.data.image_processor import ImageLike
 from training_harness.errors import UserError
 from training_harness.files import write_json
 from training_harness.output_lock import output_lock
@@ -75,7 +75,7 @@ def main(words: list[str]) -> None:
 def write_samples(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
     by_default = (
-        [] if pipeline.prior.restores else list(pipeline.trained_classes)
+        [] if pipeline.prior.is_restoration else list(pipeline.trained_classes)
     )  # what is to be restored has a class of its own
     wanted = pipeline.label_ids(a.classes or by_default or None)
     labels = sorted(islice(cycle(wanted), a.num_images), key=wanted.index)
@@ -86,21 +86,21 @@ def write_samples(a: Arguments) -> None:
     elif a.image is None:
         images = sample_across_processes(pipeline, torch.tensor(labels), generator, a.batch_size, **options)
     elif is_main_process():
-        pipeline_options = options | {"image": opened(a.image), "strength": a.strength, "batch_size": a.batch_size}
+        pipeline_options = options | {"image": open_image(a.image), "strength": a.strength, "batch_size": a.batch_size}
         if a.mask_image is not None:
-            pipeline_options["mask_image"] = opened(a.mask_image)
+            pipeline_options["mask_image"] = open_image(a.mask_image)
         named, each = (None, len(labels)) if wanted == [-1] else (labels, 1)
         (drawn,) = pipeline(named, each, output_type="pt", generator=generator, return_dict=False, **pipeline_options)
         images = to_uint8(cast("torch.Tensor", drawn))
     if not is_main_process():
         return
     if a.show_steps:
-        save_picture(step_grid(pipeline, torch.tensor(labels), a.seed, options), a.output / "steps.png")
+        save_image(step_grid(pipeline, torch.tensor(labels), a.seed, options), a.output / "steps.png")
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     save_images(images, [a.output / name for name in names])
     class_names = [pipeline.label_names[label] if pipeline.label_names and label >= 0 else None for label in labels]
     write_json(a.output / SAMPLE_LIST, sample_list(names, class_names, len(images[0])))
-    save_picture(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
+    save_image(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     print_once(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
 
 
@@ -111,7 +111,7 @@ def step_grid(
     states, count = list[torch.Tensor](), min(STEP_ROWS, len(labels))
 
     def keep(pipeline: LatentGenerationPipeline, step: int, time: int, values: dict[str, Any]) -> None:
-        states.append(values[pipeline.prior.draws].clone())
+        states.append(values[pipeline.prior.output_kind].clone())
 
     generators = image_generators(torch.Generator().manual_seed(seed), len(labels))[:count]
     pipeline.sample_pixels(labels[:count], generators, callback_on_step_end=keep, **options)
@@ -141,7 +141,7 @@ def interpolated(
     return to_uint8(cast("torch.Tensor", drawn))
 
 
-def opened(path: Path) -> Picture:
+def open_image(path: Path) -> ImageLike:
     """A picture file; raises UserError when it cannot be read."""
     try:
         return decoded(path.read_bytes())

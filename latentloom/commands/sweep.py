@@ -11,7 +11,7 @@ import tyro
 from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import parse, training_values
-from latentloom.commands.train_tokenizer import chosen_for_images
+from latentloom.commands.train_tokenizer import select_for_images
 from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
@@ -92,7 +92,7 @@ def sweep_prior(a: Arguments, folder: Path) -> None:
 def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
     values = training_values("tokenizer", a.recipe, a.config)
     if "resolution" not in values:
-        values = chosen_for_images(words, values, a.recipe, a.config)
+        values = select_for_images(words, values, a.recipe, a.config)
     size = {} if a.resolution is None else {"resolution": a.resolution}
     base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
     plan = plan_of(a, base)

@@ -10,10 +10,10 @@ from latentloom.jobs.main_job import check_codes, run_main_job, summary
 from latentloom.jobs.stages import load_source, print_classes
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.memory_estimate import measured_seconds
-from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, choose, steps_for
-from latentloom.planning.step_timing import rehearse_prior, rehearse_tokenizer
+from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, select_recipes, steps_for
+from latentloom.planning.step_timing import time_prior_step, time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import TokenizerInputs, tokenizer_inputs
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from stage2_prior.training_config import PriorTraining, prior_training
@@ -66,10 +66,10 @@ class Arguments:
 def main(words: list[str]) -> None:
     a = parse(Arguments, "train", words)
     source = load_source(a.data)
-    seen, images = survey(source.train), len(source.train)
+    seen, images = dataset_statistics(source.train), len(source.train)
     size = None if a.resolution is None else parse_size(a.resolution)
     device = accelerated_device().type
-    choice = choose(seen, images, device, size=size, tokenizer=a.tokenizer_recipe, prior=a.recipe)
+    choice = select_recipes(seen, images, device, size=size, tokenizer=a.tokenizer_recipe, prior=a.recipe)
     given = {
         name: value
         for name in (
@@ -98,7 +98,7 @@ def main(words: list[str]) -> None:
         print_once(line)
     print_classes(source)
     if a.dry_run:
-        print_once(what_both_take(inputs, choice.tokenizer, prior, choice.prior))
+        print_once(shared_values(inputs, choice.tokenizer, prior, choice.prior))
         return
     if a.minutes is None and not a.output.exists():
         announce(inputs, prior)
@@ -106,15 +106,15 @@ def main(words: list[str]) -> None:
     print_once(summary(a.output, metrics))
 
 
-def what_both_take(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
+def shared_values(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
     """What --dry-run prints."""
     images, classes = len(inputs.source.train), len(inputs.source.label_names or ())
     spec = new_tokenizer(inputs.model).latent_spec()
     stages = list[tuple[str, float]]()
     if inputs.config.model.learns:
         title = f"tokenizer {tokenizer_recipe}"
-        stages.append(dry_run(title, inputs.config, images, lambda c: rehearse_tokenizer(c, inputs.model)))
-    stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: rehearse_prior(c, spec, classes)))
+        stages.append(dry_run(title, inputs.config, images, lambda c: time_tokenizer_step(c, inputs.model)))
+    stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: time_prior_step(c, spec, classes)))
     texts, seconds = zip(*stages, strict=True)
     return "\n".join([*texts, closing(seconds)])
 
@@ -125,9 +125,9 @@ def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
     spec = new_tokenizer(inputs.model).latent_spec()
     minutes = dict[str, float]()
     if tokenizer.model.learns:
-        seconds = measured_seconds(tokenizer, lambda config: rehearse_tokenizer(config, inputs.model))
+        seconds = measured_seconds(tokenizer, lambda config: time_tokenizer_step(config, inputs.model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
-    seconds = measured_seconds(prior, lambda config: rehearse_prior(config, spec, classes))
+    seconds = measured_seconds(prior, lambda config: time_prior_step(config, spec, classes))
     minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
     parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
     print_once(

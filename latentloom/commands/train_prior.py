@@ -13,7 +13,7 @@ from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
-from latentloom.planning.step_timing import rehearse_prior
+from latentloom.planning.step_timing import time_prior_step
 from stage1_tokenizer.codes.reader import CodeCache
 from stage2_prior.training_config import PriorTraining, training_class
 from training_harness.processes import print_once
@@ -53,7 +53,7 @@ def main(words: list[str]) -> None:
             title,
             arguments.training,
             len(codes.train),
-            lambda changed: rehearse_prior(changed, codes.spec, classes),
+            lambda changed: time_prior_step(changed, codes.spec, classes),
         )
         print_once(f"{text}\n{closing([seconds])}")
         return

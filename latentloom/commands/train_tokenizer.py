@@ -19,10 +19,10 @@ from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
-from latentloom.planning.recipe_selection import choose
-from latentloom.planning.step_timing import rehearse_tokenizer
+from latentloom.planning.recipe_selection import select_recipes
+from latentloom.planning.step_timing import time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device, print_once
 
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
     recipe, config = recipe_and_config(words)
     values = training_values("tokenizer", recipe, config)
     if "resolution" not in values:
-        values = chosen_for_images(words, values, recipe, config)
+        values = select_for_images(words, values, recipe, config)
     training, words = starting_point(TokenizerTraining, values, words)
     explain = partial(explained, training)
     arguments = parse(Arguments, "train-tokenizer", words, Arguments(training), explain)
@@ -58,7 +58,7 @@ def main(words: list[str]) -> None:
     print_classes(inputs.source)
     if arguments.dry_run:
         title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
-        text, seconds = dry_run(title, training, images, lambda config: rehearse_tokenizer(config, inputs.model))
+        text, seconds = dry_run(title, training, images, lambda config: time_tokenizer_step(config, inputs.model))
         print_once(f"{text}\n{closing([seconds])}")
         return
     if arguments.overfit_batch:
@@ -70,7 +70,7 @@ def main(words: list[str]) -> None:
     )
 
 
-def chosen_for_images(
+def select_for_images(
     words: list[str], values: dict[str, Any], recipe: str | None, config: Path | None
 ) -> dict[str, Any]:
     """`values` with a size, and a recipe where none was given, that suit the images of --data."""
@@ -80,7 +80,9 @@ def chosen_for_images(
         return values
     source = load_source(data)
     size = parse_size(given["--resolution"]) if "--resolution" in given else None
-    choice = choose(survey(source.train), len(source.train), accelerated_device().type, size=size, tokenizer=recipe)
+    choice = select_recipes(
+        dataset_statistics(source.train), len(source.train), accelerated_device().type, size=size, tokenizer=recipe
+    )
     if recipe is None and config is None:
         values = training_values("tokenizer", choice.tokenizer, None)
     size_line, recipe_line, _ = choice.reasons

@@ -11,7 +11,7 @@ def data_path(name: str) -> str:
     return str(_folder(FASHION_MNIST)) if name == FASHION_MNIST else name
 
 
-def judge_path() -> Path:
+def classifier_path() -> Path:
     """Weights of a classifier trained on all of Fashion-MNIST, for figures alone."""
     return _folder("fashion-mnist-classifier")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentloom.inspection.latents import LatentStatistics, LatentSums
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.metrics import psnr, ssim
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Inspection:
 
 
 @torch.inference_mode()
-def inspect(tokenizer: Tokenizer, images: Pixels, seed: int = 0) -> Inspection:
+def inspect(tokenizer: Tokenizer, images: ImageLoader, seed: int = 0) -> Inspection:
     """`seed` is of the examples at random."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     drawn = order[: DRAWN + 2 * EXTREMES].tolist()  # enough, should the first be among the worst and the best

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentloom.inspection.codes import LevelUsage, by_level
-from latentloom.inspection.findings import codebook_verdict, latents_verdict
+from latentloom.inspection.diagnostics import codebook_diagnostic, latents_diagnostic
 from latentloom.inspection.layout import laid_out
 from latentloom.inspection.measure import Inspection
 from latentloom.inspection.sections import codes_look, codes_use, examples, latents_by_channel
 from latentloom.report.numbers import count, number, percent
-from latentloom.report.widgets import Tile, fact_list, tiles, verdict_list
+from latentloom.report.widgets import Tile, diagnostic_list, fact_list, tiles
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vqgan import VQGANConfig
 from training_harness.pretrained import WeightlessModel, count_parameters
@@ -49,11 +49,11 @@ def levels_of(tokenizer: Tokenizer, found: Inspection) -> list[LevelUsage]:
 
 
 def overview(subject: Subject, found: Inspection, levels: list[LevelUsage]) -> str:
-    verdicts = [codebook_verdict(subject.tokenizer, levels)] if levels else []
-    if found.latents is not None and (said := latents_verdict(found.latents)) is not None:
+    verdicts = [codebook_diagnostic(subject.tokenizer, levels)] if levels else []
+    if found.latents is not None and (said := latents_diagnostic(found.latents)) is not None:
         verdicts.append(said)
-    figures = tiles(list(key_figures(subject.tokenizer, found, levels)))
-    return figures + verdict_list(verdicts) + fact_list(facts(subject, found))
+    figures = tiles(list(key_metrics(subject.tokenizer, found, levels)))
+    return figures + diagnostic_list(verdicts) + fact_list(facts(subject, found))
 
 
 def facts(subject: Subject, found: Inspection) -> Iterator[tuple[str, str]]:
@@ -78,14 +78,14 @@ def facts(subject: Subject, found: Inspection) -> Iterator[tuple[str, str]]:
     yield "data", f"{subject.data}, {subject.split} split: {count(found.num_images, 'image')}{of}"
 
 
-def key_figures(tokenizer: Tokenizer, found: Inspection, levels: list[LevelUsage]) -> Iterator[Tile]:
+def key_metrics(tokenizer: Tokenizer, found: Inspection, levels: list[LevelUsage]) -> Iterator[Tile]:
     low, high = float(found.psnr.min()), float(found.psnr.max())
     exact = "every image comes back as it was" if low == EXACT else f"from {low:.1f} to {high:.1f}"
     yield Tile("Mean PSNR", f"{found.psnr.mean():.2f}", "dB", exact)
     if found.ssim is not None:
         yield Tile("Mean SSIM", number(float(found.ssim.mean())), "", "1 is an exact copy")
     if levels:
-        yield from codebook_figures(tokenizer, levels)
+        yield from codebook_metrics(tokenizer, levels)
     else:
         spec = tokenizer.latent_spec()
         values = spec.image_channels * spec.image_height * spec.image_width
@@ -97,7 +97,7 @@ def key_figures(tokenizer: Tokenizer, found: Inspection, levels: list[LevelUsage
         )
 
 
-def codebook_figures(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Iterator[Tile]:
+def codebook_metrics(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Iterator[Tile]:
     """Codes of all levels together; the perplexity is that of the level that is used least well."""
     spec, size = tokenizer.latent_spec(), levels[0].codebook_size
     used, dead = sum(level.usage.codes_used for level in levels), sum(level.dead for level in levels)

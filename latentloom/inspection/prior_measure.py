@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.likelihood import nearest_grids, surprise
+from pipelines.evaluation.likelihood import nearest_grids, negative_log_likelihood
 from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
@@ -25,7 +25,7 @@ NEAREST = 6  # samples that are shown beside the training image they come neares
 
 
 @dataclass(frozen=True, eq=False)
-class Surprising:
+class LikelihoodExample:
     """An image and the bits of its codes."""
 
     kind: str
@@ -55,12 +55,12 @@ class PriorInspection:
     """(N, h, w) or (N, levels, h, w) float64."""
     labels: Tensor
     """(N,) class ids, −1 without one."""
-    examples: list[Surprising]
+    examples: list[LikelihoodExample]
     neighbours: Neighbours
 
 
 def inspect_prior(
-    pipeline: LatentGenerationPipeline, held_out: Pixels, train: Pixels, num_samples: int, seed: int = 0
+    pipeline: LatentGenerationPipeline, held_out: ImageLoader, train: ImageLoader, num_samples: int, seed: int = 0
 ) -> PriorInspection:
     """`seed` is of the samples and of the images shown at random. Raises UserError for a prior without likelihoods."""
     prior = pipeline.prior
@@ -70,7 +70,7 @@ def inspect_prior(
             "run: latentloom evaluate"
         )
     codes, labels = torch.cat(list(encoded(pipeline.tokenizer, held_out, "held-out images"))), class_ids(held_out)
-    bits = surprise(prior, codes, labels)
+    bits = negative_log_likelihood(prior, codes, labels)
     chosen = balanced_labels(pipeline, num_samples)
     generators = image_generators(torch.Generator().manual_seed(seed), len(chosen))
     drawn = [
@@ -92,13 +92,13 @@ def inspect_prior(
     return PriorInspection(
         bits=bits,
         labels=labels,
-        examples=surprising(held_out, bits, seed),
+        examples=likelihood_examples(held_out, bits, seed),
         neighbours=Neighbours(shares[: len(samples)], shares[len(samples) :], pairs, len(train)),
     )
 
 
 @torch.inference_mode()
-def encoded(tokenizer: Tokenizer, images: Pixels, describe: str) -> Iterator[Tensor]:
+def encoded(tokenizer: Tokenizer, images: ImageLoader, describe: str) -> Iterator[Tensor]:
     """Codes of all images, batch after batch, on the CPU."""
     with progress_bar(total=len(images), desc=describe, unit="image") as bar:
         for positions, batch in images.batches(BATCH):
@@ -107,12 +107,12 @@ def encoded(tokenizer: Tokenizer, images: Pixels, describe: str) -> Iterator[Ten
             bar.update(len(positions))
 
 
-def class_ids(images: Pixels) -> Tensor:
+def class_ids(images: ImageLoader) -> Tensor:
     labels = images.labels()
     return torch.full((len(images),), -1) if labels is None else torch.tensor(labels)
 
 
-def surprising(images: Pixels, bits: Tensor, seed: int) -> list[Surprising]:
+def likelihood_examples(images: ImageLoader, bits: Tensor, seed: int) -> list[LikelihoodExample]:
     """Each image at most once."""
     order = bits.flatten(1).sum(1).argsort(descending=True, stable=True).tolist()
     most, least = order[:SHOWN], order[SHOWN:][-SHOWN:][::-1]
@@ -120,7 +120,7 @@ def surprising(images: Pixels, bits: Tensor, seed: int) -> list[Surprising]:
     others = [i for i in drawn if i not in most + least][:SHOWN]
     maps = bits.view(len(bits), -1, *bits.shape[-2:]).sum(1)  # (N, h, w)
     return [
-        Surprising(kind, images.source_ids([i])[0], images[[i]][0], maps[i])
+        LikelihoodExample(kind, images.source_ids([i])[0], images[[i]][0], maps[i])
         for kind, positions in (("Most surprising", most), ("Least surprising", least), ("At random", others))
         for i in positions
     ]

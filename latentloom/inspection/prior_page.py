@@ -10,12 +10,12 @@ from torch import Tensor
 from latentloom.inspection.colours import coloured, legend
 from latentloom.inspection.drawing import heat_map, histogram
 from latentloom.inspection.layout import laid_out
-from latentloom.inspection.prior_measure import Neighbours, PriorInspection, Surprising
+from latentloom.inspection.prior_measure import LikelihoodExample, Neighbours, PriorInspection
 from latentloom.inspection.sections import SMALL, Section, side_by_side
+from latentloom.report.diagnostics import Diagnostic
 from latentloom.report.numbers import count, number, percent
-from latentloom.report.verdicts import Verdict
-from latentloom.report.widgets import Tile, fact_list, table, tiles, verdict_list
-from pipelines.evaluation.likelihood import likelihood_figures
+from latentloom.report.widgets import Tile, diagnostic_list, fact_list, table, tiles
+from pipelines.evaluation.likelihood import likelihood_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
 
 BINS = 20
@@ -27,7 +27,7 @@ def prior_page(pipeline: LatentGenerationPipeline, found: PriorInspection, name:
     spec = pipeline.tokenizer.latent_spec()
     size, pixels = spec.codebook_size or 1, math.prod(pipeline.tokenizer.config.image_processor.content_size)
     names = pipeline.label_names or ()
-    figures = likelihood_figures(found.bits, found.labels, names, size, pixels)
+    figures = likelihood_metrics(found.bits, found.labels, names, size, pixels)
     parts = [surprises(found.examples, spec.levels * math.log2(size)), where_and_which(found, figures, size)]
     parts.append(memory(found.neighbours))
     facts = {
@@ -36,11 +36,11 @@ def prior_page(pipeline: LatentGenerationPipeline, found: PriorInspection, name:
         "data": f"{data}: {count(len(found.bits), 'held-out image')}, {count(found.neighbours.num_training, 'training image')}",
         "samples": f"{len(found.neighbours.samples)}, with what the pipeline was saved with: {pipeline.sampling}",
     }
-    overview = tiles(list(key_figures(figures, found.neighbours))) + verdict_list([copies(found.neighbours)])
+    overview = tiles(list(key_metrics(figures, found.neighbours))) + diagnostic_list([copies(found.neighbours)])
     return laid_out(name=name, kind="a prior, inspected", overview=overview + fact_list(facts.items()), sections=parts)
 
 
-def key_figures(figures: dict[str, float], neighbours: Neighbours) -> Iterator[Tile]:
+def key_metrics(figures: dict[str, float], neighbours: Neighbours) -> Iterator[Tile]:
     uniform = figures["bits_per_token_uniform"]
     yield Tile("Bits a code", number(figures["bits_per_token"]), "", f"a uniform guess needs {number(uniform)}")
     yield Tile("Bits an image", number(figures["prior_bits_per_image"]), "", "to write down its codes")
@@ -51,16 +51,16 @@ def key_figures(figures: dict[str, float], neighbours: Neighbours) -> Iterator[T
     )  # fmt: skip
 
 
-def copies(found: Neighbours) -> Verdict:
+def copies(found: Neighbours) -> Diagnostic:
     copied, usual = (found.samples >= COPY).double().mean().item(), (found.held_out >= COPY).double().mean().item()
     if copied <= usual + 0.01:
-        return Verdict(
+        return Diagnostic(
             "good",
             "Samples are no copies of training images",
             f"{percent(copied)} of them share at least {percent(COPY)} of their codes with one; of held-out images "
             f"{percent(usual)} do.",
         )
-    return Verdict(
+    return Diagnostic(
         "bad",
         f"{percent(copied)} of the samples are training images again",
         f"They share at least {percent(COPY)} of their codes with one, which {percent(usual)} of held-out images do. Train for "
@@ -68,7 +68,7 @@ def copies(found: Neighbours) -> Verdict:
     )
 
 
-def surprises(examples: list[Surprising], uniform: float) -> Section:
+def surprises(examples: list[LikelihoodExample], uniform: float) -> Section:
     top = max(uniform, *(float(example.bits.max()) for example in examples))
     small = max(examples[0].original.shape[-2:]) <= SMALL
     lead = (
@@ -85,15 +85,15 @@ def surprises(examples: list[Surprising], uniform: float) -> Section:
     )
 
 
-def pair(example: Surprising, top: float) -> str:
+def pair(example: LikelihoodExample, top: float) -> str:
     return side_by_side(
         (example.kind, f"{number(float(example.bits.sum()))} bits"),
-        {"image": example.original, "surprise": surprise_map(example.bits, top, example.original)},
+        {"image": example.original, "surprise": likelihood_map(example.bits, top, example.original)},
         example.source_id,
     )
 
 
-def surprise_map(bits: Tensor, top: float, like: Tensor) -> Tensor:
+def likelihood_map(bits: Tensor, top: float, like: Tensor) -> Tensor:
     """(rows, columns) of the code grid → uint8 (3, h, w), as large as the picture (C, h, w)."""
     coarse = coloured(bits / top).movedim(-1, 0)
     return F.interpolate(coarse[None].float(), like.shape[-2:], mode="nearest")[0].to(torch.uint8)

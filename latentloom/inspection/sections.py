@@ -13,7 +13,7 @@ from latentloom.inspection.drawing import codes_by_use, heat_map, histogram
 from latentloom.inspection.latents import LatentStatistics
 from latentloom.inspection.measure import Example, Examples
 from latentloom.report.numbers import count, number, percent
-from latentloom.report.reading import Picture
+from latentloom.report.reading import PNGImage
 from latentloom.report.widgets import fact_list, image, table
 from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -30,11 +30,11 @@ class Section(NamedTuple):
     html: str
 
 
-def picture(pixels: Tensor) -> Picture:
+def picture(pixels: Tensor) -> PNGImage:
     """uint8 (C, h, w)."""
     (drawn,), buffer = to_pil(pixels[None]), io.BytesIO()
     drawn.save(buffer, format="PNG")
-    return Picture(buffer.getvalue(), *drawn.size)
+    return PNGImage(buffer.getvalue(), *drawn.size)
 
 
 # -- examples ---------------------------------------------------------------------------------------------------------

@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None, path: Path) -> None:
+def plot_curves(tokenizer_log: Path, prior_log: Path, codebook_size: int | None, path: Path) -> None:
     """Draws `curves.png` from two `metrics.jsonl`."""
     stage1, stage2 = read_metrics(tokenizer_log), read_metrics(prior_log)
     learnt = any("learning_rate" in row for row in stage1)  # the identity has nothing to learn
     columns = 3 if learnt else 1
     with plot(path, columns, 5 * columns, 4.2) as (_, axes):
         if learnt:
-            draw_tokenizer(axes[0], axes[1], stage1, codebook_size)
-        draw_prior(axes[-1], stage2, codebook_size)
+            plot_tokenizer(axes[0], axes[1], stage1, codebook_size)
+        plot_prior(axes[-1], stage2, codebook_size)
 
 
-def draw_prior(axes: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
+def plot_prior(axes: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
     of_tokens = codebook_size is not None and any("nats_per_token" in row for row in rows)
     loss = "nats_per_token" if of_tokens else "squared_error"
     axes.plot(*series(rows, loss), lw=1, label="training")
@@ -33,7 +33,7 @@ def draw_prior(axes: "Axes", rows: list[dict[str, Any]], codebook_size: int | No
     axes.legend()
 
 
-def draw_tokenizer(losses: "Axes", quality: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
+def plot_tokenizer(losses: "Axes", quality: "Axes", rows: list[dict[str, Any]], codebook_size: int | None) -> None:
     for name in ("l1", "l2", "commitment", "generator", "discriminator"):
         steps, values = series(rows, name)
         if len(steps) and any(values):

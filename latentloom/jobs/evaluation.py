@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom.data.embedded import FASHION_MNIST, judge_path
+from latentloom.data.embedded import FASHION_MNIST, classifier_path
 from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature_extractor, has_efficientnet
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_grids import image_grid
@@ -28,12 +28,12 @@ def extractor_for(
 
     `quick` leaves out EfficientNet-Lite0, which would take minutes on a CPU, from what is chosen by default.
     """
-    judge = judge_path() if data == FASHION_MNIST else None
+    classifier = classifier_path() if data == FASHION_MNIST else None
     if features is None:
-        fits_judge = judge is not None and processor.channels == 1 and processor.content_size == (28, 28)
+        fits_classifier = classifier is not None and processor.channels == 1 and processor.content_size == (28, 28)
         other: FeatureName = "efficientnet-lite0" if has_efficientnet() and not quick else "pixels-8x8"
-        features = "judge" if fits_judge else other
-    return feature_extractor(features, accelerated_device(), judge)
+        features = "classifier" if fits_classifier else other
+    return feature_extractor(features, accelerated_device(), classifier)
 
 
 def features_folder() -> Path:

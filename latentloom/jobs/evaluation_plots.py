@@ -15,7 +15,7 @@ FIGURES = {
 }
 
 
-def draw_by_class(figures: dict[str, Any], path: Path) -> bool:
+def plot_by_class(figures: dict[str, Any], path: Path) -> bool:
     """Bars by class for each figure that is there, with the value over all classes as a line; false when there is none."""
     rows = figures["by_class"]
     shown = {key: name for key, name in FIGURES.items() if any(row.get(key) is not None for row in rows.values())}

@@ -17,9 +17,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from latentloom.jobs.curves import draw_curves
+from latentloom.jobs.curves import plot_curves
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.jobs.stages import held_steps, load_tokenizer, run_prior, run_tokenize, run_tokenizer
+from latentloom.jobs.stages import load_tokenizer, run_prior, run_tokenize, run_tokenizer, stored_steps
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.features import FeatureExtractor
@@ -27,9 +27,9 @@ from pipelines.evaluation.pipeline_metrics import balanced_labels, keeping_first
 from pipelines.evaluation.restoration import Restorations
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
-from pipelines.saving import INDEX, check_place
+from pipelines.saving import INDEX, check_pipeline_folder
 from stage1_tokenizer.codes.manifest import Contents, codes_fingerprint, stored_manifest
-from stage1_tokenizer.data.image_grids import before_and_after, save_picture
+from stage1_tokenizer.data.image_grids import reconstruction_grid, save_image
 from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.tokenizer import TokenizerConfig
@@ -102,14 +102,14 @@ def _run_main_job(
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
         print_once(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
-    check_place(output / "pipeline")
+    check_pipeline_folder(output / "pipeline")
     check_prior(inputs.model, prior, len(source.label_names or ()))
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()
     first_steps = newest_step(tokenizer.output), newest_step(prior.output)  # of a run that goes on
     with timed(phases, "train_tokenizer") as phase:
         run_tokenizer(inputs, None if minutes is None else minutes * TOKENIZER_SHARE)
-        phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_a_step(tokenizer)
+        phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_per_step(tokenizer)
     with timed(phases, "tokenize") as phase:
         with main_process_first():
             set_aside_earlier_prior(tokenizer.output, prior)
@@ -120,11 +120,11 @@ def _run_main_job(
     with timed(phases, "train_prior") as phase:
         share = PRIOR_SHARE if tokenizer.model.learns else TOKENIZER_SHARE + PRIOR_SHARE
         folder = run_prior(prior, None if minutes is None else minutes * share)
-        phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_a_step(prior)
+        phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_per_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
     images = inputs.images.numbered_as(pipeline.label_names)
     if not is_main_process():  # which measures, and is helped to sample
-        if not pipeline.prior.restores:
+        if not pipeline.prior.is_restoration:
             for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
                 pass
         wait_for_everyone()
@@ -149,8 +149,8 @@ def finished_metrics(
     """The metrics of a job that has nothing left to do; raises UserError when it was given another configuration."""
     tokenizer = inputs.config
     if minutes is not None:  # has set the steps when the job began
-        tokenizer = replace(tokenizer, max_steps=held_steps(tokenizer) or tokenizer.max_steps)
-        prior = replace(prior, max_steps=held_steps(prior) or prior.max_steps)
+        tokenizer = replace(tokenizer, max_steps=stored_steps(tokenizer) or tokenizer.max_steps)
+        prior = replace(prior, max_steps=stored_steps(prior) or prior.max_steps)
     manifest = stored_manifest(prior.codes)
     done = {
         "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),
@@ -185,7 +185,7 @@ def unused_path(path: Path) -> Path:
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
-def images_a_step(config: RunConfig) -> int:
+def images_per_step(config: RunConfig) -> int:
     return config.batch_size * config.accumulation_steps
 
 
@@ -203,7 +203,7 @@ def write_results(
     held_out, train, names = images.held_out, images.train, images.source.label_names or ()
     pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
     kept = dict[int, list[Tensor]]()
-    restorations = Restorations(pipeline, held_out, num_images, seed) if pipeline.prior.restores else None
+    restorations = Restorations(pipeline, held_out, num_images, seed) if pipeline.prior.is_restoration else None
     labels = balanced_labels(pipeline, num_images) if restorations is None else restorations.labels
     drawn = sampled_batches(pipeline, labels, seed) if restorations is None else restorations.batches()
     batches = keeping_first(drawn, labels, kept, GRID_ROWS, GRID_COLUMNS)
@@ -217,11 +217,11 @@ def write_results(
     if restorations is not None:
         figures |= restorations.figures()
     shown = held_out[range(min(20, len(held_out)))]
-    save_picture(before_and_after(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
+    save_image(reconstruction_grid(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
     picture = sheet(kept, pipeline.label_names)
-    save_picture(picture, output / "samples.png")
+    save_image(picture, output / "samples.png")
     tokenizer_log, prior_log = (output / stage / "metrics.jsonl" for stage in ("tokenizer", "prior"))
-    draw_curves(tokenizer_log, prior_log, pipeline.tokenizer.latent_spec().codebook_size, output / "curves.png")
+    plot_curves(tokenizer_log, prior_log, pipeline.tokenizer.latent_spec().codebook_size, output / "curves.png")
     return figures | settings_of(extractor, processor, pipeline, seed), picture
 
 

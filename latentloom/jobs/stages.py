@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from latentloom.checks import check_minutes
 from latentloom.data.embedded import data_path
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
-from latentloom.planning.step_timing import Rehearsal, rehearse_prior, rehearse_tokenizer
+from latentloom.planning.step_timing import TimedStep, time_prior_step, time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
@@ -23,7 +23,7 @@ from stage1_tokenizer.codes.manifest import Contents, View, stored_manifest
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.degradation import Degradation
-from stage1_tokenizer.data.image_grids import image_grid, save_picture
+from stage1_tokenizer.data.image_grids import image_grid, save_image
 from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.data.sources import ImageSource, open_source
 from stage1_tokenizer.losses.perceptual import perceptual_loss
@@ -31,7 +31,7 @@ from stage1_tokenizer.registry import saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.prior import Known, Prior
+from stage2_prior.prior import KnownCodes, Prior
 from stage2_prior.registry import saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
@@ -48,11 +48,11 @@ from training_harness.processes import (
 )
 from training_harness.run_config import RunConfig
 from training_harness.run_facts import mark_finished
-from training_harness.run_folder import check_folder, held_configuration
+from training_harness.run_folder import check_folder, stored_configuration
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
-REHEARSED = 0.01  # of `minutes`: for how long a step is timed before a run
+TIMED_STEPS = 0.01  # of `minutes`: for how long a step is timed before a run
 
 
 def load_source(data: str) -> ImageSource:
@@ -81,11 +81,11 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     check_minutes(minutes)
     config, model = inputs.config, inputs.model
 
-    def rehearse(changed: TokenizerTraining) -> Rehearsal:
-        return rehearse_tokenizer(changed, model)
+    def time_step(changed: TokenizerTraining) -> TimedStep:
+        return time_tokenizer_step(changed, model)
 
     if minutes is not None and config.model.learns:
-        config = bounded(config, minutes, rehearse)
+        config = bounded(config, minutes, time_step)
     folder = config.output / "model"
     samples_alone = config.model.samples_alone
     with output_lock(config.output):
@@ -95,7 +95,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
             return folder
         perceptual = perceptual_loss(config.perceptual)
         perceptual = perceptual and perceptual.to(accelerated_device())
-        with advice_when_memory_runs_out(config, rehearse):
+        with advice_when_memory_runs_out(config, time_step):
             train, validation = inputs.images.train, inputs.images.validation
             train.report_skipped()
             train_tokenizer(config, model, train, validation, perceptual)
@@ -155,22 +155,22 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     codes = CodeCache(config.codes)
     codes.verify()
 
-    def rehearse(changed: PriorTraining) -> Rehearsal:
-        return rehearse_prior(changed, codes.spec, len(codes.label_names or ()))
+    def time_step(changed: PriorTraining) -> TimedStep:
+        return time_prior_step(changed, codes.spec, len(codes.label_names or ()))
 
     if minutes is not None:
-        config = bounded(config, minutes, rehearse)
+        config = bounded(config, minutes, time_step)
     folder = config.output / "pipeline"
     with output_lock(config.output):
         if (done := check_folder(config, "prior", codes.fingerprint)) is not None and (folder / INDEX).exists():
             print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
             return folder
-        train_and_save_pipeline(config, codes, folder, rehearse)
+        train_and_save_pipeline(config, codes, folder, time_step)
     return folder
 
 
 def train_and_save_pipeline(
-    config: PriorTraining, codes: CodeCache, folder: Path, rehearse: Callable[[PriorTraining], Rehearsal]
+    config: PriorTraining, codes: CodeCache, folder: Path, time_step: Callable[[PriorTraining], TimedStep]
 ) -> None:
     tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
@@ -179,9 +179,9 @@ def train_and_save_pipeline(
         pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling, codes.trained_classes)
         drawn = sheet_of(pipeline, codes, config.seed)
         if is_main_process():
-            save_picture(drawn, path)
+            save_image(drawn, path)
 
-    with advice_when_memory_runs_out(config, rehearse):
+    with advice_when_memory_runs_out(config, time_step):
         model = train_prior(config, codes, preview)
     prior = saved_prior(model)
     pipeline = LatentGenerationPipeline(
@@ -198,14 +198,16 @@ def train_and_save_pipeline(
 
 def sheet_of(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) -> PIL.Image.Image:
     """Samples; of a prior that restores rows of degraded pictures of the validation split, restored, and as they were."""
-    if not pipeline.prior.restores:
+    if not pipeline.prior.is_restoration:
         return sample_grid(pipeline, seed)
     split = codes.validation
     rows = np.arange(min(2 * PREVIEW_COLUMNS, len(split)))
     labels = split.labels(rows) if pipeline.prior.config.num_classes else torch.full((len(rows),), -1)
     given, wanted = split.latents(rows, "degraded"), split.latents(rows)
     pipeline.set_progress_bar_config(disable=True)
-    restored = pipeline.sample_pixels(labels, torch.Generator().manual_seed(seed), known=Known.whole(given))
+    restored = pipeline.sample_pixels(
+        labels, torch.Generator().manual_seed(seed), known=KnownCodes.for_restoration(given)
+    )
     pipeline.set_progress_bar_config(disable=None)
     pictures = [to_uint8(x).split(PREVIEW_COLUMNS) for x in (pipeline.decode(given), restored, pipeline.decode(wanted))]
     sheet = torch.cat([part for row in zip(*pictures, strict=True) for part in row])
@@ -224,10 +226,10 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
     return image_grid(pictures, columns, names)
 
 
-def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Rehearsal]) -> Training:
+def bounded(config: Training, minutes: float, time_step: Callable[[Training], TimedStep]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
-    if (steps := held_steps(config)) is None:
-        seconds = measured_seconds(config, rehearse, at_least=REHEARSED * 60 * minutes)
+    if (steps := stored_steps(config)) is None:
+        seconds = measured_seconds(config, time_step, at_least=TIMED_STEPS * 60 * minutes)
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
         steps = measured[0]
@@ -237,7 +239,7 @@ def bounded(config: Training, minutes: float, rehearse: Callable[[Training], Reh
     return dataclasses.replace(config, max_steps=steps)
 
 
-def held_steps(config: RunConfig) -> int | None:
+def stored_steps(config: RunConfig) -> int | None:
     """The steps that a run has set out to do; none before it has begun."""
-    held = held_configuration(config.output, config.migration)
+    held = stored_configuration(config.output, config.migration)
     return None if held is None else held["max_steps"]

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentloom.planning.memory_estimate import Footprint, Rehearse, footprint, gibibytes, measured_seconds, remedies
+from latentloom.planning.memory_estimate import (
+    MemoryEstimate,
+    TimeStep,
+    estimate_memory,
+    gibibytes,
+    measured_seconds,
+    recommendations,
+)
 from latentloom.planning.step_timing import MEASURED
 from training_harness.processes import accelerated_device, number_of_processes
 from training_harness.run_config import RunConfig
@@ -11,17 +18,17 @@ from training_harness.run_config import RunConfig
 UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (0.0, "MFLOP"))
 
 
-def dry_run(title: str, config: RunConfig, images: int, rehearse: Rehearse) -> tuple[str, float]:
+def dry_run(title: str, config: RunConfig, images: int, time_step: TimeStep) -> tuple[str, float]:
     """What the run of `config` on so many training images would take, as text and in seconds."""
-    found = footprint(config, rehearse)
-    seconds = measured_seconds(config, rehearse)
+    found = estimate_memory(config, time_step)
+    seconds = measured_seconds(config, time_step)
     total = seconds * config.max_steps
     a_step = config.batch_size * config.accumulation_steps * number_of_processes()
     work = found.flop * config.batch_size * config.accumulation_steps  # of this process
     rows = [
         ("parameters", f"{sum(found.parameters.values()):,}: {_listed(found.parameters, '{:,}'.format)}"),
         ("memory", f"about {gibibytes(found.memory(config.batch_size))}: {_memory(found, config)}"),
-        ("to lower it", ", ".join(remedies(config, rehearse, accelerated_device().type != "cpu"))),
+        ("to lower it", ", ".join(recommendations(config, time_step, accelerated_device().type != "cpu"))),
         ("compute", f"{_operations(work)} a step, forward and backward: {_operations(work / seconds)} a second"),
         ("data", f"{images:,} images an epoch of {-(-images // a_step):,} steps of {a_step} images"),
         ("length", f"{config.max_steps:,} steps, {config.max_steps * a_step / images:.1f} epochs"),
@@ -31,7 +38,7 @@ def dry_run(title: str, config: RunConfig, images: int, rehearse: Rehearse) -> t
     return "\n".join([title, *(f"  {name:<12}{text}" for name, text in rows)]), total
 
 
-def _memory(found: Footprint, config: RunConfig) -> str:
+def _memory(found: MemoryEstimate, config: RunConfig) -> str:
     parts: dict[str, Any] = {
         "weights": found.weights,
         "gradients": found.gradients,

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentloom.planning.step_timing import Rehearsal
+from latentloom.planning.step_timing import TimedStep
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 from training_harness.processes import accelerated_device
 from training_harness.run_config import RunConfig
 
-Rehearse = Callable[[Any], Rehearsal]
+TimeStep = Callable[[Any], TimedStep]
 """Builds the rehearsal of a configuration."""
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes, but for `parameters` by part and `flop` of forward and backward pass an image."""
 
     parameters: dict[str, int]
@@ -45,12 +45,12 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.average + batch_size * self.activations
 
 
-def footprint(config: RunConfig, rehearse: Rehearse) -> Footprint:
+def estimate_memory(config: RunConfig, time_step: TimeStep) -> MemoryEstimate:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return _counted(rehearse(config))
+        return _counted(time_step(config))
 
 
-def _counted(rehearsal: Rehearsal) -> Footprint:
+def _counted(rehearsal: TimedStep) -> MemoryEstimate:
     networks = list(rehearsal.parts.values())
     for network in networks:  # what it learns from the numbers themselves, such as dead codes, has none here
         getattr(network, "quantizer", nn.Identity()).eval()
@@ -61,7 +61,7 @@ def _counted(rehearsal: Rehearsal) -> Footprint:
     activations = kept_for_two - kept_for_one
     if rehearsal.config.mixed_precision != "no":
         activations //= 2
-    return Footprint(
+    return MemoryEstimate(
         parameters=_parameters(rehearsal),
         weights=4 * trained + buffers,
         gradients=4 * trained,
@@ -72,14 +72,14 @@ def _counted(rehearsal: Rehearsal) -> Footprint:
     )
 
 
-def _parameters(rehearsal: Rehearsal) -> dict[str, int]:
+def _parameters(rehearsal: TimedStep) -> dict[str, int]:
     """Of each part of the network that the stage is about, and of the others as wholes."""
     (_, own), *others = rehearsal.parts.items()
     found = [*own.named_children(), *others]
     return {name: count for name, network in found if (count := count_parameters(network))}
 
 
-def _kept_and_flop(rehearsal: Rehearsal, images: int) -> tuple[int, int]:
+def _kept_and_flop(rehearsal: TimedStep, images: int) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass, weights left out, and operations of both passes."""
     weights = {p.untyped_storage()._cdata for network in rehearsal.parts.values() for p in network.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; held, or a storage's place would be taken by the next
@@ -96,7 +96,7 @@ def _kept_and_flop(rehearsal: Rehearsal, images: int) -> tuple[int, int]:
     return size, counter.get_total_flops()
 
 
-def _optimizer_bytes(rehearsal: Rehearsal) -> int:
+def _optimizer_bytes(rehearsal: TimedStep) -> int:
     """Muon keeps one number a weight for its matrices, everything else two."""
     own = sum(
         (4 if group.get("orthogonalize") else 8) * p.numel()
@@ -107,12 +107,12 @@ def _optimizer_bytes(rehearsal: Rehearsal) -> int:
     return own + 8 * sum(map(count_parameters, others))
 
 
-def remedies(config: RunConfig, rehearse: Rehearse, on_accelerator: bool) -> list[str]:
+def recommendations(config: RunConfig, time_step: TimeStep, on_accelerator: bool) -> list[str]:
     """What lowers the memory of a step, each with what would then be needed: `--batch-size 8 (1.2 GiB)`."""
 
     def needed(**changes: object) -> int:
         changed = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        return footprint(changed, rehearse).memory(changed.batch_size)
+        return estimate_memory(changed, time_step).memory(changed.batch_size)
 
     found = []
     if config.batch_size > 1:
@@ -124,13 +124,13 @@ def remedies(config: RunConfig, rehearse: Rehearse, on_accelerator: bool) -> lis
     if on_accelerator and config.mixed_precision == "no":
         found.append(f"--mixed-precision bf16 ({gibibytes(needed(mixed_precision='bf16'))})")
     if on_accelerator and config.ema.device == "same":  # type: ignore[attr-defined]
-        less = footprint(config, rehearse).average
+        less = estimate_memory(config, time_step).average
         found.append(f"--ema.device cpu ({gibibytes(needed() - less)})")
     return found
 
 
 @contextmanager
-def advice_when_memory_runs_out(config: RunConfig, rehearse: Rehearse) -> Iterator[None]:
+def advice_when_memory_runs_out(config: RunConfig, time_step: TimeStep) -> Iterator[None]:
     """Turns a failed allocation within it into a UserError that says what lowers the memory, and by how much."""
     try:
         yield
@@ -140,18 +140,18 @@ def advice_when_memory_runs_out(config: RunConfig, rehearse: Rehearse) -> Iterat
         traceback.clear_frames(error.__traceback__)  # lets go of what the step held: counting takes a little memory too
         device = accelerated_device()
         place = "this machine" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-        needed = gibibytes(footprint(config, rehearse).memory(config.batch_size))
-        ways = ", or ".join(remedies(config, rehearse, device.type != "cpu"))
+        needed = gibibytes(estimate_memory(config, time_step).memory(config.batch_size))
+        ways = ", or ".join(recommendations(config, time_step, device.type != "cpu"))
         raise UserError(
             f"out of memory on {place} with batches of {config.batch_size} images, of which a step takes about {needed}; "
             f"expected room for it; lower it by {ways}"
         ) from error
 
 
-def measured_seconds(config: RunConfig, rehearse: Rehearse, at_least: float = 0.0) -> float:
-    """Of a step, before a run; see `Rehearsal.seconds_per_step`."""
-    with advice_when_memory_runs_out(config, rehearse):
-        return rehearse(config).seconds_per_step(at_least)
+def measured_seconds(config: RunConfig, time_step: TimeStep, at_least: float = 0.0) -> float:
+    """Of a step, before a run; see `TimedStep.seconds_per_step`."""
+    with advice_when_memory_runs_out(config, time_step):
+        return time_step(config).seconds_per_step(at_least)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

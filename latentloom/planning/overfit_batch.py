@@ -13,7 +13,7 @@ import numpy as np
 from latentloom.planning.step_timing import check_learns
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from stage1_tokenizer.codes.reader import CodeCache
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
@@ -24,7 +24,7 @@ from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 from training_harness.processes import accelerated_device
 from training_harness.run_config import RunConfig
-from training_harness.run_folder import held_configuration
+from training_harness.run_folder import stored_configuration
 
 Training = TypeVar("Training", bound=TokenizerTraining | PriorTraining)
 STEPS = 300
@@ -35,7 +35,7 @@ def overfit_tokenizer(inputs: TokenizerInputs) -> str:
     """What the check found, as a line. Raises UserError when the loss hardly fell."""
     config, model, train = inputs.config, inputs.model, inputs.source.train
     check_learns(config)
-    pixels = Pixels(train.select(_spread(len(train), config.batch_size).tolist()), model.image_processor)
+    pixels = ImageLoader(train.select(_spread(len(train), config.batch_size).tolist()), model.image_processor)
     perceptual = perceptual_loss(config.perceptual)
     perceptual = perceptual and perceptual.to(accelerated_device())
     short = _short(config, replace(config.ema, decay=0.9))
@@ -66,7 +66,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 def _short(config: Training, ema: EMAConfig) -> Training:
     folder = config.output.absolute()
     folder = folder.with_name(f"{folder.name}-overfit-batch")
-    if held_configuration(folder, config.migration) is not None:  # of an earlier check
+    if stored_configuration(folder, config.migration) is not None:  # of an earlier check
         shutil.rmtree(folder)
     steps = min(config.max_steps, STEPS)
     every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stage1_tokenizer.data.statistics import ImageSurvey
+from stage1_tokenizer.data.statistics import DatasetStatistics
 
 # Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes; of latents, which
 # have more channels, fewer do.
@@ -16,22 +16,22 @@ KINDS = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
-class Choice:
+class RecipeSelection:
     size: tuple[int, int]
     tokenizer: str
     prior: str
     reasons: tuple[str, ...]
 
 
-def choose(
-    seen: ImageSurvey,
+def select_recipes(
+    seen: DatasetStatistics,
     images: int,
     device_type: str,
     *,
     size: tuple[int, int] | None = None,
     tokenizer: str | None = None,
     prior: str | None = None,
-) -> Choice:
+) -> RecipeSelection:
     """What to train on `images` training pictures with a "cpu", "cuda" or "mps" device.
 
     `size` (height, width) and the recipes' names are the user's where given.
@@ -68,7 +68,7 @@ def choose(
     else:
         prior, why_prior = "ar-small", f"for {images} images on a {device_type} device"
     reasons.append(f"prior {prior}: {why_prior}")
-    return Choice(used, tokenizer, prior, tuple(reasons))
+    return RecipeSelection(used, tokenizer, prior, tuple(reasons))
 
 
 def working_size(size: tuple[int, int]) -> tuple[int, int]:

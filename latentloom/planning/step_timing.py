@@ -30,7 +30,7 @@ from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.matmul_precision import rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
 
@@ -38,7 +38,7 @@ WARM_UP, MEASURED = 1, 3
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class TimedStep:
     """A stage's networks, untrained, and a step of theirs.
 
     `parts` are the trained networks by name, `loss` is all that a step's backward pass begins from, for so many images.
@@ -80,7 +80,7 @@ class Rehearsal:
             part.to(memory_format=torch.channels_last)
             if self.config.compile:
                 part.compile()
-        with rounded_products(self.device, self.config.matmul_precision == "high"):
+        with reduced_matmul_precision(self.device, self.config.matmul_precision == "high"):
             while len(times) < WARM_UP + MEASURED or sum(times[WARM_UP:]) < at_least:
                 begin = time.perf_counter()
                 self.step(average)
@@ -90,7 +90,7 @@ class Rehearsal:
         return self.config.accumulation_steps * statistics.fmean(times[WARM_UP:])
 
 
-def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig) -> Rehearsal:
+def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig) -> TimedStep:
     """With the perceptual loss, and the discriminator at work where the recipe has one: the slower part of the run.
 
     Raises UserError of a tokenizer that has nothing to learn.
@@ -133,7 +133,7 @@ def rehearse_tokenizer(config: TokenizerTraining, model_config: TokenizerConfig)
     parts: dict[str, nn.Module] = {"tokenizer": model}
     if adversarial.weight > 0:
         parts["discriminator"] = critic
-    return Rehearsal(config, device, parts, build_optimizer(model, config.optimizer), loss)
+    return TimedStep(config, device, parts, build_optimizer(model, config.optimizer), loss)
 
 
 def check_learns(config: TokenizerTraining) -> None:
@@ -144,7 +144,7 @@ def check_learns(config: TokenizerTraining) -> None:
         )
 
 
-def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) -> Rehearsal:
+def time_prior_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -> TimedStep:
     device = accelerated_device()
     with device:
         prior = config.new_prior(spec, num_classes).train()
@@ -168,7 +168,7 @@ def rehearse_prior(config: PriorTraining, spec: LatentSpec, num_classes: int) ->
         shape = (spec.levels,) * (spec.levels > 1) + (spec.height, spec.width)
         return prior(torch.randint(spec.codebook_size or 1, (images, *shape), device=device), labels).total
 
-    return Rehearsal(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
+    return TimedStep(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
 
 
 def has_spans(mean_flow: MeanFlow, number: int) -> bool:

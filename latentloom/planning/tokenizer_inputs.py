@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.data.sources import ImageSource
-from stage1_tokenizer.data.statistics import ImageSurvey, survey
+from stage1_tokenizer.data.statistics import DatasetStatistics, dataset_statistics
 from stage1_tokenizer.tokenizer import TokenizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
 
@@ -24,10 +24,10 @@ class TokenizerInputs:
 
 
 def tokenizer_inputs(
-    config: TokenizerTraining, source: ImageSource, statistics: ImageSurvey | None = None
+    config: TokenizerTraining, source: ImageSource, statistics: DatasetStatistics | None = None
 ) -> TokenizerInputs:
     """Completes `config` from the images of `source`, whose statistics are computed where they are not given."""
-    statistics = statistics or survey(source.train)
+    statistics = statistics or dataset_statistics(source.train)
     config = completed(config, statistics)
     model = model_config(config, statistics)
     return TokenizerInputs(config, model, LoadedSource(source, model.image_processor))

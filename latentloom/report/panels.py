@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from latentloom.report.diagnostics import best_of, validation_name
 from latentloom.report.numbers import count, number
 from latentloom.report.reading import RunRecord
 from latentloom.report.svg_charts import Chart, Points
-from latentloom.report.verdicts import best_of, validation_name
 
 
 @dataclass(frozen=True, kw_only=True)

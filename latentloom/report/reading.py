@@ -26,7 +26,7 @@ MAX_GRIDS, MAX_GRID_BYTES = 40, 16_000_000  # of one run: mail and browsers take
 
 
 @dataclass(frozen=True)
-class Picture:
+class PNGImage:
     png: bytes
     width: int
     height: int
@@ -44,7 +44,7 @@ class RunRecord:
     """K, where something in the folder tells it."""
     skipped: list[dict[str, Any]]
     """One row a process for each step that was not taken."""
-    grids: list[tuple[int, Picture]]
+    grids: list[tuple[int, PNGImage]]
     """Samples by step, evenly chosen where there are too many."""
     grids_found: int
     checkpoints: set[int]
@@ -107,7 +107,7 @@ class JobRecord:
     runs: list[RunRecord]
     """Of one stage, or of both."""
     metrics: dict[str, Any]
-    pictures: dict[str, Picture]
+    pictures: dict[str, PNGImage]
     """Those of the job by file name."""
 
 
@@ -136,7 +136,7 @@ def read_job(folder: Path) -> JobRecord:
         )
     whole_job = folders != [folder]
     names = ("samples.png", "reconstructions.png") if whole_job else ()
-    pictures = {name: picture for name in names if (picture := read_picture(folder / name)) is not None}
+    pictures = {name: picture for name in names if (picture := read_image(folder / name)) is not None}
     name = folder.resolve().name
     return JobRecord(
         name=f"{folder.resolve().parent.name}/{name}" if name in STAGES and not whole_job else name,
@@ -163,9 +163,7 @@ def read_run(folder: Path) -> RunRecord:
         for path in folder.glob("samples/*.png")
         if (found := re.fullmatch(r"step_(\d+)", path.stem))
     }
-    grids = [
-        (step, read_picture(paths[step])) for step in chosen_grids({s: p.stat().st_size for s, p in paths.items()})
-    ]
+    grids = [(step, read_image(paths[step])) for step in chosen_grids({s: p.stat().st_size for s, p in paths.items()})]
     names = [path.name for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     return RunRecord(
         name=folder.resolve().name,
@@ -201,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_picture(path: Path) -> Picture | None:
+def read_image(path: Path) -> PNGImage | None:
     """A PNG file as it is, or None where there is none that can be shown."""
     if not path.is_file():
         return None
@@ -209,7 +207,7 @@ def read_picture(path: Path) -> Picture | None:
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
             picture.load()
-            return Picture(png, *picture.size)
+            return PNGImage(png, *picture.size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from latentloom.report.numbers import number
 from latentloom.report.reading import JobRecord, is_number
-from latentloom.report.widgets import Cell, Tile, machine_facts, picture_figure, table, tiles
+from latentloom.report.widgets import Cell, Tile, image_figure, machine_facts, table, tiles
 
 
 class Figure(NamedTuple):
@@ -49,16 +49,16 @@ def results(job: JobRecord) -> str:
     """The section of a job that has figures or pictures; empty for one that has not come so far."""
     if not job.metrics and not job.pictures:
         return ""
-    parts = ['<section id="results"><h2>Results</h2>', tiles(list(key_figures(job.metrics))), '<div class="pair">']
+    parts = ['<section id="results"><h2>Results</h2>', tiles(list(key_metrics(job.metrics))), '<div class="pair">']
     for group, figures in GROUPS.items():
         name, said = PICTURES[group]
-        picture = picture_figure(job.pictures[name], said) if name in job.pictures else ""
-        parts.append(f"<div><h3>{group}</h3>{picture}{figure_table(job.metrics, group, figures)}</div>")
+        picture = image_figure(job.pictures[name], said) if name in job.pictures else ""
+        parts.append(f"<div><h3>{group}</h3>{picture}{metric_table(job.metrics, group, figures)}</div>")
     parts += ["</div>", how_measured(job.metrics), by_class(job.metrics), "</section>"]
     return "".join(parts)
 
 
-def key_figures(metrics: Mapping[str, Any]) -> Iterator[Tile]:
+def key_metrics(metrics: Mapping[str, Any]) -> Iterator[Tile]:
     """Each with a second figure that it is read against, where there is one."""
     floor = mapping(metrics, "floor")
     for name, label, unit, beside, said in (
@@ -75,7 +75,7 @@ def key_figures(metrics: Mapping[str, Any]) -> Iterator[Tile]:
         yield Tile("Time", duration(value), "", "from images to figures")
 
 
-def figure_table(metrics: Mapping[str, Any], group: str, figures: tuple[Figure, ...]) -> str:
+def metric_table(metrics: Mapping[str, Any], group: str, figures: tuple[Figure, ...]) -> str:
     floors = mapping(metrics, "floor") | {"reconstruction_frechet": metrics.get("reconstruction_frechet_floor")}
     rows: list[tuple[Cell, ...]] = []
     for figure in figures:

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator
 from html import escape
 
+from latentloom.report.diagnostics import best_of, diagnostics, validation_name
 from latentloom.report.numbers import count, number, percent
 from latentloom.report.panels import charts
 from latentloom.report.reading import RunRecord
 from latentloom.report.svg_charts import draw
-from latentloom.report.verdicts import best_of, validation_name, verdicts
-from latentloom.report.widgets import Tile, grid_player, machine_facts, table, tiles, verdict_list
+from latentloom.report.widgets import Tile, diagnostic_list, grid_player, machine_facts, table, tiles
 
 TITLES = {"tokenizer": "Stage one: tokenizer", "prior": "Stage two: prior"}
 GRIDS = {"tokenizer": "Originals over reconstructions of held-out images", "prior": "Samples with fixed seeds"}
@@ -19,8 +19,8 @@ FIRST_SKIPPED = 5
 def stage_section(run: RunRecord) -> str:
     parts = [f'<section id="{run.stage}"><h2>{TITLES[run.stage]} {state_label(run)}</h2>']
     if run.rows:
-        parts.append(tiles(list(key_figures(run))))
-        if said := verdict_list(verdicts(run)):
+        parts.append(tiles(list(key_metrics(run))))
+        if said := diagnostic_list(diagnostics(run)):
             parts.append(f"<h3>Health</h3>{said}")
         parts += [skipped_steps(run), '<h3>Curves</h3><div class="charts">', *map(draw, charts(run)), "</div>"]
     else:
@@ -47,7 +47,7 @@ def state_label(run: RunRecord) -> str:
     return f'<span class="state open">step {run.step:,}{of}</span>'
 
 
-def key_figures(run: RunRecord) -> Iterator[Tile]:
+def key_metrics(run: RunRecord) -> Iterator[Tile]:
     size, total = run.codebook_size, run.max_steps
     yield Tile("Steps", f"{run.step:,}", f"of {total:,}" if total is not None else "", images_seen(run))
     if (rate := run.last("images_per_second")) is not None:

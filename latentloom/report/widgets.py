@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from latentloom.report.diagnostics import Diagnostic
 from latentloom.report.numbers import count
-from latentloom.report.reading import Picture, is_number
-from latentloom.report.verdicts import Verdict
+from latentloom.report.reading import PNGImage, is_number
 
 OPTION = re.compile(r"--[a-z][\w.-]*\w")
 LEVELS = {"good": "Good", "note": "Note", "bad": "Problem"}  # in words too: colour alone does not reach everyone
@@ -32,7 +32,7 @@ def tiles(shown: Sequence[Tile]) -> str:
     return f'<dl class="tiles">{"".join(cards)}</dl>'
 
 
-def verdict_list(found: Sequence[Verdict]) -> str:
+def diagnostic_list(found: Sequence[Diagnostic]) -> str:
     items = [
         f'<li class="{verdict.level}"><span class="level">{LEVELS[verdict.level]}</span><div><strong>{escape(verdict.title)}'
         f"</strong><p>{_marked(verdict.text)}</p></div></li>"
@@ -83,7 +83,7 @@ def fact_list(facts: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="facts">{"".join(entries)}</dl>' if entries else ""
 
 
-def image(picture: Picture, alt: str, hidden: bool = False) -> str:
+def image(picture: PNGImage, alt: str, hidden: bool = False) -> str:
     data = base64.b64encode(picture.png).decode("ascii")
     return (
         f'<img alt="{escape(alt)}" width="{picture.width}" height="{picture.height}"{" hidden" if hidden else ""} '
@@ -91,11 +91,11 @@ def image(picture: Picture, alt: str, hidden: bool = False) -> str:
     )
 
 
-def picture_figure(picture: Picture, caption: str) -> str:
+def image_figure(picture: PNGImage, caption: str) -> str:
     return f'<figure class="picture">{image(picture, caption)}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def grid_player(grids: Sequence[tuple[int, Picture]], found: int, what: str) -> str:
+def grid_player(grids: Sequence[tuple[int, PNGImage]], found: int, what: str) -> str:
     """Grids by step, the last one in view; the script takes the slider and the button out of hiding."""
     if not grids:
         return ""

@@ -86,7 +86,7 @@ def holds_this_search(plan: Plan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    found = differences(held_request(plan), plan.request)
+    found = differences(stored_request(plan), plan.request)
     differing = [f"{name} is {held!r} there and {wanted!r} here" for name, (held, wanted) in found.items()]
     if differing:
         raise UserError(
@@ -96,7 +96,7 @@ def holds_this_search(plan: Plan) -> bool:
     return True
 
 
-def held_request(plan: Plan) -> dict[str, Any]:
+def stored_request(plan: Plan) -> dict[str, Any]:
     """The request of the search in the folder, in the present format and with the defaults of fields that are new."""
     migration = plan.base.migration
     fields = migration.present(read_yaml(plan.folder / "search.yaml"))

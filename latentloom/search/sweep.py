@@ -31,7 +31,7 @@ from latentloom.search.study import (
 )
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.sources import ImageSource
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
@@ -51,11 +51,11 @@ Train = Callable[[Any, Told], object]
 """Trains a configuration and tells each validated step with its figure, the lower the better."""
 
 
-class Hopeless(Exception):  # noqa: N818 - what was found; no error of the program
+class TrialPruned(Exception):  # noqa: N818 - what was found; no error of the program
     """A trial worse than half of those before it."""
 
 
-class TimeIsUp(Exception):  # noqa: N818 - as above
+class TimeLimitReached(Exception):  # noqa: N818 - as above
     """The search may take no longer."""
 
 
@@ -88,12 +88,12 @@ def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
     try:
         while len(done) < plan.trials:
             if time.monotonic() > deadline:
-                raise TimeIsUp
+                raise TimeLimitReached
             run_trial(plan, study, train, len(done) + 1, deadline)
             done = results_of(study, plan)
             report(plan, done)
             print_once(describe(done[-1], plan.metric, plan.trials, plan.steps, best_of(done)))
-    except TimeIsUp:
+    except TimeLimitReached:
         again = "run the same command again to go on" if best_of(done) else "give more --minutes or fewer --max-steps"
         print_once(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -117,23 +117,23 @@ def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, dead
     trial = draw(plan, study, number)
     figures: list[float] = []
 
-    def judge(step: int, figure: float) -> None:
+    def on_validation(step: int, figure: float) -> None:
         if not math.isfinite(figure):
             raise NonFiniteLossError(f"step {step}: the validation figure is {figure}")
         figures.append(figure)
         trial.report(figure, step)
         if step < plan.steps:
             if trial.should_prune():
-                raise Hopeless
+                raise TrialPruned
             if time.monotonic() > deadline:
-                raise TimeIsUp
+                raise TimeLimitReached
 
     shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of a trial that was cut off
     try:
         known_as = journal_names(plan, study)
         values = {p.field: p.value_of(trial.params[known_as[p.field]]) for p in plan.space}
-        train(plan.trial_config(number, values), judge)
-    except Hopeless:
+        train(plan.trial_config(number, values), on_validation)
+    except TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except (ConfigError, NonFiniteLossError, torch.OutOfMemoryError) as error:
         trial.set_user_attr(REASON, str(error).split("; expected")[0].splitlines()[0])
@@ -182,15 +182,15 @@ def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
 
 
 def tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> Train:
-    seen = survey(source.train)
+    seen = dataset_statistics(source.train)
     # The size and the channels of the images follow from the data, whatever a trial's model is.
     images = tokenizer_inputs(base, source, seen).images
     perceptual = perceptual_loss(base.perceptual)
-    judge = perceptual and perceptual.to(accelerated_device())
+    distance = perceptual and perceptual.to(accelerated_device())
     images.train.report_skipped()
 
     def one(config: TokenizerTraining, told: Told) -> object:
         trial = tokenizer_inputs(config, source, seen)
-        return train_tokenizer(trial.config, trial.model, images.train, images.validation, judge, told)
+        return train_tokenizer(trial.config, trial.model, images.train, images.validation, distance, told)
 
     return one

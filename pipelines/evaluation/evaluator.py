@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import FeatureFile, drawn_positions, read_features, slices, write_features
+from pipelines.evaluation.feature_files import FeatureFile, random_positions, read_features, slices, write_features
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
@@ -198,11 +198,11 @@ class Evaluator:
         Drawn at random; where a class has too few, all that it has.
         """
         if (train.labels < 0).any() or (labels < 0).any():
-            return train.select(drawn_positions(len(train), len(labels), self.seed))
+            return train.select(random_positions(len(train), len(labels), self.seed))
         drawn = []
         for label, count in zip(*labels.unique(return_counts=True), strict=True):
             of_class = (train.labels == label).nonzero().flatten()
-            drawn.append(of_class[drawn_positions(len(of_class), int(count), self.seed)])
+            drawn.append(of_class[random_positions(len(of_class), int(count), self.seed)])
         return train.select(torch.cat(drawn).sort().values)
 
     def _verdicts(

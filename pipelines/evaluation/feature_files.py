@@ -74,7 +74,7 @@ def chosen(rows: Rows, positions: Tensor) -> Rows:
     return rows[positions] if isinstance(rows, Tensor) else rows.select(positions)
 
 
-def drawn_positions(count: int, most: int, seed: int) -> Tensor:
+def random_positions(count: int, most: int, seed: int) -> Tensor:
     """At most `most` positions out of `count`, drawn at random, in rising order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 

@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.evaluation.reference_classifier import Judge
+from pipelines.evaluation.reference_classifier import ReferenceClassifier
 from stage1_tokenizer.data.image_processor import as_rgb
 from stage1_tokenizer.losses.perceptual import PACKAGES, efficientnet_lite0
 from training_harness.errors import UserError
 
-FeatureName = Literal["judge", "efficientnet-lite0", "inception", "pixels-8x8"]
+FeatureName = Literal["classifier", "efficientnet-lite0", "inception", "pixels-8x8"]
 EFFICIENTNET_SIDE = 224  # what it was trained at
 SPATIAL_CHANNELS = 7  # of sFID, Nash et al. 2021, arXiv 2103.03841
 
@@ -57,27 +57,29 @@ class FeatureExtractor(NamedTuple):
 
 
 def feature_extractor(
-    name: FeatureName, device: torch.device | str = "cpu", judge: Path | None = None
+    name: FeatureName, device: torch.device | str = "cpu", classifier: Path | None = None
 ) -> FeatureExtractor:
     """The extractor of that name; `judge` is the folder of a judge's weights.
 
     Raises:   UserError with the pip command or what to fetch when something is missing.
     """
-    if name == "judge":
-        if judge is None:
-            raise UserError("there is no judge for these images; expected efficientnet-lite0, inception or pixels-8x8")
-        return judge_features(Judge.from_pretrained(judge).to(device))
+    if name == "classifier":
+        if classifier is None:
+            raise UserError(
+                "there is no classifier for these images; expected efficientnet-lite0, inception or pixels-8x8"
+            )
+        return classifier_features(ReferenceClassifier.from_pretrained(classifier).to(device))
     if name == "efficientnet-lite0":
         return efficientnet_features(device)
     return inception_features(device) if name == "inception" else POOLED_PIXELS
 
 
-def judge_features(judge: Judge) -> FeatureExtractor:
+def classifier_features(classifier: ReferenceClassifier) -> FeatureExtractor:
     def extract(images: Tensor) -> ImageFeatures:
-        output = judge.classify_images(images)
+        output = classifier.classify_images(images)
         return ImageFeatures(output.features, class_logits=output.logits)
 
-    return FeatureExtractor("fashion-mnist-judge", extract, hash_of(judge))
+    return FeatureExtractor("fashion-mnist-classifier", extract, hash_of(classifier))
 
 
 def pooled_pixels(images: Tensor) -> ImageFeatures:

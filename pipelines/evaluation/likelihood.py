@@ -20,7 +20,7 @@ BATCH, LOGITS_AT_ONCE = 100, 1 << 24
 
 
 @torch.no_grad()
-def surprise(prior: AutoregressivePrior, codes: Tensor, conditioning: Tensor) -> Tensor:
+def negative_log_likelihood(prior: AutoregressivePrior, codes: Tensor, conditioning: Tensor) -> Tensor:
     """Bits of each code, float64 of the shape of `codes` (N, h, w) or (N, levels, h, w), given class ids (N,), on the CPU."""
     found, grid = [], codes[0].numel() * prior.config.codebook_size
     size = max(1, min(BATCH, LOGITS_AT_ONCE // grid))
@@ -32,7 +32,7 @@ def surprise(prior: AutoregressivePrior, codes: Tensor, conditioning: Tensor) ->
     return torch.cat(found)
 
 
-def likelihood_figures(
+def likelihood_metrics(
     bits: Tensor, conditioning: Tensor, names: tuple[str, ...], codebook_size: int, pixels: int
 ) -> dict[str, Any]:
     """Means over codes of `surprise`: overall, by pixel, by class and by position.

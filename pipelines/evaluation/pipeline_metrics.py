@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.across_processes import sample_across_processes
 from pipelines.evaluation.evaluator import FEWEST, Evaluator, ImageSet, Measured
-from pipelines.evaluation.likelihood import likelihood_figures, surprise
+from pipelines.evaluation.likelihood import likelihood_metrics, negative_log_likelihood
 from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_loader import images_at_once
@@ -43,7 +43,7 @@ def pipeline_metrics(
 
 
 def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
-    """Figures of `likelihood_figures` on images; none where the prior gives codes no probability."""
+    """Figures of `likelihood_metrics` on images; none where the prior gives codes no probability."""
     prior, processor = pipeline.prior, pipeline.tokenizer.config.image_processor
     if not isinstance(prior, AutoregressivePrior):
         return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
@@ -52,8 +52,8 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
         with torch.inference_mode():
             codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
         classes.append(torch.tensor([-1 if labels is None else labels[i] for i in positions]))
-        bits.append(surprise(prior, codes, classes[-1]))
-    return likelihood_figures(
+        bits.append(negative_log_likelihood(prior, codes, classes[-1]))
+    return likelihood_metrics(
         torch.cat(bits),
         torch.cat(classes),
         pipeline.label_names or (),

@@ -17,13 +17,13 @@ from training_harness.errors import UserError
 from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, stored_config
 
 
-class JudgeOutput(NamedTuple):
+class ClassifierOutput(NamedTuple):
     logits: Tensor  # (N, num_labels) float32
     features: Tensor  # (N, F) float32, ≥ 0; F is the last width
 
 
 @stored_config
-class JudgeConfig(StrictConfig):
+class ReferenceClassifierConfig(StrictConfig):
     """Sizes of the images it was trained on, channels of each stage, and in `id2label` the names of the classes.
 
     `num_labels` counts the names; given alone it makes them up (LABEL_0, …).
@@ -50,12 +50,12 @@ def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-class Judge(StrictModel):
-    config: JudgeConfig
-    config_class = JudgeConfig
+class ReferenceClassifier(StrictModel):
+    config: ReferenceClassifierConfig
+    config_class = ReferenceClassifierConfig
     main_input_name = "pixels"
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: ReferenceClassifierConfig) -> None:
         super().__init__(config)
         layers: list[nn.Module] = [convolution(config.image_channels, config.widths[0])]
         for narrow, wide in pairwise(config.widths):
@@ -64,7 +64,7 @@ class Judge(StrictModel):
         self.head = nn.Linear(config.widths[-1], len(config.id2label or {}))
         self.post_init()
 
-    def forward(self, pixels: Tensor) -> JudgeOutput:
+    def forward(self, pixels: Tensor) -> ClassifierOutput:
         """What each image shows.
 
         Args:     pixels: (N, C, H, W) float in [0, 1], of the config's C, H and W.
@@ -72,10 +72,10 @@ class Judge(StrictModel):
         """
         self._check_shape(pixels)
         features = self.trunk(pixels).mean(dim=(2, 3))  # (N, F)
-        return JudgeOutput(self.head(features), features)
+        return ClassifierOutput(self.head(features), features)
 
     @torch.inference_mode()
-    def classify_images(self, images: Tensor, batch_size: int = 500) -> JudgeOutput:
+    def classify_images(self, images: Tensor, batch_size: int = 500) -> ClassifierOutput:
         """What each image shows, in float32 and with the stored BatchNorm statistics whatever the surroundings.
 
         Args:     images: (N, C, H, W) uint8 on any device.
@@ -94,7 +94,7 @@ class Judge(StrictModel):
             batches = [self(batch.to(device).float() / 255) for batch in images.split(batch_size)]
         self.train(was_training)
         logits, features = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
-        return JudgeOutput(logits, features)
+        return ClassifierOutput(logits, features)
 
     def _check_shape(self, images: Tensor) -> None:
         expected = (self.config.image_channels, self.config.image_height, self.config.image_width)

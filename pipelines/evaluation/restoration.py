@@ -10,7 +10,7 @@ from pipelines.latent_generation import LatentGenerationPipeline, image_generato
 from stage1_tokenizer.data.degradation import degraded
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.diffusion.model import DiffusionPrior
-from stage2_prior.prior import Known
+from stage2_prior.prior import KnownCodes
 
 BATCH = 200
 
@@ -36,7 +36,7 @@ class Restorations:
             originals, worse = (x[: part.stop - begin] for x in (originals, worse))
             with torch.inference_mode():
                 given = pipeline.tokenizer.encode_latents(processor.preprocess(worse.to(pipeline.tokenizer.device)))
-            known = Known.whole(given)
+            known = KnownCodes.for_restoration(given)
             restored = to_uint8(pipeline.sample_pixels(self.labels[part], generators[part], known=known))
             self._psnr["degraded_psnr"].append(psnr(worse, originals))
             self._psnr["restored_psnr"].append(psnr(restored, originals))

@@ -20,7 +20,7 @@ from stage1_tokenizer.codes.manifest import (
     write_manifest,
 )
 from stage1_tokenizer.data.degradation import Degradation, degraded
-from stage1_tokenizer.data.image_loader import LoadedSource, Pixels, images_at_once
+from stage1_tokenizer.data.image_loader import ImageLoader, LoadedSource, images_at_once
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
@@ -94,7 +94,7 @@ def write_code_cache(
 @torch.no_grad()
 def _encoded(
     tokenizer: Tokenizer,
-    pixels: Pixels,
+    pixels: ImageLoader,
     contents: Contents,
     views: tuple[View, ...],
     degradation: Degradation,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.data.image_processor import MODES, ImageProcessor, Picture, to_pil
+from stage1_tokenizer.data.image_processor import MODES, ImageLike, ImageProcessor, to_pil
 from training_harness.errors import ConfigError
 
 Degradation = Literal["none", "noise", "downscale-2x", "downscale-4x"]
@@ -31,7 +31,7 @@ def degraded(images: Tensor, kind: Degradation, processor: ImageProcessor, seeds
     return torch.stack([processor.read(shrunk(image, FACTORS[kind])) for image in images])
 
 
-def shrunk(image: Tensor, factor: int) -> Picture:
+def shrunk(image: Tensor, factor: int) -> ImageLike:
     """uint8 (C, h, w) → a picture of 1 / factor of its sides."""
     height, width = image.shape[1] // factor, image.shape[2] // factor
     if min(height, width) < 1:

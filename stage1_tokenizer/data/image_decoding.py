@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from stage1_tokenizer.data.image_processor import Picture, to_eight_bits, upright_with_eight_bits
+from stage1_tokenizer.data.image_processor import ImageLike, to_eight_bits, upright_with_eight_bits
 
 NUMPY_MAGIC, PNG_MAGIC, TIFF_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
 METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that change nothing in its pixels
@@ -31,7 +31,7 @@ BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;1
 _one_at_a_time = Lock()
 
 
-def opened(encoded: bytes) -> Picture:
+def open_image(encoded: bytes) -> ImageLike:
     """The image with its size and mode; pixels of Pillow's are not decoded yet.
 
     Raises:   whatever is wrong with the bytes."""
@@ -47,20 +47,20 @@ def opened(encoded: bytes) -> Picture:
         return _opened_without_bound(encoded)
 
 
-def decoded(encoded: bytes, at_least: tuple[int, int] | None = None) -> Picture:
+def decoded(encoded: bytes, at_least: tuple[int, int] | None = None) -> ImageLike:
     """The image with its pixels.
 
     Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that large.
     Raises:   whatever is wrong with the bytes; ValueError for an image of more than `LARGEST` bytes."""
     try:
-        return _loaded(opened(encoded), at_least)
+        return _loaded(open_image(encoded), at_least)
     except (ValueError, OSError, SyntaxError):
         if (stripped := without_metadata(encoded)) == encoded:
             raise
-        return _loaded(opened(stripped), at_least)  # text may also come after the pixels
+        return _loaded(open_image(stripped), at_least)  # text may also come after the pixels
 
 
-def _loaded(image: Picture, at_least: tuple[int, int] | None) -> Picture:
+def _loaded(image: ImageLike, at_least: tuple[int, int] | None) -> ImageLike:
     if isinstance(image, np.ndarray):
         return image
     width, height = image.size
@@ -105,7 +105,7 @@ def without_metadata(encoded: bytes) -> bytes:
     return b"".join(kept)
 
 
-def opened_array(encoded: bytes) -> Picture:
+def opened_array(encoded: bytes) -> ImageLike:
     """A NumPy file of (h, w) or (h, w, C) numbers, in 8 bits: an array of more than four channels stays one.
 
     Channels may come first: where the first axis is the smallest and is at most 4, or the other two are equal. Values become
@@ -113,7 +113,7 @@ def opened_array(encoded: bytes) -> Picture:
     return as_image(np.load(io.BytesIO(encoded), allow_pickle=False))
 
 
-def as_image(array: np.ndarray, channels_last: bool = False) -> Picture:
+def as_image(array: np.ndarray, channels_last: bool = False) -> ImageLike:
     """What `opened_array` says of the numbers in a file."""
     if (
         array.dtype.kind not in "biuf"

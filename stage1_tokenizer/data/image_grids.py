@@ -44,7 +44,7 @@ def printable(label: str) -> str:
     return " ".join(label.split()).encode("utf-8", "replace").decode()
 
 
-def before_and_after(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Image.Image:
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Image.Image:
     """Rows of originals, each over the row of their reconstructions; both (N, C, h, w) uint8."""
     rows = [row for pair in zip(originals.split(columns), reconstructions.split(columns), strict=True) for row in pair]
     labels = ["original", "reconstruction"] * (len(rows) // 2)
@@ -57,12 +57,12 @@ def before_and_after(originals: Tensor, reconstructions: Tensor, columns: int = 
 def save_images(images: Tensor, paths: Iterable[Path]) -> None:
     """Writes (N, C, h, w) uint8 images as PNG files; of more than four channels also whole, as NumPy files beside them."""
     for pixels, picture, path in zip(images, to_pil(images), paths, strict=True):
-        save_picture(picture, path)
+        save_image(picture, path)
         if len(pixels) > 4:
             with atomic_file(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
                 np.save(file, pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(picture: Image.Image, path: Path) -> None:
     with atomic_file(path) as beside:
         picture.save(beside, format="PNG")

@@ -34,7 +34,7 @@ def images_at_once(size: Sequence[int]) -> int:
     return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))
 
 
-class Pixels:
+class ImageLoader:
     """Indexed by position in the split: `pixels[indices]` is uint8 (B, C, height, width) of the content size.
 
     Positions whose picture cannot be read give the next readable one; `readable` lists those that can.
@@ -150,17 +150,17 @@ class LoadedSource:
         self.source, self.processor = source, processor
 
     @cached_property
-    def train(self) -> Pixels:
-        return Pixels(self.source.train, self.processor)
+    def train(self) -> ImageLoader:
+        return ImageLoader(self.source.train, self.processor)
 
     @cached_property
-    def validation(self) -> Pixels:
-        return Pixels(self.source.validation, self.processor)
+    def validation(self) -> ImageLoader:
+        return ImageLoader(self.source.validation, self.processor)
 
     @cached_property
-    def held_out(self) -> Pixels:
+    def held_out(self) -> ImageLoader:
         """The images that metrics are measured on: the test split, else the validation split."""
-        return self.validation if self.source.test is None else Pixels(self.source.test, self.processor)
+        return self.validation if self.source.test is None else ImageLoader(self.source.test, self.processor)
 
     def numbered_as(self, label_names: Sequence[str] | None) -> Self:
         """The same images, whose classes have the ids that they have in `label_names`; what is decoded stays so."""

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from training_harness.errors import ConfigError
 
-Picture = PIL.Image.Image | np.ndarray
+ImageLike = PIL.Image.Image | np.ndarray
 """A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
 ORIENTATION_TAG, BITS_TAG, SAMPLE_FORMAT_TAG = 0x0112, 258, 339  # of EXIF and TIFF
@@ -79,7 +79,7 @@ class ImageProcessor:
         Twice the content, so that the last halving is antialiased; square, since EXIF may still turn the picture."""
         return (2 * max(self.content_size),) * 2
 
-    def read(self, image: Picture) -> Tensor:
+    def read(self, image: ImageLike) -> Tensor:
         """A picture of any mode and size as uint8 (C, h, w) of the content.
 
         Turned upright by its EXIF orientation; other numbers brought to 8 bits; transparency kept where this processor has an alpha
@@ -165,7 +165,7 @@ def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def orientation_of(image: Picture) -> int:
+def orientation_of(image: ImageLike) -> int:
     """EXIF orientation, 1 (upright) to 8; from 5 on, height and width change places. Unreadable EXIF counts as none."""
     if isinstance(image, np.ndarray):
         return 1

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-PICTURE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes")
+IMAGE_COLUMN_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes")
 LABEL_NAMES = ("label", "labels", "class")
 ID_NAME = "source_id"
 
@@ -215,7 +215,7 @@ def _load_tables(schemas: Mapping[str, pa.Schema], data: str | Path) -> Dataset:
     schema = next(iter(schemas.values()))
     common = [name for name in schema.names if all(name in other.names for other in schemas.values())]
     own = _features(schema)
-    picture = _picture_column(schema, own, data, common)
+    picture = _image_column(schema, own, data, common)
     read = (ID_NAME, *LABEL_NAMES)
     names = [
         name
@@ -287,7 +287,7 @@ def row_parts(tables: Mapping[str, Dataset], data: str | Path) -> tuple[dict[str
 
 def _row_part(rows: Dataset, split: str, label: str | None, names: Sequence[str] | None, data: str | Path) -> Part:
     schema = rows.features.arrow_schema
-    picture = _picture_column(schema, rows.features, data, rows.column_names)
+    picture = _image_column(schema, rows.features, data, rows.column_names)
     ids = [str(value) for value in _values(rows, ID_NAME)] if ID_NAME in rows.column_names else None
     store = RowStore(rows.select_columns([picture]).with_format("arrow"), split, ids)
     if label is None or label not in rows.column_names:
@@ -342,7 +342,7 @@ def _features(schema: pa.Schema) -> Mapping[str, Any]:
         return {}
 
 
-def _picture_column(schema: pa.Schema, features: Mapping[str, Any], data: str | Path, names: Sequence[str]) -> str:
+def _image_column(schema: pa.Schema, features: Mapping[str, Any], data: str | Path, names: Sequence[str]) -> str:
     """The column of type Image; in files written without that type, one of encoded bytes."""
     import datasets
 
@@ -353,7 +353,7 @@ def _picture_column(schema: pa.Schema, features: Mapping[str, Any], data: str | 
         raise UserError(
             f"{str(data)!r} has the columns {columns}; expected a column of images. Cast one to datasets.Image()"
         )
-    return next((name for name in PICTURE_NAMES if name in candidates), candidates[0])
+    return next((name for name in IMAGE_COLUMN_NAMES if name in candidates), candidates[0])
 
 
 def _columns_of_bytes(schema: pa.Schema) -> list[str]:

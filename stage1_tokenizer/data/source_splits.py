@@ -32,7 +32,7 @@ CONTENT_HASH = re.compile(r"[-_.](?=[0-9a-f]*\d)[0-9a-f]{8,}$")  # train-00000-o
 EXPECTED = "a folder of images, of class folders or of train/val/test folders, Parquet, a saved data set or a Hub name"
 
 
-class PictureStore(Protocol):
+class ImageStore(Protocol):
     """Encoded pictures in a fixed order."""
 
     def __len__(self) -> int: ...
@@ -46,7 +46,7 @@ class PictureStore(Protocol):
 class Part:
     """One split before classes have numbers: a class for each picture, or none for all of them and the reason."""
 
-    store: PictureStore
+    store: ImageStore
     classes: Sequence[Any] | None
     unlabelled_because: str = ""
 

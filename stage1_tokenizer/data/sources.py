@@ -41,8 +41,8 @@ import numpy as np
 import PIL.Image
 
 from stage1_tokenizer.data.folder_sources import files_below, folder_parts, image_endings, image_files
-from stage1_tokenizer.data.image_decoding import decoded, opened
-from stage1_tokenizer.data.image_processor import Picture
+from stage1_tokenizer.data.image_decoding import decoded, open_image
+from stage1_tokenizer.data.image_processor import ImageLike
 from stage1_tokenizer.data.row_sources import (
     load_from_hub,
     load_parquet,
@@ -57,8 +57,8 @@ from stage1_tokenizer.data.source_splits import (
     TEST,
     TRAIN,
     VALIDATION,
+    ImageStore,
     Part,
-    PictureStore,
     in_natural_order,
     one_line,
     printable,
@@ -86,7 +86,7 @@ class ImageSplit:
 
     def __init__(
         self,
-        store: PictureStore,
+        store: ImageStore,
         labels: list[int] | None = None,
         positions: Sequence[int] | None = None,
         origin: str = "",
@@ -116,7 +116,7 @@ class ImageSplit:
         """`dog/7.png` below the folder that was opened, the row's `source_id`, or `train/00012`."""
         return self._store.source_id(self._positions[i])
 
-    def image(self, i: int, *, at_least: tuple[int, int] | None = None) -> Picture:
+    def image(self, i: int, *, at_least: tuple[int, int] | None = None) -> ImageLike:
         """Picture i, decoded whole, in its own mode and as stored: the image processor turns it upright.
 
         Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that
@@ -130,7 +130,7 @@ class ImageSplit:
 
         Raises:   UnreadableImage."""
         with self._as_unreadable(i):
-            image = opened(self._store.encoded(self._positions[i]))
+            image = open_image(self._store.encoded(self._positions[i]))
             if isinstance(image, np.ndarray):
                 return image.shape[0], image.shape[1]
             return image.height, image.width

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage1_tokenizer.data.image_processor import Picture, orientation_of, with_eight_bits
+from stage1_tokenizer.data.image_processor import ImageLike, orientation_of, with_eight_bits
 from stage1_tokenizer.data.source_splits import one_line
 from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage
 from training_harness.errors import UserError
@@ -16,10 +16,10 @@ COLOUR_SAMPLE = (256, 256)  # large JPEGs are decoded down to about this size: c
 
 
 @dataclass(frozen=True)
-class ImageSurvey:
+class DatasetStatistics:
     """Sizes are (height, width) of upright pictures; smallest and largest by their number of pixels."""
 
-    looked_at: int
+    images_read: int
     """Pictures that were read; the unreadable ones come on top."""
     unreadable: int
     commonest_size: tuple[int, int]
@@ -29,7 +29,7 @@ class ImageSurvey:
     """1 when every picture shows greys only, whatever its file's mode, 4 when one uses transparency, else 3; of arrays more."""
 
 
-def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
+def dataset_statistics(split: ImageSplit, limit: int = 256) -> DatasetStatistics:
     """Looks at up to `limit` pictures, evenly spaced over the split.
 
     Raises: UserError when none of them could be read; it names one."""
@@ -58,10 +58,10 @@ def survey(split: ImageSplit, limit: int = 256) -> ImageSurvey:
         )
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     commonest = max(by_area, key=lambda size: (sizes[size], size[0] * size[1]))
-    return ImageSurvey(sizes.total(), len(unreadable), commonest, by_area[0], by_area[-1], channels)
+    return DatasetStatistics(sizes.total(), len(unreadable), commonest, by_area[0], by_area[-1], channels)
 
 
-def _channels_of(image: Picture) -> int:
+def _channels_of(image: ImageLike) -> int:
     """1, 3 or 4 for a picture of Pillow's, by what it shows rather than by its mode; all that an array has."""
     if isinstance(image, np.ndarray):
         return image.shape[2]

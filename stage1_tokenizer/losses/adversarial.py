@@ -21,7 +21,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.quantizers.protocol import averaged
+from stage1_tokenizer.quantizers.protocol import all_reduce_mean
 from training_harness.errors import ConfigError
 from training_harness.optimization import steps_of
 from training_harness.precision import widened
@@ -116,7 +116,7 @@ class LeCAM:
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Draws real logits to where fake ones have been, and the other way round; counts these logits too."""
         real, fake = widened(real_logits), widened(fake_logits)
-        means = averaged(torch.stack([real.detach().mean(), fake.detach().mean()])).tolist()
+        means = all_reduce_mean(torch.stack([real.detach().mean(), fake.detach().mean()])).tolist()
         if all(map(math.isfinite, means)):  # or one bad batch would stay in the averages
             self.real += (1 - LECAM_DECAY) * (means[0] - self.real)
             self.fake += (1 - LECAM_DECAY) * (means[1] - self.fake)
@@ -134,4 +134,4 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_adversary,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
     weight = widened(of_reconstruction).norm() / (widened(of_adversary).norm() + 1e-4)
-    return averaged(weight.clamp(0, 1e4).detach())
+    return all_reduce_mean(weight.clamp(0, 1e4).detach())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.networks.blocks import group_norm
 
 
-def smallest_judged(layers: int) -> int:
+def smallest_image_side(layers: int) -> int:
     """Pixels a side that are left at 3 by `layers` halvings, as its last two convolutions need."""
     return 3 * 2**layers
 

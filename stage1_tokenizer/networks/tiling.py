@@ -62,7 +62,7 @@ def spans(length: int, side: int, halo: int) -> list[Span]:
     return [Span(a, b, slice(max(0, a - halo), min(length, b + halo))) for a, b in pairwise(edges)]
 
 
-class WholeNorm(nn.Module):
+class GlobalNorm(nn.Module):
     """A group norm by the statistics of the whole map, whatever part of it comes through."""
 
     affine: tuple[Tensor, Tensor] | None = None  # scale and shift, both (B, C, 1, 1)
@@ -98,22 +98,22 @@ class WholeNorm(nn.Module):
 class Reached(BaseException):  # no error: nothing that catches `Exception` on the way may stop it
     """Thrown by a norm without statistics: what comes after it cannot be computed yet."""
 
-    def __init__(self, norm: WholeNorm, x: Tensor) -> None:
+    def __init__(self, norm: GlobalNorm, x: Tensor) -> None:
         super().__init__()
         self.norm, self.input = norm, x
 
 
-def with_whole_norms(layers: nn.Sequential) -> nn.Sequential:
+def with_global_norms(layers: nn.Sequential) -> nn.Sequential:
     """The same layers on the same weights, but for their norms. The model itself stays as it is for whoever else calls it."""
     shared = {id(tensor): tensor for tensor in (*layers.parameters(), *layers.buffers())}
     twin = copy.deepcopy(layers, shared)
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.GroupNorm):
-            twin.set_submodule(name, WholeNorm(module))
+            twin.set_submodule(name, GlobalNorm(module))
     return twin
 
 
-def input_of(norm: WholeNorm, layers: nn.Sequential, window: Tensor) -> Tensor:
+def input_of(norm: GlobalNorm, layers: nn.Sequential, window: Tensor) -> Tensor:
     """What arrives at the first norm without statistics, which has to be `norm`."""
     try:
         layers(window)
@@ -162,8 +162,8 @@ def tile_by_tile(layers: nn.Sequential, x: Tensor, side: int) -> Tensor:
             "the image is larger than a tile and gradients are on, which tiles cannot give; expected a call within "
             "torch.no_grad(), or disable_tiling() and the whole image at once"
         )
-    layers = with_whole_norms(layers)
-    norms = [module for module in layers.modules() if isinstance(module, WholeNorm)]
+    layers = with_global_norms(layers)
+    norms = [module for module in layers.modules() if isinstance(module, GlobalNorm)]
     step = 2 ** sum(isinstance(layer, Downsample) for layer in layers)  # windows begin where strides do
     halo = -(-reach(layers) // step) * step
     tiles = [Tile(*pair) for pair in product(*(spans(length, side, halo) for length in x.shape[-2:]))]

@@ -23,9 +23,9 @@ from stage1_tokenizer.quantizers.protocol import (
     EntropyQuantizerConfig,
     Quantizer,
     QuantizerOutput,
+    all_reduce_mean,
     as_maps,
     as_vectors,
-    averaged,
 )
 from training_harness.errors import ConfigError
 from training_harness.precision import widened
@@ -99,7 +99,7 @@ class LFQ(Quantizer):
         return (2.0 * bits - 1) * self._length
 
     def _entropy_of_all(self, bits: Tensor) -> Tensor:
-        return entropy_of(averaged(code_probabilities(bits)))
+        return entropy_of(all_reduce_mean(code_probabilities(bits)))
 
     def _placed(self, vectors: Tensor) -> Tensor:
         return vectors
@@ -124,5 +124,5 @@ class BSQ(LFQ):
         return self.channels**-0.5
 
     def _entropy_of_all(self, bits: Tensor) -> Tensor:
-        mean = averaged(bits.mean(0))
+        mean = all_reduce_mean(bits.mean(0))
         return entropy_of(mean) + entropy_of(1 - mean)

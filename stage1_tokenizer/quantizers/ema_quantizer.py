@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.protocol import summed
+from stage1_tokenizer.quantizers.protocol import all_reduce_sum
 from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, VectorQuantizer
 
 
@@ -31,7 +31,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def _count(self, indices: Tensor, vectors: Tensor) -> None:
         super()._count(indices, vectors)
-        sums = summed(torch.zeros_like(self.sums).index_add_(0, indices, vectors.to(self.sums.dtype)))
+        sums = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors.to(self.sums.dtype)))
         self.sums.lerp_(sums, 1 - self.config.usage_decay)
         self.codebook.copy_(self.sums / self.usage.clamp(min=1e-6)[:, None])
 

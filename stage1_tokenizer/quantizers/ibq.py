@@ -22,9 +22,9 @@ from stage1_tokenizer.quantizers.protocol import (
     EntropyQuantizerConfig,
     Quantizer,
     QuantizerOutput,
+    all_reduce_mean,
     as_maps,
     as_vectors,
-    averaged,
 )
 from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS, least_of
 from training_harness.precision import widened
@@ -57,7 +57,7 @@ class _Chosen(torch.autograd.Function):
 
 
 @torch.compiler.disable  # that of torch 2.11 loses the gradient of such a function
-def softly_chosen(vectors: Tensor, codebook: Tensor, indices: Tensor, temperature: float) -> Tensor:
+def soft_choice(vectors: Tensor, codebook: Tensor, indices: Tensor, temperature: float) -> Tensor:
     """Codes (N, D) of indices (N,), with the gradient of the soft choice among all."""
     return _Chosen.apply(vectors, codebook, indices, temperature)
 
@@ -79,7 +79,7 @@ class IBQ(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             vectors = widened(as_vectors(latents))
             indices = most_alike(vectors.detach(), self.codebook.detach())
-            chosen = softly_chosen(vectors, self.codebook, indices, self.config.entropy_temperature)
+            chosen = soft_choice(vectors, self.codebook, indices, self.config.entropy_temperature)
             hard = self.codebook[indices]
             losses = {
                 "codebook": F.mse_loss(hard, vectors.detach()),
@@ -102,7 +102,7 @@ class IBQ(Quantizer):
         else:
             parts = [checkpoint(self._choices, chunk, use_reentrant=False) for chunk in vectors.split(rows)]
             own, choice = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
-        mean = averaged(choice / len(vectors))
+        mean = all_reduce_mean(choice / len(vectors))
         return own / len(vectors) + torch.special.xlogy(mean, mean).sum()
 
     def _choices(self, vectors: Tensor) -> tuple[Tensor, Tensor]:

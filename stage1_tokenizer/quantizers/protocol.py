@@ -92,14 +92,14 @@ def as_maps(vectors: Tensor, like: Tensor) -> Tensor:
     return vectors.view(batch, height, width, -1).movedim(-1, 1).to(like.dtype)
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over processes."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def averaged(values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over processes, through which gradients pass."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.nn.functional import all_reduce
@@ -108,7 +108,7 @@ def averaged(values: Tensor) -> Tensor:
     return values
 
 
-def gathered(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """(N, …) of every process, one after another: (processes · N, …)."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
@@ -119,4 +119,4 @@ def gathered(values: Tensor) -> Tensor:
 
 def all_finite(values: Tensor) -> bool:
     """Whether no process holds a number that is not finite."""
-    return not summed((~values.detach().isfinite()).any().to(values.dtype))
+    return not all_reduce_sum((~values.detach().isfinite()).any().to(values.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer, EMAVectorQuantizerConfig
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput, as_maps, as_vectors
-from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, turned
+from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, rotate_gradient
 from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
@@ -59,7 +59,7 @@ class ResidualQuantizer(Quantizer):
             indices.append(found.indices)
             commitments.append(found.losses["commitment"])
         if self.config.gradient == "rotation":
-            quantized = as_maps(turned(as_vectors(widened(latents)), as_vectors(total)), latents)
+            quantized = as_maps(rotate_gradient(as_vectors(widened(latents)), as_vectors(total)), latents)
         else:
             quantized = latents + (total - latents).detach().to(latents.dtype)
         return QuantizerOutput(quantized, torch.stack(indices, 1), {"commitment": torch.stack(commitments).mean()})

@@ -25,13 +25,13 @@ from stage1_tokenizer.quantizers.protocol import (
     QuantizerConfig,
     QuantizerOutput,
     all_finite,
+    all_gather,
+    all_reduce_sum,
     as_maps,
     as_vectors,
-    gathered,
-    summed,
 )
 from training_harness.errors import ConfigError
-from training_harness.matmul_precision import exact_products
+from training_harness.matmul_precision import full_matmul_precision
 from training_harness.precision import widened
 
 CHUNK_ELEMENTS = 1 << 21  # entries of the distance table that exist at once: 8 MiB of float32
@@ -56,7 +56,7 @@ def least_of(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
     are rounded: in bfloat16 the distances tie and most vectors fall on one code.
     """
     device = vectors.device
-    with torch.autocast(device.type, enabled=False), exact_products(device):
+    with torch.autocast(device.type, enabled=False), full_matmul_precision(device):
         vectors, codebook = widened(vectors), widened(codebook)
         rows = max(1, CHUNK_ELEMENTS // len(codebook))
         table = vectors.new_empty(min(rows, len(vectors)), len(codebook))
@@ -67,7 +67,7 @@ def least_of(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
         return indices
 
 
-def turned(vectors: Tensor, codes: Tensor) -> Tensor:
+def rotate_gradient(vectors: Tensor, codes: Tensor) -> Tensor:
     """(N, D) codes through which the gradient reaches the vectors as through the rotation that takes one to the other."""
     unit, target = F.normalize(vectors.detach(), dim=1), F.normalize(codes.detach(), dim=1)
     between = F.normalize(unit + target, dim=1)
@@ -145,7 +145,7 @@ class VectorQuantizer(Quantizer):
             if learning:
                 self._count(indices, vectors.detach())
             if self.config.gradient == "rotation":
-                quantized = turned(vectors, chosen.detach())
+                quantized = rotate_gradient(vectors, chosen.detach())
             else:
                 quantized = vectors + (chosen - vectors).detach()
         return QuantizerOutput(as_maps(quantized, latents), indices.view(batch, height, width), losses)
@@ -164,7 +164,7 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _count(self, indices: Tensor, vectors: Tensor) -> None:
-        counts = summed(torch.bincount(indices, minlength=len(self.usage)).to(self.usage.dtype))
+        counts = all_reduce_sum(torch.bincount(indices, minlength=len(self.usage)).to(self.usage.dtype))
         self.usage.lerp_(counts, 1 - self.config.usage_decay)
 
     @torch.no_grad()
@@ -173,11 +173,11 @@ class VectorQuantizer(Quantizer):
         threshold, first = self.config.restart_threshold, not self.usage.any()
         if threshold == 0 and not first:
             return
-        uniform = float(summed(vectors.new_tensor(len(vectors)))) / len(self.usage)
+        uniform = float(all_reduce_sum(vectors.new_tensor(len(vectors)))) / len(self.usage)
         dead = self.usage <= threshold * uniform
         if not dead.any():
             return
-        candidates = gathered(vectors)
+        candidates = all_gather(vectors)
         self.restarts += 1
         # one draw for all processes, whatever their number
         generator = torch.Generator().manual_seed(int(self.restarts))

@@ -13,7 +13,7 @@ from stage2_prior.autoregressive.kv_cache import Cache
 from stage2_prior.layers.attention import plain_attention, plain_products_pay
 from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.layers.normalization import RMSNorm
-from stage2_prior.layers.rotary import Turns, rotate
+from stage2_prior.layers.rotary import RotaryFactors, rotate
 
 
 class Attention(nn.Module):
@@ -31,7 +31,7 @@ class Attention(nn.Module):
             RMSNorm(model.head_dim, eps=model.rms_norm_eps) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, turned: RotaryFactors, cache: Cache | None) -> Tensor:
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, tokens, head_dim)
             for project in (self.query, self.key, self.value)
@@ -64,6 +64,6 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, turned: Turns, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, turned: RotaryFactors, cache: Cache | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

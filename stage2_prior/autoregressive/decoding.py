@@ -1,7 +1,7 @@
 r"""Decoding: one place after another, each code drawn given all before it.
 
 Known codes are forced, not drawn. Those that begin the order of all images are read in one pass (prefill), so that in the order
-`kept_first` a hole is filled from all around it. In raster order what is known below a hole comes too late to be seen; there
+`known_first` a hole is filled from all around it. In raster order what is known below a hole comes too late to be seen; there
 several candidates are drawn and weighed by it (`candidates`). The uniform numbers that draw codes are taken up front from the
 image's own generator and belong to places: they depend neither on the batch nor on what is known.
 """
@@ -19,10 +19,10 @@ from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncate
 from stage2_prior.autoregressive.stepping import Stepper, stepper_for
 from stage2_prior.autoregressive.transformer import CodeTransformer
 from stage2_prior.conditioning.classes import guided, has_class
-from stage2_prior.prior import UNKNOWN, Known
+from stage2_prior.prior import UNKNOWN, KnownCodes
 
 
-class Place(NamedTuple):
+class SampledPosition(NamedTuple):
     """The codes of one place, drawn or forced."""
 
     codes: Tensor  # (B, levels) int64
@@ -36,7 +36,7 @@ def decode(
     options: SamplingOptions,
     generators: Sequence[torch.Generator],
     on_step: Callable[[int, Tensor], None] | None = None,
-    known: Known | None = None,
+    known: KnownCodes | None = None,
     orders: Tensor | None = None,
 ) -> Tensor:
     """Codes (B, h, w) int64, or (B, levels, h, w), for class ids (B,).
@@ -48,7 +48,7 @@ def decode(
         orders: (B, h·w) int64, the place that is drawn i-th; none is raster order.
     """
     batch, places, levels = len(conditioning), prior.config.places, prior.levels
-    forced, tokens = forced_tokens(prior, conditioning, known, orders)
+    forced, tokens = known_tokens(prior, conditioning, known, orders)
     start = int(forced.all(0).int().cumprod(0).sum())  # places that need no draw in any image
     if start == places:
         return prior.codes_of(tokens.flatten(1), orders)
@@ -66,10 +66,10 @@ def decode(
     guidance = options.guidance_scale != 1 and bool(has_class(conditioning, null).any())
     if guidance:
         conditioning = torch.cat([conditioning, torch.full_like(conditioning, null)])
-    both = doubled(orders, guidance) if orders is not None else None
+    both = duplicate_for_guidance(orders, guidance) if orders is not None else None
     caches = prior.new_caches(len(conditioning))
     prefix = prior.class_embedding(conditioning)[:, None]
-    inputs = torch.cat([prefix, prior.place_vectors(doubled(tokens[:, :start], guidance))], dim=1)
+    inputs = torch.cat([prefix, prior.embed_codes(duplicate_for_guidance(tokens[:, :start], guidance))], dim=1)
     stepper = stepper_for(prior, caches, both, len(conditioning), options.weights == "int8")
     hidden = prior.hidden_states(inputs, both, caches)[:, -1]
 
@@ -79,8 +79,10 @@ def decode(
 
     for i in range(start, places):
         if i > start:
-            hidden = stepper.hidden(prior.place_vectors(doubled(tokens[:, i - 1 : i], guidance)))
-        place = drawn_place(prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.scale_at(i, places))
+            hidden = stepper.hidden(prior.embed_codes(duplicate_for_guidance(tokens[:, i - 1 : i], guidance)))
+        place = sample_position(
+            prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.scale_at(i, places)
+        )
         tokens[:, i] = place.codes
         chosen = candidates.weigh(i, place.codes, place.logits, forced[:, i]) if count > 1 else None
         if chosen is not None:
@@ -93,21 +95,21 @@ def decode(
     return codes_of_best()
 
 
-def forced_tokens(
-    prior: CodeTransformer, conditioning: Tensor, known: Known | None, orders: Tensor | None
+def known_tokens(
+    prior: CodeTransformer, conditioning: Tensor, known: KnownCodes | None, orders: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What is known, in the order of drawing: whether (B, places), and the codes (B, places, levels) or `UNKNOWN`."""
     batch, places = len(conditioning), prior.config.places
     nothing = torch.full((batch, places, prior.levels), UNKNOWN, device=conditioning.device)
     if known is None:
         return torch.zeros(batch, places, dtype=torch.bool, device=conditioning.device), nothing
-    forced = known.kept.flatten(1)
+    forced = known.known_mask.flatten(1)
     if orders is not None:
         forced = forced.gather(1, orders)
     return forced, torch.where(forced[:, :, None], prior.tokens_of(known.codes, orders).view_as(nothing), nothing)
 
 
-def drawn_place(
+def sample_position(
     prior: CodeTransformer,
     stepper: Stepper,
     hidden: Tensor,
@@ -115,7 +117,7 @@ def drawn_place(
     uniform: Tensor,
     options: SamplingOptions,
     scale: float,
-) -> Place:
+) -> SampledPosition:
     """The codes of one place, level after level.
 
     Args:
@@ -137,10 +139,10 @@ def drawn_place(
         codes[:, level] = torch.where(known[:, level] == UNKNOWN, drawn, known[:, level])
         seen.append(logits)
         if level + 1 < prior.levels:
-            inputs = prior.place_vectors(doubled(codes[:, None, : level + 1], guidance))
-    return Place(codes, seen)
+            inputs = prior.embed_codes(duplicate_for_guidance(codes[:, None, : level + 1], guidance))
+    return SampledPosition(codes, seen)
 
 
-def doubled(tokens: Tensor, guidance: bool) -> Tensor:
+def duplicate_for_guidance(tokens: Tensor, guidance: bool) -> Tensor:
     """The same for both halves of a guided batch."""
     return torch.cat([tokens, tokens]) if guidance else tokens

@@ -14,7 +14,7 @@ from stage2_prior.autoregressive.blocks import Block
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.layers.normalization import RMSNorm
-from stage2_prior.layers.rotary import rotary_angles, turns
+from stage2_prior.layers.rotary import rotary_angles, rotary_factors
 
 
 class DepthTransformer(nn.Module):
@@ -34,7 +34,7 @@ class DepthTransformer(nn.Module):
         """(N, n, hidden) inputs of as many levels → the same shape; with caches they follow the levels these hold."""
         first = caches[0].tokens if caches else 0
         levels = slice(first, first + inputs.shape[1])
-        turned = turns(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
+        turned = rotary_factors(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
         inputs = inputs + self.level_embedding.weight[levels]
         for i, block in enumerate(self.blocks):
             inputs = block(inputs, turned, caches[i] if caches else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.transformer import CodeTransformer
-from stage2_prior.layers.rotary import turns
+from stage2_prior.layers.rotary import rotary_factors
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class GraphStepper:
         self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.slot_caches = [SlotCache(cache, self.slot) for cache in caches]
         angles = prior.angles(like.device)  # (1 + places, head_dim / 2)
-        self.turns = turns(angles if orders is None else angles[F.pad(orders + 1, (1, 0))][:, None])
+        self.rotary_factors = rotary_factors(angles if orders is None else angles[F.pad(orders + 1, (1, 0))][:, None])
         self.positions = None
         if prior.position_embedding is not None:
             order = torch.arange(prior.config.places, device=like.device) if orders is None else orders
@@ -67,7 +67,7 @@ class GraphStepper:
         x = self.inputs
         if self.positions is not None:
             x = x + self.positions.index_select(-2, self.slot)
-        cos, sin = (part.index_select(-2, self.slot) for part in self.turns)
+        cos, sin = (part.index_select(-2, self.slot) for part in self.rotary_factors)
         for block, cache in zip(self.prior.blocks, self.slot_caches, strict=True):
             x = block(x, (cos, sin), cache)
         return self.prior.norm(x)[:, -1]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.orders import kept_first
+from stage2_prior.autoregressive.orders import known_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.autoregressive.transformer import CodeTransformer
-from stage2_prior.prior import Known, PriorLoss
+from stage2_prior.prior import KnownCodes, PriorLoss
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
@@ -24,7 +24,7 @@ from training_harness.pretrained import count_parameters
 class AutoregressivePrior(CodeTransformer):
     options_class = SamplingOptions
     spec_fields = ("codebook_size", "levels", "height", "width", "tokenizer_id")
-    draws = "tokens"
+    output_kind = "tokens"
 
     def forward(self, codes: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> PriorLoss:
         """Loss of codes (B, h, w) int64, or (B, levels, h, w), given class ids (B,) int64: nats a token.
@@ -50,7 +50,7 @@ class AutoregressivePrior(CodeTransformer):
         options: SamplingOptions,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
-        known: Known | None = None,
+        known: KnownCodes | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)
@@ -59,11 +59,11 @@ class AutoregressivePrior(CodeTransformer):
                 "an autoregressive prior draws codes one after another; expected a prior of latents, such as a diffusion prior, to "
                 "begin with given noise; give neither latents nor --interpolate-to"
             )
-        orders = kept_first(known.kept.flatten(1)) if known is not None and self.fills_any_place else None
+        orders = known_first(known.known_mask.flatten(1)) if known is not None and self.supports_any_order else None
         return decode(self, conditioning, options, generators, on_step, known, orders)
 
     @property
-    def fills_any_place(self) -> bool:
+    def supports_any_order(self) -> bool:
         return self.config.random_order > 0
 
     def num_steps(self, spec: LatentSpec, options: SamplingOptions) -> int:

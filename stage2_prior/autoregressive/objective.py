@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.orders import drawn_orders
-from stage2_prior.conditioning.classes import without_some
+from stage2_prior.autoregressive.orders import random_orders
+from stage2_prior.conditioning.classes import drop_classes
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.errors import UserError
 from training_harness.processes import mean_over_processes, share_of
@@ -41,8 +41,8 @@ class AutoregressiveObjective:
 
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         config, split = self.config, self.codes.train
-        labels = without_some(split.labels(rows), draws[:, 0], config.class_dropout)
-        orders = drawn_orders(draws[:, 1:], config.order.at(step, config.max_steps))
+        labels = drop_classes(split.labels(rows), draws[:, 0], config.class_dropout)
+        orders = random_orders(draws[:, 1:], config.order.at(step, config.max_steps))
         return split.indices(rows), labels, orders
 
     def validation(self, prior: AutoregressivePrior) -> dict[str, float]:

@@ -44,7 +44,7 @@ class OrderConfig:
         return self.random + progress * (self.final - self.random)
 
 
-def drawn_orders(draws: Tensor, share: float) -> Tensor | None:
+def random_orders(draws: Tensor, share: float) -> Tensor | None:
     """(B, 1 + places) numbers in [0, 1) → (B, places) int64: random orders where the first number is below `share`.
 
     None, raster order for all, when the share is 0.
@@ -55,7 +55,7 @@ def drawn_orders(draws: Tensor, share: float) -> Tensor | None:
     return torch.where(draws[:, :1] < share, draws[:, 1:].argsort(1), raster)
 
 
-def kept_first(kept: Tensor) -> Tensor:
+def known_first(kept: Tensor) -> Tensor:
     """(B, places) bool → (B, places) int64: the kept places, then the others, each in raster order."""
     return (~kept).int().argsort(dim=1, stable=True)
 

@@ -25,7 +25,7 @@ from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.packed_product import gated_product, packed_product
 from stage2_prior.autoregressive.transformer import CodeTransformer
-from stage2_prior.layers.rotary import turns
+from stage2_prior.layers.rotary import rotary_factors
 from training_harness.errors import UserError
 
 
@@ -65,7 +65,7 @@ class PackedStepper:
     ) -> None:
         self.caches, self.length = caches, UnitLength(prior.config.model.hidden_size, prior.config.model.rms_norm_eps)
         self.gain = prior.norm.weight * self.length.root
-        turned = turns(prior.angles(torch.device("cpu")))  # (1 + places, head_dim) each
+        turned = rotary_factors(prior.angles(torch.device("cpu")))  # (1 + places, head_dim) each
         self.slots = (
             None if orders is None else F.pad(orders + 1, (1, 0))
         )  # (rows, 1 + places): whose turns each slot has
@@ -109,7 +109,7 @@ class PackedBlock:
         self.attend, self.head_dim, self.heads, self.shared = attend, attention.head_dim, attend.heads, attend.shared
         self.length = UnitLength(attention.query.in_features, eps)
         self.head_length = None if isinstance(attention.query_norm, nn.Identity) else UnitLength(self.head_dim, eps)
-        self.cos, self.sin = self._turns(attention, *turned)
+        self.cos, self.sin = self._rotary_factors(attention, *turned)
         joined = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
         gate, up = (
             project.weight * block.feed_forward_norm.weight * self.length.root
@@ -120,7 +120,7 @@ class PackedBlock:
         self.gated = gated_product(gate, up, rows, eight_bits)
         self.down = packed_product(feed_forward.down.weight, rows, eight_bits)
 
-    def _turns(self, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_factors(self, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(1 + places, heads + key heads, head_dim) each, with the gains of queries and keys, and the scale of attention."""
         gains = cos.new_ones(self.heads + self.shared, self.head_dim)
         if self.head_length is not None:

@@ -21,7 +21,7 @@ from stage2_prior.autoregressive.kv_cache import KVCache
 from stage2_prior.autoregressive.orders import inverse
 from stage2_prior.conditioning.classes import ClassEmbedding
 from stage2_prior.layers.normalization import RMSNorm
-from stage2_prior.layers.rotary import rotary_angles, turns
+from stage2_prior.layers.rotary import rotary_angles, rotary_factors
 from stage2_prior.prior import Prior
 from training_harness.errors import SpecMismatchError
 
@@ -100,7 +100,7 @@ class CodeTransformer(Prior):
             codes = codes + self.config.codebook_size * torch.arange(codes.shape[2], device=codes.device)
         return self.code_embedding(codes)
 
-    def place_vectors(self, codes: Tensor) -> Tensor:
+    def embed_codes(self, codes: Tensor) -> Tensor:
         """What stands for places (B, places, hidden), given their codes (B, places, n): the sum over levels."""
         return self.code_vectors(codes).sum(2)
 
@@ -117,7 +117,7 @@ class CodeTransformer(Prior):
         angles = self.angles(inputs.device)[
             F.pad(order + 1, (1, 0))[..., slots]
         ]  # of the prefix, and of each code's own place
-        turned = turns(angles if orders is None else angles[:, None])
+        turned = rotary_factors(angles if orders is None else angles[:, None])
         if self.position_embedding is not None:
             inputs = inputs + self.position_embedding(order[..., slots])
         for i, block in enumerate(self.blocks):

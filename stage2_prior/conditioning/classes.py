@@ -28,7 +28,7 @@ def has_class(labels: Tensor, null_class: int) -> Tensor:
     return (labels >= 0) & (labels != null_class)
 
 
-def without_some(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
+def drop_classes(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
     """Labels (B,), −1 where the draw (B,) in [0, 1) is below `rate`."""
     return torch.where(draws.to(labels.device) < rate, -1, labels)
 

@@ -19,7 +19,7 @@ from stage2_prior.layers.activations import GELU
 from stage2_prior.layers.attention import carries_derivative, plain_attention, plain_products_pay
 from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.layers.normalization import RMSNorm
-from stage2_prior.layers.rotary import Turns, rotary_angles, rotate, turns
+from stage2_prior.layers.rotary import RotaryFactors, rotary_angles, rotary_factors, rotate
 
 EPS = 1e-6
 
@@ -48,31 +48,31 @@ class DiT(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
-        x = self.patch(self.patches(latents))
+        x = self.patch(self.patchify(latents))
         turned = None
         if self.model.positions == "sincos":
             x = x + sincos_positions(*self.grid, x.shape[-1]).to(x)
         else:
             head_dim = self.model.hidden_size // self.model.num_heads
             angles = rotary_angles(*self.grid, head_dim, 2, self.model.rope_theta)
-            turned = turns(angles[1:].to(x.device))  # the first is that of a class prefix
+            turned = rotary_factors(angles[1:].to(x.device))  # the first is that of a class prefix
         condition = self.condition(times, classes, ends, guidance)
         for block in self.blocks:
             x = block(x, condition, turned)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.whole(self.final(modulated(self.norm(x), shift, scale)))
+        return self.unpatchify(self.final(modulate(self.norm(x), shift, scale)))
 
-    def patches(self, latents: Tensor) -> Tensor:
+    def patchify(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) → (B, tokens, c · p²), row after row."""
         size, (rows, columns) = self.model.patch_size, self.grid
         x = latents.unflatten(2, (rows, size)).unflatten(4, (columns, size))  # (B, c, rows, p, columns, p)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), rows * columns, -1)
 
-    def whole(self, patches: Tensor) -> Tensor:
+    def unpatchify(self, patchify: Tensor) -> Tensor:
         """What `patches` undoes."""
         size, (rows, columns) = self.model.patch_size, self.grid
-        x = patches.view(len(patches), rows, columns, self.channels, size, size)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.channels, rows * size, columns * size)
+        x = patchify.view(len(patchify), rows, columns, self.channels, size, size)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patchify), self.channels, rows * size, columns * size)
 
     def _draw_weights(self) -> None:
         for module in (self.patch, self.modulation, self.final, *self.blocks.modules()):
@@ -98,12 +98,12 @@ class DiTBlock(GradientCheckpointingLayer):
         )
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, turned: Turns | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, turned: RotaryFactors | None) -> Tensor:
         """x (B, tokens, hidden), condition (B, hidden)."""
         shift, scale, gate, shift_after, scale_after, gate_after = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate, self.attention(modulated(self.attention_norm(x), shift, scale), turned))
+        x = torch.addcmul(x, gate, self.attention(modulate(self.attention_norm(x), shift, scale), turned))
         return torch.addcmul(
-            x, gate_after, self.feed_forward(modulated(self.feed_forward_norm(x), shift_after, scale_after))
+            x, gate_after, self.feed_forward(modulate(self.feed_forward_norm(x), shift_after, scale_after))
         )
 
 
@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, eps=EPS) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turned: Turns | None) -> Tensor:
+    def forward(self, x: Tensor, turned: RotaryFactors | None) -> Tensor:
         query, key, value = (
             self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         )  # (B, heads, tokens, d)
@@ -137,7 +137,7 @@ def norm_layer(model: DiTModel) -> nn.Module:
     return nn.LayerNorm(model.hidden_size, eps=EPS, elementwise_affine=False)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 FAR_MEAN, FAR_STD = 0.2, 1.25  # from 0; from 1, as a factor either way
 
 
-def not_normalised(latents: Tensor) -> str | None:
+def normalization_warning(latents: Tensor) -> str | None:
     """What is to be said of latents (N, c, h, w) whose channels are not near zero mean and unit variance."""
     channels = latents.transpose(0, 1).flatten(1).double()
     means, stds = channels.mean(1), channels.std(1)

@@ -22,11 +22,11 @@ from stage2_prior.diffusion.config import DiffusionPriorConfig, UNetModel
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.mean_flow import mean_flow_errors
 from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
-from stage2_prior.diffusion.samplers.diffusers_scheduler import sampled_by_scheduler
+from stage2_prior.diffusion.samplers.diffusers_scheduler import sample_with_scheduler
 from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
-from stage2_prior.prior import Known, Prior, PriorLoss, randn_per_image
+from stage2_prior.prior import KnownCodes, Prior, PriorLoss, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
@@ -39,7 +39,7 @@ class DiffusionPrior(Prior):
     config: DiffusionPriorConfig
     options_class = DiffusionOptions
     spec_fields = ("channels", "height", "width", "tokenizer_id")
-    draws = "latents"
+    output_kind = "latents"
     _no_split_modules = ["DiTBlock", "ConvolutionBlock"]  # noqa: RUF012 - as transformers has it; units of FSDP
     end_layers = ("denoiser.patch", "denoiser.stem", "denoiser.final")  # no hidden matrices
 
@@ -93,7 +93,7 @@ class DiffusionPrior(Prior):
         noisy = noised(latents, noise, level).to(self.dtype)
         target = prediction_of(latents, noise, level, self.config.model.prediction)
         if ends is None or guidance is None:
-            errors = self.denoiser(beside(noisy, degraded), times, conditioning).float() - target.float()
+            errors = self.denoiser(concat_condition(noisy, degraded), times, conditioning).float() - target.float()
         else:
             errors = mean_flow_errors(
                 self.denoiser, noisy, target, times, conditioning, self.null_class, ends, guidance
@@ -112,7 +112,7 @@ class DiffusionPrior(Prior):
         options: DiffusionOptions,
         generators: Sequence[torch.Generator],
         on_step: Callable[[int, Tensor], None] | None = None,
-        known: Known | None = None,
+        known: KnownCodes | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         self.check_spec(spec)
@@ -125,7 +125,7 @@ class DiffusionPrior(Prior):
             return randn_per_image(shape, generators).to(conditioning.device)
 
         degraded = None
-        if self.restores:
+        if self.is_restoration:
             if known is None:
                 raise UserError(
                     f"this prior restores pictures (degradation {self.config.degradation}) and was given none; expected image= or "
@@ -140,7 +140,7 @@ class DiffusionPrior(Prior):
             if known is None:
                 return found
             # A sampler goes straight to what stays.
-            sample = torch.where(known.kept[:, None], known.codes, found.sample)
+            sample = torch.where(known.known_mask[:, None], known.codes, found.sample)
             return estimate(noisy, sample, level, "sample")
 
         steps = options.num_inference_steps
@@ -161,7 +161,7 @@ class DiffusionPrior(Prior):
         if self.scheduler is None:
             states = options.chosen_sampler()(denoise, latents, levels[begin:], draw)
         else:
-            states = sampled_by_scheduler(self.scheduler, self.schedule, denoise, latents, steps, generators)
+            states = sample_with_scheduler(self.scheduler, self.schedule, denoise, latents, steps, generators)
         for step, state in enumerate(states, begin):
             latents = state
             if on_step is not None:
@@ -182,7 +182,7 @@ class DiffusionPrior(Prior):
         A mean flow knows the guidance, and gives the mean velocity down to `end`, by default that of `time` itself; it is guided
         where the middle of the two is within the interval.
         """
-        noisy = beside(noisy.to(self.dtype), degraded)
+        noisy = concat_condition(noisy.to(self.dtype), degraded)
         times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
         if self.config.model.mean_flow:
             end = time if end is None else end
@@ -198,7 +198,7 @@ class DiffusionPrior(Prior):
         return rescaled(guided(conditional, without, options.guidance_scale), conditional, options.guidance_rescale)
 
     @property
-    def restores(self) -> bool:
+    def is_restoration(self) -> bool:
         return self.config.degradation != "none"
 
     def num_steps(self, spec: LatentSpec, options: DiffusionOptions) -> int:
@@ -208,13 +208,13 @@ class DiffusionPrior(Prior):
         return len(self.scheduler.timesteps)  # more than were asked for where a scheduler counts evaluations
 
     def describe(self, spec: LatentSpec) -> str:
-        does = f"restores from {self.config.degradation}" if self.restores else "draws"
+        does = f"restores from {self.config.degradation}" if self.is_restoration else "draws"
         return (
             f"a diffusion prior ({count_parameters(self):,} parameters) {does} {spec.height}×{spec.width} latents of "
             f"{spec.channels} channels"
         )
 
 
-def beside(noisy: Tensor, degraded: Tensor | None) -> Tensor:
+def concat_condition(noisy: Tensor, degraded: Tensor | None) -> Tensor:
     """(B, c, h, w) or, with the latents of degraded pictures, (B, 2c, h, w): what the network is given."""
     return noisy if degraded is None else torch.cat([noisy, degraded.to(noisy)], dim=1)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
-from stage2_prior.conditioning.classes import without_some
-from stage2_prior.diffusion.health import not_normalised
+from stage2_prior.conditioning.classes import drop_classes
+from stage2_prior.diffusion.health import normalization_warning
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.training_config import DiffusionTraining
@@ -39,12 +39,12 @@ class DiffusionObjective:
     def warnings(self) -> list[str]:
         split = self.codes.train
         rows = np.linspace(0, len(split) - 1, min(MEASURED, len(split)), dtype=np.int64)
-        text = not_normalised(split.latents(rows))
+        text = normalization_warning(split.latents(rows))
         return [] if text is None else [text]
 
     def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
         split = self.codes.train
-        labels = without_some(split.labels(rows), draws[:, 0], self.config.class_dropout)
+        labels = drop_classes(split.labels(rows), draws[:, 0], self.config.class_dropout)
         latents = split.latents(rows)
         times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
         ends = guidance = None

@@ -9,7 +9,7 @@ code shares the prefix's place and each knows its own from its distance to the p
 import torch
 from torch import Tensor
 
-Turns = tuple[Tensor, Tensor]  # cosines and signed sines, (tokens, head_dim) or (B, 1, tokens, head_dim)
+RotaryFactors = tuple[Tensor, Tensor]  # cosines and signed sines, (tokens, head_dim) or (B, 1, tokens, head_dim)
 
 
 def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: float) -> Tensor:
@@ -27,7 +27,7 @@ def rotary_angles(height: int, width: int, head_dim: int, axes: int, theta: floa
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
-def turns(angles: Tensor) -> Turns:
+def rotary_factors(angles: Tensor) -> RotaryFactors:
     """Cosines and signed sines (…, d) of angles (…, d / 2), as `rotate` takes them."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -13,8 +13,8 @@ from tiny_models import seeded
 from torch import Tensor
 
 pytest.importorskip("diffusers", reason="the peers of the benchmarks are in the extra `bench`")
-import glue_stack
-from glue_stack import Tuning
+import baseline_stack
+from baseline_stack import Tuning
 
 TINY = replace(Tuning(), channels=(16, 16, 16), hidden_size=32, layers=1, heads=2, intermediate_size=32)
 
@@ -23,7 +23,7 @@ TINY = replace(Tuning(), channels=(16, 16, 16), hidden_size=32, layers=1, heads=
 def a_step_a_second() -> Iterator[None]:
     """It trains for a time: on a clock of its own for as many steps on any machine."""
     ticks = count()
-    with patch.object(glue_stack, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))):
+    with patch.object(baseline_stack, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))):
         yield
 
 
@@ -35,24 +35,28 @@ def pixel_values() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(pixel_values: Tensor) -> glue_stack.Trained:
+def trained(pixel_values: Tensor) -> baseline_stack.Trained:
     with a_step_a_second():
-        return glue_stack.train_tokenizer(pixel_values, 100.0, TINY, seed=0)
+        return baseline_stack.train_tokenizer(pixel_values, 100.0, TINY, seed=0)
 
 
-def test_its_codes_are_those_that_its_own_forward_decodes(trained: glue_stack.Trained, pixel_values: Tensor) -> None:
-    tokens = glue_stack.encode(trained.model, pixel_values, batch_size=24)
+def test_its_codes_are_those_that_its_own_forward_decodes(
+    trained: baseline_stack.Trained, pixel_values: Tensor
+) -> None:
+    tokens = baseline_stack.encode(trained.model, pixel_values, batch_size=24)
     assert tokens.shape == (64, 16)
-    assert 0 <= tokens.min() <= tokens.max() < glue_stack.CODES
+    assert 0 <= tokens.min() <= tokens.max() < baseline_stack.CODES
     with torch.no_grad():
         forward = trained.model(pixel_values).sample
-    rebuilt = glue_stack.decode(trained.model, tokens, batch_size=24)
+    rebuilt = baseline_stack.decode(trained.model, tokens, batch_size=24)
     expected = (forward * 127.5 + 127.5).round().clamp(0, 255)
     assert (rebuilt.float() - expected).abs().max() <= 1
 
 
-def test_its_tokenizer_learns(trained: glue_stack.Trained, pixel_values: Tensor) -> None:
-    rebuilt = glue_stack.decode(trained.model, glue_stack.encode(trained.model, pixel_values)).float() / 127.5 - 1
+def test_its_tokenizer_learns(trained: baseline_stack.Trained, pixel_values: Tensor) -> None:
+    rebuilt = (
+        baseline_stack.decode(trained.model, baseline_stack.encode(trained.model, pixel_values)).float() / 127.5 - 1
+    )
     assert trained.steps == 99
     assert (rebuilt - pixel_values).square().mean() < 0.5 * pixel_values.var()
 
@@ -61,16 +65,16 @@ def test_its_prior_learns_the_class_and_never_draws_a_class_token() -> None:
     labels = torch.arange(64) % 2
     tokens = (labels[:, None] * 7 + 3).expand(-1, 6)
     with a_step_a_second():
-        prior = glue_stack.train_prior(tokens, labels, 100.0, replace(TINY, prior_rate=1e-2), seed=0)
+        prior = baseline_stack.train_prior(tokens, labels, 100.0, replace(TINY, prior_rate=1e-2), seed=0)
     for scale in (1.0, 2.0):
-        drawn = glue_stack.sample(prior.model, torch.tensor([0, 1, 1, 5]), 6, scale, batch_size=3)
+        drawn = baseline_stack.sample(prior.model, torch.tensor([0, 1, 1, 5]), 6, scale, batch_size=3)
         assert drawn.shape == (4, 6)
-        assert drawn.max() < glue_stack.CODES
+        assert drawn.max() < baseline_stack.CODES
         assert (drawn[:3] == tokens[[0, 1, 1]]).double().mean() > 0.8
 
 
 def test_its_learning_rate_warms_up_and_ends_at_zero() -> None:
-    assert glue_stack.rate(0.0) == 0
-    assert glue_stack.rate(0.03) == pytest.approx(1, abs=0.01)
-    assert glue_stack.rate(0.5) == pytest.approx(0.5)
-    assert glue_stack.rate(1.0) == pytest.approx(0)
+    assert baseline_stack.rate(0.0) == 0
+    assert baseline_stack.rate(0.03) == pytest.approx(1, abs=0.01)
+    assert baseline_stack.rate(0.5) == pytest.approx(0.5)
+    assert baseline_stack.rate(1.0) == pytest.approx(0)

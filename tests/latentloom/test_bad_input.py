@@ -251,7 +251,11 @@ CASES = {
     "another ending for the figures": (f"{EVALUATE} --output figures.txt", "--output is figures.txt", "figures.json"),
     "another ending for the samples": (f"{EVALUATE} --save-samples a.png", "--save-samples is a.png", "a.npz"),
     "features that are none": (f"{EVALUATE} --features vgg", "'vgg'", "efficientnet-lite0"),
-    "a judge for other images": (f"{EVALUATE} --features judge", "no judge for these images", "efficientnet-lite0"),
+    "a judge for other images": (
+        f"{EVALUATE} --features classifier",
+        "no classifier for these images",
+        "efficientnet-lite0",
+    ),
     "fewer samples than figures need": ("evaluate --samples few.npz --reference images", "samples: 5", "at least 6"),
     "fewer reference images than figures need": ("evaluate --pipeline job --reference mixed", "mixed: 1", "at least 6"),
     "samples of mixed sizes": ("evaluate --samples mixed --reference images", "2 sizes", "expected one"),
@@ -471,5 +475,5 @@ def test_a_disk_that_is_full_is_one_line_too(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stage1_tokenizer.data.image_grids.save_picture", full)
+    monkeypatch.setattr("stage1_tokenizer.data.image_grids.save_image", full)
     assert "No space left on device" in refusal(capsys, SAMPLE)

@@ -81,12 +81,12 @@ def test_the_wheel_is_small_enough_to_download_without_a_thought(wheel: Path) ->
 def test_the_wheel_finds_its_own_data_from_another_folder(unpacked: Path, tmp_path: Path) -> None:
     program = """
 import latentloom
-from latentloom.data.embedded import data_path, judge_path
+from latentloom.data.embedded import data_path, classifier_path
 from latentloom import open_source
 from latentloom.cli import main
-from pipelines import Judge
+from pipelines import ReferenceClassifier
 source = open_source(data_path("fashion-mnist-mini"))
-judge = Judge.from_pretrained(judge_path())
+judge = ReferenceClassifier.from_pretrained(classifier_path())
 print(latentloom.__file__, len(source.train) + len(source.validation), len(source.held_out), judge.config.num_labels, sep="\\n")
 main(["quickstart", "--help"])
 """

@@ -67,8 +67,8 @@ def test_codes_that_the_hole_does_not_touch_are_those_of_the_picture() -> None:
     )
     edit = Edit.of(pipeline.tokenizer, image, mask)
     # Padded by one on each side, 16 pixels in fours: columns 0 to 6 of 14 are places 0 and 1.
-    assert edit.hole[0].all(0).tolist() == [True, True, False, False]
-    assert torch.equal(seen[-1][0][~edit.hole[0]], edit.codes[0][~edit.hole[0]])
+    assert edit.masked_region[0].all(0).tolist() == [True, True, False, False]
+    assert torch.equal(seen[-1][0][~edit.masked_region[0]], edit.codes[0][~edit.masked_region[0]])
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
@@ -83,9 +83,9 @@ def test_latents_that_the_hole_does_not_touch_are_those_of_the_picture(sampler: 
         callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]),
     )
     edit = Edit.of(pipeline.tokenizer, image, mask, latents=True)
-    kept = ~edit.hole.expand(1, 4, 4, 4)
-    torch.testing.assert_close(seen[-1][kept], edit.codes[kept], rtol=0, atol=1e-5)
-    assert not torch.allclose(seen[-1][~kept], edit.codes[~kept], atol=0.1)
+    known_mask = ~edit.masked_region.expand(1, 4, 4, 4)
+    torch.testing.assert_close(seen[-1][known_mask], edit.codes[known_mask], rtol=0, atol=1e-5)
+    assert not torch.allclose(seen[-1][~known_mask], edit.codes[~known_mask], atol=0.1)
 
 
 def test_a_variation_goes_on_from_as_much_of_the_picture_as_its_strength_leaves() -> None:
@@ -136,12 +136,12 @@ def test_a_hole_is_filled_with_the_mean_of_what_is_nearest() -> None:
 def test_strength_is_the_share_of_codes_that_are_drawn(make: Any, strength: float) -> None:
     pipeline = make()
     edit = Edit.of(pipeline.tokenizer, pictures(2), None)
-    known = edit.known(strength, pipeline.prior.fills_any_place, [seeded(0), seeded(1)])
-    assert (~known.kept).flatten(1).sum(1).tolist() == [16 * strength] * 2
-    if pipeline.prior.fills_any_place:
-        assert not torch.equal(known.kept[0], known.kept[1])
+    known = edit.known(strength, pipeline.prior.supports_any_order, [seeded(0), seeded(1)])
+    assert (~known.known_mask).flatten(1).sum(1).tolist() == [16 * strength] * 2
+    if pipeline.prior.supports_any_order:
+        assert not torch.equal(known.known_mask[0], known.known_mask[1])
     else:
-        assert known.kept.flatten(1)[:, : round(16 * (1 - strength))].all(), "a prefix"
+        assert known.known_mask.flatten(1)[:, : round(16 * (1 - strength))].all(), "a prefix"
 
 
 def test_a_variation_of_full_strength_is_a_sample_and_a_weak_one_is_near_the_picture() -> None:

@@ -15,13 +15,13 @@ from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.degradation import Degradation, degraded, shrunk
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage2_prior.diffusion.config import DiTModel
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
 from stage2_prior.diffusion.sampling import DiffusionOptions
-from stage2_prior.prior import Known
+from stage2_prior.prior import KnownCodes
 from stage2_prior.training_config import DiffusionTraining
 from training_harness.errors import UserError
 
@@ -82,7 +82,7 @@ def test_a_shrunk_picture_has_lost_what_is_finer_than_its_pixels_and_nothing_els
 
 def test_a_user_s_small_picture_has_the_latents_that_the_prior_was_trained_on(codes: CodeCache) -> None:
     tokenizer, source = tiny_tokenizer(), tiny_source()
-    originals = Pixels(source.train, tokenizer.config.image_processor)[range(5)]
+    originals = ImageLoader(source.train, tokenizer.config.image_processor)[range(5)]
     small = [shrunk(picture, 2) for picture in originals]
     given = Edit.of(tokenizer, small, None, latents=True).codes
     first_batch = len(source.train)  # smaller than one, whose originals come before its mirror images
@@ -128,7 +128,7 @@ def test_a_pipeline_restores_the_pictures_it_is_given() -> None:
     assert isinstance(images, Tensor)
     assert images.shape == (3, 1, 14, 14)
     edit = Edit.of(pipeline.tokenizer, small, None, latents=True)
-    again = pipeline.sample_pixels(torch.tensor([-1] * 3), seeded(0), known=Known.whole(edit.codes))
+    again = pipeline.sample_pixels(torch.tensor([-1] * 3), seeded(0), known=KnownCodes.for_restoration(edit.codes))
     torch.testing.assert_close(images, again)
     for given in (small, small[::-1]):  # a codebook hides small changes of latents
         pipeline(image=given, generator=seeded(0), callback_on_step_end=note)
@@ -152,7 +152,7 @@ def test_what_a_restoring_pipeline_cannot_do_is_refused(given: dict[str, Any], w
 
 def test_restorations_are_measured_beside_what_was_given() -> None:
     pipeline, source = restoring_pipeline("noise"), tiny_source()
-    images = Pixels(source.validation, pipeline.tokenizer.config.image_processor)
+    images = ImageLoader(source.validation, pipeline.tokenizer.config.image_processor)
     assert isinstance(pipeline.prior, DiffusionPrior)
     found = Restorations(pipeline, images, 7, seed=0)
     restored = torch.cat(list(found.batches()))

@@ -16,7 +16,7 @@ from pipelines.evaluation.features import feature_extractor
 from pipelines.evaluation.pipeline_metrics import balanced_labels, pipeline_metrics, sampled_batches
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage2_prior.standard_normal import StandardNormalOptions, StandardNormalPrior
 from training_harness.errors import SpecMismatchError, UserError
 
@@ -114,7 +114,7 @@ def figures_of(run: Path, data: Path) -> dict[str, Any]:
     pipeline, source = LatentGenerationPipeline.from_pretrained(run), load_source(str(data))
     pipeline.set_progress_bar_config(disable=True)
     processor = pipeline.tokenizer.config.image_processor
-    held_out, train = (Pixels(split, processor) for split in (source.train, source.train))
+    held_out, train = (ImageLoader(split, processor) for split in (source.train, source.train))
     with Evaluator(feature_extractor("pixels-8x8"), run.parent / "features") as evaluator:
         labels = balanced_labels(pipeline, 8)
         samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "samples")

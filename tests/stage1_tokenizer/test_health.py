@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_parts import write_pictures
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
-from stage1_tokenizer.health import Health, discriminator_warning, usage_remedy
+from stage1_tokenizer.data.statistics import dataset_statistics
+from stage1_tokenizer.health import Health, discriminator_warning, usage_recommendation
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.metrics import CodeUsage
 from stage1_tokenizer.quantizers import QUANTIZERS, EMAVectorQuantizerConfig, ResidualQuantizerConfig
@@ -53,18 +53,18 @@ def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_remedy_names_options_that_the_quantizer_has(name):
-    remedy = usage_remedy(name, 0.3, 512)
+    remedy = usage_recommendation(name, 0.3, 512)
     assert "--" in remedy
     assert ("restart-threshold" in remedy) == (name in ("ema", "residual"))
     if name in ("vq", "ema", "residual"):
-        assert "restart-threshold 0.3" in usage_remedy(name, 0.0, 512)
+        assert "restart-threshold 0.3" in usage_recommendation(name, 0.0, 512)
 
 
 @pytest.mark.parametrize(("loss", "wins"), [(0.02, True), (0.5, False)])
 def test_a_discriminator_wins_outright_when_its_mean_loss_is_nearly_nought(loss, wins):
     health = Health()
     for value in (loss / 2, 3 * loss / 2):
-        health.note_discriminator(torch.tensor(value))
+        health.record_discriminator(torch.tensor(value))
     found = said(health, share=1.0)
     assert ("discriminator" in found) == wins
     if wins:
@@ -94,10 +94,10 @@ def pictures(tmp_path_factory) -> Path:
 
 def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dict]:
     source = open_source(str(pictures))
-    config = completed(replace(config, output=output, data=str(pictures)), seen := survey(source.train))
+    config = completed(replace(config, output=output, data=str(pictures)), seen := dataset_statistics(source.train))
     shape = model_config(config, seen)
     train_tokenizer(
-        config, shape, *(Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+        config, shape, *(ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     )
     return read_metrics(output / "metrics.jsonl")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from command_line import latentloom
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor, to_pil
 from stage1_tokenizer.data.sources import UnreadableImage, open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.registry import saved_tokenizer
 
 CHANNELS = 6
@@ -32,9 +32,9 @@ def arrays(tmp_path_factory) -> Path:
 
 def test_an_array_of_the_size_is_read_byte_for_byte(arrays):
     source = open_source(str(arrays))
-    seen = survey(source.train)
+    seen = dataset_statistics(source.train)
     assert (seen.channels, seen.commonest_size, seen.unreadable) == (CHANNELS, (16, 24), 0)
-    pixels = Pixels(source.train, ImageProcessor(channels=CHANNELS, content_size=(16, 24), image_size=(16, 24)))
+    pixels = ImageLoader(source.train, ImageProcessor(channels=CHANNELS, content_size=(16, 24), image_size=(16, 24)))
     for i in range(3):
         expected = np.load(arrays / source.train.source_id(i))
         assert np.array_equal(pixels[[i]][0].permute(1, 2, 0).numpy(), expected)
@@ -79,7 +79,7 @@ def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array
     split = open_source(str(tmp_path), hold_out=False).train
     with pytest.raises(UnreadableImage):
         split.image(0)
-    pixels = Pixels(split, ImageProcessor(channels=6, content_size=(8, 8), image_size=(8, 8)))
+    pixels = ImageLoader(split, ImageProcessor(channels=6, content_size=(8, 8), image_size=(8, 8)))
     assert len(pixels) == 1
 
 
@@ -87,7 +87,7 @@ def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 6), np.uint8))
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
-    pixels = Pixels(split, ImageProcessor(channels=6, content_size=(8, 8), image_size=(8, 8)))
+    pixels = ImageLoader(split, ImageProcessor(channels=6, content_size=(8, 8), image_size=(8, 8)))
     assert (len(pixels), pixels.skipped[1].reason) == (1, "it has 3 channels; expected 6")
 
 

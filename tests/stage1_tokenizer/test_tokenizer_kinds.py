@@ -11,9 +11,9 @@ from tiny_models import seeded, tiny_source, tiny_tokenizer
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn()
     source = tiny_source(train=200)
     tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), latent_mean=None, latent_std=None)
     tokenizer.encoder[-1].bias.copy_(torch.linspace(-1, 1, 8))
-    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    pixels = ImageLoader(source.train, tokenizer.config.image_processor)
     measure_latents(tokenizer, pixels)
     x = tokenizer.config.image_processor.preprocess(pixels[range(200)])
     drawn = torch.cat([tokenizer.encode_latents(x, seeded(i)) for i in range(20)])
@@ -143,9 +143,9 @@ def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTrainin
     config = TokenizerTraining(
         output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
     )
-    config = completed(config, seen := survey(source.train))
+    config = completed(config, seen := dataset_statistics(source.train))
     shape = model_config(config, seen)
-    pixels = [Pixels(split, shape.image_processor) for split in (source.train, source.validation)]
+    pixels = [ImageLoader(split, shape.image_processor) for split in (source.train, source.validation)]
     return train_tokenizer(config, shape, *pixels), config
 
 
@@ -173,7 +173,7 @@ def test_an_identity_run_is_finished_once_its_latents_are_measured(tmp_path, dat
     assert (spec.channels, spec.height, spec.width, spec.downsampling_factor) == (3, 16, 16, 1)
     assert read_metrics(config.output / "metrics.jsonl")[-1]["validation_psnr"] == 100
     source = open_source(str(data))
-    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    pixels = ImageLoader(source.train, tokenizer.config.image_processor)
     latents = tokenizer.encode_latents(tokenizer.config.image_processor.preprocess(pixels[range(len(pixels))]))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
@@ -185,7 +185,7 @@ def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path
     source = tiny_source()
     codes = CodeCache(write_code_cache(tokenizer, tmp_path / "tokenizer", source, tmp_path / "codes"))
     latents = codes.train.latents(torch.arange(3).numpy())
-    pixels = Pixels(source.train, tokenizer.config.image_processor)
+    pixels = ImageLoader(source.train, tokenizer.config.image_processor)
     with torch.no_grad():
         expected = tokenizer.encode_latents(tokenizer.config.image_processor.preprocess(pixels[range(3)]))
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)

@@ -18,9 +18,9 @@ from small_parts import one_line, write_pictures
 
 from stage1_tokenizer import train as stage_one
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLModel
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig, LeCAM
 from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.migration import TRAINING
@@ -52,14 +52,14 @@ def training(output: Path, pictures: Path, **fields: Any) -> TokenizerTraining:
     return TokenizerTraining(**defaults | fields)
 
 
-def pixels_of(config: TokenizerTraining) -> tuple[Pixels, Pixels]:
+def pixels_of(config: TokenizerTraining) -> tuple[ImageLoader, ImageLoader]:
     source = open_source(config.data)
-    processor = model_config(config, survey(source.train)).image_processor
-    return Pixels(source.train, processor), Pixels(source.validation, processor)
+    processor = model_config(config, dataset_statistics(source.train)).image_processor
+    return ImageLoader(source.train, processor), ImageLoader(source.validation, processor)
 
 
 def trained(config: TokenizerTraining, perceptual: Callable | None = None) -> Path:
-    seen = survey(open_source(config.data).train)
+    seen = dataset_statistics(open_source(config.data).train)
     config = completed(config, seen)
     return train_tokenizer(config, model_config(config, seen), *pixels_of(config), perceptual)
 
@@ -331,7 +331,7 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
     folder = trained(config)
     figures = [row for row in rows_of(config.output) if "validation_psnr" in row][-1]
     tokenizer = VQGAN.from_pretrained(folder)
-    _, validation = pixels_of(completed(config, survey(open_source(pictures).train)))
+    _, validation = pixels_of(completed(config, dataset_statistics(open_source(pictures).train)))
     shown = stage_one.validation_psnr(tokenizer, validation)
     assert shown == pytest.approx(figures["validation_psnr"], abs=0.2)  # bfloat16's rounding
     floats = [value for value in weights(folder).values() if value.is_floating_point()]
@@ -377,7 +377,7 @@ def test_a_killed_run_goes_on_to_bitwise_the_weights_of_one_that_was_not(tmp_pat
 
 
 def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tmp_path, pictures):
-    seen = survey(open_source(pictures).train)
+    seen = dataset_statistics(open_source(pictures).train)
     config = completed(training(tmp_path / "run", pictures, max_steps=6), seen)
     first = weights(trained(config))
     assert check_folder(config, "tokenizer") == 6
@@ -408,7 +408,7 @@ def test_sizes_read_as_height_and_width():
 
 
 def config_for(tmp_path: Path, size: tuple[int, int], **fields: Any):
-    seen = survey(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
+    seen = dataset_statistics(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
     config = completed(training(tmp_path / "run", tmp_path / "pictures", **fields), seen)
     return model_config(config, seen)
 

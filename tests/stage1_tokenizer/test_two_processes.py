@@ -10,9 +10,9 @@ from small_runs import finish, forked, take_place
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.quantizers import EMAVectorQuantizer, EMAVectorQuantizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
@@ -52,21 +52,21 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
     held: dict[str, torch.Tensor] = {}
     export = stage_one.export
 
-    def noted(run: Any, tokenizer: VQGAN, pixels: Pixels) -> Path:
+    def noted(run: Any, tokenizer: VQGAN, pixels: ImageLoader) -> Path:
         for name in ("model", "ema", "discriminator"):
             held.update({f"{name}.{key}": value for key, value in run._tracked[name].state_dict().items()})
         return export(run, tokenizer, pixels)
 
     stage_one.export = noted
     source = open_source(folder / "pictures")
-    seen = survey(source.train)
+    seen = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     adversarial = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2)
     steps = {"max_steps": 5, "batch_size": 4, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
     config = TokenizerTraining(output=folder / "run", data="pictures", model=model, adversarial=adversarial, **steps)
     config = completed(config, seen)
     shape = model_config(config, seen)
-    pixels = (Pixels(split, shape.image_processor) for split in (source.train, source.validation))
+    pixels = (ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     stage_one.train_tokenizer(config, shape, *pixels)
     return held
 

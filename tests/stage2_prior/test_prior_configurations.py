@@ -16,7 +16,7 @@ from stage2_prior.registry import saved_prior
 from stage2_prior.training_config import prior_training
 from training_harness.errors import ConfigError
 
-PLACES = {"output": "run", "codes": "codes"}
+PATHS = {"output": "run", "codes": "codes"}
 
 
 def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
@@ -52,7 +52,7 @@ def test_a_saved_configuration_has_the_section_of_the_training_configuration_and
     assert stored["latentloom_format"] == 2
     assert "hidden_size" not in stored
     kind = {"latentloom-autoregressive": "autoregressive"}.get(stored["model_type"], "diffusion")
-    training = prior_training(PLACES | {"prior": kind, "model": stored["model"]})
+    training = prior_training(PATHS | {"prior": kind, "model": stored["model"]})
     assert training.model == prior.config.model == saved_prior(tmp_path).config.model
 
 
@@ -80,7 +80,7 @@ TIMES = {"logit_std": 1.2, "instant_share": 0.75, "spans_from": 0.5}
     ids=["dit", "unet", "mean flow"],
 )
 def test_a_whole_configuration_of_the_first_format_becomes_its_variants(model: str, expected: Any) -> None:
-    values = PLACES | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
+    values = PATHS | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
     config = prior_training(TRAINING.present(values))
     assert config.model == expected
     assert config.class_dropout == 0.2

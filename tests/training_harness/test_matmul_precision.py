@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import seeded
 
-from training_harness.matmul_precision import convolves_bfloat16, multiplies_bfloat16, rounded_products
+from training_harness.matmul_precision import reduced_matmul_precision, supports_bf16_convolution, supports_bf16_matmul
 
 CPU = torch.device("cpu")
 FAULTS = """
@@ -28,22 +28,22 @@ print(sum(faults() for _ in range(5)))
 def test_products_are_rounded_within_the_block_where_the_cpu_gains_from_it_and_exact_after_it() -> None:
     a, b = (torch.randn(256, 256, generator=seeded(i)) for i in range(2))
     exact = a @ b
-    with rounded_products(CPU, True):
+    with reduced_matmul_precision(CPU, True):
         inside = a @ b
     assert torch.equal(a @ b, exact)
-    assert multiplies_bfloat16() or torch.equal(inside, exact)
-    assert convolves_bfloat16() == (
+    assert supports_bf16_matmul() or torch.equal(inside, exact)
+    assert supports_bf16_convolution() == (
         (inside - exact).abs().max() > 1e-3
     )  # without AMX sums are taken in another order at most
     error = (inside - exact).norm() / exact.norm()
     assert error < 2**-7  # a factor in bfloat16 has 8 bits
-    with rounded_products(CPU, False):
+    with reduced_matmul_precision(CPU, False):
         assert torch.equal(a @ b, exact)
 
 
 def test_products_are_exact_again_after_an_error() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(ZeroDivisionError), rounded_products(CPU, True):
+    with pytest.raises(ZeroDivisionError), reduced_matmul_precision(CPU, True):
         1 / 0  # noqa: B018
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

@@ -13,7 +13,7 @@ from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
 from training_harness.migration import Migration, Step, Values
 from training_harness.run_config import RunConfig
-from training_harness.run_folder import check_folder, held_configuration
+from training_harness.run_folder import check_folder, stored_configuration
 
 
 def halved(values: Values) -> Values:
@@ -120,7 +120,7 @@ def test_a_new_field_does_not_make_an_old_run_another_configuration(tmp_path: Pa
 def test_a_renamed_field_is_found_in_an_old_run(tmp_path: Path) -> None:
     config = Later(output=begun(tmp_path / "run", width=8), max_steps=4, hidden_size=8)
     check_folder(config, "test")
-    held = held_configuration(config.output, Later.migration)
+    held = stored_configuration(config.output, Later.migration)
     assert held is not None
     assert held["hidden_size"] == 8
     with pytest.raises(UserError) as error:

@@ -19,7 +19,7 @@ from training_harness.errors import UserError
 CLOSE = 1e-4  # between ᾱ of the two, which are float32 there
 
 
-def sampled_by_scheduler(
+def sample_with_scheduler(
     scheduler: Any,
     schedule: NoiseSchedule,
     denoise: Denoise,

@@ -11,9 +11,9 @@ from command_line import CHECKOUT, latentloom
 from PIL import Image
 from tiny_models import tiny_pipeline
 
-from latentloom.jobs.evaluation_plots import draw_by_class
+from latentloom.jobs.evaluation_plots import plot_by_class
 from pipelines.evaluation.pipeline_metrics import bits_per_token
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
 from stage2_prior.autoregressive.sampling import SamplingOptions
 
@@ -80,7 +80,7 @@ def test_classes_are_told_by_name_and_those_that_the_pipeline_has_not_count_as_n
     assert figures["by_class"] == {}
     source = open_source(clothes).relabelled(pipeline.label_names)
     assert [source.test.labels.count(label) for label in (-1, 0, 1, 2)] == [6, 6, 6, 0]
-    wanted = bits_per_token(pipeline, Pixels(source.test, pipeline.tokenizer.config.image_processor))
+    wanted = bits_per_token(pipeline, ImageLoader(source.test, pipeline.tokenizer.config.image_processor))
     assert figures["bits_per_token"] == pytest.approx(wanted["bits_per_token"])
     page = tmp_path / "page.html"
     words = ["--data", clothes, "--num-samples", 4, "--output", page]
@@ -157,9 +157,9 @@ def test_samples_of_which_one_is_broken_are_refused_with_their_number(
 
 def test_figures_by_class_are_drawn_only_where_there_are_some(tmp_path: Path) -> None:
     rows = {"cat": {"frechet": 3.0, "recall": None}, "dog": {"frechet": 1.0, "recall": None}}
-    assert draw_by_class({"by_class": rows, "frechet": 2.0, "floor": {"frechet": 0.5}}, tmp_path / "a.png")
+    assert plot_by_class({"by_class": rows, "frechet": 2.0, "floor": {"frechet": 0.5}}, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 200
-    assert not draw_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
+    assert not plot_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
 
 
@@ -171,7 +171,7 @@ def test_grey_samples_from_an_array_are_grey_again_so_that_the_judge_can_look_at
     figures = evaluated(
         tmp_path / "a.json", "--samples", samples, "--reference", "fashion-mnist-mini", "--max-training-images", 100
     )
-    assert figures["features"] == "fashion-mnist-judge"
+    assert figures["features"] == "fashion-mnist-classifier"
     assert figures["precision"] == 1  # they are among the reference
     assert figures["memorisation"]["ratio"] == pytest.approx(1, abs=0.2)
 

@@ -22,7 +22,7 @@ from training_harness.configuration import from_mapping
 
 FSQ = "--model.quantizer.name fsq --model.quantizer.levels 4 4 --model.latent-channels 2 --model.codebook-size 16"
 SMALL = "--model.channels 4 4 --model.blocks 0 0 --max-steps 1 --batch-size 4 --resolution 16"
-PLACES = {"output": "run", "data": "x", "codes": "codes"}
+PATHS = {"output": "run", "data": "x", "codes": "codes"}
 
 
 def options(capsys: pytest.CaptureFixture[str], words: str) -> set[str]:
@@ -140,7 +140,7 @@ def test_every_recipe_names_the_options_of_its_own_variants_alone(stage: str) ->
     for name in recipe_names(stage):
         values = recipe_values(name, stage)
         cls = training_type(stage, values)
-        places = {field: place for field, place in PLACES.items() if field in cls.__dataclass_fields__}
+        places = {field: place for field, place in PATHS.items() if field in cls.__dataclass_fields__}
         from_mapping(cls, values | places)  # strictly, in the present format
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from latentloom.inspection.prior_measure import Neighbours
 from latentloom.inspection.prior_page import copies
 from pipelines.evaluation import likelihood
-from pipelines.evaluation.likelihood import likelihood_figures, nearest_grids, surprise
+from pipelines.evaluation.likelihood import likelihood_metrics, nearest_grids, negative_log_likelihood
 from stage2_prior.autoregressive.model import AutoregressivePrior
 
 
@@ -22,7 +22,7 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 def test_the_surprise_of_all_codes_is_the_loss_in_bits(levels: int) -> None:
     prior, labels = tiny_prior(levels=levels), torch.tensor([0, 1, -1, 2])
     codes = torch.randint(16, (4, 4, 4) if levels == 1 else (4, levels, 4, 4), generator=seeded(0))
-    bits = surprise(prior, codes, labels)
+    bits = negative_log_likelihood(prior, codes, labels)
     assert bits.shape == codes.shape
     with torch.no_grad():
         nats = prior(codes, labels).total
@@ -33,14 +33,17 @@ def test_the_surprise_at_a_place_is_that_of_its_own_code() -> None:
     prior, codes, label = tiny_prior(), torch.randint(16, (1, 4, 4), generator=seeded(0)), torch.tensor([1])
     altered = codes.clone()
     altered[0, 2, 1] = (altered[0, 2, 1] + 1) % 16
-    before, after = surprise(prior, codes, label)[0].flatten(), surprise(prior, altered, label)[0].flatten()
+    before, after = (
+        negative_log_likelihood(prior, codes, label)[0].flatten(),
+        negative_log_likelihood(prior, altered, label)[0].flatten(),
+    )
     assert torch.equal(before[:9], after[:9])
     assert before[9] != after[9]
 
 
 def test_a_large_vocabulary_is_looked_at_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     prior, codes = tiny_prior(), torch.randint(16, (7, 4, 4), generator=seeded(0))
-    labels, whole = torch.arange(7) % 3, surprise(prior, codes, torch.arange(7) % 3)
+    labels, whole = torch.arange(7) % 3, negative_log_likelihood(prior, codes, torch.arange(7) % 3)
     sizes, logits = list[int](), AutoregressivePrior.logits
     monkeypatch.setattr(
         AutoregressivePrior,
@@ -48,13 +51,13 @@ def test_a_large_vocabulary_is_looked_at_a_few_images_at_a_time(monkeypatch: pyt
         lambda self, tokens, *rest: (sizes.append(len(tokens)), logits(self, tokens, *rest))[1],
     )
     monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 3 * 16 * 16)
-    assert_close(surprise(prior, codes, labels), whole, rtol=1e-5, atol=1e-5)
+    assert_close(negative_log_likelihood(prior, codes, labels), whole, rtol=1e-5, atol=1e-5)
     assert sizes == [3, 3, 1]
 
 
 def test_figures_are_means_over_codes_classes_and_places() -> None:
     bits = torch.tensor([[[1.0, 3.0]], [[2.0, 6.0]], [[4.0, 4.0]]], dtype=torch.float64)
-    found = likelihood_figures(bits, torch.tensor([0, 0, 2]), ("a", "b", "c"), codebook_size=64, pixels=8)
+    found = likelihood_metrics(bits, torch.tensor([0, 0, 2]), ("a", "b", "c"), codebook_size=64, pixels=8)
     assert found["bits_per_token"] == pytest.approx(20 / 6)
     assert found["prior_bits_per_image"] == pytest.approx(20 / 3)
     assert found["prior_bits_per_pixel"] == pytest.approx(20 / 24)

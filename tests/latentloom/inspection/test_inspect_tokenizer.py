@@ -18,15 +18,15 @@ from torch import Tensor
 from latentloom.inspection import measure
 from latentloom.inspection.codes import by_level, decoded_codes, in_company, usage_by_position
 from latentloom.inspection.colours import SCALE, absolute_error, coloured, error_map, error_top
+from latentloom.inspection.diagnostics import latents_diagnostic
 from latentloom.inspection.drawing import codes_by_use, heat_map
-from latentloom.inspection.findings import latents_verdict
 from latentloom.inspection.latents import LatentStatistics
 from latentloom.inspection.measure import Inspection, inspect
 from latentloom.inspection.page import Subject, page
 from latentloom.report.numbers import number
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.metrics import codebook_usage, psnr, ssim
@@ -43,8 +43,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pixels_of(pictures: Path, tokenizer: Tokenizer) -> Pixels:
-    return Pixels(open_source(pictures).held_out, tokenizer.config.image_processor)
+def pixels_of(pictures: Path, tokenizer: Tokenizer) -> ImageLoader:
+    return ImageLoader(open_source(pictures).held_out, tokenizer.config.image_processor)
 
 
 def whole_kl(**fields: int) -> AutoencoderKL:
@@ -141,7 +141,7 @@ def test_a_codebook_of_which_one_code_is_used_is_called_collapsed_and_a_remedy_n
 def test_few_images_are_no_proof_of_a_collapse(pictures: Path) -> None:
     tokenizer = collapsed()
     split = open_source(pictures).held_out.select([0, 1, 2])
-    text = said(page_of(tokenizer, inspect(tokenizer, Pixels(split, tokenizer.config.image_processor))))
+    text = said(page_of(tokenizer, inspect(tokenizer, ImageLoader(split, tokenizer.config.image_processor))))
     assert "Too few images to judge the codebook" in text
     assert "collapsed" not in text
     assert "--num-images 4 or more" in text
@@ -366,7 +366,7 @@ def test_dimensions_whose_posterior_is_the_same_for_all_images_are_collapsed(pic
     assert found.collapsed.tolist() == [0, 1, 0, 0]
     assert float(found.mean[1]) == pytest.approx(0.5)
     assert float(found.std[1]) == pytest.approx(1)
-    verdict = latents_verdict(found)
+    verdict = latents_diagnostic(found)
     assert verdict is not None
     assert verdict.title.startswith("25\N{NO-BREAK SPACE}% of the latents’ dimensions are collapsed")
     assert "--reconstruction.kl" not in verdict.text
@@ -375,7 +375,7 @@ def test_dimensions_whose_posterior_is_the_same_for_all_images_are_collapsed(pic
 def test_latents_that_are_mostly_collapsed_come_with_a_remedy_and_whole_ones_with_praise() -> None:
     shared = {"mean": torch.zeros(4), "std": torch.ones(4), "histograms": torch.ones(4, 40), "ends": (-1.0, 1.0)}
     mostly, not_at_all = (
-        latents_verdict(LatentStatistics(collapsed=share, **shared)) for share in (torch.ones(4), torch.zeros(4))
+        latents_diagnostic(LatentStatistics(collapsed=share, **shared)) for share in (torch.ones(4), torch.zeros(4))
     )
     assert mostly is not None
     assert not_at_all is not None
@@ -410,7 +410,7 @@ def test_the_same_tokenizer_and_images_give_the_same_bytes(pictures: Path, drawn
 
 def test_pictures_smaller_than_the_window_of_ssim_and_fewer_than_examples_have_a_page() -> None:
     tokenizer = whole_tokenizer(image_size=(8, 8), image_channels=1)
-    found = inspect(tokenizer, Pixels(tiny_split(2, size=(8, 8)), tokenizer.config.image_processor))
+    found = inspect(tokenizer, ImageLoader(tiny_split(2, size=(8, 8)), tokenizer.config.image_processor))
     text = said(page_of(tokenizer, found))
     assert "SSIM" not in text
     assert "At random" not in text

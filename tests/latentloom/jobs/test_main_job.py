@@ -19,9 +19,9 @@ from small_parts import write_pictures
 
 from latentloom.commands import quickstart
 from latentloom.jobs import main_job
-from latentloom.planning.recipe_selection import choose, working_size
+from latentloom.planning.recipe_selection import select_recipes, working_size
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.data.statistics import ImageSurvey
+from stage1_tokenizer.data.statistics import DatasetStatistics
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior
 
@@ -402,27 +402,27 @@ def test_without_classes_asked_for_every_class_is_sampled_whatever_its_name(real
 
 
 def test_the_choice_follows_size_count_and_machine_and_says_why() -> None:
-    def seen(height: int, width: int, channels: int = 3) -> ImageSurvey:
+    def seen(height: int, width: int, channels: int = 3) -> DatasetStatistics:
         size = (height, width)
-        return ImageSurvey(10, 0, size, size, size, channels)
+        return DatasetStatistics(10, 0, size, size, size, channels)
 
-    small = choose(seen(28, 28, 1), 10_000, "cpu")
+    small = select_recipes(seen(28, 28, 1), 10_000, "cpu")
     assert (small.tokenizer, small.prior) == ("vqgan-f4", "ar-tiny")
     assert small.reasons == (
         "10000 training images, grey, used at 28×28: the commonest size",
         "tokenizer vqgan-f4: 49 codes an image at a downsampling factor of 4",
         "prior ar-tiny: small, for a CPU",
     )
-    large = choose(seen(128, 128), 50_000, "cuda")
+    large = select_recipes(seen(128, 128), 50_000, "cuda")
     assert (large.tokenizer, large.prior) == ("vqgan-f16", "ar-small")
-    assert choose(seen(128, 128), 500, "cuda").prior == "ar-tiny"
-    assert choose(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-tiny").tokenizer == "kl-f8"
-    assert choose(seen(128, 128), 10_000, "cuda", prior="diffusion-dit-s").tokenizer == "kl-f16"
-    assert choose(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-ddpm-pixels").tokenizer == "identity"
-    asked = choose(seen(128, 128), 500, "cpu", size=(64, 96), tokenizer="vqgan-f4", prior="ar-small")
+    assert select_recipes(seen(128, 128), 500, "cuda").prior == "ar-tiny"
+    assert select_recipes(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-tiny").tokenizer == "kl-f8"
+    assert select_recipes(seen(128, 128), 10_000, "cuda", prior="diffusion-dit-s").tokenizer == "kl-f16"
+    assert select_recipes(seen(28, 28, 1), 10_000, "cpu", prior="diffusion-ddpm-pixels").tokenizer == "identity"
+    asked = select_recipes(seen(128, 128), 500, "cpu", size=(64, 96), tokenizer="vqgan-f4", prior="ar-small")
     assert (asked.size, asked.tokenizer, asked.prior) == ((64, 96), "vqgan-f4", "ar-small")
     assert all(line.endswith("as asked") for line in asked.reasons)
-    photograph = choose(seen(3000, 4000), 500, "cpu")
+    photograph = select_recipes(seen(3000, 4000), 500, "cpu")
     assert photograph.size == (192, 256)
     assert "the commonest size 3000×4000, reduced; --resolution sets another" in photograph.reasons[0]
 

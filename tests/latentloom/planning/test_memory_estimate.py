@@ -12,8 +12,8 @@ from command_line import in_new_process
 from small_runs import prepare
 from tiny_models import tiny_tokenizer
 
-from latentloom.planning.memory_estimate import advice_when_memory_runs_out, footprint, remedies
-from latentloom.planning.step_timing import Rehearsal, has_spans, rehearse_prior, rehearse_tokenizer
+from latentloom.planning.memory_estimate import advice_when_memory_runs_out, estimate_memory, recommendations
+from latentloom.planning.step_timing import TimedStep, has_spans, time_prior_step, time_tokenizer_step
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
@@ -32,15 +32,15 @@ def prior_training(**fields: Any) -> AutoregressiveTraining:
     return AutoregressiveTraining(output=Path("run"), codes=Path("codes"), **{"model": PRIOR, "batch_size": 6} | fields)
 
 
-def of_prior(config: AutoregressiveTraining) -> Rehearsal:
-    return rehearse_prior(config, SPEC, num_classes=3)
+def of_prior(config: AutoregressiveTraining) -> TimedStep:
+    return time_prior_step(config, SPEC, num_classes=3)
 
 
-def of_tokenizer(config: TokenizerTraining) -> Rehearsal:
-    return rehearse_tokenizer(config, SHAPE)
+def measure_tokenizer(config: TokenizerTraining) -> TimedStep:
+    return time_tokenizer_step(config, SHAPE)
 
 
-def really_kept(rehearsal: Rehearsal, images: int) -> int:
+def really_kept(rehearsal: TimedStep, images: int) -> int:
     """Bytes that a forward pass on numbers keeps for the backward pass, weights and single numbers left out."""
     weights = {p.untyped_storage().data_ptr() for part in rehearsal.parts.values() for p in part.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -57,7 +57,7 @@ def test_the_activations_of_a_prior_are_those_that_a_step_on_numbers_keeps(recom
     config = prior_training(gradient_checkpointing=recomputed)
     rehearsal = of_prior(config)
     real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
-    assert footprint(config, of_prior).activations == pytest.approx(real, rel=0.02)
+    assert estimate_memory(config, of_prior).activations == pytest.approx(real, rel=0.02)
 
 
 def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_has_them() -> None:
@@ -65,25 +65,25 @@ def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_
     model = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, mean_flow=mean_flow)
     config = DiffusionTraining(output=Path("run"), codes=Path("codes"), model=model, batch_size=6)
 
-    def rehearse(changed: DiffusionTraining) -> Rehearsal:
-        return rehearse_prior(changed, SPEC, num_classes=3)
+    def time_step(changed: DiffusionTraining) -> TimedStep:
+        return time_prior_step(changed, SPEC, num_classes=3)
 
-    rehearsal = rehearse(config)
+    rehearsal = time_step(config)
     real = [really_kept(rehearsal, 6) - really_kept(rehearsal, 5) for _ in range(2)]
-    assert footprint(config, rehearse).activations == pytest.approx(real[0], rel=0.1)
+    assert estimate_memory(config, time_step).activations == pytest.approx(real[0], rel=0.1)
     assert [has_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
 
 
 def test_the_activations_of_a_tokenizer_are_those_that_a_step_on_numbers_keeps() -> None:
     config = TokenizerTraining(output=Path("run"), data="x", adversarial=AdversarialConfig(layers=2, channels=8))
-    rehearsal = of_tokenizer(config)
+    rehearsal = measure_tokenizer(config)
     rehearsal.parts["tokenizer"].quantizer.eval()
     real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
-    assert footprint(config, of_tokenizer).activations == pytest.approx(real, rel=0.02)
+    assert estimate_memory(config, measure_tokenizer).activations == pytest.approx(real, rel=0.02)
 
 
 def test_weights_gradients_average_and_optimiser_are_counted_by_their_kind() -> None:
-    found = footprint(prior_training(), of_prior)
+    found = estimate_memory(prior_training(), of_prior)
     number = sum(found.parameters.values())
     assert number == sum(p.numel() for p in of_prior(prior_training()).parts["prior"].parameters())
     assert (found.weights, found.gradients, found.average, found.optimizer) == (
@@ -95,7 +95,7 @@ def test_weights_gradients_average_and_optimiser_are_counted_by_their_kind() -> 
     muon = prior_training(optimizer=OptimizerConfig(name="muon"))
     optimizer = of_prior(muon).optimizer
     matrices = sum(p.numel() for group in optimizer.param_groups if group["orthogonalize"] for p in group["params"])
-    assert footprint(muon, of_prior).optimizer == 8 * number - 4 * matrices
+    assert estimate_memory(muon, of_prior).optimizer == 8 * number - 4 * matrices
 
 
 def test_a_step_of_a_prior_costs_six_operations_a_weight_and_token() -> None:
@@ -103,13 +103,15 @@ def test_a_step_of_a_prior_costs_six_operations_a_weight_and_token() -> None:
     tokens, prior = 16, of_prior(prior_training()).parts["prior"]
     multiplying = sum(p.numel() for name, p in prior.named_parameters() if p.ndim == 2 and "embedding" not in name)
     scores = PRIOR.num_layers * 3 * 2 * 2 * tokens**2 * PRIOR.hidden_size
-    assert footprint(prior_training(), of_prior).flop == pytest.approx(6 * multiplying * tokens + scores, rel=0.02)
+    assert estimate_memory(prior_training(), of_prior).flop == pytest.approx(
+        6 * multiplying * tokens + scores, rel=0.02
+    )
 
 
 def test_each_remedy_states_what_its_own_run_would_take_and_that_is_less() -> None:
     config = prior_training(batch_size=64)
-    before = footprint(config, of_prior).memory(64)
-    said = remedies(config, of_prior, on_accelerator=True)
+    before = estimate_memory(config, of_prior).memory(64)
+    said = recommendations(config, of_prior, on_accelerator=True)
     assert [line.split()[0] for line in said] == [
         "--batch-size",
         "--gradient-checkpointing",
@@ -119,9 +121,9 @@ def test_each_remedy_states_what_its_own_run_would_take_and_that_is_less() -> No
     for line in said:
         number, unit = re.search(r"\(([\d.]+) ([MG])iB\)", line).groups()  # type: ignore[union-attr]
         assert float(number) * 2.0 ** {"M": 20, "G": 30}[unit] < before, line
-    half = footprint(replace(config, batch_size=32), of_prior).memory(32)
+    half = estimate_memory(replace(config, batch_size=32), of_prior).memory(32)
     assert f"({half / 2**20:.3g} MiB)" in said[0]
-    assert len(remedies(config, of_prior, on_accelerator=False)) == 2
+    assert len(recommendations(config, of_prior, on_accelerator=False)) == 2
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
@@ -140,11 +142,11 @@ def test_counting_begins_when_the_failed_step_has_let_its_tensors_go() -> None:
         held.append(weakref.ref(activations))
         raise MemoryError
 
-    def rehearse(config: AutoregressiveTraining) -> Rehearsal:
+    def time_step(config: AutoregressiveTraining) -> TimedStep:
         assert held[0]() is None
         return of_prior(config)
 
-    with pytest.raises(UserError), advice_when_memory_runs_out(prior_training(), rehearse):
+    with pytest.raises(UserError), advice_when_memory_runs_out(prior_training(), time_step):
         step()
 
 

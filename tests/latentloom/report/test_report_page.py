@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentloom.report import reading
+from latentloom.report.diagnostics import diagnostics
 from latentloom.report.numbers import number
 from latentloom.report.panels import PANELS, marks_something
 from latentloom.report.reading import chosen_grids, find_codebook_size, read_run
 from latentloom.report.svg_charts import CURVE_POINTS, thinned
-from latentloom.report.verdicts import verdicts
 
 ENVIRONMENT = {
     "run_id": "0a1b2c3d",
@@ -131,7 +131,7 @@ def report(folder: Path) -> Page:
 
 def said(folder: Path) -> dict[str, str]:
     """Verdicts on a run: texts by title, each with its level in front."""
-    return {verdict.title: f"{verdict.level}: {verdict.text}" for verdict in verdicts(read_run(folder))}
+    return {verdict.title: f"{verdict.level}: {verdict.text}" for verdict in diagnostics(read_run(folder))}
 
 
 # -- what the page holds ------------------------------------------------------------------------------------------------

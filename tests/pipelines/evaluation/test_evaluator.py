@@ -27,7 +27,7 @@ from pipelines.evaluation.pipeline_metrics import (
 )
 from pipelines.evaluation.tokenizer_metrics import reconstruct, tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.metrics import ssim
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.errors import UserError
@@ -46,7 +46,7 @@ def first_pixels(images: Tensor) -> Tensor:
 
 
 CORNERS = FeatureExtractor("corners", lambda images: ImageFeatures(corners(images)))
-BY_FIRST_PIXEL = FeatureExtractor("judge", lambda images: ImageFeatures(corners(images), first_pixels(images)))
+BY_FIRST_PIXEL = FeatureExtractor("first-pixel", lambda images: ImageFeatures(corners(images), first_pixels(images)))
 
 
 class Pictures:
@@ -84,8 +84,8 @@ def tokenizer() -> VQGAN:
 
 
 @pytest.fixture(scope="module")
-def pixels(tokenizer: VQGAN) -> Pixels:
-    return Pixels(tiny_split(23), tokenizer.config.image_processor)
+def pixels(tokenizer: VQGAN) -> ImageLoader:
+    return ImageLoader(tiny_split(23), tokenizer.config.image_processor)
 
 
 def test_features_of_real_images_are_computed_once_and_found_again_by_what_the_images_show(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_samples_leave_is_gone_when_the_evaluator_is_closed_and_after_an_er
 
 
 def test_the_tokenizers_figures_equal_those_computed_image_by_image(
-    tokenizer: VQGAN, pixels: Pixels, tmp_path: Path
+    tokenizer: VQGAN, pixels: ImageLoader, tmp_path: Path
 ) -> None:
     processor = tokenizer.config.image_processor
     errors, likenesses, counts, rebuilt = [], [], np.zeros(16), []
@@ -160,7 +160,7 @@ def test_the_tokenizers_figures_equal_those_computed_image_by_image(
     assert alone["reconstruction_frechet_floor"] is None
 
 
-def test_reconstructions_come_in_order_without_padding(tokenizer: VQGAN, pixels: Pixels) -> None:
+def test_reconstructions_come_in_order_without_padding(tokenizer: VQGAN, pixels: ImageLoader) -> None:
     originals = pixels[range(23)]
     together = reconstruct(tokenizer, originals)
     assert together[0].shape == originals.shape
@@ -170,7 +170,7 @@ def test_reconstructions_come_in_order_without_padding(tokenizer: VQGAN, pixels:
     assert (together[0].int() - torch.cat([images for images, _ in apart]).int()).abs().max() <= 1
 
 
-def test_evaluating_a_tokenizer_does_not_change_it(pixels: Pixels, evaluator: Evaluator) -> None:
+def test_evaluating_a_tokenizer_does_not_change_it(pixels: ImageLoader, evaluator: Evaluator) -> None:
     fresh = tiny_tokenizer()
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
     tokenizer_metrics(evaluator, fresh, pixels, evaluator.measure(pixels, "real"))
@@ -190,7 +190,7 @@ def test_lpips_and_ssim_are_left_out_of_images_that_are_too_small(
 
     def figures(side: int) -> dict[str, Any]:
         tokenizer = tiny_tokenizer(image_size=(side, side), content_size=(side, side))
-        images = Pixels(tiny_split(4, size=(side, side)), tokenizer.config.image_processor)
+        images = ImageLoader(tiny_split(4, size=(side, side)), tokenizer.config.image_processor)
         return tokenizer_metrics(evaluator, tokenizer, images, evaluator.measure(images, "real"))
 
     assert figures(8)["ssim"] is figures(8)["lpips"] is figures(28)["lpips"] is None
@@ -200,7 +200,7 @@ def test_lpips_and_ssim_are_left_out_of_images_that_are_too_small(
 
 
 def test_a_single_image_has_no_frechet_distance(tokenizer: VQGAN, evaluator: Evaluator) -> None:
-    one = Pixels(tiny_split(1), tokenizer.config.image_processor)
+    one = ImageLoader(tiny_split(1), tokenizer.config.image_processor)
     figures = tokenizer_metrics(evaluator, tokenizer, one, evaluator.measure(one, "real"))
     assert figures["reconstruction_frechet"] is figures["reconstruction_frechet_interval"] is None
     assert figures["psnr"] > 0
@@ -341,7 +341,7 @@ def test_moments_are_compared_by_inceptions_features_alone(tmp_path: Path) -> No
         evaluator.moments_metrics(measured(evaluator, images), moments)
 
 
-def test_bits_per_token_are_those_of_the_priors_own_loss(pixels: Pixels) -> None:
+def test_bits_per_token_are_those_of_the_priors_own_loss(pixels: ImageLoader) -> None:
     pipeline = tiny_pipeline()
     found = bits_per_token(pipeline, pixels)
     codes = reconstruct(pipeline.tokenizer, pixels[range(23)])[1]
@@ -392,7 +392,7 @@ def test_keeping_the_first_of_the_first_classes_passes_everything_on() -> None:
 def test_a_pipelines_report_has_its_tokenizers_its_priors_and_its_samples_figures(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     processor = pipeline.tokenizer.config.image_processor
-    held_out, train = (Pixels(tiny_split(count, seed), processor) for count, seed in ((23, 1), (40, 0)))
+    held_out, train = (ImageLoader(tiny_split(count, seed), processor) for count, seed in ((23, 1), (40, 0)))
     labels = balanced_labels(pipeline, 30)
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
         samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "sample")

@@ -21,15 +21,15 @@ from pipelines.evaluation import features
 from pipelines.evaluation.features import (
     POOLED_PIXELS,
     FeatureExtractor,
+    classifier_features,
     efficientnet_features,
     feature_extractor,
     hash_of,
     inception_features,
-    judge_features,
     pooled_pixels,
 )
 from pipelines.evaluation.frechet import frechet_distance
-from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import ReferenceClassifier, ReferenceClassifierConfig
 from training_harness.errors import UserError
 
 
@@ -66,23 +66,25 @@ def test_pooled_pixels_have_the_mean_of_each_of_64_cells(channels: int, size: in
 def test_the_judges_features_come_with_its_logits():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = JudgeConfig(image_height=8, image_width=8, widths=(4, 6), id2label={0: "cat", 1: "dog", 2: "7"})
-        judge = Judge(config).eval()
+        config = ReferenceClassifierConfig(
+            image_height=8, image_width=8, widths=(4, 6), id2label={0: "cat", 1: "dog", 2: "7"}
+        )
+        classifier = ReferenceClassifier(config).eval()
     images = pictures(5, channels=1, size=8)
-    extractor = judge_features(judge)
-    found, expected = extractor.extract(images), judge.classify_images(images)
+    extractor = classifier_features(classifier)
+    found, expected = extractor.extract(images), classifier.classify_images(images)
     assert list(found.present()) == ["features", "class_logits"]
     assert torch.equal(found.features, expected.features)
     assert found.class_logits is not None
     assert torch.equal(found.class_logits, expected.logits)
-    assert extractor.weights == hash_of(judge)
+    assert extractor.weights == hash_of(classifier)
 
 
 def test_a_name_gives_the_extractor_of_that_name_and_no_judge_is_an_error(tmp_path: Path):
     assert feature_extractor("pixels-8x8") is POOLED_PIXELS
     assert feature_extractor("efficientnet-lite0").name == "efficientnet-lite0"
-    with pytest.raises(UserError, match="no judge") as error:
-        feature_extractor("judge")
+    with pytest.raises(UserError, match="no classifier") as error:
+        feature_extractor("classifier")
     one_line(error)
 
 

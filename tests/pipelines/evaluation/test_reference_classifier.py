@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.evaluation.linear_probe import class_agreement
-from pipelines.evaluation.reference_classifier import Judge, JudgeConfig
+from pipelines.evaluation.reference_classifier import ReferenceClassifier, ReferenceClassifierConfig
 from training_harness.errors import ConfigError, UserError
 
 DATA = Path(str(files("latentloom") / "data"))
@@ -33,8 +33,8 @@ def images_of(split: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge.from_pretrained(JUDGE)
+def classifier() -> ReferenceClassifier:
+    return ReferenceClassifier.from_pretrained(JUDGE)
 
 
 @pytest.fixture(scope="module")
@@ -69,59 +69,65 @@ def test_datasets_reads_images_and_class_names(tmp_path: Path):
     assert dataset.features["label"].names[9] == "Ankle boot"
 
 
-def test_the_judge_and_the_data_name_the_classes_alike(judge: Judge):
+def test_the_judge_and_the_data_name_the_classes_alike(classifier: ReferenceClassifier):
     features = json.loads(pq.read_schema(MINI / "train.parquet").metadata[b"huggingface"])["info"]["features"]
-    assert list(judge.config.id2label.values()) == features["label"]["names"]
+    assert list(classifier.config.id2label.values()) == features["label"]["names"]
 
 
-def test_the_judge_names_at_least_91_percent_of_the_embedded_test_images_right(judge: Judge, held_out: Tensor):
+def test_the_judge_names_at_least_91_percent_of_the_embedded_test_images_right(
+    classifier: ReferenceClassifier, held_out: Tensor
+):
     labels = torch.tensor(column("test", "label"))
-    assert class_agreement(judge.classify_images(held_out).logits, labels) >= 0.91
-    assert class_agreement(judge.classify_images(255 - held_out).logits, labels) < 0.5  # it looks at the pixels
+    assert class_agreement(classifier.classify_images(held_out).logits, labels) >= 0.91
+    assert class_agreement(classifier.classify_images(255 - held_out).logits, labels) < 0.5  # it looks at the pixels
 
 
-def test_an_image_is_judged_alike_in_any_batch_and_in_training_mode(judge: Judge, held_out: Tensor):
-    together = judge.classify_images(held_out[:200])
-    judge.train()
-    apart = judge.classify_images(held_out[:200], batch_size=7)
-    assert judge.training  # left as it was found
-    judge.eval()
+def test_an_image_is_judged_alike_in_any_batch_and_in_training_mode(classifier: ReferenceClassifier, held_out: Tensor):
+    together = classifier.classify_images(held_out[:200])
+    classifier.train()
+    apart = classifier.classify_images(held_out[:200], batch_size=7)
+    assert classifier.training  # left as it was found
+    classifier.eval()
     torch.testing.assert_close(together.logits, apart.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(together.features, apart.features, rtol=0, atol=1e-4)
 
 
-def test_features_are_what_the_last_layer_reads_in_float32_even_under_autocast(judge: Judge, held_out: Tensor):
-    plain = judge.classify_images(held_out[:50])
+def test_features_are_what_the_last_layer_reads_in_float32_even_under_autocast(
+    classifier: ReferenceClassifier, held_out: Tensor
+):
+    plain = classifier.classify_images(held_out[:50])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = judge.classify_images(held_out[:50])
+        inside = classifier.classify_images(held_out[:50])
     assert torch.equal(plain.features, inside.features)
     assert plain.features.dtype == plain.logits.dtype == torch.float32
-    assert plain.features.shape == (50, judge.config.widths[-1])
+    assert plain.features.shape == (50, classifier.config.widths[-1])
     with torch.no_grad():
-        torch.testing.assert_close(judge.head(plain.features), plain.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(classifier.head(plain.features), plain.logits, rtol=0, atol=1e-5)
 
 
-def test_a_saved_judge_gives_the_same_logits_bit_by_bit(judge: Judge, held_out: Tensor, tmp_path: Path):
-    judge.save_pretrained(tmp_path)
-    again = Judge.from_pretrained(tmp_path)
-    assert torch.equal(again.classify_images(held_out[:100]).logits, judge.classify_images(held_out[:100]).logits)
-    assert again.config.to_diff_dict() == judge.config.to_diff_dict()
+def test_a_saved_judge_gives_the_same_logits_bit_by_bit(
+    classifier: ReferenceClassifier, held_out: Tensor, tmp_path: Path
+):
+    classifier.save_pretrained(tmp_path)
+    again = ReferenceClassifier.from_pretrained(tmp_path)
+    assert torch.equal(again.classify_images(held_out[:100]).logits, classifier.classify_images(held_out[:100]).logits)
+    assert again.config.to_diff_dict() == classifier.config.to_diff_dict()
 
 
-def test_a_new_judge_differs_from_the_trained_one(judge: Judge, held_out: Tensor):
-    new = Judge(judge.config).eval()
-    assert not torch.equal(new.classify_images(held_out[:10]).logits, judge.classify_images(held_out[:10]).logits)
+def test_a_new_judge_differs_from_the_trained_one(classifier: ReferenceClassifier, held_out: Tensor):
+    new = ReferenceClassifier(classifier.config).eval()
+    assert not torch.equal(new.classify_images(held_out[:10]).logits, classifier.classify_images(held_out[:10]).logits)
 
 
-def test_images_of_another_kind_are_an_error_that_says_which_kind_fits(judge: Judge):
+def test_images_of_another_kind_are_an_error_that_says_which_kind_fits(classifier: ReferenceClassifier):
     with pytest.raises(UserError, match=r"\(2, 3, 32, 32\); expected \(N, 1, 28, 28\)"):
-        judge.classify_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        classifier.classify_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(UserError, match="float32"):
-        judge.classify_images(torch.zeros(2, 1, 28, 28))
+        classifier.classify_images(torch.zeros(2, 1, 28, 28))
     with pytest.raises(UserError, match="0 images"):
-        judge.classify_images(torch.zeros(0, 1, 28, 28, dtype=torch.uint8))
+        classifier.classify_images(torch.zeros(0, 1, 28, 28, dtype=torch.uint8))
 
 
 def test_a_field_that_a_judge_does_not_have_is_named():
     with pytest.raises(ConfigError, match="widhts"):
-        JudgeConfig(widhts=[8])
+        ReferenceClassifierConfig(widhts=[8])

@@ -12,7 +12,7 @@ from tiny_models import NAMES, tiny_source, tiny_tokenizer
 from stage1_tokenizer.codes import writer
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from training_harness.errors import UserError
 
 EVERY = np.arange(40)
@@ -40,7 +40,7 @@ def test_what_was_written_is_read_in_order(tmp_path: Path) -> None:
     assert codes.spec == tokenizer.latent_spec()
     assert codes.label_names == NAMES
     for split, images in ((codes.train, source.train), (codes.validation, source.validation)):
-        pixels = Pixels(images, tokenizer.config.image_processor)
+        pixels = ImageLoader(images, tokenizer.config.image_processor)
         rows = np.arange(len(images))
         pixel_values = tokenizer.config.image_processor.preprocess(pixels[rows])
         with torch.no_grad():

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.data.sources import UnreadableImage, open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -95,8 +95,8 @@ def read_all(path: Path) -> None:
             except UnreadableImage as error:
                 one_line_of(error)
     try:
-        seen = survey(source.train)
-        Pixels(source.train, ImageProcessor(channels=seen.channels, content_size=(4, 6), image_size=(4, 6)))
+        seen = dataset_statistics(source.train)
+        ImageLoader(source.train, ImageProcessor(channels=seen.channels, content_size=(4, 6), image_size=(4, 6)))
     except UserError as error:
         one_line_of(error, path.name)
 

@@ -9,11 +9,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.data.source_splits import in_natural_order, split_roles
 from stage1_tokenizer.data.sources import ImageSource, UnreadableImage, open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -416,13 +416,13 @@ def test_failures_name_the_folder_that_was_given(tmp_path, monkeypatch):
     write(Path("mine"), "a.png", "b.png", content=b"no picture")
     split = open_source("mine").train
     with pytest.raises(UserError, match="'mine'"):
-        survey(split)
+        dataset_statistics(split)
     with pytest.raises(UserError, match="'mine'"):
-        Pixels(split, ImageProcessor(channels=3, content_size=(4, 4), image_size=(4, 4)))
+        ImageLoader(split, ImageProcessor(channels=3, content_size=(4, 4), image_size=(4, 4)))
 
 
 def test_an_array_image_and_a_grey_one_train_together(tmp_path):
     write(tmp_path, "a.png")
     np.save(tmp_path / "b.npy", np.zeros((3, 4, 6), np.float32))
-    seen = survey(open_source(tmp_path, hold_out=False).train)
+    seen = dataset_statistics(open_source(tmp_path, hold_out=False).train)
     assert (seen.channels, seen.commonest_size, seen.unreadable) == (3, (4, 6), 0)

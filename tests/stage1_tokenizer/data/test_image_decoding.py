@@ -10,7 +10,7 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from stage1_tokenizer.data import image_decoding
-from stage1_tokenizer.data.image_decoding import channels_come_first, decoded, opened
+from stage1_tokenizer.data.image_decoding import channels_come_first, decoded, open_image
 from stage1_tokenizer.data.image_processor import ImageProcessor, to_eight_bits
 
 RAMP = np.linspace(0, 1, 96).reshape(8, 12)
@@ -161,7 +161,7 @@ def test_text_of_any_length_in_a_png_does_no_harm(after):
         pixels = rest.index(b"IDAT") - 4
         encoded = head + rest[pixels:-12] + rest[:pixels] + rest[-12:]
     assert np.array_equal(grey(encoded), EXPECTED)
-    assert opened(encoded).size == (12, 8)
+    assert open_image(encoded).size == (12, 8)
 
 
 def test_broken_text_in_a_png_does_no_harm():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_parts import one_line, write_pictures
 
-from stage1_tokenizer.data.image_loader import Pixels
+from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.data.sources import open_source
 from training_harness.batch_order import BatchOrder
@@ -37,7 +37,7 @@ def split_of(folder: Path):
     return type(train)(train._store, [0] * len(train._store))
 
 
-def all_of(pixels: Pixels) -> dict[str, torch.Tensor]:
+def all_of(pixels: ImageLoader) -> dict[str, torch.Tensor]:
     """Source id → picture, through `batches`."""
     ids = pixels.source_ids()
     return {
@@ -48,7 +48,7 @@ def all_of(pixels: Pixels) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("folder", ["pictures", "harmed"])
 def test_memory_and_disk_give_the_same_pictures(request, folder):
     split = split_of(request.getfixturevalue(folder))
-    kept, lazy = Pixels(split, PROCESSOR), Pixels(split, PROCESSOR, memory_limit=0)
+    kept, lazy = ImageLoader(split, PROCESSOR), ImageLoader(split, PROCESSOR, memory_limit=0)
     in_memory, from_disk = all_of(kept), all_of(lazy)
     assert list(in_memory) == list(from_disk)
     assert len(in_memory) == (24 if folder == "pictures" else 21)
@@ -64,7 +64,7 @@ def split_index(split, name: str) -> int:
 
 def test_indexing_and_random_batches_give_the_same_from_memory_and_from_disk(pictures):
     split, order = split_of(pictures), BatchOrder(24, 7, seed=0)
-    kept, lazy = Pixels(split, PROCESSOR), Pixels(split, PROCESSOR, memory_limit=0)
+    kept, lazy = ImageLoader(split, PROCESSOR), ImageLoader(split, PROCESSOR, memory_limit=0)
     for first in (0, 5):
         streams = [pixels.random_batches(order, first) for pixels in (kept, lazy)]
         for number in range(first, first + 6):
@@ -75,7 +75,7 @@ def test_indexing_and_random_batches_give_the_same_from_memory_and_from_disk(pic
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_unreadable_pictures_are_counted_and_listed_with_their_reason(harmed, capsys, limit):
-    pixels = Pixels(split_of(harmed), PROCESSOR, limit)
+    pixels = ImageLoader(split_of(harmed), PROCESSOR, limit)
     seen = all_of(pixels)
     assert {error.source_id for error in pixels.skipped.values()} == {"a/04.png", "a/10.png", "a/16.png"}
     assert not {"a/04.png", "a/10.png", "a/16.png"} & set(seen)
@@ -88,7 +88,7 @@ def test_unreadable_pictures_are_counted_and_listed_with_their_reason(harmed, ca
 
 def test_on_disk_an_unreadable_picture_gives_the_next_readable_one(harmed):
     split = split_of(harmed)
-    pixels, bad = Pixels(split, PROCESSOR, memory_limit=0), split_index(split, "a/04.png")
+    pixels, bad = ImageLoader(split, PROCESSOR, memory_limit=0), split_index(split, "a/04.png")
     assert torch.equal(pixels[[bad]], pixels[[bad + 1]])
     assert list(pixels.skipped) == [bad]
 
@@ -99,6 +99,6 @@ def test_nothing_readable_is_one_line_that_names_a_picture(tmp_path, limit):
         (tmp_path / f"{i}.png").write_bytes(b"a letter")
     split = split_of(tmp_path)
     with pytest.raises(UserError) as caught:
-        Pixels(split, PROCESSOR, limit)[[0]]
+        ImageLoader(split, PROCESSOR, limit)[[0]]
     assert "none of 3 images" in one_line(caught)
     assert ".png" in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 
 from stage1_tokenizer.data.folder_sources import FileStore, files_below, image_endings
 from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage, open_source
-from stage1_tokenizer.data.statistics import survey
+from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "grey": (90, 90, 90), "clear": (0, 0, 200, 40)}
@@ -381,8 +381,8 @@ def test_the_survey_finds_sizes_of_upright_pictures_and_counts_the_unreadable(tm
     picture("red", (4, 6)).save(tmp_path / "turned.jpg", exif=exif)
     picture("red", (3000, 2000)).save(tmp_path / "large.jpg")
     write(tmp_path, "broken.png", content=b"")
-    seen = survey(all_in(tmp_path))
-    assert (seen.looked_at, seen.unreadable) == (5, 1)
+    seen = dataset_statistics(all_in(tmp_path))
+    assert (seen.images_read, seen.unreadable) == (5, 1)
     assert (seen.commonest_size, seen.smallest_size, seen.largest_size) == ((4, 6), (3, 2), (2000, 3000))
 
 
@@ -391,13 +391,13 @@ def test_the_survey_asks_for_the_channels_that_the_pictures_use(tmp_path, colour
     for colour in colours:
         picture(colour).save(tmp_path / f"{colour}.png")
         picture(colour).convert("RGBA").save(tmp_path / f"{colour}_with_alpha_channel.png")
-    assert survey(all_in(tmp_path)).channels == channels
+    assert dataset_statistics(all_in(tmp_path)).channels == channels
 
 
 def test_a_survey_of_nothing_readable_names_an_example(tmp_path):
     write(tmp_path, "a.png", "b.png", content=b"no picture")
     with pytest.raises(UserError) as error:
-        survey(all_in(tmp_path))
+        dataset_statistics(all_in(tmp_path))
     assert_one_line(str(error.value), "none of 2 images", "a.png")
 
 
@@ -405,6 +405,6 @@ def test_a_survey_looks_at_no_more_than_its_limit_and_evenly(tmp_path):
     write(tmp_path, *(f"{i:03d}.png" for i in range(50)))
     for i in range(0, 50, 10):
         picture("grey", (i + 1, 1)).save(tmp_path / f"{i:03d}.png")
-    seen = survey(all_in(tmp_path), limit=5)
-    assert (seen.looked_at, seen.channels, seen.smallest_size, seen.largest_size) == (5, 1, (1, 1), (1, 41))
-    assert survey(all_in(tmp_path), limit=6).channels == 3
+    seen = dataset_statistics(all_in(tmp_path), limit=5)
+    assert (seen.images_read, seen.channels, seen.smallest_size, seen.largest_size) == (5, 1, (1, 1), (1, 41))
+    assert dataset_statistics(all_in(tmp_path), limit=6).channels == 3

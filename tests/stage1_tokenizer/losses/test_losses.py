@@ -18,7 +18,7 @@ from stage1_tokenizer.losses.adversarial import (
     r1_penalty,
 )
 from stage1_tokenizer.losses.reconstruction import CHARBONNIER_EPSILON, ReconstructionConfig, reconstruction_terms
-from stage1_tokenizer.networks.discriminator import PatchDiscriminator, smallest_judged
+from stage1_tokenizer.networks.discriminator import PatchDiscriminator, smallest_image_side
 from training_harness.errors import ConfigError
 
 
@@ -192,7 +192,7 @@ def test_the_discriminator_judges_overlapping_patches(layers, size, logits):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_the_smallest_picture_that_is_judged_is_judged_and_one_pixel_less_is_not(layers):
-    side, critic = smallest_judged(layers), PatchDiscriminator(1, 4, layers)
+    side, critic = smallest_image_side(layers), PatchDiscriminator(1, 4, layers)
     assert critic(torch.zeros(1, 1, side, side)).numel() == 1
     with pytest.raises(RuntimeError):
         critic(torch.zeros(1, 1, side - 1, side - 1))

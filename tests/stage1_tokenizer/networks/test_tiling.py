@@ -130,7 +130,7 @@ def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are
 
 @pytest.mark.parametrize(
     ("part", "replacement"),
-    [("reach", lambda layers: 0), ("with_whole_norms", lambda layers: layers)],
+    [("reach", lambda layers: 0), ("with_global_norms", lambda layers: layers)],
     ids=["without a halo", "with each tile's own statistics"],
 )
 @torch.no_grad()
@@ -167,11 +167,11 @@ def test_tiles_in_bfloat16_are_as_near_to_float32_as_the_whole_image_in_bfloat16
     ids=["a convolution", "a block", "an encoder's", "a decoder's"],
 )
 def test_the_reach_of_layers_is_the_distance_of_the_last_input_that_moves_a_core(layers, scale):
-    network = tiling.with_whole_norms(nn.Sequential(*layers))
+    network = tiling.with_global_norms(nn.Sequential(*layers))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 0.1)
-        elif isinstance(module, tiling.WholeNorm):
+        elif isinstance(module, tiling.GlobalNorm):
             module.affine = torch.ones(1, 4, 1, 1), torch.zeros(1, 4, 1, 1)
     x = torch.ones(1, 4, 64, 64, dtype=torch.float64, requires_grad=True)
     core = slice(int(24 * scale), int(40 * scale))
@@ -185,7 +185,7 @@ def test_the_norm_of_parts_is_the_norm_of_the_whole_even_far_from_zero():
     x = torch.randn(2, 8, 30, 20, generator=seeded(5)) + torch.linspace(-1000, 1000, 16).view(2, 8, 1, 1)
     norm = nn.GroupNorm(4, 8)
     nn.init.normal_(norm.weight, generator=seeded(6))
-    whole = tiling.WholeNorm(norm)
+    whole = tiling.GlobalNorm(norm)
     whole.measure(part for rows in x.split(13, -2) for part in rows.split(9, -1))
     assert deviation(whole(x), norm.double()(x.double()).float()) < TOLERANCE
 

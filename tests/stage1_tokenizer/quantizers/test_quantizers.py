@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, LFQConfig, Quantizer, VectorQuantizerConfig, ibq
 from stage1_tokenizer.quantizers.binary import code_probabilities
-from stage1_tokenizer.quantizers.vector_quantizer import kmeans, turned
+from stage1_tokenizer.quantizers.vector_quantizer import kmeans, rotate_gradient
 from training_harness.configuration import section
 from training_harness.errors import ConfigError
 
@@ -146,7 +146,7 @@ def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_i
     z, codes = (torch.randn(6, 5, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2))
     z.requires_grad_()
     upstream = torch.randn(6, 5, generator=seeded(3), dtype=torch.float64)
-    found = turned(z, codes)
+    found = rotate_gradient(z, codes)
     assert torch.allclose(found, codes, atol=1e-12)
     found.backward(upstream)
     assert z.grad is not None

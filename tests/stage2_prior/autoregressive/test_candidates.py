@@ -7,9 +7,9 @@ import torch
 from tiny_models import seeded, tiny_prior
 
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.orders import kept_first
+from stage2_prior.autoregressive.orders import known_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
-from stage2_prior.prior import Known
+from stage2_prior.prior import KnownCodes
 
 SIZE, DRAWS = 4, 2000
 GIVEN = torch.tensor([[0, 3, 1, 2, 2, 0]])  # 2 × 3 places
@@ -35,7 +35,7 @@ def exact(prior: torch.nn.Module, orders: torch.Tensor | None = None) -> torch.T
 
 def found(prior: torch.nn.Module, count: int, orders: torch.Tensor | None = None) -> torch.Tensor:
     """Shares of the fillings among DRAWS images."""
-    known = Known(GIVEN.view(1, 2, 3).expand(DRAWS, -1, -1), KEPT.view(1, 2, 3).expand(DRAWS, -1, -1))
+    known = KnownCodes(GIVEN.view(1, 2, 3).expand(DRAWS, -1, -1), KEPT.view(1, 2, 3).expand(DRAWS, -1, -1))
     options = SamplingOptions(num_candidates=count)
     wanted = None if orders is None else orders.expand(DRAWS, -1)
     generators = [seeded(i) for i in range(DRAWS)]
@@ -61,14 +61,14 @@ def test_many_candidates_fill_a_hole_as_the_prior_given_all_that_is_known_and_on
 
 def test_a_prior_of_any_order_fills_a_hole_from_its_own_conditional_distribution() -> None:
     prior = small(learned_positions=True, random_order=1.0)
-    orders = kept_first(KEPT)
+    orders = known_first(KEPT)
     assert distance(found(prior, 8, orders), exact(prior, orders)) < 0.06  # 16 fillings, 2,000 draws
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_what_is_known_everywhere_is_given_back(count: int) -> None:
     prior, codes = tiny_prior(), torch.randint(16, (2, 4, 4), generator=seeded(0))
-    known = Known(codes, torch.ones(2, 4, 4, dtype=torch.bool))
+    known = KnownCodes(codes, torch.ones(2, 4, 4, dtype=torch.bool))
     options = SamplingOptions(num_candidates=count, guidance_scale=2.0)
     assert torch.equal(decode(prior, torch.tensor([0, 1]), options, [seeded(0), seeded(1)], known=known), codes)
 
@@ -77,9 +77,9 @@ def test_image_i_is_filled_alike_alone_and_in_a_batch_of_other_holes() -> None:
     prior, codes = tiny_prior(), torch.randint(16, (4, 4, 4), generator=seeded(0))
     kept = torch.rand(4, 4, 4, generator=seeded(1)) < 0.5
     options, labels = SamplingOptions(num_candidates=4, guidance_scale=1.5), torch.tensor([0, 1, 2, 0])
-    together = decode(prior, labels, options, [seeded(i) for i in range(4)], known=Known(codes, kept))
+    together = decode(prior, labels, options, [seeded(i) for i in range(4)], known=KnownCodes(codes, kept))
     for i in range(4):
-        alone = Known(codes[i : i + 1], kept[i : i + 1])
+        alone = KnownCodes(codes[i : i + 1], kept[i : i + 1])
         assert torch.equal(decode(prior, labels[i : i + 1], options, [seeded(i)], known=alone), together[i : i + 1])
     assert (together == codes)[kept].all()
     assert not (together == codes)[~kept].all()
@@ -90,13 +90,13 @@ def test_the_last_step_shows_what_is_given_back() -> None:
     kept = torch.rand(8, 4, 4, generator=seeded(1)) < 0.5
     options, labels, shown = SamplingOptions(num_candidates=4), torch.arange(8) % 3, list[torch.Tensor]()
     generators = [seeded(i) for i in range(8)]
-    given = decode(prior, labels, options, generators, lambda i, grid: shown.append(grid), Known(codes, kept))
+    given = decode(prior, labels, options, generators, lambda i, grid: shown.append(grid), KnownCodes(codes, kept))
     assert torch.equal(shown[-1], given)
 
 
 def test_nothing_known_is_plain_sampling() -> None:
     prior, labels = tiny_prior(), torch.tensor([0, 1])
-    nothing = Known(torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool))
+    nothing = KnownCodes(torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.bool))
     options = SamplingOptions(guidance_scale=2.0)
     drawn = [decode(prior, labels, options, [seeded(0), seeded(1)], known=known) for known in (None, nothing)]
     assert torch.equal(*drawn)

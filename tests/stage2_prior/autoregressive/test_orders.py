@@ -7,7 +7,7 @@ import torch
 from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
-from stage2_prior.autoregressive.orders import OrderConfig, drawn_orders, inverse, kept_first
+from stage2_prior.autoregressive.orders import OrderConfig, inverse, known_first, random_orders
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import ConfigError
 
@@ -39,7 +39,7 @@ def test_codes_come_back_from_a_sequence_in_any_order(levels: int) -> None:
 
 def test_kept_places_come_first_and_both_parts_are_in_raster_order() -> None:
     kept = torch.tensor([[False, True, False, True], [True, True, True, True], [False, False, False, False]])
-    assert kept_first(kept).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert known_first(kept).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_a_logit_depends_on_the_codes_before_it_in_the_order_and_on_no_other() -> None:
@@ -79,7 +79,7 @@ def test_the_share_of_random_orders_goes_from_one_to_the_other() -> None:
 
 def test_orders_are_drawn_at_the_rate_that_is_asked_for_and_all_are_permutations() -> None:
     draws = torch.from_numpy(BatchOrder(4000, 4000, seed=0).draws(0, 17))
-    orders = drawn_orders(draws, 0.3)
+    orders = random_orders(draws, 0.3)
     assert orders is not None
     assert torch.equal(orders.sort(1).values, torch.arange(16).expand(4000, -1))
     raster = (orders == torch.arange(16)).all(1).double().mean().item()
@@ -87,7 +87,7 @@ def test_orders_are_drawn_at_the_rate_that_is_asked_for_and_all_are_permutations
     random = orders[(orders != torch.arange(16)).any(1)]
     first = torch.bincount(random[:, 0], minlength=16) / len(random)
     assert (first - 1 / 16).abs().max() < 6 * math.sqrt(1 / 16 / len(random))
-    assert drawn_orders(draws, 0.0) is None
+    assert random_orders(draws, 0.0) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
-from stage2_prior.conditioning.classes import ClassEmbedding, guided, without_some
+from stage2_prior.conditioning.classes import ClassEmbedding, drop_classes, guided
 from training_harness.batch_order import BatchOrder
 
 
@@ -23,12 +23,12 @@ def test_a_missing_label_is_the_null_class_whose_id_follows_from_the_data() -> N
 def test_labels_are_left_out_at_their_rate() -> None:
     labels = torch.arange(3).repeat(10_000)
     draws = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))[:, 0]
-    left_out = without_some(labels, draws, 0.2) == -1
+    left_out = drop_classes(labels, draws, 0.2) == -1
     # 30,000 draws: six standard deviations are 0.014, passed by chance once in 5 · 10⁸ seeds.
     assert float(left_out.float().mean()) == pytest.approx(0.2, abs=0.014)
-    assert torch.equal(without_some(labels, draws, 0.2)[~left_out], labels[~left_out])
-    assert torch.equal(without_some(labels, draws, 0.0), labels)
-    assert without_some(labels, draws, 1.0).eq(-1).all()
+    assert torch.equal(drop_classes(labels, draws, 0.2)[~left_out], labels[~left_out])
+    assert torch.equal(drop_classes(labels, draws, 0.0), labels)
+    assert drop_classes(labels, draws, 1.0).eq(-1).all()
 
 
 def test_guidance_1_is_the_conditional_prediction_0_the_null_one_and_2_as_far_beyond() -> None:

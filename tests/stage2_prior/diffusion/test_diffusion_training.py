@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage2_prior.diffusion.config import DiTModel
-from stage2_prior.diffusion.health import not_normalised
+from stage2_prior.diffusion.health import normalization_warning
 from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.objective import DiffusionObjective
@@ -159,9 +159,9 @@ def test_a_configuration_is_that_of_the_prior_it_names() -> None:
 @pytest.mark.parametrize(("scale", "shift"), [(1.6, 0.0), (0.6, 0.0), (1.0, 0.5)])
 def test_latents_far_from_mean_0_and_deviation_1_are_named(scale: float, shift: float) -> None:
     latents = torch.randn(200, 3, 4, 4, generator=seeded(0))  # each figure is within 0.1 of its own: 5 deviations
-    assert not_normalised(latents) is None
+    assert normalization_warning(latents) is None
     latents[:, 1] = latents[:, 1] * scale + shift
-    text = not_normalised(latents)
+    text = normalization_warning(latents)
     assert text is not None
     said = re.search(r"1 of 3 channels .* channel 1 with (\S+) and (\S+):", text)
     assert said is not None

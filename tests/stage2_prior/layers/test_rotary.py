@@ -6,7 +6,7 @@ from tiny_models import seeded
 from torch import Tensor
 from torch.testing import assert_close
 
-from stage2_prior.layers.rotary import rotary_angles, rotate, turns
+from stage2_prior.layers.rotary import rotary_angles, rotary_factors, rotate
 
 HEIGHT, WIDTH, HEAD_DIM = 5, 4, 8
 
@@ -14,7 +14,7 @@ HEIGHT, WIDTH, HEAD_DIM = 5, 4, 8
 def scores(axes: int) -> Tensor:
     """q·k of one query and one key set down at every pair of places: (1 + h·w, 1 + h·w)."""
     angles = rotary_angles(HEIGHT, WIDTH, HEAD_DIM, axes, theta=100.0)
-    turned = turns(angles)
+    turned = rotary_factors(angles)
     query, key = (torch.randn(HEAD_DIM, generator=seeded(i)).expand(1, 1, len(angles), HEAD_DIM) for i in range(2))
     return (rotate(query, *turned) @ rotate(key, *turned).mT)[0, 0]
 
@@ -56,7 +56,7 @@ def test_one_dimensional_angles_count_the_sequence() -> None:
 def test_rotation_keeps_lengths_and_the_type() -> None:
     angles = rotary_angles(HEIGHT, WIDTH, HEAD_DIM, 2, theta=100.0)
     x = torch.randn(2, 3, len(angles), HEAD_DIM, generator=seeded(0))
-    turned = rotate(x, *turns(angles))
+    turned = rotate(x, *rotary_factors(angles))
     assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert not torch.equal(turned[:, :, 1:], x[:, :, 1:])
-    assert rotate(x.bfloat16(), *turns(angles)).dtype == torch.bfloat16
+    assert rotate(x.bfloat16(), *rotary_factors(angles)).dtype == torch.bfloat16
