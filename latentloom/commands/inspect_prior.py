@@ -8,7 +8,7 @@ from latentloom.commands.arguments import parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
 from latentloom.jobs.stages import load_source
-from latentloom.report.numbers import count, number, percent
+from latentloom.report.numbers import format_count, format_number, format_percent
 from pipelines.evaluation.feature_files import random_positions
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_loader import ImageLoader
@@ -63,8 +63,8 @@ def draw(a: Arguments) -> None:
     held_out, train = pixels(source.held_out, a.num_images), pixels(source.train, a.max_training_images)
     found = inspect_prior(pipeline, held_out, train, a.num_samples, a.seed)
     write_text(a.output, prior_page(pipeline, found, a.pipeline, a.data))
-    shared = percent(float(found.neighbours.samples.median()))
+    shared = format_percent(float(found.neighbours.samples.median()))
     print_once(
-        f"{count(len(found.bits), 'image')}, {number(found.bits.mean().item())} bits a code, {shared} of a sample's codes shared "
-        f"with the nearest training image: {a.output}"
+        f"{format_count(len(found.bits), 'image')}, {format_number(found.bits.mean().item())} bits a code, "
+        f"{shared} of a sample's codes shared with the nearest training image: {a.output}"
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from latentloom.checks import check_count, check_page, check_seed
 from latentloom.commands.arguments import parse
-from latentloom.inspection.measure import inspect
-from latentloom.inspection.page import Subject, page, summary
+from latentloom.inspection.measure import inspect_tokenizer
+from latentloom.inspection.page import InspectedTokenizer, summarize, tokenizer_page
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.feature_files import random_positions
 from stage1_tokenizer.data.image_loader import ImageLoader
@@ -47,14 +47,14 @@ def draw(a: Arguments) -> None:
     drawn = random_positions(len(split), a.num_images, a.seed).tolist()
     pixels = ImageLoader(split.select(drawn), tokenizer.config.image_processor)
     pixels.report_skipped()
-    found = inspect(tokenizer, pixels, a.seed)
-    subject = Subject(
+    found = inspect_tokenizer(tokenizer, pixels, a.seed)
+    subject = InspectedTokenizer(
         tokenizer=tokenizer,
         name=a.tokenizer,
         data=a.data,
         split="validation" if source.test is None else "test",
-        available=len(split),
+        num_available=len(split),
         seed=a.seed,
     )
-    write_text(a.output, page(subject, found))
-    print_once(f"{summary(tokenizer, found)}: {a.output}")
+    write_text(a.output, tokenizer_page(subject, found))
+    print_once(f"{summarize(tokenizer, found)}: {a.output}")

@@ -9,7 +9,7 @@ import tyro
 
 from latentloom.checks import check_page
 from latentloom.commands.arguments import parse
-from latentloom.report.page import page
+from latentloom.report.page import report_page
 from latentloom.report.reading import read_job
 from training_harness.files import write_text
 
@@ -30,5 +30,5 @@ def main(words: list[str]) -> None:
     a = parse(Arguments, "report", words)
     if os.environ.get("RANK", "0") == "0":  # torch, which would say so, is not imported here
         output = a.output or a.run / "report.html"
-        write_text(output, page(read_job(a.run)))
+        write_text(output, report_page(read_job(a.run)))
         print(f"report: {output}")

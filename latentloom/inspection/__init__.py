@@ -1,1 +1,1 @@
-"""A tokenizer looked at closely: what it loses, which codes it uses and what they look like, as one HTML page."""
+"""HTML pages that inspect a tokenizer (reconstruction errors and code usage) or a prior (likelihoods and copies)."""

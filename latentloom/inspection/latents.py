@@ -1,10 +1,11 @@
-r"""Latents by channel, of tokenizers without a codebook: mean, spread, distribution, and what carries nothing of the image.
+r"""Latent statistics by channel for tokenizers without a codebook: mean, standard deviation, histogram, collapsed share.
 
-    μ, σ² over the images' posteriors:   std² = E[μ² + σ²] − E[μ]²,      collapsed:  Var(μ) < 0.01 (Var(μ) + E[σ²])
+    μ, σ² of the images' posteriors:   std² = E[μ² + σ²] − E[μ]²,      collapsed:  Var(μ) < 0.01 (Var(μ) + E[σ²])
 
-A dimension of the latents, one channel at one position, is collapsed when less than a hundredth of its variance comes from
-the image: its posterior is the same for all. It is the measure of active units of Burda, Grosse, Salakhutdinov 2016 (arXiv
-1509.00519, section 5.2), relative, so that it does not depend on the latents' scale. Latents without a posterior have σ = 0.
+A latent dimension is one channel at one position. It is collapsed when less than 1 % of its variance comes from the image: its
+posterior is then nearly the same for all images. This is the measure of active units of Burda, Grosse, Salakhutdinov 2016
+(arXiv 1509.00519, section 5.2), made relative, so that it does not depend on the scale of the latents. Latents without a
+posterior have σ = 0.
 """
 
 from dataclasses import dataclass
@@ -13,68 +14,81 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLLAPSED = 0.01
-PLACES = 256  # of an image's grid, at most, whose values are in a channel's histogram
+COLLAPSED_THRESHOLD = 0.01
+MAX_POSITIONS = 256  # positions of an image that enter a channel's histogram
 BINS = 40
-TAIL = 0.001  # of all values that lie beyond each end of the histograms, and count in the last bin there
+TAIL_SHARE = 0.001  # of all values beyond each end of the histograms; they count in the last bin
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """Of raw latents, as the encoder gives them."""
+    """Statistics of raw latents, before normalization."""
 
     mean: Tensor
     """(c,) float64."""
     std: Tensor
-    """(c,) float64, with the posteriors' own width."""
-    collapsed: Tensor | None
-    """(c,) share of a channel's positions that are collapsed; none of latents without a posterior."""
+    """(c,) float64; includes the posterior variance."""
+    collapsed_share: Tensor | None
+    """(c,) share of the positions in [0, 1] that are collapsed; None for latents without a posterior."""
     histograms: Tensor
-    """(c, BINS) counts of posterior means."""
-    ends: tuple[float, float]
-    """Values between which all histograms lie."""
+    """(c, BINS) int64, counts of posterior means."""
+    histogram_range: tuple[float, float]
+    """Lower and upper end of all histograms."""
 
 
 class LatentSums:
-    """Sums over batches, by position; (c, h, w) float64 each."""
+    """Sums of moments over batches, by position; (c, h, w) float64 each."""
 
     def __init__(self, has_posterior: bool) -> None:
         self.has_posterior = has_posterior
-        self.images = 0
+        self.num_images = 0
         self.mean = self.mean_squared = self.second = torch.zeros((), dtype=torch.float64)
         self.values: list[Tensor] = []
 
     def add(self, mean: Tensor, second: Tensor) -> None:
-        """First and second moment of a batch's latents, (B, c, h, w) each."""
+        """Add a batch.
+
+        Args:
+            mean: (B, c, h, w) first moments E[z] of the posteriors.
+            second: (B, c, h, w) second moments E[z²].
+        """
         mean, second = (moment.double().cpu() for moment in (mean, second))
-        self.images += len(mean)
+        self.num_images += len(mean)
         self.mean = self.mean + mean.sum(0)
         self.mean_squared = self.mean_squared + mean.square().sum(0)
         self.second = self.second + second.sum(0)
-        places = mean.flatten(2)
-        self.values.append(places[:, :, :: -(-places.shape[2] // PLACES)].float())
+        flat = mean.flatten(2)
+        self.values.append(flat[:, :, :: -(-flat.shape[2] // MAX_POSITIONS)].float())
 
-    def statistics(self) -> LatentStatistics:
+    def compute_statistics(self) -> LatentStatistics:
         mean, mean_squared, second = (
-            total / self.images for total in (self.mean, self.mean_squared, self.second)
+            total / self.num_images for total in (self.mean, self.mean_squared, self.second)
         )  # (c, h, w)
-        by_channel = mean.flatten(1).mean(1)
-        variance = (second.flatten(1).mean(1) - by_channel.square()).clamp(min=0)
-        from_image, own = (mean_squared - mean.square()).clamp(min=0), (second - mean_squared).clamp(min=0)
-        collapsed = from_image < COLLAPSED * (from_image + own)
-        histograms, ends = histograms_of(torch.cat(self.values))
+        channel_mean = mean.flatten(1).mean(1)
+        variance = (second.flatten(1).mean(1) - channel_mean.square()).clamp(min=0)
+        image_variance = (mean_squared - mean.square()).clamp(min=0)
+        posterior_variance = (second - mean_squared).clamp(min=0)
+        is_collapsed = image_variance < COLLAPSED_THRESHOLD * (image_variance + posterior_variance)
+        histograms, histogram_range = channel_histograms(torch.cat(self.values))
         return LatentStatistics(
-            mean=by_channel,
+            mean=channel_mean,
             std=variance.sqrt(),
-            collapsed=collapsed.double().flatten(1).mean(1) if self.has_posterior else None,
+            collapsed_share=is_collapsed.double().flatten(1).mean(1) if self.has_posterior else None,
             histograms=histograms,
-            ends=ends,
+            histogram_range=histogram_range,
         )
 
 
-def histograms_of(values: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """(N, c, places) → counts (c, BINS) between the same two ends for all channels."""
-    low, high = (float(end) for end in np.quantile(values.numpy(), (TAIL, 1 - TAIL)))
+def channel_histograms(values: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Count the values of each channel in bins over a common range.
+
+    Args:
+        values: (N, c, positions).
+
+    Returns:
+        Counts (c, BINS) int64, and the range.
+    """
+    low, high = (float(end) for end in np.quantile(values.numpy(), (TAIL_SHARE, 1 - TAIL_SHARE)))
     if high <= low:
         low, high = low - 0.5, high + 0.5
     channels = values.clamp(low, high).transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""How pages of inspected models are laid out: an overview, then sections that the head links to."""
+"""The layout of inspection pages: an overview, then sections with links from the top of the page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,14 +6,16 @@ from pathlib import Path
 
 from latentloom import report
 from latentloom.inspection.sections import Section
-from latentloom.report.document import document
+from latentloom.report.document import html_document
 
 STYLES = (Path(report.__file__).parent / "page.css", Path(__file__).parent / "page.css")
 
 
-def laid_out(*, name: str, kind: str, overview: str, sections: Sequence[Section]) -> str:
-    anchors = "".join(f'<a href="#{part.place}">{escape(part.title)}</a>' for part in sections)
+def inspection_page(*, name: str, kind: str, overview: str, sections: Sequence[Section]) -> str:
+    """Assemble an HTML page from its parts."""
+    links = "".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections)
     body = "".join(
-        f'<section id="{part.place}"><h2>{escape(part.title)}</h2>{part.html}</section>' for part in sections
+        f'<section id="{section.anchor}"><h2>{escape(section.title)}</h2>{section.html}</section>'
+        for section in sections
     )
-    return document(name=name, kind=kind, head=f"<nav>{anchors}</nav>", main=overview + body, styles=STYLES)
+    return html_document(name=name, kind=kind, head=f"<nav>{links}</nav>", main=overview + body, styles=STYLES)

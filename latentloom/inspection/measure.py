@@ -1,9 +1,9 @@
-"""One pass of images through a tokenizer: PSNR and SSIM of each, all codes or statistics of the latents, and examples.
+"""Measure a tokenizer in one pass over a set of images.
 
-    images → reconstructions → PSNR, SSIM → the worst, the best, some at random
-           → codes (N, h, w), or latents by channel where there is no codebook
+    images → reconstructions → PSNR, SSIM → the worst, the best and some random examples
+           → codes (N, h, w), or latent statistics by channel when there is no codebook
 
-Only examples keep their pictures: memory grows with the number of codes, not of pixels.
+Pixels are kept for the examples only, so memory grows with the number of codes and not with the number of pixels.
 """
 
 from collections.abc import Sequence
@@ -22,41 +22,49 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.progress import progress_bar
 
 BATCH = 50
-DRAWN, EXTREMES = 3, 3  # examples at random, and of the worst and of the best
+NUM_RANDOM = 3  # random examples
+NUM_EXTREMES = 3  # worst examples, and as many best ones
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class ReconstructionExample:
+    """An image with its reconstruction."""
+
     position: int
+    """Index in the data set."""
     source_id: str
     psnr: float
+    """In dB."""
     original: Tensor
-    """(C, h, w) uint8, as is the reconstruction."""
+    """(C, h, w) uint8."""
     reconstruction: Tensor
+    """(C, h, w) uint8."""
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Each image at most once."""
+class ReconstructionExamples:
+    """Examples of three kinds; no image appears twice."""
 
-    worst: list[Example]
-    """The worst first."""
-    best: list[Example]
-    """The best first."""
-    drawn: list[Example]
+    worst: list[ReconstructionExample]
+    """Sorted by PSNR, the lowest first."""
+    best: list[ReconstructionExample]
+    """Sorted by PSNR, the highest first."""
+    random: list[ReconstructionExample]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class TokenizerInspection:
+    """What one pass of images through a tokenizer gives."""
+
     psnr: Tensor
     """(N,) float64 in dB."""
     ssim: Tensor | None
-    """(N,) float64; none of images that are smaller than its window."""
-    examples: Examples
+    """(N,) float64 in [-1, 1]; None when images are smaller than the SSIM window."""
+    examples: ReconstructionExamples
     codes: Tensor | None
-    """(N, h, w), or (N, levels, h, w) of residual codes; int32 in [0, K)."""
+    """(N, h, w), or (N, levels, h, w) for residual codes; int32 in [0, K); None without a codebook."""
     latents: LatentStatistics | None
-    """Of a tokenizer without a codebook."""
+    """None with a codebook."""
 
     @property
     def num_images(self) -> int:
@@ -64,56 +72,67 @@ class Inspection:
 
 
 @torch.inference_mode()
-def inspect(tokenizer: Tokenizer, images: ImageLoader, seed: int = 0) -> Inspection:
-    """`seed` is of the examples at random."""
+def inspect_tokenizer(tokenizer: Tokenizer, images: ImageLoader, seed: int = 0) -> TokenizerInspection:
+    """Run all images through a tokenizer and measure its reconstructions and its codes or latents.
+
+    Args:
+        tokenizer: The tokenizer to inspect.
+        images: The images.
+        seed: Seed that selects the random examples.
+    """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    drawn = order[: DRAWN + 2 * EXTREMES].tolist()  # enough, should the first be among the worst and the best
-    small = min(tokenizer.config.image_processor.content_size) < SSIM_WINDOW
+    random_positions = order[: NUM_RANDOM + 2 * NUM_EXTREMES].tolist()  # spares, in case some are extremes
+    skip_ssim = min(tokenizer.config.image_processor.content_size) < SSIM_WINDOW
     sums = LatentSums(isinstance(tokenizer, AutoencoderKL)) if tokenizer.codebook_size is None else None
-    likeness, structure, codes, kept = list[Tensor](), list[Tensor](), list[Tensor](), list[Example]()
+    psnr_batches, ssim_batches, code_batches = list[Tensor](), list[Tensor](), list[Tensor]()
+    candidates = list[ReconstructionExample]()
     with progress_bar(total=len(images), desc="inspect", unit="image") as bar:
         for positions, originals in images.batches(BATCH):
-            rebuilt, indices = reconstruct(tokenizer, originals)
-            likeness.append(psnr(rebuilt, originals))
-            if not small:
-                structure.append(ssim(rebuilt, originals))
+            reconstructions, indices = reconstruct(tokenizer, originals)
+            psnr_batches.append(psnr(reconstructions, originals))
+            if not skip_ssim:
+                ssim_batches.append(ssim(reconstructions, originals))
             if indices is not None:
-                codes.append(indices.int())
+                code_batches.append(indices.int())
             if sums is not None:
                 pixel_values = tokenizer.config.image_processor.preprocess(originals.to(tokenizer.device))
                 sums.add(*tokenizer.latent_moments(pixel_values))
             ids = images.source_ids(positions)
-            rows = zip(positions, ids, likeness[-1].tolist(), originals, rebuilt, strict=True)
-            kept = worth_keeping(kept + [Example(*row) for row in rows], drawn)
+            rows = zip(positions, ids, psnr_batches[-1].tolist(), originals, reconstructions, strict=True)
+            candidates = keep_candidates(candidates + [ReconstructionExample(*row) for row in rows], random_positions)
             bar.update(len(positions))
-    return Inspection(
-        psnr=torch.cat(likeness),
-        ssim=torch.cat(structure) if structure else None,
-        examples=chosen(kept, drawn),
-        codes=torch.cat(codes) if codes else None,
-        latents=None if sums is None else sums.statistics(),
+    return TokenizerInspection(
+        psnr=torch.cat(psnr_batches),
+        ssim=torch.cat(ssim_batches) if ssim_batches else None,
+        examples=select_examples(candidates, random_positions),
+        codes=torch.cat(code_batches) if code_batches else None,
+        latents=None if sums is None else sums.compute_statistics(),
     )
 
 
-def ranked(examples: list[Example]) -> list[Example]:
-    """The worst first; of equals the one that came first."""
+def sort_by_psnr(examples: list[ReconstructionExample]) -> list[ReconstructionExample]:
+    """Sort by PSNR, the lowest first; equal values by position."""
     return sorted(examples, key=lambda example: (example.psnr, example.position))
 
 
-def worth_keeping(examples: list[Example], drawn: Sequence[int]) -> list[Example]:
-    """Those that may still be shown, cut out of their batches, which would stay in memory with them."""
-    order = ranked(examples)
-    extremes = {example.position for example in order[:EXTREMES] + order[-EXTREMES:]}
+def keep_candidates(
+    examples: list[ReconstructionExample], random_positions: Sequence[int]
+) -> list[ReconstructionExample]:
+    """Keep the examples that may still be selected, as copies: views would keep their whole batches in memory."""
+    order = sort_by_psnr(examples)
+    extremes = {example.position for example in order[:NUM_EXTREMES] + order[-NUM_EXTREMES:]}
     return [
-        Example(e.position, e.source_id, e.psnr, e.original.clone(), e.reconstruction.clone())
+        ReconstructionExample(e.position, e.source_id, e.psnr, e.original.clone(), e.reconstruction.clone())
         for e in examples
-        if e.position in extremes.union(drawn)
+        if e.position in extremes.union(random_positions)
     ]
 
 
-def chosen(examples: list[Example], drawn: Sequence[int]) -> Examples:
-    order = ranked(examples)
-    worst = order[:EXTREMES]
-    best = order[len(worst) :][-EXTREMES:][::-1]
+def select_examples(examples: list[ReconstructionExample], random_positions: Sequence[int]) -> ReconstructionExamples:
+    """Select the worst, the best and random examples, so that no image appears twice."""
+    order = sort_by_psnr(examples)
+    worst = order[:NUM_EXTREMES]
+    best = order[len(worst) :][-NUM_EXTREMES:][::-1]
     others = {example.position: example for example in examples if example not in worst + best}
-    return Examples(worst, best, [others[position] for position in drawn if position in others][:DRAWN])
+    random = [others[position] for position in random_positions if position in others][:NUM_RANDOM]
+    return ReconstructionExamples(worst, best, random)

@@ -1,1 +1,1 @@
-"""One HTML page of a run that opens without a network: reading → verdicts and charts → sections → page."""
+"""HTML report for a run, which opens without a network: reading → diagnostics and charts → sections → page."""

@@ -1,4 +1,4 @@
-"""An HTML file that loads nothing, and may not: its own policy forbids it."""
+"""Write an HTML document that loads nothing: its Content-Security-Policy forbids requests."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,10 +9,20 @@ from latentloom import __version__
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def document(
+def html_document(
     *, name: str, kind: str, head: str, main: str, styles: Sequence[Path], source: str = "", script: Path | None = None
 ) -> str:
-    """A page under `name`: what kind it is and `head` above, `main` below it; `source` says what it was drawn from."""
+    """Assemble an HTML document.
+
+    Args:
+        name: The title.
+        kind: What the page is about, such as "training run of a tokenizer"; printed above the title.
+        head: HTML below the title.
+        main: HTML of the body.
+        styles: CSS files, embedded in this order.
+        source: Text appended to the footer, which names what the page was made from.
+        script: JavaScript file to embed, if any.
+    """
     title, style = escape(name), "".join(path.read_text(encoding="utf-8") for path in styles)
     policy = POLICY if script is None else f"{POLICY}; script-src 'unsafe-inline'"
     code = "" if script is None else f"<script>\n{script.read_text(encoding='utf-8')}</script>\n"
@@ -31,7 +41,7 @@ def document(
 <body>
 <header><p class="kind">latentloom · {kind}</p><h1>{title}</h1>{head}</header>
 <main>{main}</main>
-<footer>Drawn by latentloom {escape(__version__)}{source}.</footer>
+<footer>Written by latentloom {escape(__version__)}{source}.</footer>
 {code}</body>
 </html>
 """

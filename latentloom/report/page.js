@@ -1,6 +1,6 @@
 "use strict";
 
-/* Charts: step and values under the pointer. Curves are thinned each for itself, so each gives its own nearest point. */
+/* Charts: show the step and the values under the pointer. Each curve is thinned separately, so each has its own nearest step. */
 for (const figure of document.querySelectorAll("figure.chart")) {
   const svg = figure.querySelector("svg");
   const line = svg.querySelector(".pointer");
@@ -12,45 +12,45 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     colour: getComputedStyle(curve).getPropertyValue("--tone"),
     steps: curve.dataset.steps.split(" ").map(Number),
     values: curve.dataset.values.split(" ").map(Number),
-    places: curve.querySelector("polyline").getAttribute("points").split(" ").map((place) => Number(place.split(",")[0])),
+    positions: curve.querySelector("polyline").getAttribute("points").split(" ").map((pair) => Number(pair.split(",")[0])),
   }));
-  const digits = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
+  const format = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
 
-  const nearest = (places, x) => {
+  const nearest = (positions, x) => {
     let low = 0;
-    let high = places.length - 1;
+    let high = positions.length - 1;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (places[middle] < x) low = middle + 1;
+      if (positions[middle] < x) low = middle + 1;
       else high = middle;
     }
-    return low > 0 && x - places[low - 1] < places[low] - x ? low - 1 : low;
+    return low > 0 && x - positions[low - 1] < positions[low] - x ? low - 1 : low;
   };
 
   const show = (event) => {
     const box = svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    const found = curves.map((curve) => ({ curve, i: nearest(curve.places, x) }));
-    if (!found.length) return;
-    const off = ({ curve, i }) => Math.abs(curve.places[i] - x);
-    const near = found.reduce((a, b) => (off(b) < off(a) ? b : a));
-    const step = near.curve.steps[near.i];
-    const place = near.curve.places[near.i];
-    line.setAttribute("x1", place);
-    line.setAttribute("x2", place);
+    const points = curves.map((curve) => ({ curve, i: nearest(curve.positions, x) }));
+    if (!points.length) return;
+    const distance = ({ curve, i }) => Math.abs(curve.positions[i] - x);
+    const closest = points.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+    const step = closest.curve.steps[closest.i];
+    const position = closest.curve.positions[closest.i];
+    line.setAttribute("x1", position);
+    line.setAttribute("x2", position);
     line.style.visibility = "visible";
     tip.replaceChildren(document.createElement("b"));
     tip.firstChild.textContent = "step " + step.toLocaleString("en");
-    for (const { curve, i } of found) {
-      const own = curve.steps[i] === step ? "" : " at step " + curve.steps[i].toLocaleString("en");
+    for (const { curve, i } of points) {
+      const otherStep = curve.steps[i] === step ? "" : " at step " + curve.steps[i].toLocaleString("en");
       const row = tip.appendChild(document.createElement("div"));
       if (curves.length > 1) row.style.setProperty("--tone", curve.colour);
-      row.textContent = curve.name + " " + digits(curve.values[i]) + unit + own;
+      row.textContent = curve.name + " " + format(curve.values[i]) + unit + otherStep;
     }
     const frame = figure.getBoundingClientRect();
-    const at = box.left - frame.left + (place / svg.viewBox.baseVal.width) * box.width;
-    /* Above the drawing, where it hides no curve. */
-    tip.style.left = Math.max(4, Math.min(at - tip.offsetWidth / 2, frame.width - tip.offsetWidth - 4)) + "px";
+    const center = box.left - frame.left + (position / svg.viewBox.baseVal.width) * box.width;
+    /* Above the plot, so that it hides no curve. */
+    tip.style.left = Math.max(4, Math.min(center - tip.offsetWidth / 2, frame.width - tip.offsetWidth - 4)) + "px";
     tip.style.top = box.top - frame.top + 12 - tip.offsetHeight + "px";
     tip.style.visibility = "visible";
   };
@@ -63,7 +63,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   svg.addEventListener("pointerleave", hide);
 }
 
-/* Grids of samples: a slider over the steps, and a button that goes through them. */
+/* Grids of samples: a slider over the steps, and a button that plays them in order. */
 for (const player of document.querySelectorAll("figure.player")) {
   const controls = player.querySelector(".controls");
   if (!controls) continue;
@@ -71,7 +71,7 @@ for (const player of document.querySelectorAll("figure.player")) {
   const frames = player.querySelectorAll("img");
   const slider = controls.querySelector("input");
   const button = controls.querySelector("button");
-  const shown = player.querySelector("output");
+  const stepLabel = player.querySelector("output");
   let timer = 0;
 
   const show = (index) => {
@@ -79,7 +79,7 @@ for (const player of document.querySelectorAll("figure.player")) {
       frame.hidden = i !== index;
     });
     slider.value = index;
-    shown.textContent = steps[index].toLocaleString("en");
+    stepLabel.textContent = steps[index].toLocaleString("en");
   };
   const stop = () => {
     clearInterval(timer);
@@ -106,5 +106,5 @@ for (const player of document.querySelectorAll("figure.player")) {
     timer = setInterval(next, 700);
   });
   controls.hidden = false;
-  show(frames.length - 1); /* a reloaded page may bring back where the slider was */
+  show(frames.length - 1); /* a browser restores the slider's position when it reloads the page */
 }

@@ -1,4 +1,4 @@
-"""What a run folder holds, as far as it has come: read with neither torch nor a model, so that a page takes a second."""
+"""Read the files of a run folder without torch or a model, so that a report takes a second."""
 
 import io
 import json
@@ -22,11 +22,13 @@ from training_harness.metric_log import read_metrics
 Stage = Literal["tokenizer", "prior"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "prior")
 MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
-MAX_GRIDS, MAX_GRID_BYTES = 40, 16_000_000  # of one run: mail and browsers take a page of that size
+MAX_GRIDS, MAX_GRID_BYTES = 40, 16_000_000  # for each run: larger pages are too much for mail and browsers
 
 
 @dataclass(frozen=True)
 class PNGImage:
+    """An encoded PNG file with its size in pixels."""
+
     png: bytes
     width: int
     height: int
@@ -34,43 +36,48 @@ class PNGImage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
+    """The files of one training run, finished or not."""
+
     name: str
     stage: Stage
     rows: list[dict[str, Any]]
+    """Rows of metrics.jsonl, by step."""
     configuration: dict[str, Any]
     configuration_text: str
     environment: dict[str, Any]
     codebook_size: int | None
-    """K, where something in the folder tells it."""
-    skipped: list[dict[str, Any]]
-    """One row a process for each step that was not taken."""
+    """K, or None when no file of the run states it."""
+    skipped_rows: list[dict[str, Any]]
+    """Rows of skipped_steps.*.jsonl, one for each skipped step and process."""
     grids: list[tuple[int, PNGImage]]
-    """Samples by step, evenly chosen where there are too many."""
-    grids_found: int
+    """Step and image of the sample grids that the report shows."""
+    num_grids: int
+    """Number of sample grids in the folder."""
     checkpoints: set[int]
+    """Steps with a checkpoint."""
     has_model: bool
 
     @cached_property
-    def figures(self) -> dict[str, Points]:
-        """Every logged figure by name, without values that are not finite numbers."""
-        found: dict[str, Points] = {}
+    def metrics(self) -> dict[str, Points]:
+        """All logged metrics by name, without non-finite values."""
+        points_by_name: dict[str, Points] = {}
         for row in self.rows:
             for name, value in row.items():
                 if name != "step" and is_number(value):
-                    points = found.setdefault(name, [])
+                    points = points_by_name.setdefault(name, [])
                     if math.isfinite(value):
                         points.append((row["step"], value))
-        return {name: points for name, points in found.items() if points}
+        return {name: points for name, points in points_by_name.items() if points}
 
     @cached_property
-    def not_finite(self) -> dict[str, int]:
-        """How many values of each figure were logged as NaN or infinite."""
-        found: dict[str, int] = {}
+    def nonfinite_counts(self) -> dict[str, int]:
+        """Number of logged NaN or infinite values by metric."""
+        counts: dict[str, int] = {}
         for row in self.rows:
             for name, value in row.items():
                 if is_number(value) and not math.isfinite(value):
-                    found[name] = found.get(name, 0) + 1
-        return found
+                    counts[name] = counts.get(name, 0) + 1
+        return counts
 
     @property
     def step(self) -> int:
@@ -82,19 +89,19 @@ class RunRecord:
         return value if isinstance(value, int) else None
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.has_model and self.max_steps is not None and self.step >= self.max_steps
 
     @property
-    def resumed(self) -> list[int]:
-        return [step for step, _ in self.figures.get("resumed_from", [])]
+    def resumed_steps(self) -> list[int]:
+        return [step for step, _ in self.metrics.get("resumed_from", [])]
 
-    def last(self, name: str) -> float | None:
-        points = self.figures.get(name)
+    def last_value(self, name: str) -> float | None:
+        points = self.metrics.get(name)
         return points[-1][1] if points else None
 
     def setting(self, *path: str) -> Any:
-        """A value of the configuration, such as setting("optimizer", "max_grad_norm"), or None."""
+        """Look up a value of the configuration, such as setting("optimizer", "max_grad_norm"); None if it is missing."""
         value: Any = self.configuration
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -103,68 +110,74 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
+    """One run, or the folder of `train` or `quickstart` with both stages."""
+
     name: str
     runs: list[RunRecord]
-    """Of one stage, or of both."""
+    """One or two runs, the tokenizer first."""
     metrics: dict[str, Any]
-    pictures: dict[str, PNGImage]
-    """Those of the job by file name."""
+    """Content of metrics.json; empty for a single run."""
+    images: dict[str, PNGImage]
+    """Images of the job by file name; empty for a single run."""
 
 
 def read_job(folder: Path) -> JobRecord:
-    """Reads a run folder of either stage, or the folder of a job that holds both.
+    """Read a run folder of either stage, or a job folder that holds both.
 
-    Raises UserError for a folder that is neither, and for one in which nothing was logged yet.
+    Raises:
+        UserError: `folder` is missing, holds no run, or holds a run without logged steps.
     """
     if not folder.exists():
-        raise UserError(f"no folder at {folder}; expected a run folder; give one, such as runs/quickstart")
-    if holds_run(folder):
+        raise UserError(f"no folder at {folder}; expected a run folder; pass one, such as runs/quickstart")
+    if is_run_folder(folder):
         run = read_run(folder)
         folders, runs = [folder], [run]
     else:
-        folders = [folder / stage for stage in STAGES if holds_run(folder / stage)]
+        folders = [folder / stage for stage in STAGES if is_run_folder(folder / stage)]
         if not folders:
             raise UserError(
-                f"{folder} holds no run: neither config.yaml or metrics.jsonl, nor tokenizer/ or prior/ with them; expected "
-                "the --output of a training command; give that folder"
+                f"{folder} holds no run: it has no config.yaml or metrics.jsonl, and no tokenizer/ or prior/ with these files; "
+                "expected the --output of a training command; pass that folder"
             )
-        runs = [read_run(below) for below in folders]
+        runs = [read_run(run_folder) for run_folder in folders]
     if not any(run.rows for run in runs):
-        logs = " and ".join(str(below / "metrics.jsonl") for below in folders)
+        logs = " and ".join(str(run_folder / "metrics.jsonl") for run_folder in folders)
         raise UserError(
-            f"{logs} without a single whole row; expected at least one logged step; wait for --log-every steps"
+            f"no complete row in {logs}; expected at least one logged step; wait for --log-every steps and run it again"
         )
-    whole_job = folders != [folder]
-    names = ("samples.png", "reconstructions.png") if whole_job else ()
-    pictures = {name: picture for name in names if (picture := read_image(folder / name)) is not None}
+    is_job = folders != [folder]
+    image_names = ("samples.png", "reconstructions.png") if is_job else ()
+    images = {name: image for name in image_names if (image := read_image(folder / name)) is not None}
     name = folder.resolve().name
     return JobRecord(
-        name=f"{folder.resolve().parent.name}/{name}" if name in STAGES and not whole_job else name,
+        name=f"{folder.resolve().parent.name}/{name}" if name in STAGES and not is_job else name,
         runs=runs,
-        metrics=read_json(folder / "metrics.json") if whole_job else {},
-        pictures=pictures,
+        metrics=read_json(folder / "metrics.json") if is_job else {},
+        images=images,
     )
 
 
-def holds_run(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file()
 
 
 def read_run(folder: Path) -> RunRecord:
+    """Read the folder of one training run of either stage."""
     config = folder / "config.yaml"
     configuration = read_yaml(config) if config.exists() else {}
     rows = read_rows(folder / "metrics.jsonl")
-    logged = {name for row in rows for name in row}
-    stage: Stage = "prior" if "codes" in configuration or logged & {"nats_per_token", "squared_error"} else "tokenizer"
+    columns = {name for row in rows for name in row}
+    stage: Stage = "prior" if "codes" in configuration or columns & {"nats_per_token", "squared_error"} else "tokenizer"
     configuration = MIGRATIONS[stage].present(configuration)
-    skipped = [row for path in sorted(folder.glob("skipped_steps.*.jsonl")) for row in read_rows(path)]
-    paths = {
-        int(found[1]): path
+    skipped_rows = [row for path in sorted(folder.glob("skipped_steps.*.jsonl")) for row in read_rows(path)]
+    grid_paths = {
+        int(match[1]): path
         for path in folder.glob("samples/*.png")
-        if (found := re.fullmatch(r"step_(\d+)", path.stem))
+        if (match := re.fullmatch(r"step_(\d+)", path.stem))
     }
-    grids = [(step, read_image(paths[step])) for step in chosen_grids({s: p.stat().st_size for s, p in paths.items()})]
-    names = [path.name for path in folder.glob("checkpoints/step_*") if path.is_dir()]
+    grid_steps = select_grid_steps({step: path.stat().st_size for step, path in grid_paths.items()})
+    grids = [(step, read_image(grid_paths[step])) for step in grid_steps]
+    checkpoint_names = [path.name for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     return RunRecord(
         name=folder.resolve().name,
         stage=stage,
@@ -173,16 +186,16 @@ def read_run(folder: Path) -> RunRecord:
         configuration_text=config.read_text(encoding="utf-8") if config.exists() else "",
         environment=read_json(folder / "environment.json"),
         codebook_size=find_codebook_size(folder, stage, configuration),
-        skipped=sorted(skipped, key=lambda row: row["step"]),
-        grids=[(step, picture) for step, picture in grids if picture is not None],
-        grids_found=len(paths),
-        checkpoints={int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))},
+        skipped_rows=sorted(skipped_rows, key=lambda row: row["step"]),
+        grids=[(step, image) for step, image in grids if image is not None],
+        num_grids=len(grid_paths),
+        checkpoints={int(match[1]) for name in checkpoint_names if (match := re.fullmatch(r"step_(\d+)", name))},
         has_model=(folder / "model" / "config.json").exists(),
     )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log that name their step."""
+    """Read the rows of a log that have an integer `step`."""
     try:
         rows = read_metrics(path)
     except UnicodeDecodeError:
@@ -191,7 +204,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one where there is no file."""
+    """Read the object in a JSON file; empty when the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
@@ -200,41 +213,49 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_image(path: Path) -> PNGImage | None:
-    """A PNG file as it is, or None where there is none that can be shown."""
+    """Read a PNG file without decoding it; None when it is missing or broken."""
     if not path.is_file():
         return None
     png = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-            picture.load()
-            return PNGImage(png, *picture.size)
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()
+            return PNGImage(png, *image.size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 
-def chosen_grids(sizes: dict[int, int]) -> list[int]:
-    """Steps whose grids are shown: the first, the last and others evenly between, within the limits of one page."""
+def select_grid_steps(sizes: dict[int, int]) -> list[int]:
+    """Select evenly spaced steps, the first and the last included, within `MAX_GRIDS` and `MAX_GRID_BYTES`.
+
+    Args:
+        sizes: Step → size of its grid in bytes.
+    """
     steps = sorted(sizes)
-    wanted = min(len(steps), MAX_GRIDS)
+    num_selected = min(len(steps), MAX_GRIDS)
     while True:
-        chosen = [steps[i * (len(steps) - 1) // max(1, wanted - 1)] for i in range(wanted)]
-        if wanted <= 2 or sum(sizes[step] for step in chosen) <= MAX_GRID_BYTES:
-            return chosen
-        wanted -= 1
+        selected = [steps[i * (len(steps) - 1) // max(1, num_selected - 1)] for i in range(num_selected)]
+        if num_selected <= 2 or sum(sizes[step] for step in selected) <= MAX_GRID_BYTES:
+            return selected
+        num_selected -= 1
 
 
 def find_codebook_size(folder: Path, stage: Stage, configuration: dict[str, Any]) -> int | None:
-    """K from the configuration, the model, or for a prior from its codes, also where the job has been moved."""
+    """Find K in the configuration, in the model, or in the code cache of a prior.
+
+    The code cache is also looked for next to the run folder, because a job may have been moved.
+    """
     saved = read_json(folder / "model" / "config.json")
     if stage == "tokenizer":
         saved = MODEL.present(saved)
     sections = (configuration.get("model"), saved, saved.get("model"))
-    size = next((found for one in sections if isinstance(one, dict) and (found := one.get("codebook_size"))), None)
+    sizes = [section.get("codebook_size") for section in sections if isinstance(section, dict)]
+    size = next(filter(None, sizes), None)
     if stage == "prior" and not size:
-        places = (Path(str(configuration.get("codes", "codes"))), folder.parent / "codes")
-        specs = [read_json(place / "manifest.json").get("spec") for place in places]
+        code_folders = (Path(str(configuration.get("codes", "codes"))), folder.parent / "codes")
+        specs = [read_json(code_folder / "manifest.json").get("spec") for code_folder in code_folders]
         sizes = [spec.get("codebook_size") for spec in specs if isinstance(spec, dict)]
-        size = next((found for found in sizes if found), None)
+        size = next(filter(None, sizes), None)
     return size if isinstance(size, int) and size > 1 else None
 
 

@@ -1,128 +1,131 @@
-"""A job's figures: those one looks at first, then all of them beside what real images get, and those by class."""
+"""The results of a job: the main metrics, all metrics next to the values of real images, and metrics by class."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-from latentloom.report.numbers import number
+from latentloom.report.numbers import format_number
 from latentloom.report.reading import JobRecord, is_number
 from latentloom.report.widgets import Cell, Tile, image_figure, machine_facts, table, tiles
 
 
-class Figure(NamedTuple):
+class MetricDescription(NamedTuple):
+    """How a metric of metrics.json is shown in a table."""
+
     name: str
     label: str
-    says: str
+    meaning: str
     unit: str = ""
 
 
-GROUPS = {
+METRIC_GROUPS = {
     "Samples": (
-        Figure("frechet", "Fréchet distance", "fidelity and variety in one number; lower is better"),
-        Figure("fid", "FID", "the same on the reference network; lower is better"),
-        Figure("kid", "KID", "kernel distance, not biased by the number of images; lower is better"),
-        Figure("precision", "Precision", "share of samples that lie among real images"),
-        Figure("recall", "Recall", "share of real images that lie among samples: a dropped mode lowers it"),
-        Figure("density", "Density", "precision that outliers do not sway"),
-        Figure("coverage", "Coverage", "recall that outliers do not sway"),
-        Figure("class_agreement", "Class agreement", "samples seen as their own class"),
-        Figure("bits_per_token", "Bits a token", "what the prior needs for held-out codes; lower is better"),
+        MetricDescription("frechet", "Fréchet distance", "fidelity and variety in one number; lower is better"),
+        MetricDescription("fid", "FID", "Fréchet distance of Inception features; lower is better"),
+        MetricDescription("kid", "KID", "kernel distance, not biased by the number of images; lower is better"),
+        MetricDescription("precision", "Precision", "share of samples that lie among real images"),
+        MetricDescription("recall", "Recall", "share of real images that lie among samples; a dropped mode lowers it"),
+        MetricDescription("density", "Density", "like precision, but robust to outliers"),
+        MetricDescription("coverage", "Coverage", "like recall, but robust to outliers"),
+        MetricDescription("class_agreement", "Class agreement", "samples that a classifier assigns to their class"),
+        MetricDescription("bits_per_token", "Bits a token", "cost of held-out codes under the prior; lower is better"),
     ),
     "Reconstructions": (
-        Figure("psnr", "PSNR", "how near they are to their originals; higher is better", "dB"),
-        Figure("ssim", "SSIM", "the same for structure; 1 is an exact copy"),
-        Figure("lpips", "LPIPS", "how far they are as a network sees it; lower is better"),
-        Figure("reconstruction_frechet", "Fréchet distance", "what the tokenizer alone loses; lower is better"),
-        Figure("codes_used", "Codes used", "by the reference images"),
-        Figure("perplexity", "Perplexity", "so many codes, used equally, would say as much", "codes"),
-        Figure("bits_per_pixel", "Bits a pixel", "what the codes cost"),
+        MetricDescription("psnr", "PSNR", "similarity to the originals; higher is better", "dB"),
+        MetricDescription("ssim", "SSIM", "structural similarity; 1 is an exact copy"),
+        MetricDescription("lpips", "LPIPS", "perceptual distance to the originals; lower is better"),
+        MetricDescription("reconstruction_frechet", "Fréchet distance", "loss by the tokenizer alone; lower is better"),
+        MetricDescription("codes_used", "Codes used", "by the reference images"),
+        MetricDescription("perplexity", "Perplexity", "number of equally used codes with the same entropy", "codes"),
+        MetricDescription("bits_per_pixel", "Bits a pixel", "size of the codes"),
     ),
 }
-PICTURES = {
-    "Samples": ("samples.png", "Samples of the finished pipeline, as they come"),
-    "Reconstructions": ("reconstructions.png", "Originals, each over its reconstruction by the tokenizer"),
+GROUP_IMAGES = {
+    "Samples": ("samples.png", "Samples of the finished pipeline, not selected"),
+    "Reconstructions": ("reconstructions.png", "Each original with its reconstruction below"),
 }
-SHARES = ("precision", "recall", "coverage", "class_agreement")
+SHARE_METRICS = ("precision", "recall", "coverage", "class_agreement")  # in [0, 1], shown in per cent
 
 
-def results(job: JobRecord) -> str:
-    """The section of a job that has figures or pictures; empty for one that has not come so far."""
-    if not job.metrics and not job.pictures:
+def results_section(job: JobRecord) -> str:
+    """Return the section of a job's results as HTML; empty before there are metrics or images."""
+    if not job.metrics and not job.images:
         return ""
-    parts = ['<section id="results"><h2>Results</h2>', tiles(list(key_metrics(job.metrics))), '<div class="pair">']
-    for group, figures in GROUPS.items():
-        name, said = PICTURES[group]
-        picture = image_figure(job.pictures[name], said) if name in job.pictures else ""
-        parts.append(f"<div><h3>{group}</h3>{picture}{metric_table(job.metrics, group, figures)}</div>")
-    parts += ["</div>", how_measured(job.metrics), by_class(job.metrics), "</section>"]
+    parts = ['<section id="results"><h2>Results</h2>', tiles(list(main_metrics(job.metrics))), '<div class="pair">']
+    for group, descriptions in METRIC_GROUPS.items():
+        name, caption = GROUP_IMAGES[group]
+        image = image_figure(job.images[name], caption) if name in job.images else ""
+        parts.append(f"<div><h3>{group}</h3>{image}{metric_table(job.metrics, group, descriptions)}</div>")
+    parts += ["</div>", measurement_note(job.metrics), class_table(job.metrics), "</section>"]
     return "".join(parts)
 
 
-def key_metrics(metrics: Mapping[str, Any]) -> Iterator[Tile]:
-    """Each with a second figure that it is read against, where there is one."""
-    floor = mapping(metrics, "floor")
-    for name, label, unit, beside, said in (
+def main_metrics(metrics: Mapping[str, Any]) -> Iterator[Tile]:
+    """Yield the main metrics, each with a value to compare it with where there is one."""
+    floor = get_mapping(metrics, "floor")
+    for name, label, unit, reference, template in (
         ("psnr", "Reconstruction", "dB PSNR", metrics.get("ssim"), "SSIM {}"),
-        ("frechet", "Fréchet distance", "", floor.get("frechet"), "real images get {}"),
-        ("class_agreement", "Class agreement", "", floor.get("class_agreement"), "real images get {}"),
-        ("recall", "Recall", "", floor.get("recall"), "real images get {}"),
-        ("bits_per_token", "Prior", "bits a token", metrics.get("bits_per_token_uniform"), "a guess needs {}"),
+        ("frechet", "Fréchet distance", "", floor.get("frechet"), "real images: {}"),
+        ("class_agreement", "Class agreement", "", floor.get("class_agreement"), "real images: {}"),
+        ("recall", "Recall", "", floor.get("recall"), "real images: {}"),
+        ("bits_per_token", "Prior", "bits a token", metrics.get("bits_per_token_uniform"), "uniform guess: {}"),
     ):
         if is_number(value := metrics.get(name)):
-            read_against = said.format(shown(name, beside, 3)) if is_number(beside) else ""
-            yield Tile(label, shown(name, value, 4 if name == "psnr" else 3), unit, read_against)
+            below = template.format(format_metric(name, reference, 3)) if is_number(reference) else ""
+            yield Tile(label, format_metric(name, value, 4 if name == "psnr" else 3), unit, below)
     if is_number(value := metrics.get("seconds")):
-        yield Tile("Time", duration(value), "", "from images to figures")
+        yield Tile("Time", format_duration(value), "", "from images to metrics")
 
 
-def metric_table(metrics: Mapping[str, Any], group: str, figures: tuple[Figure, ...]) -> str:
-    floors = mapping(metrics, "floor") | {"reconstruction_frechet": metrics.get("reconstruction_frechet_floor")}
+def metric_table(metrics: Mapping[str, Any], group: str, descriptions: tuple[MetricDescription, ...]) -> str:
+    floors = get_mapping(metrics, "floor") | {"reconstruction_frechet": metrics.get("reconstruction_frechet_floor")}
     rows: list[tuple[Cell, ...]] = []
-    for figure in figures:
-        if is_number(value := metrics.get(figure.name)):
-            real = floors.get(figure.name)
-            found = f"{shown(figure.name, value)} {figure.unit}".strip()
+    for description in descriptions:
+        if is_number(value := metrics.get(description.name)):
+            real = floors.get(description.name)
+            text = f"{format_metric(description.name, value)} {description.unit}".strip()
             rows.append(
                 (
-                    (figure.label, figure.says),
-                    (found, spread(metrics, figure.name)),
-                    shown(figure.name, real, 3) if is_number(real) else "",
+                    (description.label, description.meaning),
+                    (text, format_spread(metrics, description.name)),
+                    format_metric(description.name, real, 3) if is_number(real) else "",
                 )
             )
-    memorised = mapping(metrics, "memorisation").get("ratio")
-    if group == "Samples" and is_number(memorised):
-        said = "distance to the nearest training image, over that of held-out images; near 1 is right"
-        rows.append((("Memorisation", said), f"× {number(memorised, 3)}", "× 1"))
-    return table(("figure", "this job", "real images"), rows, numeric=(1, 2)) if rows else ""
+    ratio = get_mapping(metrics, "memorisation").get("ratio")
+    if group == "Samples" and is_number(ratio):
+        meaning = "distance of samples to the nearest training image, divided by that of held-out images; 1 is ideal"
+        rows.append((("Memorization", meaning), f"× {format_number(ratio, 3)}", "× 1"))
+    return table(("metric", "this job", "real images"), rows, numeric=(1, 2)) if rows else ""
 
 
-def how_measured(metrics: Mapping[str, Any]) -> str:
+def measurement_note(metrics: Mapping[str, Any]) -> str:
+    """Say how many images, which features and which machine the metrics were measured with."""
     counts = [
-        f"{number(metrics[name], 9)} {what}"
-        for name, what in (("num_images", "samples"), ("num_reference_images", "reference images"))
+        f"{format_number(metrics[name], 9)} {unit}"
+        for name, unit in (("num_images", "samples"), ("num_reference_images", "reference images"))
         if is_number(metrics.get(name))
     ]
     if not counts:
         return ""
-    features = f", in the features of {escape(str(metrics['features']))}" if metrics.get("features") else ""
+    features = f", with the features {escape(str(metrics['features']))}" if metrics.get("features") else ""
     return (
-        f'<p class="note">Measured on {" and ".join(counts)}{features}. Real images are as many training images in the '
-        f"samples’ place: what a perfect generator would get.</p>"
+        f'<p class="note">Measured on {" and ".join(counts)}{features}. The column “real images” uses as many training images '
+        f"instead of the samples: a perfect generator would reach these values.</p>"
         f"<details><summary>Where it was measured</summary>{machine_facts(metrics)}</details>"
     )
 
 
-def by_class(metrics: Mapping[str, Any]) -> str:
-    classes, bits = mapping(metrics, "by_class"), mapping(metrics, "bits_per_token_by_class")
+def class_table(metrics: Mapping[str, Any]) -> str:
+    classes, bits = get_mapping(metrics, "by_class"), get_mapping(metrics, "bits_per_token_by_class")
     names = ("class_agreement", "frechet", "precision", "recall")
     rows = [
         (
-            name,
-            *(shown(figure, found[figure]) if is_number(found.get(figure)) else "" for figure in names),
-            number(bits[name], 3) if is_number(bits.get(name)) else "",
+            label,
+            *(format_metric(name, values[name]) if is_number(values.get(name)) else "" for name in names),
+            format_number(bits[label], 3) if is_number(bits.get(label)) else "",
         )
-        for name, found in classes.items()
-        if isinstance(found, dict)
+        for label, values in classes.items()
+        if isinstance(values, dict)
     ]
     if not rows:
         return ""
@@ -130,25 +133,27 @@ def by_class(metrics: Mapping[str, Any]) -> str:
     return f"<details><summary>By class</summary>{table(heads, rows, numeric=range(1, len(heads)))}</details>"
 
 
-def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = values.get(name)
-    return found if isinstance(found, dict) else {}
+def get_mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the dictionary under `name`, or an empty one."""
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
 
 
-def shown(name: str, value: float, digits: int = 4) -> str:
-    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%" if name in SHARES else number(value, digits)
+def format_metric(name: str, value: float, digits: int = 4) -> str:
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%" if name in SHARE_METRICS else format_number(value, digits)
 
 
-def spread(metrics: Mapping[str, Any], name: str) -> str:
+def format_spread(metrics: Mapping[str, Any], name: str) -> str:
+    """Format the confidence interval or the standard deviation of a metric; empty without either."""
     interval, deviation = metrics.get(f"{name}_interval"), metrics.get(f"{name}_std")
     if name == "bits_per_token" and is_number(uniform := metrics.get("bits_per_token_uniform")):
-        return f"a uniform guess: {number(uniform)}"
+        return f"uniform guess: {format_number(uniform)}"
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
-        return f"{number(interval[0], 3)} … {number(interval[1], 3)}"
-    return f"± {number(deviation, 2)}" if is_number(deviation) and deviation else ""
+        return f"{format_number(interval[0], 3)} … {format_number(interval[1], 3)}"
+    return f"± {format_number(deviation, 2)}" if is_number(deviation) and deviation else ""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"

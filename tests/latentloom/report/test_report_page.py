@@ -19,10 +19,10 @@ from PIL import Image
 
 from latentloom.report import reading
 from latentloom.report.diagnostics import diagnostics
-from latentloom.report.numbers import number
-from latentloom.report.panels import PANELS, marks_something
-from latentloom.report.reading import chosen_grids, find_codebook_size, read_run
-from latentloom.report.svg_charts import CURVE_POINTS, thinned
+from latentloom.report.numbers import format_number
+from latentloom.report.panels import PANELS, is_marker
+from latentloom.report.reading import select_grid_steps, find_codebook_size, read_run
+from latentloom.report.svg_charts import MAX_CURVE_POINTS, thin_points
 
 ENVIRONMENT = {
     "run_id": "0a1b2c3d",
@@ -298,7 +298,7 @@ def test_nothing_in_a_file_becomes_markup(whole_job: Path) -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(4, 60))
 def test_thinning_keeps_the_ends_and_the_extremes_in_order(values: list[float], limit: int) -> None:
     points = list(enumerate(values))
-    kept = thinned(points, limit)
+    kept = thin_points(points, limit)
     assert len(kept) <= max(limit, 1)
     assert [step for step, _ in kept] == sorted({step for step, _ in kept})
     assert set(kept) <= set(points)
@@ -318,7 +318,7 @@ def test_a_long_log_keeps_every_extreme_and_gives_a_small_page(tmp_path: Path) -
     assert len(curves) == len(names)
     for i, points in enumerate(curves.values()):
         assert {(70_001 + i, 9.0), (30_003 + i, 1e-4)} <= set(points)
-        assert len(points) <= CURVE_POINTS
+        assert len(points) <= MAX_CURVE_POINTS
     assert (folder / "report.html").stat().st_size < 400_000
 
 
@@ -327,12 +327,12 @@ def test_a_long_log_keeps_every_extreme_and_gives_a_small_page(tmp_path: Path) -
 )
 def test_grids_are_thinned_evenly_and_the_first_and_last_kept(found: int, size: int, shown: int) -> None:
     steps = [500 * i for i in range(1, found + 1)]
-    chosen = chosen_grids(dict.fromkeys(steps, size))
+    chosen = select_grid_steps(dict.fromkeys(steps, size))
     assert len(chosen) == len(set(chosen)) == shown
     assert (chosen[0], chosen[-1]) == (steps[0], steps[-1])
     gaps = [after - before for before, after in pairwise(chosen)]
     assert max(gaps, default=0) - min(gaps, default=0) <= 500
-    assert chosen_grids({}) == []
+    assert select_grid_steps({}) == []
 
 
 def test_only_the_last_grid_is_in_view_before_a_script_runs(tokenizer: Path) -> None:
@@ -497,7 +497,7 @@ def test_the_figures_of_the_real_loops_have_their_place_in_a_panel(finished_job:
         run = read_run(finished_job / stage)
         assert run.stage == stage
         assert run.finished
-        assert [name for name in run.figures if name not in known and not marks_something(name)] == []
+        assert [name for name in run.figures if name not in known and not is_marker(name)] == []
     assert latentloom("report", finished_job, "--output", tmp_path / "page.html") == 0
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert len(page.pictures()) == 4
@@ -522,7 +522,7 @@ def test_the_figures_of_the_real_loops_have_their_place_in_a_panel(finished_job:
     ],
 )
 def test_numbers_have_four_digits_and_their_thousands_apart(value: float, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 # -- a real browser -----------------------------------------------------------------------------------------------------
