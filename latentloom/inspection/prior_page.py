@@ -61,7 +61,7 @@ def main_metrics(metrics: dict[str, float], neighbours: Neighbours) -> Iterator[
     yield Tile("Bits a pixel", format_number(metrics["prior_bits_per_pixel"]), "", "for its codes")
     yield Tile(
         "Codes shared", format_percent(float(neighbours.samples.median())), "",
-        "by a sample and its nearest training image; "
+        "with the nearest training image (median); "
         f"held-out images: {format_percent(float(neighbours.held_out.median()))}",
     )  # fmt: skip
 
@@ -74,14 +74,14 @@ def copy_diagnostic(neighbours: Neighbours) -> Diagnostic:
         return Diagnostic(
             "good",
             "Samples are no copies of training images",
-            f"{format_percent(copied)} of the samples share at least {format_percent(COPY_THRESHOLD)} of their codes with a "
-            f"training image, and so do {format_percent(expected)} of the held-out images.",
+            f"{format_percent(copied)} of the samples and {format_percent(expected)} of the held-out images share at least "
+            f"{format_percent(COPY_THRESHOLD)} of their codes with a training image.",
         )
     return Diagnostic(
         "bad",
         f"{format_percent(copied)} of the samples are copies of training images",
-        f"They share at least {format_percent(COPY_THRESHOLD)} of their codes with a training image; only "
-        f"{format_percent(expected)} of the held-out images do. Train for fewer steps, with a smaller model, or with "
+        f"They share at least {format_percent(COPY_THRESHOLD)} of their codes with a training image, compared with "
+        f"{format_percent(expected)} of the held-out images. Train for fewer steps, with a smaller model, or with "
         "--model.dropout 0.1.",
     )
 
@@ -170,7 +170,7 @@ def memorization_section(neighbours: Neighbours) -> Section:
         side_by_side(
             ("Sample", format_percent(share)),
             {"sample": sample, "nearest training image": training},
-            "of the codes in common",
+            "share of codes in common with the training image",
         )
         for share, sample, training in neighbours.pairs
     )

@@ -93,7 +93,7 @@ def metric_table(metrics: Mapping[str, Any], group: str, descriptions: tuple[Met
             )
     ratio = get_mapping(metrics, "memorisation").get("ratio")
     if group == "Samples" and is_number(ratio):
-        meaning = "distance of samples to the nearest training image, divided by that of held-out images; 1 is ideal"
+        meaning = "distance of samples to the nearest training image, divided by the distance of held-out images; near 1 is ideal"
         rows.append((("Memorization", meaning), f"× {format_number(ratio, 3)}", "× 1"))
     return table(("metric", "this job", "real images"), rows, numeric=(1, 2)) if rows else ""
 

@@ -23,7 +23,7 @@ NUM_COLOURS = 7  # in the style sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Curves over training steps, with what is drawn around them."""
+    """Curves over training steps, with reference lines, marks and a note."""
 
     title: str
     curves: list[tuple[str, Points]]
