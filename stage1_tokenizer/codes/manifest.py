@@ -97,7 +97,7 @@ class CodeRequest:
         return [name for name, value in wanted.items() if stored.get(name) != value]
 
 
-def stored_manifest(folder: Path) -> dict[str, Any]:
+def find_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the code cache in a folder; empty where there is none."""
     path = folder / MANIFEST
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

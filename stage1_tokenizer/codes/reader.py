@@ -68,13 +68,13 @@ class CodeSplit:
         parts, shards = self._columns["source_id"], np.searchsorted(self._starts, rows, side="right") - 1
         return [parts[n][int(row - self._starts[n])].as_py() for n, row in zip(shards, rows, strict=True)]
 
-    def require(self, name: str) -> None:
+    def require_column(self, name: str) -> None:
         """Raises UserError when the cache was written without the column `name`."""
         if name not in self._columns:
             raise UserError(f"the code cache has no {name}; run: latentloom tokenize --contents {name} …")
 
     def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
-        self.require(name)
+        self.require_column(name)
         parts = self._columns[name]
         if len(parts) == 1:
             return parts[0][rows]

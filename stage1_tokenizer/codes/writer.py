@@ -16,11 +16,11 @@ from stage1_tokenizer.codes.manifest import (
     CodeRequest,
     Contents,
     View,
-    stored_manifest,
+    find_manifest,
     write_manifest,
 )
-from stage1_tokenizer.data.degradation import Degradation, degraded
-from stage1_tokenizer.data.image_loader import ImageLoader, LoadedSource, images_at_once
+from stage1_tokenizer.data.degradation import Degradation, degrade_images
+from stage1_tokenizer.data.image_loader import ImageLoader, LoadedSource, inference_batch_size
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
@@ -55,9 +55,9 @@ def write_code_cache(
         UserError when `output` holds anything but an earlier cache of the same request.
     """
     output = output.expanduser()
-    if held := stored_manifest(output):
-        source = source.numbered_as(held.get("label_names"))
-    spec, batch_size = tokenizer.latent_spec(), batch_size or images_at_once(tokenizer.config.image_size)
+    if held := find_manifest(output):
+        source = source.with_label_order(held.get("label_names"))
+    spec, batch_size = tokenizer.latent_spec(), batch_size or inference_batch_size(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
     request = CodeRequest.of(source, spec, contents, views, degradation)
@@ -84,7 +84,7 @@ def write_code_cache(
                 )
             ]
             splits[name] = {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
-            skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.skipped.values()]
+            skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.read_errors.values()]
             pixels.report_skipped()
         (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
         write_manifest(folder, request, splits)
@@ -116,7 +116,7 @@ def _encoded(
                 if contents != "indices":
                     columns["latents"] = tokenizer.encode_latents(pixel_values).flatten(1).half().cpu().numpy()
                 if degradation != "none":
-                    worse = degraded(shown, degradation, processor, positions)
+                    worse = degrade_images(shown, degradation, processor, positions)
                     encoded = tokenizer.encode_latents(processor.preprocess(worse.to(tokenizer.device)))
                     columns["degraded"] = encoded.flatten(1).half().cpu().numpy()
                 columns["label"] = np.array([-1 if labels is None else labels[i] for i in positions], np.int64)

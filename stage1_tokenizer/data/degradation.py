@@ -24,14 +24,14 @@ FACTORS: dict[Degradation, int] = {"downscale-2x": 2, "downscale-4x": 4}
 NOISE = 10.0, 80.0  # least and most standard deviation, in levels
 
 
-def degraded(images: Tensor, kind: Degradation, processor: ImageProcessor, seeds: Sequence[int]) -> Tensor:
+def degrade_images(images: Tensor, kind: Degradation, processor: ImageProcessor, seeds: Sequence[int]) -> Tensor:
     """uint8 (B, C, h, w) of the content → the same, made worse; noise is that of each picture's seed."""
     if kind == "noise":
         return torch.stack([_noisy(image, seed) for image, seed in zip(images, seeds, strict=True)])
-    return torch.stack([processor.read(shrunk(image, FACTORS[kind])) for image in images])
+    return torch.stack([processor.read(downscale_image(image, FACTORS[kind])) for image in images])
 
 
-def shrunk(image: Tensor, factor: int) -> ImageLike:
+def downscale_image(image: Tensor, factor: int) -> ImageLike:
     """uint8 (C, h, w) → a picture of 1 / factor of its sides."""
     height, width = image.shape[1] // factor, image.shape[2] // factor
     if min(height, width) < 1:

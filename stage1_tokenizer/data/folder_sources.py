@@ -54,10 +54,10 @@ class FileStore:
     def source_id(self, i: int) -> str:
         return printable(self.paths[i])
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         return (self.root / self.paths[i]).read_bytes()
 
-    def sizes(self) -> list[int]:
+    def byte_sizes(self) -> list[int]:
         return [_size_of(self.root / path) for path in self.paths]
 
 

@@ -47,7 +47,7 @@ def open_image(encoded: bytes) -> ImageLike:
         return _opened_without_bound(encoded)
 
 
-def decoded(encoded: bytes, at_least: tuple[int, int] | None = None) -> ImageLike:
+def decode_image(encoded: bytes, at_least: tuple[int, int] | None = None) -> ImageLike:
     """The image with its pixels.
 
     Args:     at_least: (height, width). A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while it stays that large.

@@ -29,7 +29,7 @@ PIXELS_AT_ONCE, MOST_AT_ONCE = 1 << 20, 250  # that a network is given where not
 TRIAL, QUICK = 32, 0.0005  # pictures read in less than so many seconds each cost more to hand to threads
 
 
-def images_at_once(size: Sequence[int]) -> int:
+def inference_batch_size(size: Sequence[int]) -> int:
     """How many images of a size a network is given outside training: memory does not grow with the resolution."""
     return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))
 
@@ -42,7 +42,7 @@ class ImageLoader:
 
     def __init__(self, split: ImageSplit, processor: ImageProcessor, memory_limit: int = MEMORY_LIMIT) -> None:
         self.split, self.processor = split, processor
-        self.skipped: dict[int, UnreadableImage] = {}
+        self.read_errors: dict[int, UnreadableImage] = {}
         self._reported = False
         height, width = processor.content_size
         self._images: Tensor | None = None
@@ -57,7 +57,7 @@ class ImageLoader:
         else:
             self.readable = range(len(split))
         if not self.readable:
-            raise none_readable(self.skipped, split)
+            raise none_readable(self.read_errors, split)
 
     def __len__(self) -> int:
         return len(self.readable)
@@ -118,10 +118,10 @@ class ImageLoader:
         try:
             return self.processor.read(self.split.image(position, at_least=self.processor.draft_size))
         except UnreadableImage as error:
-            self.skipped[position] = error
+            self.read_errors[position] = error
             return None
         except Exception as error:  # of other channels than the rest, or of a kind that cannot be converted
-            self.skipped[position] = UnreadableImage(self.split.source_id(position), one_line(error))
+            self.read_errors[position] = UnreadableImage(self.split.source_id(position), one_line(error))
             return None
 
     def _readable_from(self, position: int) -> Tensor:
@@ -129,15 +129,15 @@ class ImageLoader:
             image = self._try_read((position + offset) % len(self.split))
             if image is not None:
                 return image
-        raise none_readable(self.skipped, self.split)
+        raise none_readable(self.read_errors, self.split)
 
     def report_skipped(self) -> None:
         """Prints one line on stderr, once, when images were left out."""
-        if self.skipped and not self._reported:
+        if self.read_errors and not self._reported:
             self._reported = True
-            first = self.skipped[min(self.skipped)]
+            first = self.read_errors[min(self.read_errors)]
             print(
-                f"skipped {len(self.skipped)} of {len(self.split)} images that cannot be read, such as "
+                f"skipped {len(self.read_errors)} of {len(self.split)} images that cannot be read, such as "
                 f"{first.source_id} ({first.reason})",
                 file=sys.stderr,
             )
@@ -162,9 +162,9 @@ class LoadedSource:
         """The images that metrics are measured on: the test split, else the validation split."""
         return self.validation if self.source.test is None else ImageLoader(self.source.test, self.processor)
 
-    def numbered_as(self, label_names: Sequence[str] | None) -> Self:
+    def with_label_order(self, label_names: Sequence[str] | None) -> Self:
         """The same images, whose classes have the ids that they have in `label_names`; what is decoded stays so."""
-        numbered = type(self)(self.source.numbered_as(label_names), self.processor)
+        numbered = type(self)(self.source.with_label_order(label_names), self.processor)
         for name in ("train", "validation", "held_out"):
             if name in self.__dict__:
                 loader = numbered.__dict__[name] = copy.copy(self.__dict__[name])
@@ -172,11 +172,11 @@ class LoadedSource:
         return numbered
 
 
-def none_readable(skipped: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
+def none_readable(read_errors: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
     place = f" in {split.origin!r}" if split.origin else ""
-    if not skipped:
+    if not read_errors:
         return UserError(f"there are no images{place}; expected PNG, JPEG or other pictures; check the folder")
-    first = skipped[min(skipped)]
+    first = read_errors[min(read_errors)]
     return UserError(
         f"none of {len(split)} images{place} can be read, such as {first.source_id} ({first.reason}); expected PNG, JPEG or other "
         "pictures; check the folder"

@@ -53,7 +53,7 @@ class RowStore:
     def source_id(self, i: int) -> str:
         return self.ids[i] if self.ids is not None else f"{self.split}/{i:05d}"
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         cell = self.pictures[i].column(0)[0].as_py()
         if isinstance(cell, list):
             if len(cell) > 1:
@@ -66,7 +66,7 @@ class RowStore:
             raise ValueError("the row holds no picture")
         return bytes(cell)
 
-    def sizes(self) -> list[int]:
+    def byte_sizes(self) -> list[int]:
         column = self.pictures[:].column(0)
         return [size for chunk in column.chunks for size in _byte_lengths(chunk).tolist()]
 
@@ -279,7 +279,7 @@ def row_parts(tables: Mapping[str, Dataset], data: str | Path) -> tuple[dict[str
     kinds = {type(value) for part in parts.values() for value in part.classes or ()}
     if len(kinds) > 1:
         parts = {
-            role: Part(part.store, part.classes and [str(value) for value in part.classes], part.unlabelled_because)
+            role: Part(part.store, part.classes and [str(value) for value in part.classes], part.unlabelled_reason)
             for role, part in parts.items()
         }
     return parts, names

@@ -37,8 +37,8 @@ class ImageStore(Protocol):
 
     def __len__(self) -> int: ...
     def source_id(self, i: int) -> str: ...
-    def encoded(self, i: int) -> bytes: ...
-    def sizes(self) -> Sequence[int]:
+    def read_bytes(self, i: int) -> bytes: ...
+    def byte_sizes(self) -> Sequence[int]:
         """Bytes of every encoded image, without reading them; 0 where it cannot be told."""
 
 
@@ -48,7 +48,7 @@ class Part:
 
     store: ImageStore
     classes: Sequence[Any] | None
-    unlabelled_because: str = ""
+    unlabelled_reason: str = ""
 
 
 def words_of(name: str) -> list[str]:

@@ -41,7 +41,7 @@ import numpy as np
 import PIL.Image
 
 from stage1_tokenizer.data.folder_sources import files_below, folder_parts, image_endings, image_files
-from stage1_tokenizer.data.image_decoding import decoded, open_image
+from stage1_tokenizer.data.image_decoding import decode_image, open_image
 from stage1_tokenizer.data.image_processor import ImageLike
 from stage1_tokenizer.data.row_sources import (
     load_from_hub,
@@ -123,14 +123,14 @@ class ImageSplit:
                   large, several times faster; `ImageProcessor.draft_size` is made for it.
         Raises:   UnreadableImage, whatever was wrong with the picture."""
         with self._as_unreadable(i):
-            return decoded(self._store.encoded(self._positions[i]), at_least)
+            return decode_image(self._store.read_bytes(self._positions[i]), at_least)
 
     def size(self, i: int) -> tuple[int, int]:
         """(height, width) as stored, from the header: what comes after it may still be broken.
 
         Raises:   UnreadableImage."""
         with self._as_unreadable(i):
-            image = open_image(self._store.encoded(self._positions[i]))
+            image = open_image(self._store.read_bytes(self._positions[i]))
             if isinstance(image, np.ndarray):
                 return image.shape[0], image.shape[1]
             return image.height, image.width
@@ -150,9 +150,9 @@ class ImageSplit:
     def fingerprint(self) -> str:
         """Hash of all ids, the sizes of all files, and the bytes of at most 32 images, evenly spaced: 16 hexadecimal digits."""
         if self._fingerprint is None:
-            sizes, digest = self._store.sizes(), hashlib.sha256()
+            byte_sizes, digest = self._store.byte_sizes(), hashlib.sha256()
             for i, position in enumerate(self._positions):
-                digest.update(f"{self.source_id(i)}\0{sizes[position]}\0".encode())
+                digest.update(f"{self.source_id(i)}\0{byte_sizes[position]}\0".encode())
             self._update_with_files(digest)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
@@ -166,9 +166,9 @@ class ImageSplit:
     def _update_with_files(self, digest: hashlib._Hash) -> None:
         for i in range(0, len(self), -(-len(self) // FINGERPRINTED) or 1):
             with suppress(UnreadableImage), self._as_unreadable(i):
-                digest.update(self._store.encoded(self._positions[i]))
+                digest.update(self._store.read_bytes(self._positions[i]))
 
-    def relabelled(self, ids: Sequence[int]) -> ImageSplit:
+    def with_label_names(self, ids: Sequence[int]) -> ImageSplit:
         """The same pictures, those of label i now of label `ids[i]`; −1 stays."""
         labels = None if self._labels is None else [ids[label] if label >= 0 else -1 for label in self._labels]
         return ImageSplit(self._store, labels, self._positions, self.origin)
@@ -193,7 +193,7 @@ class ImageSource:
     train: ImageSplit
     validation: ImageSplit
     test: ImageSplit | None
-    unlabelled_because: str = ""
+    unlabelled_reason: str = ""
     """Why there are no labels; empty where there are."""
 
     @property
@@ -211,26 +211,26 @@ class ImageSource:
         """One line: how many classes there are, or why there are none."""
         names = self.label_names
         if names is None:
-            line = f"no classes: {self.unlabelled_because}"
+            line = f"no classes: {self.unlabelled_reason}"
         else:
             line = f"{len(names)} classes: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
         return " ".join(line.split())
 
-    def relabelled(self, label_names: tuple[str, ...] | None) -> ImageSource:
+    def with_label_names(self, label_names: tuple[str, ...] | None) -> ImageSource:
         """The same pictures, with the ids that `label_names` give to their classes; −1 for a class that has none there."""
         known = {name: i for i, name in enumerate(label_names or ())}
         ids = [known.get(name, -1) for name in self.label_names or ()]
-        train, validation = self.train.relabelled(ids), self.validation.relabelled(ids)
-        test = self.test and self.test.relabelled(ids)
+        train, validation = self.train.with_label_names(ids), self.validation.with_label_names(ids)
+        test = self.test and self.test.with_label_names(ids)
         return replace(self, label_names=label_names, train=train, validation=validation, test=test)
 
-    def numbered_as(self, label_names: Sequence[str] | None) -> ImageSource:
+    def with_label_order(self, label_names: Sequence[str] | None) -> ImageSource:
         """With the ids of `label_names` where these are the same classes in another order; else as it is.
 
         Earlier versions sorted 10 before 2: what they wrote goes on with its own ids."""
         if label_names is None or self.label_names is None or sorted(label_names) != sorted(self.label_names):
             return self
-        return self.relabelled(tuple(label_names))
+        return self.with_label_names(tuple(label_names))
 
 
 def open_source(data: str | Path, *, hold_out: bool = True) -> ImageSource:
@@ -295,7 +295,7 @@ def _assemble(
     if not validation:
         train, validation = _hold_out(train) if hold_out else (train, train.select([]))
     one_class = f"all images are of one class, {values[0]}" if values else "no class is named"
-    because = "" if labelled else parts[TRAIN].unlabelled_because or one_class
+    because = "" if labelled else parts[TRAIN].unlabelled_reason or one_class
     label_names = tuple(map(str, values)) if labelled else None
     return ImageSource(name, label_names, train, validation, splits.get(TEST) or None, because)
 

@@ -21,8 +21,8 @@ class DatasetStatistics:
 
     images_read: int
     """Pictures that were read; the unreadable ones come on top."""
-    unreadable: int
-    commonest_size: tuple[int, int]
+    unreadable_images: int
+    most_common_size: tuple[int, int]
     smallest_size: tuple[int, int]
     largest_size: tuple[int, int]
     channels: int
@@ -35,7 +35,7 @@ def dataset_statistics(split: ImageSplit, limit: int = 256) -> DatasetStatistics
     Raises: UserError when none of them could be read; it names one."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels = 1
-    unreadable: list[UnreadableImage] = []
+    unreadable_images: list[UnreadableImage] = []
     count = min(limit, len(split))
     for index in (i * len(split) // count for i in range(count)):
         try:
@@ -43,22 +43,22 @@ def dataset_statistics(split: ImageSplit, limit: int = 256) -> DatasetStatistics
             height, width = split.size(index)
             shown = _channels_of(image)
         except UnreadableImage as error:
-            unreadable.append(error)
+            unreadable_images.append(error)
             continue
         except Exception as error:  # of a kind that cannot be converted
-            unreadable.append(UnreadableImage(split.source_id(index), one_line(error)))
+            unreadable_images.append(UnreadableImage(split.source_id(index), one_line(error)))
             continue
         sizes[(width, height) if orientation_of(image) >= 5 else (height, width)] += 1
         channels = max(channels, shown)
     if not sizes:
         place = f" in {split.origin!r}" if split.origin else ""
-        example = f"for example {unreadable[0]}" if unreadable else "there is none"
+        example = f"for example {unreadable_images[0]}" if unreadable_images else "there is none"
         raise UserError(
             f"none of {count} images{place} could be read ({example}); expected pictures. Check how the files were copied"
         )
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     commonest = max(by_area, key=lambda size: (sizes[size], size[0] * size[1]))
-    return DatasetStatistics(sizes.total(), len(unreadable), commonest, by_area[0], by_area[-1], channels)
+    return DatasetStatistics(sizes.total(), len(unreadable_images), commonest, by_area[0], by_area[-1], channels)
 
 
 def _channels_of(image: ImageLike) -> int:

@@ -69,7 +69,7 @@ def test_a_cache_with_the_same_classes_in_another_order_is_known(tmp_path, model
         write_pictures(tmp_path / "pictures" / name, count=4)
     source = open_source(tmp_path / "pictures")
     assert source.label_names == ("1", "2", "10")
-    old = source.numbered_as(["1", "10", "2"])  # as earlier versions sorted them
+    old = source.with_label_order(["1", "10", "2"])  # as earlier versions sorted them
     before = rows_of(written(model, old, tmp_path / "codes"))["label"]
     assert written(model, source, tmp_path / "codes") == tmp_path / "codes"
     assert "already" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_a_cache_with_the_same_classes_in_another_order_is_known(tmp_path, model
 
 
 def test_a_cache_knows_the_classes_that_have_training_images(tmp_path, model, source):
-    cache = CodeCache(written(model, source.relabelled(("none", "a", "b")), tmp_path / "codes"))
+    cache = CodeCache(written(model, source.with_label_names(("none", "a", "b")), tmp_path / "codes"))
     assert cache.label_names == ("none", "a", "b")
     assert cache.trained_classes == (1, 2)
 

@@ -268,12 +268,12 @@ def test_where_the_held_out_image_is_broken_one_that_can_be_read_joins(tmp_path)
 def test_the_numbers_of_stored_names_hold_where_they_are_the_same_classes(tmp_path):
     source = open_source(write(tmp_path, *(f"{i}/1.png" for i in (1, 2, 10))))
     assert source.label_names == ("1", "2", "10")
-    old = source.numbered_as(["1", "10", "2"])
+    old = source.with_label_order(["1", "10", "2"])
     assert old.label_names == ("1", "10", "2")
     for i in range(3):
         assert old.label_names[old.train.label(i)] == source.label_names[source.train.label(i)]
-    assert source.numbered_as(["1", "2", "3"]) is source
-    assert source.numbered_as(None) is source
+    assert source.with_label_order(["1", "2", "3"]) is source
+    assert source.with_label_order(None) is source
 
 
 # Cells
@@ -334,7 +334,7 @@ def test_columns_of_types_that_datasets_does_not_know_are_not_looked_at(tmp_path
     odd = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int32()))
     source = open_source(write_rows(tmp_path / "rows.parquet", tags=odd, label=odd))
     assert source.train.image(0).size == (6, 4)
-    assert "no column of labels" in source.unlabelled_because
+    assert "no column of labels" in source.unlabelled_reason
 
 
 def test_files_of_a_split_may_differ_in_their_types_and_be_empty(tmp_path):
@@ -425,4 +425,4 @@ def test_an_array_image_and_a_grey_one_train_together(tmp_path):
     write(tmp_path, "a.png")
     np.save(tmp_path / "b.npy", np.zeros((3, 4, 6), np.float32))
     seen = dataset_statistics(open_source(tmp_path, hold_out=False).train)
-    assert (seen.channels, seen.commonest_size, seen.unreadable) == (3, (4, 6), 0)
+    assert (seen.channels, seen.most_common_size, seen.unreadable_images) == (3, (4, 6), 0)

@@ -10,7 +10,7 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from stage1_tokenizer.data import image_decoding
-from stage1_tokenizer.data.image_decoding import channels_come_first, decoded, open_image
+from stage1_tokenizer.data.image_decoding import channels_come_first, decode_image, open_image
 from stage1_tokenizer.data.image_processor import ImageProcessor, to_eight_bits
 
 RAMP = np.linspace(0, 1, 96).reshape(8, 12)
@@ -59,7 +59,7 @@ def written(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
 def grey(encoded: bytes) -> np.ndarray:
     """(8, 12) as a processor of one channel reads it."""
     processor = ImageProcessor(channels=1, content_size=(8, 12), image_size=(8, 12))
-    return processor.read(decoded(encoded))[0].numpy()
+    return processor.read(decode_image(encoded))[0].numpy()
 
 
 # Numbers of more than 8 bits
@@ -93,7 +93,7 @@ def test_colours_of_other_numbers_are_read_from_tiff(kind):
     numbers = (
         RAMP if np.dtype(kind).kind == "f" else np.iinfo(kind).min + RAMP * (2.0 ** (8 * np.dtype(kind).itemsize) - 1)
     )
-    image = decoded(tiff(np.stack([numbers, numbers[::-1], numbers], 2).astype(kind)))
+    image = decode_image(tiff(np.stack([numbers, numbers[::-1], numbers], 2).astype(kind)))
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image)[..., 0].astype(int) - EXPECTED).max() <= 1
     assert np.abs(np.asarray(image)[..., 1].astype(int) - EXPECTED[::-1]).max() <= 1
@@ -140,8 +140,8 @@ def test_arrays_of_both_orders_are_the_same_picture():
     colours = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     expected = PIL.Image.fromarray(colours)
     for array in (colours, colours.transpose(2, 0, 1), colours[None], colours.transpose(2, 0, 1)[None], colours / 255):
-        assert decoded(npy(array)).tobytes() == expected.tobytes()
-    assert np.array_equal(decoded(npy(np.zeros((6, 8, 8), np.float32))), np.zeros((8, 8, 6), np.uint8))
+        assert decode_image(npy(array)).tobytes() == expected.tobytes()
+    assert np.array_equal(decode_image(npy(np.zeros((6, 8, 8), np.float32))), np.zeros((8, 8, 6), np.uint8))
 
 
 # Metadata and sizes
@@ -185,10 +185,10 @@ def low_bounds(monkeypatch):
 @pytest.mark.usefixtures("low_bounds")
 def test_a_large_picture_is_decoded_within_the_bound_and_shrunk_to_what_is_asked():
     encoded = written(PIL.Image.linear_gradient("L").resize((100, 100)))
-    assert decoded(encoded).size == (100, 100)
-    small = decoded(encoded, at_least=(16, 16))
+    assert decode_image(encoded).size == (100, 100)
+    small = decode_image(encoded, at_least=(16, 16))
     assert small.size == (17, 17)
-    whole = np.asarray(decoded(encoded)).astype(int)
+    whole = np.asarray(decode_image(encoded)).astype(int)
     assert abs(np.asarray(small)[:16, :16].mean() - whole[:96, :96].mean()) < 1
     assert PIL.Image.MAX_IMAGE_PIXELS == 1000
 
@@ -196,15 +196,15 @@ def test_a_large_picture_is_decoded_within_the_bound_and_shrunk_to_what_is_asked
 @pytest.mark.usefixtures("low_bounds")
 def test_a_picture_beyond_the_bound_says_how_many_pixels_it_has():
     with pytest.raises(ValueError, match=r"200×200 = 40,000 pixels"):
-        decoded(written(PIL.Image.new("L", (200, 200))))
+        decode_image(written(PIL.Image.new("L", (200, 200))))
 
 
 @pytest.mark.usefixtures("low_bounds")
 def test_a_jpeg_beyond_the_bound_is_decoded_smaller_where_that_is_enough():
     encoded = written(PIL.Image.new("RGB", (300, 300)), "JPEG")
-    assert decoded(encoded, at_least=(20, 20)).size == (38, 38)
+    assert decode_image(encoded, at_least=(20, 20)).size == (38, 38)
     with pytest.raises(ValueError, match="pixels"):
-        decoded(encoded)
+        decode_image(encoded)
 
 
 def test_the_bound_is_checked_before_memory_is_taken():
@@ -213,7 +213,7 @@ def test_the_bound_is_checked_before_memory_is_taken():
     vast = vast.replace(struct.pack("<HHII", 257, 4, 1, 1), struct.pack("<HHII", 257, 4, 1, 2**20))
     tracemalloc.start()
     with pytest.raises(ValueError, match="pixels"):
-        decoded(vast)
+        decode_image(vast)
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 
@@ -225,14 +225,14 @@ def test_the_bound_is_checked_before_memory_is_taken():
 def test_of_several_frames_the_first_is_read(kind):
     frames = [PIL.Image.new("RGB", (12, 8), colour) for colour in ((200, 0, 0), (0, 200, 0))]
     options = {"lossless": True} if kind == "WEBP" else {}
-    image = decoded(written(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    image = decode_image(written(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert image.convert("RGB").getpixel((0, 0)) == (200, 0, 0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "LAB", "I;16", "I", "F"])
 def test_a_tiff_of_any_mode_is_read(mode):
     processor = ImageProcessor(channels=3, content_size=(8, 12), image_size=(8, 12))
-    assert processor.read(decoded(written(PIL.Image.new(mode, (30, 20)), "TIFF"))).shape == (3, 8, 12)
+    assert processor.read(decode_image(written(PIL.Image.new(mode, (30, 20)), "TIFF"))).shape == (3, 8, 12)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_png_with_any_transparency_is_read(mode, transparency):
     encoded = written(PIL.Image.new(mode, (12, 8)), transparency=transparency)
     for channels in range(1, 5):
         processor = ImageProcessor(channels=channels, content_size=(8, 12), image_size=(8, 12))
-        assert processor.read(decoded(encoded)).shape == (channels, 8, 12)
+        assert processor.read(decode_image(encoded)).shape == (channels, 8, 12)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])

@@ -55,7 +55,7 @@ def test_memory_and_disk_give_the_same_pictures(request, folder):
     for name, image in in_memory.items():
         assert torch.equal(image, from_disk[name]), name
         assert torch.equal(image, PROCESSOR.read(split.image(split_index(split, name))))
-    assert {e.source_id for e in kept.skipped.values()} == {e.source_id for e in lazy.skipped.values()}
+    assert {e.source_id for e in kept.read_errors.values()} == {e.source_id for e in lazy.read_errors.values()}
 
 
 def split_index(split, name: str) -> int:
@@ -77,7 +77,7 @@ def test_indexing_and_random_batches_give_the_same_from_memory_and_from_disk(pic
 def test_unreadable_pictures_are_counted_and_listed_with_their_reason(harmed, capsys, limit):
     pixels = ImageLoader(split_of(harmed), PROCESSOR, limit)
     seen = all_of(pixels)
-    assert {error.source_id for error in pixels.skipped.values()} == {"a/04.png", "a/10.png", "a/16.png"}
+    assert {error.source_id for error in pixels.read_errors.values()} == {"a/04.png", "a/10.png", "a/16.png"}
     assert not {"a/04.png", "a/10.png", "a/16.png"} & set(seen)
     pixels.report_skipped()
     line = capsys.readouterr().err
@@ -90,7 +90,7 @@ def test_on_disk_an_unreadable_picture_gives_the_next_readable_one(harmed):
     split = split_of(harmed)
     pixels, bad = ImageLoader(split, PROCESSOR, memory_limit=0), split_index(split, "a/04.png")
     assert torch.equal(pixels[[bad]], pixels[[bad + 1]])
-    assert list(pixels.skipped) == [bad]
+    assert list(pixels.read_errors) == [bad]
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])

@@ -361,7 +361,7 @@ def test_a_folder_of_images_opens_without_datasets(tmp_path):
     code = (
         "import sys; sys.modules['datasets'] = None\n"
         "from stage1_tokenizer.data import image_processor, sources, statistics\n"
-        f"statistics.survey(sources.open_source({str(tmp_path)!r}).train)"
+        f"statistics.dataset_statistics(sources.open_source({str(tmp_path)!r}).train)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
@@ -382,8 +382,8 @@ def test_the_survey_finds_sizes_of_upright_pictures_and_counts_the_unreadable(tm
     picture("red", (3000, 2000)).save(tmp_path / "large.jpg")
     write(tmp_path, "broken.png", content=b"")
     seen = dataset_statistics(all_in(tmp_path))
-    assert (seen.images_read, seen.unreadable) == (5, 1)
-    assert (seen.commonest_size, seen.smallest_size, seen.largest_size) == ((4, 6), (3, 2), (2000, 3000))
+    assert (seen.images_read, seen.unreadable_images) == (5, 1)
+    assert (seen.most_common_size, seen.smallest_size, seen.largest_size) == ((4, 6), (3, 2), (2000, 3000))
 
 
 @pytest.mark.parametrize(("colours", "channels"), [(["grey"], 1), (["grey", "red"], 3), (["red", "grey", "clear"], 4)])
