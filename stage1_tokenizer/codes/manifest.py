@@ -29,7 +29,7 @@ from training_harness.files import write_json
 
 View = Literal["original", "flip"]
 Contents = Literal["indices", "latents", "both"]
-MANIFEST, SKIPPED, TOKENIZER = "manifest.json", "skipped.jsonl", "tokenizer"
+MANIFEST_FILE, SKIPPED_FILE, TOKENIZER_FOLDER = "manifest.json", "skipped.jsonl", "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CodeRequest:
     """Images of each split."""
     fingerprint: dict[str, str]
     """Hash of each split's images (`ImageSplit.fingerprint`)."""
-    fingerprint_of_ids: dict[str, str]
+    legacy_fingerprint: dict[str, str]
     """The same as caches of format 1 hold it; compared with those, and not stored."""
     contents: Contents
     views: tuple[View, ...]
@@ -50,7 +50,7 @@ class CodeRequest:
     label_names: tuple[str, ...] | None
 
     @classmethod
-    def of(
+    def from_source(
         cls,
         source: ImageSource,
         spec: LatentSpec,
@@ -64,7 +64,7 @@ class CodeRequest:
             source=source.name,
             images={name: len(split) for name, split in splits.items()},
             fingerprint={name: split.fingerprint() for name, split in splits.items()},
-            fingerprint_of_ids={name: split.fingerprint_of_ids() for name, split in splits.items()},
+            legacy_fingerprint={name: split.legacy_fingerprint() for name, split in splits.items()},
             contents=contents,
             views=views,
             degradation=degradation,
@@ -90,7 +90,7 @@ class CodeRequest:
         wanted = self.to_dict()
         del wanted["format"], wanted["source"]
         if manifest.get("format") == 1:
-            wanted["fingerprint"] = self.fingerprint_of_ids
+            wanted["fingerprint"] = self.legacy_fingerprint
         stored = CODE_CACHE.present(manifest)
         with suppress(ConfigError):  # another spec, which then differs
             stored["spec"] = with_defaults(type(self.spec), stored["spec"])
@@ -99,21 +99,21 @@ class CodeRequest:
 
 def find_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the code cache in a folder; empty where there is none."""
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the code cache in a folder. Raises UserError when the folder holds none, or a broken one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         LatentSpec.from_dict(manifest["spec"])
         for name in ("train", "validation"):
             manifest["splits"][name]["shards"]
         manifest["label_names"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"no code cache in {folder} ({type(error).__name__}: {error}); expected a folder with a {MANIFEST}; run: latentloom "
+            f"no code cache in {folder} ({type(error).__name__}: {error}); expected a folder with a {MANIFEST_FILE}; run: latentloom "
             "tokenize --tokenizer … --data … --output …"
         ) from None
     return manifest
@@ -131,4 +131,4 @@ def codes_fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, request: CodeRequest, splits: dict[str, Any]) -> None:
-    write_json(folder / MANIFEST, request.to_dict() | {"splits": splits})
+    write_json(folder / MANIFEST_FILE, request.to_dict() | {"splits": splits})

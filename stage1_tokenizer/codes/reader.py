@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.codes.manifest import TOKENIZER, codes_fingerprint, read_manifest
+from stage1_tokenizer.codes.manifest import TOKENIZER_FOLDER, codes_fingerprint, read_manifest
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
@@ -34,7 +34,7 @@ class CodeSplit:
         import pyarrow as pa
 
         chosen = copy.copy(self)
-        chosen._columns = {name: [self._take(name, rows)] for name in self._columns if name != "source_id"}
+        chosen._columns = {name: [self._read_rows(name, rows)] for name in self._columns if name != "source_id"}
         chosen._columns["source_id"] = [pa.array(self.source_ids(rows))]
         chosen._starts = np.array([0, len(rows)])
         return chosen
@@ -42,22 +42,22 @@ class CodeSplit:
     def indices(self, rows: np.ndarray) -> Tensor:
         """(B, h, w) int64, or (B, levels, h, w) for residual codes."""
         spec = self.spec
-        codes = torch.from_numpy(self._take("indices", rows).astype(np.int64))
+        codes = torch.from_numpy(self._read_rows("indices", rows).astype(np.int64))
         levels = (spec.levels,) if spec.levels > 1 else ()
         return codes.view(len(rows), *levels, spec.height, spec.width)
 
-    def highest_code(self) -> int:
+    def max_code(self) -> int:
         """−1 where there is none."""
         return max((int(part.max()) for part in self._columns.get("indices", ()) if part.size), default=-1)
 
     def latents(self, rows: np.ndarray, column: str = "latents") -> Tensor:
         """(B, c, h, w) float32, of the images or, in the column "degraded", of what was made of them."""
-        latents = torch.from_numpy(self._take(column, rows).astype(np.float32))
+        latents = torch.from_numpy(self._read_rows(column, rows).astype(np.float32))
         return latents.view(len(rows), self.spec.channels, self.spec.height, self.spec.width)
 
     def labels(self, rows: np.ndarray) -> Tensor:
         """(B,) int64; −1 for images without a label."""
-        return torch.from_numpy(self._take("label", rows))
+        return torch.from_numpy(self._read_rows("label", rows))
 
     def classes(self) -> tuple[int, ...]:
         """Ids of the classes that have an image, in order."""
@@ -73,7 +73,7 @@ class CodeSplit:
         if name not in self._columns:
             raise UserError(f"the code cache has no {name}; run: latentloom tokenize --contents {name} …")
 
-    def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def _read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         self.require_column(name)
         parts = self._columns[name]
         if len(parts) == 1:
@@ -113,7 +113,7 @@ class CodeCache:
 
     @property
     def tokenizer_folder(self) -> Path:
-        return self.path / TOKENIZER
+        return self.path / TOKENIZER_FOLDER
 
     def code_vectors(self) -> Tensor:
         """(levels · K, c) float32: each code's latent, normalised over the training set as the tokenizer does.
@@ -142,7 +142,7 @@ class CodeCache:
                         f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "
                         "the file was altered: remove the folder and write it again with `latentloom tokenize`"
                     )
-        highest = max(self.train.highest_code(), self.validation.highest_code())
+        highest = max(self.train.max_code(), self.validation.max_code())
         if self.spec.codebook_size is not None and highest >= self.spec.codebook_size:
             raise UserError(
                 f"{self.path} holds the code {highest}; expected 0 to {self.spec.codebook_size - 1}, the codes of its tokenizer; "

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from stage1_tokenizer.codes.manifest import (
-    MANIFEST,
-    SKIPPED,
-    TOKENIZER,
+    MANIFEST_FILE,
+    SKIPPED_FILE,
+    TOKENIZER_FOLDER,
     CodeRequest,
     Contents,
     View,
@@ -60,7 +60,7 @@ def write_code_cache(
     spec, batch_size = tokenizer.latent_spec(), batch_size or inference_batch_size(tokenizer.config.image_size)
     needs_latents = spec.codebook_size is None or degradation != "none"
     contents = contents or ("latents" if needs_latents else "indices")
-    request = CodeRequest.of(source, spec, contents, views, degradation)
+    request = CodeRequest.from_source(source, spec, contents, views, degradation)
     if held:
         if differing := request.differences(held):
             raise UserError(
@@ -71,8 +71,8 @@ def write_code_cache(
         return output
     if holds_files(output):
         raise UserError(f"{output} is not empty and holds no code cache; choose another --output")
-    with files_into(output, last=MANIFEST) as folder:
-        shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+    with files_into(output, last=MANIFEST_FILE) as folder:
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
         splits, skipped = {}, []
         images = images or LoadedSource(source, tokenizer.config.image_processor)
         for name, pixels in (("train", images.train), ("validation", images.validation)):
@@ -80,19 +80,21 @@ def write_code_cache(
             shards = [
                 _write_shard(folder / f"{name}-{number:05d}.arrow", rows)
                 for number, rows in enumerate(
-                    _shards(_encoded(tokenizer, pixels, contents, shown, degradation, batch_size, name))
+                    _merge_into_shards(
+                        _encode_batches(tokenizer, pixels, contents, shown, degradation, batch_size, name)
+                    )
                 )
             ]
             splits[name] = {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
             skipped += [{"source_id": error.source_id, "reason": error.reason} for error in pixels.read_errors.values()]
             pixels.report_skipped()
-        (folder / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
+        (folder / SKIPPED_FILE).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
         write_manifest(folder, request, splits)
     return output
 
 
 @torch.no_grad()
-def _encoded(
+def _encode_batches(
     tokenizer: Tokenizer,
     pixels: ImageLoader,
     contents: Contents,
@@ -125,7 +127,7 @@ def _encoded(
                 yield columns
 
 
-def _shards(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+def _merge_into_shards(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     """Batches put together into shards of about `SHARD_IMAGES` rows."""
     held: list[dict[str, np.ndarray]] = []
     rows = 0

@@ -18,20 +18,23 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import ImageProcessor
-from stage1_tokenizer.data.source_splits import one_line
+from stage1_tokenizer.data.source_splits import summarize_error
 from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage
 from training_harness.batch_order import BatchOrder
 from training_harness.errors import UserError
 from training_harness.progress import progress_bar
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded pictures kept
-PIXELS_AT_ONCE, MOST_AT_ONCE = 1 << 20, 250  # that a network is given where nothing is learnt
-TRIAL, QUICK = 32, 0.0005  # pictures read in less than so many seconds each cost more to hand to threads
+MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 1 << 20, 250  # that a network is given where nothing is learnt
+TIMED_IMAGES, FAST_READ_SECONDS = (
+    32,
+    0.0005,
+)  # pictures read in less than so many seconds each cost more to hand to threads
 
 
 def inference_batch_size(size: Sequence[int]) -> int:
     """How many images of a size a network is given outside training: memory does not grow with the resolution."""
-    return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))
+    return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // (size[0] * size[1])))
 
 
 class ImageLoader:
@@ -47,34 +50,34 @@ class ImageLoader:
         height, width = processor.content_size
         self._images: Tensor | None = None
         if len(split) * processor.channels * height * width <= memory_limit:
-            images, readable = [], []
+            images, readable_positions = [], []
             for i, image in enumerate(self._read_all(range(len(split)), "reading images")):
                 if image is not None:
                     images.append(image)
-                    readable.append(i)
-            self.readable: Sequence[int] = readable
+                    readable_positions.append(i)
+            self.readable_positions: Sequence[int] = readable_positions
             self._images = torch.stack(images) if images else None
         else:
-            self.readable = range(len(split))
-        if not self.readable:
-            raise none_readable(self.read_errors, split)
+            self.readable_positions = range(len(split))
+        if not self.readable_positions:
+            raise no_readable_images_error(self.read_errors, split)
 
     def __len__(self) -> int:
-        return len(self.readable)
+        return len(self.readable_positions)
 
     def __getitem__(self, positions: Sequence[int] | np.ndarray) -> Tensor:
         if self._images is not None:
             return self._images[torch.as_tensor(positions)]
-        return torch.stack([self._readable_from(int(i)) for i in positions])
+        return torch.stack([self._read_next_readable(int(i)) for i in positions])
 
     def labels(self) -> list[int] | None:
         labels = self.split.labels
-        return None if labels is None else [labels[i] for i in self.readable]
+        return None if labels is None else [labels[i] for i in self.readable_positions]
 
     def source_ids(self, positions: Iterable[int] | None = None) -> list[str]:
         """Of the pictures at `positions`; of all of them by default."""
         chosen = range(len(self)) if positions is None else positions
-        return [self.split.source_id(self.readable[i]) for i in chosen]
+        return [self.split.source_id(self.readable_positions[i]) for i in chosen]
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
         """(positions, pictures) in order, each picture once, those that cannot be read left out."""
@@ -106,11 +109,11 @@ class ImageLoader:
         bar = progress_bar(desc=describe, total=len(positions), unit="image", disable=quiet)
         begin = time.perf_counter()
         with bar, ThreadPoolExecutor(max_workers=4) as pool:  # PIL decodes outside the interpreter's lock
-            for read in map(self._try_read, positions[:TRIAL]):
+            for read in map(self._try_read, positions[:TIMED_IMAGES]):
                 yield read
                 bar.update()
-            quick = time.perf_counter() - begin < QUICK * TRIAL
-            for read in (map if quick else pool.map)(self._try_read, positions[TRIAL:]):
+            quick = time.perf_counter() - begin < FAST_READ_SECONDS * TIMED_IMAGES
+            for read in (map if quick else pool.map)(self._try_read, positions[TIMED_IMAGES:]):
                 yield read
                 bar.update()
 
@@ -121,15 +124,15 @@ class ImageLoader:
             self.read_errors[position] = error
             return None
         except Exception as error:  # of other channels than the rest, or of a kind that cannot be converted
-            self.read_errors[position] = UnreadableImage(self.split.source_id(position), one_line(error))
+            self.read_errors[position] = UnreadableImage(self.split.source_id(position), summarize_error(error))
             return None
 
-    def _readable_from(self, position: int) -> Tensor:
+    def _read_next_readable(self, position: int) -> Tensor:
         for offset in range(len(self.split)):
             image = self._try_read((position + offset) % len(self.split))
             if image is not None:
                 return image
-        raise none_readable(self.read_errors, self.split)
+        raise no_readable_images_error(self.read_errors, self.split)
 
     def report_skipped(self) -> None:
         """Prints one line on stderr, once, when images were left out."""
@@ -172,7 +175,7 @@ class LoadedSource:
         return numbered
 
 
-def none_readable(read_errors: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
+def no_readable_images_error(read_errors: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
     place = f" in {split.origin!r}" if split.origin else ""
     if not read_errors:
         return UserError(f"there are no images{place}; expected PNG, JPEG or other pictures; check the folder")

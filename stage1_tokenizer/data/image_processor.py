@@ -36,8 +36,8 @@ ImageLike = PIL.Image.Image | np.ndarray
 """A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
 ORIENTATION_TAG, BITS_TAG, SAMPLE_FORMAT_TAG = 0x0112, 258, 339  # of EXIF and TIFF
-OVERSHOOT = 0.05
-UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
+RANGE_TOLERANCE = 0.05
+UPRIGHT_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -65,7 +65,7 @@ class ImageProcessor:
                 f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGBA), or the number of an array's"
             )
         for name in ("content_size", "image_size"):
-            object.__setattr__(self, name, _checked_size(name, getattr(self, name)))  # JSON gives lists
+            object.__setattr__(self, name, _validate_size(name, getattr(self, name)))  # JSON gives lists
         if any(whole < part for whole, part in zip(self.image_size, self.content_size, strict=True)):
             raise ConfigError(
                 f"image_size {self.image_size} is smaller than content_size {self.content_size}; "
@@ -91,8 +91,8 @@ class ImageProcessor:
         if (isinstance(image, np.ndarray) or self.channels not in MODES) and found != self.channels:
             raise ValueError(f"it has {found} channels; expected {self.channels}")
         if isinstance(image, np.ndarray):
-            return _fitted(torch.from_numpy(image).permute(2, 0, 1), height, width)
-        image = _in_mode(upright_with_eight_bits(image), MODES[self.channels])
+            return _crop_and_resize(torch.from_numpy(image).permute(2, 0, 1), height, width)
+        image = _convert_mode(make_upright_8bit(image), MODES[self.channels])
         if image.size != (width, height):
             image = PIL.ImageOps.fit(image, (width, height), method=PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).view(height, width, self.channels)
@@ -145,7 +145,7 @@ def as_rgb(images: Tensor) -> Tensor:
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
-def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:
+def _crop_and_resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (C, rows, columns) of any size → (C, height, width): cropped at the centre, resized with an antialiased cubic."""
     rows, columns = pixels.shape[1:]
     if (rows, columns) == (height, width):
@@ -159,46 +159,46 @@ def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The smallest (height, width) of multiples that holds the content: (28, 30) in eights is (32, 32)."""
-    height, width = _checked_size("content_size", content_size)
+    height, width = _validate_size("content_size", content_size)
     if multiple < 1:
         raise ConfigError(f"multiple is {multiple}; expected a positive number, the tokenizer's downsampling factor")
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def orientation_of(image: ImageLike) -> int:
+def get_exif_orientation(image: ImageLike) -> int:
     """EXIF orientation, 1 (upright) to 8; from 5 on, height and width change places. Unreadable EXIF counts as none."""
     if isinstance(image, np.ndarray):
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
-        return orientation if orientation in UPRIGHT else 1
+        return orientation if orientation in UPRIGHT_TRANSPOSE else 1
     except Exception:  # cameras and editors write broken EXIF in many ways; the picture itself is fine
         return 1
 
 
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def make_upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The picture as its EXIF orientation wants it seen."""
-    return _turned(image, orientation_of(image))
+    return _apply_orientation(image, get_exif_orientation(image))
 
 
-def upright_with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+def make_upright_8bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """`with_eight_bits` of the picture, as its EXIF orientation wants it seen."""
-    return _turned(with_eight_bits(image), orientation_of(image))
+    return _apply_orientation(to_8bit_image(image), get_exif_orientation(image))
 
 
-def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+def _apply_orientation(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     if orientation == 1:
         return image
-    turned = image.transpose(UPRIGHT[orientation])
+    turned = image.transpose(UPRIGHT_TRANSPOSE[orientation])
     if "transparency" in image.info:
         turned.info["transparency"] = image.info["transparency"]
     return turned
 
 
-def with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+def to_8bit_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """The picture in mode L, LA, RGB or RGBA, whichever holds what it shows; see the header for other numbers."""
-    if (values := _numbers_of(image)) is not None:
-        return PIL.Image.fromarray(to_eight_bits(values))
+    if (values := _high_bit_depth_values(image)) is not None:
+        return PIL.Image.fromarray(to_uint8(values))
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
     grey = image.mode in ("1", "L", "La", "LA")
@@ -207,7 +207,7 @@ def with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
-def _numbers_of(image: PIL.Image.Image) -> np.ndarray | None:
+def _high_bit_depth_values(image: PIL.Image.Image) -> np.ndarray | None:
     """(h, w) of a grey picture with the type that its file has; none for modes of 8 bits."""
     tags = getattr(image, "tag_v2", {})
     signed = tags.get(SAMPLE_FORMAT_TAG) == (2,)
@@ -223,7 +223,7 @@ def _numbers_of(image: PIL.Image.Image) -> np.ndarray | None:
     return values
 
 
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
+def to_uint8(values: np.ndarray) -> np.ndarray:
     """Numbers of any type as uint8, by the table in this module's header.
 
     Raises:   ValueError when none of them is finite."""
@@ -244,18 +244,18 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
     def within(low: float, high: float) -> bool:
         return least >= low and most <= high
 
-    if floats and within(-OVERSHOOT, 1 + OVERSHOOT):
-        return _rounded(values, 0, 255)
-    if floats and within(-1 - 2 * OVERSHOOT, 1 + 2 * OVERSHOOT):
-        return _rounded(values, -1, 127.5)
+    if floats and within(-RANGE_TOLERANCE, 1 + RANGE_TOLERANCE):
+        return _scale_to_uint8(values, 0, 255)
+    if floats and within(-1 - 2 * RANGE_TOLERANCE, 1 + 2 * RANGE_TOLERANCE):
+        return _scale_to_uint8(values, -1, 127.5)
     if values.dtype != np.uint16 and within(0, 255):
-        return _rounded(values, 0, 1)
+        return _scale_to_uint8(values, 0, 1)
     if within(0, 65_535):
-        return _rounded(values, 0, 1 / 257)
-    return _rounded(values, least, 127.5 / (most / 2 - least / 2) if most > least else 0)
+        return _scale_to_uint8(values, 0, 1 / 257)
+    return _scale_to_uint8(values, least, 127.5 / (most / 2 - least / 2) if most > least else 0)
 
 
-def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
+def _scale_to_uint8(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
     """uint8 of (v − zero) · scale, row by row: a large picture is never held in float64."""
     out = np.empty(values.shape, np.uint8)
     with np.errstate(over="ignore"):
@@ -264,7 +264,7 @@ def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
     return out
 
 
-def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+def _convert_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     """L, LA, RGB or RGBA → another of them; what was transparent is laid on white where the alpha channel goes."""
     if image.mode == mode:
         return image
@@ -274,7 +274,7 @@ def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     return image.convert(mode)
 
 
-def _checked_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+def _validate_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
     sides = tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ConfigError(f"{name} is {size}; expected (height, width), two positive whole numbers")

@@ -154,7 +154,7 @@ def test_a_manifest_with_a_field_missing_or_unknown_in_its_spec_is_one_line(tmp_
 def test_codes_that_the_codebook_does_not_have_are_refused(tmp_path: Path) -> None:
     folder = written(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    highest = CodeCache(folder).train.highest_code()
+    highest = CodeCache(folder).train.max_code()
     manifest["spec"]["codebook_size"] = highest
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(UserError, match=f"holds the code {highest}; expected 0 to {highest - 1}"):

@@ -10,8 +10,8 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from stage1_tokenizer.data import image_decoding
-from stage1_tokenizer.data.image_decoding import channels_come_first, decode_image, open_image
-from stage1_tokenizer.data.image_processor import ImageProcessor, to_eight_bits
+from stage1_tokenizer.data.image_decoding import decode_image, is_channels_first, open_image
+from stage1_tokenizer.data.image_processor import ImageProcessor, to_uint8
 
 RAMP = np.linspace(0, 1, 96).reshape(8, 12)
 EXPECTED = (RAMP * 255).round().astype(np.uint8)
@@ -108,20 +108,20 @@ def test_dark_sixteen_bits_stay_dark():
 
 def test_what_is_not_finite_is_the_darkest_or_the_brightest():
     values = np.array([0.5, np.nan, -np.inf, np.inf, 0.25, 0.75])
-    assert to_eight_bits(values).tolist() == [128, 64, 64, 191, 64, 191]
+    assert to_uint8(values).tolist() == [128, 64, 64, 191, 64, 191]
     with pytest.raises(ValueError, match="finite"):
-        to_eight_bits(np.full(3, np.nan))
+        to_uint8(np.full(3, np.nan))
 
 
 def test_what_resampling_overshoots_is_clipped_and_not_taken_for_another_range():
-    assert to_eight_bits(np.array([-0.04, 0.0, 0.5, 1.03])).tolist() == [0, 0, 128, 255]
-    assert to_eight_bits(np.array([-1.05, -1.0, 0.0, 1.0])).tolist() == [0, 0, 128, 255]
+    assert to_uint8(np.array([-0.04, 0.0, 0.5, 1.03])).tolist() == [0, 0, 128, 255]
+    assert to_uint8(np.array([-1.05, -1.0, 0.0, 1.0])).tolist() == [0, 0, 128, 255]
 
 
 def test_constant_and_huge_numbers_are_levels():
-    assert to_eight_bits(np.full(3, -7.0)).tolist() == [0, 0, 0]
-    assert to_eight_bits(np.array([-1e308, 0, 1e308])).tolist() == [0, 128, 255]
-    assert to_eight_bits(np.array([False, True])).tolist() == [0, 255]
+    assert to_uint8(np.full(3, -7.0)).tolist() == [0, 0, 0]
+    assert to_uint8(np.array([-1e308, 0, 1e308])).tolist() == [0, 128, 255]
+    assert to_uint8(np.array([False, True])).tolist() == [0, 255]
 
 
 # Arrays
@@ -133,7 +133,7 @@ def test_constant_and_huge_numbers_are_levels():
      ((8, 8, 4), False), ((3, 3, 3), False), ((4, 4, 6), False), ((32, 64, 200), False), ((145, 145, 200), False)]
 )  # fmt: skip
 def test_channels_come_first_where_nothing_else_makes_sense(shape, first):
-    assert channels_come_first(shape) == first
+    assert is_channels_first(shape) == first
 
 
 def test_arrays_of_both_orders_are_the_same_picture():
@@ -179,7 +179,7 @@ def test_a_colour_profile_of_any_length_does_no_harm():
 def low_bounds(monkeypatch):
     """Pillow's bound at 2 × 1,000 pixels and ours at 16 kB."""
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(image_decoding, "LARGEST", 16_000)
+    monkeypatch.setattr(image_decoding, "MAX_DECODED_BYTES", 16_000)
 
 
 @pytest.mark.usefixtures("low_bounds")

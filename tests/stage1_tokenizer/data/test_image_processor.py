@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_tokenizer.data.image_processor import ImageProcessor, padded_size, to_pil, upright
+from stage1_tokenizer.data.image_processor import ImageProcessor, make_upright, padded_size, to_pil
 from training_harness.errors import ConfigError
 
 
@@ -156,7 +156,7 @@ def test_exif_orientation_is_applied_as_pillow_applies_it(orientation, kind):
     exif[0x0112] = orientation
     stored = reopened(PIL.Image.fromarray(noise(8, 12, 3)), kind, exif=exif)
     seen = PIL.ImageOps.exif_transpose(stored)
-    assert upright(stored).tobytes() == seen.tobytes()
+    assert make_upright(stored).tobytes() == seen.tobytes()
     assert processor(3, (seen.height, seen.width)).read(stored).permute(1, 2, 0).numpy().tobytes() == seen.tobytes()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from stage1_tokenizer.data.folder_sources import FileStore, files_below, image_endings
+from stage1_tokenizer.data.folder_sources import FileStore, image_extensions, list_files
 from stage1_tokenizer.data.sources import ImageSplit, UnreadableImage, open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
@@ -145,7 +145,7 @@ def test_a_file_name_that_is_no_utf8_still_has_a_printable_id_and_opens(tmp_path
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "not a picture"), (b"hello", "not a picture"), (png()[:45], "truncated"), (noisy_png()[:-999], "truncated")],
+    [(b"", "not an image"), (b"hello", "not an image"), (png()[:45], "truncated"), (noisy_png()[:-999], "truncated")],
     ids=["empty", "text", "header only", "cut short"],
 )
 def test_a_broken_file_is_listed_and_says_so_when_it_is_opened(tmp_path, content, reason):
@@ -213,7 +213,7 @@ def test_validation_is_the_same_in_every_process(tmp_path):
 def test_validation_is_capped_at_the_smallest_hashes(tmp_path, monkeypatch):
     names = [f"{i}.png" for i in range(400)]
     uncapped = split_of_names(tmp_path, names)[1]
-    monkeypatch.setattr("stage1_tokenizer.data.sources.VALIDATION_CAP", 7)
+    monkeypatch.setattr("stage1_tokenizer.data.sources.MAX_VALIDATION_IMAGES", 7)
     capped = split_of_names(tmp_path, names)[1]
     assert len(capped) == 7 < len(uncapped)
     assert set(capped) < set(uncapped)
@@ -304,7 +304,7 @@ def test_a_saved_data_set_opens_with_or_without_splits(datasets, tmp_path):
 
 def test_a_name_that_is_no_path_is_asked_of_the_hub(datasets, monkeypatch):
     asked = []
-    monkeypatch.setattr("stage1_tokenizer.data.row_sources._hub_answers", lambda name: True)
+    monkeypatch.setattr("stage1_tokenizer.data.row_sources._is_hub_reachable", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or {"train": rows(datasets)})
     assert open_source("someone/pictures").name == "someone/pictures"
     assert asked == ["someone/pictures"]
@@ -314,7 +314,7 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_line(datasets, monkeypatch):
     def refuse(name):
         raise FileNotFoundError("no such\ndata set")
 
-    monkeypatch.setattr("stage1_tokenizer.data.row_sources._hub_answers", lambda name: True)
+    monkeypatch.setattr("stage1_tokenizer.data.row_sources._is_hub_reachable", lambda name: True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError) as error:
         open_source("someone/pictures")
@@ -370,7 +370,7 @@ def test_a_folder_of_images_opens_without_datasets(tmp_path):
 
 
 def all_in(folder: Path) -> ImageSplit:
-    return ImageSplit(FileStore(folder, files_below(folder, image_endings())))
+    return ImageSplit(FileStore(folder, list_files(folder, image_extensions())))
 
 
 def test_the_survey_finds_sizes_of_upright_pictures_and_counts_the_unreadable(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
-from stage1_tokenizer.data.source_splits import in_natural_order, split_roles
+from stage1_tokenizer.data.source_splits import find_split_roles, sort_naturally
 from stage1_tokenizer.data.sources import ImageSource, UnreadableImage, open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
@@ -106,8 +106,8 @@ def test_a_single_folder_in_a_split_that_says_nothing_is_no_class(inner, tmp_pat
 
 
 def test_evaluation_is_the_test_split_beside_a_validation_split():
-    assert split_roles(["training", "evaluation"])["evaluation"] == "validation"
-    assert split_roles(["training", "validation", "evaluation"])["evaluation"] == "test"
+    assert find_split_roles(["training", "evaluation"])["evaluation"] == "validation"
+    assert find_split_roles(["training", "validation", "evaluation"])["evaluation"] == "test"
 
 
 def test_splits_below_class_folders_are_splits(tmp_path):
@@ -146,7 +146,7 @@ def test_parquet_files_of_other_names_are_all_trained_on(tmp_path):
 
 
 def test_a_word_for_a_split_stands_alone():
-    assert split_roles(["my_train", "retrain", "train_val", "train of thought", "dev1"]) == {
+    assert find_split_roles(["my_train", "retrain", "train_val", "train of thought", "dev1"]) == {
         "train_val": "train",
         "dev1": "validation",
     }
@@ -179,7 +179,7 @@ def test_a_picture_without_an_ending_is_known_by_how_it_begins(name, kind, tmp_p
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    with pytest.raises(UserError, match=r"2 \.heic, 1 no ending"):
+    with pytest.raises(UserError, match=r"2 \.heic, 1 no extension"):
         open_source(write(tmp_path, "a.heic", "b.HEIC", "README", content=b"text"))
 
 
@@ -220,10 +220,10 @@ def test_a_class_folder_that_is_no_utf8_has_a_name_that_json_takes(tmp_path):
 
 
 def test_classes_are_in_natural_order():
-    assert in_natural_order(["10", "2", "1", "02", "0"]) == ["0", "1", "02", "2", "10"]
-    assert in_natural_order(["-1", "1.5", "-10", "0"]) == ["-10", "-1", "0", "1.5"]
-    assert in_natural_order(["img10", "img9", "dog", "img"]) == ["dog", "img", "img9", "img10"]
-    assert in_natural_order(["9" * 5000, "8" * 5000 + "x"]) == ["8" * 5000 + "x", "9" * 5000]
+    assert sort_naturally(["10", "2", "1", "02", "0"]) == ["0", "1", "02", "2", "10"]
+    assert sort_naturally(["-1", "1.5", "-10", "0"]) == ["-10", "-1", "0", "1.5"]
+    assert sort_naturally(["img10", "img9", "dog", "img"]) == ["dog", "img", "img9", "img10"]
+    assert sort_naturally(["9" * 5000, "8" * 5000 + "x"]) == ["8" * 5000 + "x", "9" * 5000]
 
 
 def test_a_source_says_why_it_has_no_classes(tmp_path):
@@ -261,7 +261,7 @@ def test_where_the_held_out_image_is_broken_one_that_can_be_read_joins(tmp_path)
     (broken,) = (s.source_id(i) for s in [open_source(write(tmp_path, *names)).validation] for i in range(len(s)))
     write(tmp_path, broken, content=b"")
     source = open_source(tmp_path)
-    assert [source.validation.can_be_read(i) for i in range(len(source.validation))].count(True) == 1
+    assert [source.validation.is_readable(i) for i in range(len(source.validation))].count(True) == 1
     assert len(source.train) == 4
 
 
@@ -370,9 +370,9 @@ def test_the_format_that_a_data_set_was_saved_with_does_not_matter(kind, tmp_pat
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"image": [PNG, PNG, None]}, "holds no picture"),
+        ({"image": [PNG, PNG, None]}, "holds no image"),
         ({"image": [[PNG], [PNG], [PNG, PNG]]}, "holds 2 images"),
-        ({"image": [PNG, PNG, b""]}, "not a picture"),
+        ({"image": [PNG, PNG, b""]}, "not an image"),
     ],
 )
 def test_a_cell_that_is_not_one_picture_is_unreadable_with_the_reason(columns, reason, tmp_path):
