@@ -251,10 +251,10 @@ def _build_splits(root: Path, members: list[tuple[str, str, str]]) -> dict[str, 
         if not any(classes):
             reason = "there are no class folders"
         elif not all(classes):
-            loose, class_name = files[classes.index("")], next(filter(None, classes))
+            unsorted, class_name = files[classes.index("")], next(filter(None, classes))
             reason = (
-                f"{escape_undecodable_name(loose)} lies beside class folders such as {class_name}; "
-                "move such images into class folders, or out"
+                f"{escape_undecodable_name(unsorted)} is in no class folder, unlike the images in {class_name}; "
+                "move such images into class folders, or remove them"
             )
         splits[role] = RawSplit(FileStore(root, files), None if reason else classes, reason)
     return splits
