@@ -182,12 +182,12 @@ class LoadedSource:
 
     def with_label_order(self, label_names: Sequence[str] | None) -> Self:
         """Return the same images with the labels of `label_names`; decoded images are shared."""
-        relabelled = type(self)(self.source.with_label_order(label_names), self.processor)
+        reordered = type(self)(self.source.with_label_order(label_names), self.processor)
         for name in ("train", "validation", "held_out"):
             if name in self.__dict__:
-                loader = relabelled.__dict__[name] = copy.copy(self.__dict__[name])
-                loader.split = getattr(relabelled.source, name)
-        return relabelled
+                loader = reordered.__dict__[name] = copy.copy(self.__dict__[name])
+                loader.split = getattr(reordered.source, name)
+        return reordered
 
 
 def no_readable_images_error(read_errors: dict[int, UnreadableImage], split: ImageSplit) -> UserError:
