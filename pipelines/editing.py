@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_loader import inference_batch_size
 from stage1_tokenizer.data.image_processor import MODES, ImageLike, ImageProcessor
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import KnownCodes, rand_per_image
@@ -62,7 +62,7 @@ class Edit:
             codes = torch.cat(
                 [
                     encode(processor.preprocess(part).to(tokenizer.device, tokenizer.dtype)).cpu()
-                    for part in given.split(batch_size or images_at_once(tokenizer.config.image_size))
+                    for part in given.split(batch_size or inference_batch_size(tokenizer.config.image_size))
                 ]
             )
         padded = replace(processor, channels=1).preprocess(mask.to(torch.uint8) * 255)

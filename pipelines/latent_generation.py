@@ -22,7 +22,7 @@ from torch import Tensor
 from pipelines.editing import DEFAULT_STRENGTH, Edit, ImagesLike, check_edit
 from pipelines.hub import create_repository, fetch_card, local_folder, upload_folder
 from pipelines.saving import INDEX, PARTS, PipelineParts, load_parts, save_parts
-from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_loader import inference_batch_size
 from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import UNKNOWN, KnownCodes, Prior, randn_per_image
@@ -219,7 +219,7 @@ class LatentGenerationPipeline:
 
         Where a grid has no code yet, −1, the mean latent stands.
         """
-        size = images_at_once(self.tokenizer.config.image_size)
+        size = inference_batch_size(self.tokenizer.config.image_size)
         return torch.cat([self._decoded(part.to(self.tokenizer.device)) for part in codes.split(size)])
 
     def _decoded(self, codes: Tensor) -> Tensor:

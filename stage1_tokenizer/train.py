@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.data.image_grids import reconstruction_grid, save_image
-from stage1_tokenizer.data.image_loader import ImageLoader, images_at_once
+from stage1_tokenizer.data.image_loader import ImageLoader, inference_batch_size
 from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses.adversarial import (
     LeCAM,
@@ -174,7 +174,7 @@ def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 def validation_psnr(tokenizer: Tokenizer, validation: ImageLoader) -> float:
     """Mean over at most 1,000 images, of which each process takes its share."""
     positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
-    size = images_at_once(tokenizer.config.image_size)
+    size = inference_batch_size(tokenizer.config.image_size)
     for start in range(0, len(positions), size):
         images = validation[positions[start : start + size]]
         total += float(psnr(rebuilt(tokenizer, images), images).sum())
@@ -188,7 +188,7 @@ def measure_latents(tokenizer: Tokenizer, pixels: ImageLoader) -> None:
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     stride = -(-len(pixels) // STATISTICS_IMAGES)  # evenly: folders come class by class
     rows = list(range(0, len(pixels), stride))
-    size = images_at_once(tokenizer.config.image_size)
+    size = inference_batch_size(tokenizer.config.image_size)
     for start in range(0, len(rows), size):
         images = pixels[rows[start : start + size]]
         latents, squared = tokenizer.latent_moments(processor.preprocess(images.to(device)))

@@ -64,7 +64,7 @@ def parse_size(resolution: int | str) -> tuple[int, int]:
 
 def completed(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
     """`config` with resolution and channels filled in from the pictures where the user gave none."""
-    height, width = dataset_statistics.commonest_size if config.resolution is None else parse_size(config.resolution)
+    height, width = dataset_statistics.most_common_size if config.resolution is None else parse_size(config.resolution)
     asked, found = config.image_channels, dataset_statistics.channels
     if asked is not None and max(asked, found) > 4 and asked != found:
         raise ConfigError(

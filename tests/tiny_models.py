@@ -100,10 +100,10 @@ class PictureList:
     def source_id(self, i: int) -> str:
         return f"{self._prefix}/{i:05d}"
 
-    def sizes(self) -> list[int]:
-        return [len(self.encoded(i)) for i in range(len(self))]
+    def byte_sizes(self) -> list[int]:
+        return [len(self.read_bytes(i)) for i in range(len(self))]
 
-    def encoded(self, i: int) -> bytes:
+    def read_bytes(self, i: int) -> bytes:
         buffer = io.BytesIO()
         picture = self._images[i].permute(1, 2, 0).numpy()
         Image.fromarray(np.squeeze(picture)).save(buffer, format="PNG")

@@ -147,9 +147,9 @@ def measure_image_samples(a: Arguments) -> dict[str, Any]:
     pipeline, samples = load_samples(a)
     if pipeline is None:
         check_size(source, a.reference, samples.processor)
-    source = source.numbered_as(samples.label_names)
+    source = source.with_label_order(samples.label_names)
     names = source.label_names if samples.label_names == source.label_names else None
-    source = source.relabelled(samples.label_names)
+    source = source.with_label_names(samples.label_names)
     extractor = extractor_for(a.reference, samples.processor, a.features)
     held_out = readable(source.held_out, samples.processor)
     train = readable(some(source.train, a.max_training_images, a.seed), samples.processor)
@@ -214,7 +214,7 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
                 raise UserError(
                     f"--reference is {a.reference} for a pipeline that restores; expected a folder of images to restore"
                 )
-            held_out = readable(load_source(a.reference).relabelled(names).held_out, processor)
+            held_out = readable(load_source(a.reference).with_label_names(names).held_out, processor)
             restorations = Restorations(pipeline, held_out, a.num_images, a.seed)
             batches = restorations.batches() if is_main_process() else iter(())
             samples = Samples(batches, restorations.labels, names, processor, restorations)

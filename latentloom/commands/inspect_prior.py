@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
 
 def draw(a: Arguments) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    source = load_source(a.data).relabelled(pipeline.label_names)
+    source = load_source(a.data).with_label_names(pipeline.label_names)
 
     def pixels(split: ImageSplit, most: int) -> ImageLoader:
         drawn = random_positions(len(split), most, a.seed).tolist()

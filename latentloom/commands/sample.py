@@ -16,7 +16,7 @@ from latentloom.jobs.sample_folders import SAMPLE_LIST, sample_list
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.data.image_decoding import decoded
+from stage1_tokenizer.data.image_decoding import decode_image
 from stage1_tokenizer.data.image_grids import image_grid, save_image, save_images
 from stage1_tokenizer.data.image_processor import ImageLike
 from training_harness.errors import UserError
@@ -144,7 +144,7 @@ def interpolated(
 def open_image(path: Path) -> ImageLike:
     """A picture file; raises UserError when it cannot be read."""
     try:
-        return decoded(path.read_bytes())
+        return decode_image(path.read_bytes())
     except Exception as error:  # decoders raise errors of many classes on broken files
         raise UserError(f"{path} could not be read ({error}); expected a picture such as a PNG or JPEG file") from error
 

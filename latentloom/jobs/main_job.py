@@ -28,7 +28,7 @@ from pipelines.evaluation.restoration import Restorations
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
 from pipelines.saving import INDEX, check_pipeline_folder
-from stage1_tokenizer.codes.manifest import Contents, codes_fingerprint, stored_manifest
+from stage1_tokenizer.codes.manifest import Contents, codes_fingerprint, find_manifest
 from stage1_tokenizer.data.image_grids import reconstruction_grid, save_image
 from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.registry import new_tokenizer
@@ -122,7 +122,7 @@ def _run_main_job(
         folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_per_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())
-    images = inputs.images.numbered_as(pipeline.label_names)
+    images = inputs.images.with_label_order(pipeline.label_names)
     if not is_main_process():  # which measures, and is helped to sample
         if not pipeline.prior.is_restoration:
             for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
@@ -151,7 +151,7 @@ def finished_metrics(
     if minutes is not None:  # has set the steps when the job began
         tokenizer = replace(tokenizer, max_steps=stored_steps(tokenizer) or tokenizer.max_steps)
         prior = replace(prior, max_steps=stored_steps(prior) or prior.max_steps)
-    manifest = stored_manifest(prior.codes)
+    manifest = find_manifest(prior.codes)
     done = {
         "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),
         "prior": check_folder(prior, "prior", codes_fingerprint(manifest) if manifest else ""),
@@ -168,7 +168,7 @@ def set_aside_earlier_prior(tokenizer_run: Path, prior: PriorTraining) -> None:
 
     The codes are removed, since they are written again. The trained prior is moved aside: its pipeline still works.
     """
-    manifest = stored_manifest(prior.codes)
+    manifest = find_manifest(prior.codes)
     if not manifest or manifest["spec"]["tokenizer_id"] == load_tokenizer(tokenizer_run)[0].config.tokenizer_id:
         return
     print_once("the tokenizer was trained further: its codes are written again, and the prior starts again on them")

@@ -19,7 +19,7 @@ from pipelines.across_processes import sample_across_processes
 from pipelines.hub import local_folder
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
 from pipelines.saving import INDEX
-from stage1_tokenizer.codes.manifest import Contents, View, stored_manifest
+from stage1_tokenizer.codes.manifest import Contents, View, find_manifest
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.degradation import Degradation
@@ -141,7 +141,7 @@ def run_tokenize(
                 folder,
                 source,
                 output,
-                contents=contents or stored_manifest(output).get("contents") or ("both" if any_prior else "latents"),
+                contents=contents or find_manifest(output).get("contents") or ("both" if any_prior else "latents"),
                 views=views,
                 degradation=degradation,
                 batch_size=batch_size,

@@ -36,7 +36,7 @@ def select_recipes(
 
     `size` (height, width) and the recipes' names are the user's where given.
     """
-    whole = seen.commonest_size
+    whole = seen.most_common_size
     height, width = used = size or working_size(whole)
     why_size = "as asked" if size else "the commonest size"
     if used != whole and not size:

@@ -12,7 +12,7 @@ from pipelines.evaluation.evaluator import FEWEST, Evaluator, ImageSet, Measured
 from pipelines.evaluation.likelihood import likelihood_metrics, negative_log_likelihood
 from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
-from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_loader import inference_batch_size
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
 from training_harness.processes import number_of_processes
@@ -48,7 +48,7 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
     if not isinstance(prior, AutoregressivePrior):
         return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
     labels, bits, classes = images.labels(), [], []
-    for positions, batch in images.batches(images_at_once(pipeline.tokenizer.config.image_size)):
+    for positions, batch in images.batches(inference_batch_size(pipeline.tokenizer.config.image_size)):
         with torch.inference_mode():
             codes = pipeline.tokenizer.encode_indices(processor.preprocess(batch.to(pipeline.tokenizer.device)))
         classes.append(torch.tensor([-1 if labels is None else labels[i] for i in positions]))

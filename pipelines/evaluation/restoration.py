@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipelines.evaluation.evaluator import ImageSet
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from stage1_tokenizer.data.degradation import degraded
+from stage1_tokenizer.data.degradation import degrade_images
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.prior import KnownCodes
@@ -31,7 +31,7 @@ class Restorations:
         generators = image_generators(torch.Generator().manual_seed(self.seed), self.count)
         begin = 0
         for positions, originals in self.images.batches(BATCH):
-            worse = degraded(originals, pipeline.prior.config.degradation, processor, positions)
+            worse = degrade_images(originals, pipeline.prior.config.degradation, processor, positions)
             part = slice(begin, min(begin + len(originals), self.count))
             originals, worse = (x[: part.stop - begin] for x in (originals, worse))
             with torch.inference_mode():

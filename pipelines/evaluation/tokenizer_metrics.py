@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, Measured
 from pipelines.evaluation.frechet import bootstrap_interval, frechet_distance
-from stage1_tokenizer.data.image_loader import images_at_once
+from stage1_tokenizer.data.image_loader import inference_batch_size
 from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
 from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def tokenizer_metrics(
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """uint8 (B, C, h, w) → the same after the round trip, and the codes (B, h, w) if there are any, both on the CPU."""
     processor, pictures, codes = tokenizer.config.image_processor, list[Tensor](), list[Tensor]()
-    for part in images.split(images_at_once(tokenizer.config.image_size)):
+    for part in images.split(inference_batch_size(tokenizer.config.image_size)):
         output = tokenizer(processor.preprocess(part.to(tokenizer.device)))
         pictures.append(processor.postprocess(output.reconstruction).cpu())
         if output.indices is not None:

@@ -1,1 +1,1 @@
-"""The code cache: one format, its writer and its reader."""
+"""The code cache: its format, its writer and its reader."""

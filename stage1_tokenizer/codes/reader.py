@@ -1,4 +1,4 @@
-"""Reads the code cache that stage one wrote: Arrow files, memory-mapped, as views without a copy."""
+"""Read a code cache: memory-mapped Arrow files, as views without a copy."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.codes.manifest import TOKENIZER, codes_fingerprint, read_manifest
+from stage1_tokenizer.codes.manifest import TOKENIZER_FOLDER, codes_fingerprint, read_manifest
 from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
@@ -18,9 +18,19 @@ from training_harness.files import sha256_of
 
 
 class CodeSplit:
-    """One split: `rows` images in the order of the shards."""
+    """The rows of one split, in the order of its shards. Arguments named `rows` are arrays of row numbers."""
 
     def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], spec: LatentSpec) -> None:
+        """Map the shards of a split.
+
+        Args:
+            folder: the folder of the code cache.
+            shards: the manifest's entries of the split.
+            spec: the tokenizer's latent spec.
+
+        Raises:
+            UserError: a shard is missing, cut short or no Arrow file.
+        """
         self.spec = spec
         columns = [_open_shard(folder / shard["file"], shard) for shard in shards]
         self._columns = {name: [shard[name] for shard in columns] for name in (columns[0] if columns else ())}
@@ -30,67 +40,72 @@ class CodeSplit:
         return int(self._starts[-1])
 
     def select(self, rows: np.ndarray) -> "CodeSplit":
-        """A split of the images at `rows` alone, held in memory."""
+        """Copy the given rows into a new split in memory."""
         import pyarrow as pa
 
-        chosen = copy.copy(self)
-        chosen._columns = {name: [self._take(name, rows)] for name in self._columns if name != "source_id"}
-        chosen._columns["source_id"] = [pa.array(self.source_ids(rows))]
-        chosen._starts = np.array([0, len(rows)])
-        return chosen
+        subset = copy.copy(self)
+        subset._columns = {name: [self._read_rows(name, rows)] for name in self._columns if name != "source_id"}
+        subset._columns["source_id"] = [pa.array(self.source_ids(rows))]
+        subset._starts = np.array([0, len(rows)])
+        return subset
 
     def indices(self, rows: np.ndarray) -> Tensor:
-        """(B, h, w) int64, or (B, levels, h, w) for residual codes."""
+        """Read indices: (B, h, w) int64, or (B, levels, h, w) for residual codes."""
         spec = self.spec
-        codes = torch.from_numpy(self._take("indices", rows).astype(np.int64))
+        codes = torch.from_numpy(self._read_rows("indices", rows).astype(np.int64))
         levels = (spec.levels,) if spec.levels > 1 else ()
         return codes.view(len(rows), *levels, spec.height, spec.width)
 
-    def highest_code(self) -> int:
-        """−1 where there is none."""
+    def max_code(self) -> int:
+        """Return the largest index of the split; −1 if there is none."""
         return max((int(part.max()) for part in self._columns.get("indices", ()) if part.size), default=-1)
 
     def latents(self, rows: np.ndarray, column: str = "latents") -> Tensor:
-        """(B, c, h, w) float32, of the images or, in the column "degraded", of what was made of them."""
-        latents = torch.from_numpy(self._take(column, rows).astype(np.float32))
+        """Read latents: (B, c, h, w) float32, of the images, or of the degraded images from the column "degraded"."""
+        latents = torch.from_numpy(self._read_rows(column, rows).astype(np.float32))
         return latents.view(len(rows), self.spec.channels, self.spec.height, self.spec.width)
 
     def labels(self, rows: np.ndarray) -> Tensor:
-        """(B,) int64; −1 for images without a label."""
-        return torch.from_numpy(self._take("label", rows))
+        """Read labels: (B,) int64; −1 for images without a label."""
+        return torch.from_numpy(self._read_rows("label", rows))
 
     def classes(self) -> tuple[int, ...]:
-        """Ids of the classes that have an image, in order."""
+        """Return the sorted ids of the classes with images."""
         parts = self._columns.get("label", ())
         return tuple(int(label) for label in np.unique(np.concatenate([[-1], *parts])) if label >= 0)
 
     def source_ids(self, rows: np.ndarray) -> list[str]:
+        """Read the source ids of the images."""
         parts, shards = self._columns["source_id"], np.searchsorted(self._starts, rows, side="right") - 1
         return [parts[n][int(row - self._starts[n])].as_py() for n, row in zip(shards, rows, strict=True)]
 
-    def require(self, name: str) -> None:
-        """Raises UserError when the cache was written without the column `name`."""
+    def require_column(self, name: str) -> None:
+        """Raise UserError if the cache was written without the column `name`."""
         if name not in self._columns:
             raise UserError(f"the code cache has no {name}; run: latentloom tokenize --contents {name} …")
 
-    def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
-        self.require(name)
+    def _read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        self.require_column(name)
         parts = self._columns[name]
         if len(parts) == 1:
             return parts[0][rows]
         shard = np.searchsorted(self._starts, rows, side="right") - 1
-        out = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+        values = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
         for number in np.unique(shard):
-            chosen = shard == number
-            out[chosen] = parts[number][rows[chosen] - self._starts[number]]
-        return out
+            in_shard = shard == number
+            values[in_shard] = parts[number][rows[in_shard] - self._starts[number]]
+        return values
 
 
 class CodeCache:
-    """A folder of codes with its spec, label names and splits."""
+    """A folder of codes, with spec, label names and splits."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError when the folder is no code cache, or a shard is missing or cut short."""
+        """Open a code cache.
+
+        Raises:
+            UserError: the folder is no code cache, or a shard is missing or cut short.
+        """
         self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         self.spec = LatentSpec.from_dict(self.manifest["spec"])
@@ -103,54 +118,60 @@ class CodeCache:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the cache holds, by which runs know it wherever it lies."""
+        """A hash of the content. Runs recognise the cache by it, also in another folder."""
         return codes_fingerprint(self.manifest)
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
-        """Ids of the classes that have a training image; others have names alone."""
+        """Ids of the classes with training images."""
         return self.train.classes()
 
     @property
     def tokenizer_folder(self) -> Path:
-        return self.path / TOKENIZER
+        """The model folder of the tokenizer that wrote the codes."""
+        return self.path / TOKENIZER_FOLDER
 
     def code_vectors(self) -> Tensor:
-        """(levels · K, c) float32: each code's latent, normalised over the training set as the tokenizer does.
+        """Return the normalised latent of each code: (levels · K, c) float32.
 
-        A code of one level among several has what it adds to a latent, less what the codes of its level add on average.
+        For residual codes it is the code's contribution to a latent, minus the mean contribution of the codes of its level.
         """
         tokenizer, spec = saved_tokenizer(self.tokenizer_folder), self.spec
-        every_code = torch.arange(spec.codebook_size or 0).view(1, 1, -1)
+        all_codes = torch.arange(spec.codebook_size or 0).view(1, 1, -1)
         if spec.levels == 1:
-            return tokenizer.indices_to_latents(every_code)[0, :, 0].T.detach()
+            return tokenizer.indices_to_latents(all_codes)[0, :, 0].T.detach()
         levels = []
         for level in range(spec.levels):
-            indices = every_code.new_zeros(1, spec.levels, 1, every_code.shape[-1])
-            indices[:, level] = every_code
+            indices = all_codes.new_zeros(1, spec.levels, 1, all_codes.shape[-1])
+            indices[:, level] = all_codes
             latents = tokenizer.indices_to_latents(indices)[0, :, 0].T.detach()
             levels.append(latents - latents.mean(0))
         return torch.cat(levels)
 
     def verify(self) -> None:
-        """Compares every shard with its sha256, and codes with the codebook's size; raises UserError for the first that differs."""
+        """Check every shard's sha256, and that the codebook has all indices.
+
+        Raises:
+            UserError: a shard was altered, or an index is too large.
+        """
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
-                found = sha256_of(self.path / shard["file"])
-                if found != shard["sha256"]:
+                digest = sha256_of(self.path / shard["file"])
+                if digest != shard["sha256"]:
                     raise UserError(
-                        f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "
+                        f"{self.path / shard['file']} has sha256 {digest[:12]}…; expected {shard['sha256'][:12]}…; "
                         "the file was altered: remove the folder and write it again with `latentloom tokenize`"
                     )
-        highest = max(self.train.highest_code(), self.validation.highest_code())
-        if self.spec.codebook_size is not None and highest >= self.spec.codebook_size:
+        max_code = max(self.train.max_code(), self.validation.max_code())
+        if self.spec.codebook_size is not None and max_code >= self.spec.codebook_size:
             raise UserError(
-                f"{self.path} holds the code {highest}; expected 0 to {self.spec.codebook_size - 1}, the codes of its tokenizer; "
+                f"{self.path} holds the code {max_code}; expected 0 to {self.spec.codebook_size - 1}, the codes of its tokenizer; "
                 "remove the folder and write it again with `latentloom tokenize`"
             )
 
 
 def _open_shard(path: Path, shard: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Map a shard's columns, (rows, …) each."""
     import pyarrow as pa
 
     size = path.stat().st_size if path.exists() else 0

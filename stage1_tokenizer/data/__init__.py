@@ -1,1 +1,1 @@
-"""Images: where they come from, and how they become tensors."""
+"""Images: sources, decoding, and conversion to tensors."""

@@ -1,10 +1,10 @@
-"""Pictures made worse on purpose, for a prior that learns to give back what was lost.
+"""Degrade images on purpose, to train a prior that restores them.
 
-    noise           + N(0, σ²), σ from 10 to 80 of 255 levels, another of each picture
-    downscale-2x    half the width and height, as a camera or a web page makes them, and back by `ImageProcessor.read`
-    downscale-4x    a quarter
+    noise           + N(0, σ²), with σ from 10 to 80 of 255 levels, chosen for each image
+    downscale-2x    half the height and width, then enlarged by `ImageProcessor.read`
+    downscale-4x    a quarter of the height and width, then the same
 
-A small picture that a user gives goes through the same `read`, so that it looks to the prior like those that it was trained on.
+A small image that a user passes goes through the same `read`. So the prior gets input of the kind it was trained on.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,38 @@ from stage1_tokenizer.data.image_processor import MODES, ImageLike, ImageProcess
 from training_harness.errors import ConfigError
 
 Degradation = Literal["none", "noise", "downscale-2x", "downscale-4x"]
-FACTORS: dict[Degradation, int] = {"downscale-2x": 2, "downscale-4x": 4}
-NOISE = 10.0, 80.0  # least and most standard deviation, in levels
+DOWNSCALE_FACTORS: dict[Degradation, int] = {"downscale-2x": 2, "downscale-4x": 4}
+NOISE_RANGE = 10.0, 80.0  # smallest and largest standard deviation, in levels of 255
 
 
-def degraded(images: Tensor, kind: Degradation, processor: ImageProcessor, seeds: Sequence[int]) -> Tensor:
-    """uint8 (B, C, h, w) of the content → the same, made worse; noise is that of each picture's seed."""
+def degrade_images(images: Tensor, kind: Degradation, processor: ImageProcessor, seeds: Sequence[int]) -> Tensor:
+    """Degrade images of the content size.
+
+    Args:
+        images: (B, C, h, w) uint8.
+        kind: any degradation other than "none".
+        processor: enlarges downscaled images again.
+        seeds: one seed of the noise for each image.
+
+    Returns:
+        (B, C, h, w) uint8.
+    """
     if kind == "noise":
-        return torch.stack([_noisy(image, seed) for image, seed in zip(images, seeds, strict=True)])
-    return torch.stack([processor.read(shrunk(image, FACTORS[kind])) for image in images])
+        return torch.stack([_add_noise(image, seed) for image, seed in zip(images, seeds, strict=True)])
+    return torch.stack([processor.read(downscale_image(image, DOWNSCALE_FACTORS[kind])) for image in images])
 
 
-def shrunk(image: Tensor, factor: int) -> ImageLike:
-    """uint8 (C, h, w) → a picture of 1 / factor of its sides."""
+def downscale_image(image: Tensor, factor: int) -> ImageLike:
+    """Reduce the height and width of a (C, h, w) uint8 image by `factor`.
+
+    Raises:
+        ConfigError: the image is smaller than `factor` pixels.
+    """
     height, width = image.shape[1] // factor, image.shape[2] // factor
     if min(height, width) < 1:
         raise ConfigError(
-            f"a picture of {image.shape[1]}×{image.shape[2]} has no {factor}th of its sides; expected larger pictures, or another "
-            "degradation"
+            f"an image of {image.shape[1]}×{image.shape[2]} pixels cannot be downscaled by {factor}; expected at least {factor} "
+            "pixels a side. Use larger images or another degradation"
         )
     if image.shape[0] in MODES:
         return to_pil(image[None])[0].resize((width, height), PIL.Image.Resampling.LANCZOS)
@@ -46,8 +60,8 @@ def shrunk(image: Tensor, factor: int) -> ImageLike:
     return array
 
 
-def _noisy(image: Tensor, seed: int) -> Tensor:
+def _add_noise(image: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    least, most = NOISE
-    sigma = least + (most - least) * torch.rand((), generator=generator)
+    min_sigma, max_sigma = NOISE_RANGE
+    sigma = min_sigma + (max_sigma - min_sigma) * torch.rand((), generator=generator)
     return (image + sigma * torch.randn(image.shape, generator=generator)).round().clamp(0, 255).to(torch.uint8)

@@ -1,21 +1,21 @@
-"""From any picture to a tensor and back: the only place that knows how uint8 becomes [-1, 1].
+"""Convert any image to a tensor and back: the only module that maps uint8 to [-1, 1].
 
-    read        PIL, any mode and size  →  uint8   (C, h, w)      turned upright, converted, cropped, resized
+    read        PIL, any mode and size  →  uint8   (C, h, w)      made upright, converted, cropped, resized
                 (h, w, C) array, C > 4  →  the same               cropped, resized
     preprocess  uint8   (B, C, h, w)    →  float32 (B, C, H, W)   x = v / 127.5 − 1, then padded by repeating edges
-    postprocess float   (B, C, H, W)    →  uint8   (B, C, h, w)   padding cropped off, v = round(127.5 (x + 1))
+    postprocess float   (B, C, H, W)    →  uint8   (B, C, h, w)   padding removed, v = round(127.5 (x + 1))
 
-`postprocess` undoes `preprocess` exactly. Content (h, w) is what users see; (H, W) is what the tokenizer sees.
+`postprocess` is the exact inverse of `preprocess`. Users see the content (h, w); the tokenizer sees (H, W).
 
-Numbers of more than 8 bits become 8 bits by the least and the greatest of a picture, in this order (`to_eight_bits`):
+`to_uint8` scales other numbers to 8 bits. The minimum and maximum of the image decide, in this order:
 
     uint16               v / 257                       int8, bool      v + 128, 255 v
-    integers             in [0, 255]    as they are    in [0, 65535]   v / 257          others   stretched to [0, 255]
+    integers             in [0, 255]    unchanged      in [0, 65535]   v / 257          others   stretched to [0, 255]
     floats               in [0, 1]      255 v          in [-1, 1]      127.5 (v + 1)
-                         in [0, 255]    as they are    in [0, 65535]   v / 257          others   stretched to [0, 255]
+                         in [0, 255]    unchanged      in [0, 65535]   v / 257          others   stretched to [0, 255]
 
-Floats may leave [0, 1] and [-1, 1] by a twentieth of their width, as resampling does, and are clipped. NaN and −∞ count as the
-least finite value, +∞ as the greatest.
+Floats may exceed [0, 1] and [-1, 1] by 5 % of the width, because resampling overshoots; they are clipped. NaN and −∞ are
+replaced by the smallest finite value, +∞ by the largest.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from torch.nn import functional as F
 from training_harness.errors import ConfigError
 
 ImageLike = PIL.Image.Image | np.ndarray
-"""A picture as Pillow holds it, or where it has more channels than that takes an array (h, w, C) of uint8."""
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → Pillow's mode
+"""An image of Pillow; with more than four channels, an array (h, w, C) of uint8."""
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels → mode of Pillow
 ORIENTATION_TAG, BITS_TAG, SAMPLE_FORMAT_TAG = 0x0112, 258, 339  # of EXIF and TIFF
-OVERSHOOT = 0.05
-UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
+RANGE_TOLERANCE = 0.05  # of the width of a range
+UPRIGHT_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: orientation → transpose to upright
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -50,70 +50,102 @@ UPRIGHT = {  # EXIF 2.3, tag 0x0112: what turns a stored picture upright
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """How pictures become pixel values. Sizes are (height, width)."""
+    """Converts images to pixel values and back. Sizes are (height, width)."""
 
     channels: int
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; more are those of arrays, and none of them is special."""
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; more for arrays."""
     content_size: tuple[int, int]
-    """The pictures, as users see them."""
+    """Size of the images that users see."""
     image_size: tuple[int, int]
-    """What the tokenizer sees: the content and its padding."""
+    """Size of the tokenizer's input: the content with padding."""
 
     def __post_init__(self) -> None:
         if self.channels < 1:
             raise ConfigError(
-                f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGBA), or the number of an array's"
+                f"channels is {self.channels}; expected 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGBA), or the channels of an array"
             )
         for name in ("content_size", "image_size"):
-            object.__setattr__(self, name, _checked_size(name, getattr(self, name)))  # JSON gives lists
-        if any(whole < part for whole, part in zip(self.image_size, self.content_size, strict=True)):
+            object.__setattr__(self, name, _validate_size(name, getattr(self, name)))  # lists in JSON
+        if any(side < content for side, content in zip(self.image_size, self.content_size, strict=True)):
             raise ConfigError(
                 f"image_size {self.image_size} is smaller than content_size {self.content_size}; "
-                "expected it to be equal or larger. padded_size(content_size, multiple) gives one"
+                "expected it to be equal or larger. Use padded_size(content_size, multiple)"
             )
 
     @property
     def draft_size(self) -> tuple[int, int]:
-        """For `ImageSplit.image(i, at_least=…)`: the least size that `read` should be given to lose nothing visible.
+        """The smallest input of `read` without visible loss, for `ImageSplit.image(i, at_least=…)`.
 
-        Twice the content, so that the last halving is antialiased; square, since EXIF may still turn the picture."""
+        It is twice the content, so that the last reduction by two is antialiased. It is square, because the EXIF orientation
+        may exchange height and width.
+        """
         return (2 * max(self.content_size),) * 2
 
     def read(self, image: ImageLike) -> Tensor:
-        """A picture of any mode and size as uint8 (C, h, w) of the content.
+        """Convert an image of any mode and size to a tensor of the content size.
 
-        Turned upright by its EXIF orientation; other numbers brought to 8 bits; transparency kept where this processor has an alpha
-        channel and laid on white where it has none; cropped at the centre to the content's aspect ratio, then resized
-        (Lanczos). A picture that has the size already is not resampled. Raises ValueError for one of other channels than
-        this processor's where there is no conversion."""
+        The image is made upright by its EXIF orientation, scaled to 8 bits, cropped at the centre to the content's aspect
+        ratio, and resized (Lanczos). An image of the content size is not resampled. Transparency is kept if this processor
+        has an alpha channel; otherwise the image is placed on white.
+
+        Args:
+            image: an image of Pillow, or an array (rows, columns, C) of uint8.
+
+        Returns:
+            (C, h, w) uint8.
+
+        Raises:
+            ValueError: the image has other channels, and cannot be converted.
+        """
         height, width = self.content_size
-        found = image.shape[2] if isinstance(image, np.ndarray) else len(image.getbands())
-        if (isinstance(image, np.ndarray) or self.channels not in MODES) and found != self.channels:
-            raise ValueError(f"it has {found} channels; expected {self.channels}")
+        channels = image.shape[2] if isinstance(image, np.ndarray) else len(image.getbands())
+        if (isinstance(image, np.ndarray) or self.channels not in MODES) and channels != self.channels:
+            raise ValueError(f"it has {channels} channels; expected {self.channels}")
         if isinstance(image, np.ndarray):
-            return _fitted(torch.from_numpy(image).permute(2, 0, 1), height, width)
-        image = _in_mode(upright_with_eight_bits(image), MODES[self.channels])
+            return _crop_and_resize(torch.from_numpy(image).permute(2, 0, 1), height, width)
+        image = _convert_mode(make_upright_8bit(image), MODES[self.channels])
         if image.size != (width, height):
             image = PIL.ImageOps.fit(image, (width, height), method=PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).view(height, width, self.channels)
         return pixels.permute(2, 0, 1).contiguous()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, h, w) of the content → (B, C, H, W) of torch's default type in [-1, 1], padded evenly by repeated edges."""
+        """Convert images to pixel values, padded evenly by repeating edges.
+
+        Args:
+            images: (B, C, h, w) uint8 of the content size.
+
+        Returns:
+            (B, C, H, W) of torch's default dtype in [-1, 1].
+        """
         self._check("images", images, self.content_size)
         if images.dtype != torch.uint8:
-            raise ValueError(f"images are {images.dtype}; expected torch.uint8 in 0..255, as `read` gives them")
+            raise ValueError(f"images are {images.dtype}; expected torch.uint8 in 0..255, the output of `read`")
         top, left = self._offset
         bottom = self.image_size[0] - self.content_size[0] - top
         right = self.image_size[1] - self.content_size[1] - left
         return F.pad(images.to(torch.get_default_dtype()) / 127.5 - 1, (left, right, top, bottom), mode="replicate")
 
     def postprocess(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] → uint8 (B, C, h, w) of the content, clamped and rounded."""
+        """Convert pixel values to images: clamp, round and remove the padding.
+
+        Args:
+            pixel_values: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            (B, C, h, w) uint8 of the content size.
+        """
         return (self.to_unit_range(pixel_values) * 255).round().to(torch.uint8)
 
     def to_unit_range(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] → float32 (B, C, h, w) of the content in [0, 1], clamped."""
+        """Convert pixel values to [0, 1]: clamp and remove the padding.
+
+        Args:
+            pixel_values: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            (B, C, h, w) float32 of the content size in [0, 1].
+        """
         self._check("pixel_values", pixel_values, self.image_size)
         (top, left), (height, width) = self._offset, self.content_size
         content = pixel_values[:, :, top : top + height, left : left + width]
@@ -121,7 +153,7 @@ class ImageProcessor:
 
     @property
     def _offset(self) -> tuple[int, int]:
-        """Rows above and columns left of the content; an odd one goes below or to the right."""
+        """Padding above and left of the content; the extra row or column of odd padding is below or at the right."""
         return (self.image_size[0] - self.content_size[0]) // 2, (self.image_size[1] - self.content_size[1]) // 2
 
     def _check(self, name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
@@ -131,7 +163,7 @@ class ImageProcessor:
 
 
 def to_pil(images: Tensor) -> list[PIL.Image.Image]:
-    """uint8 (B, C, h, w) → one picture each, of mode L, LA, RGB or RGBA; of more than four channels the first three."""
+    """Convert (B, C, h, w) uint8 to images of mode L, LA, RGB or RGBA; of more than four channels use the first three."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, h, w)")
     if images.shape[1] not in MODES:
@@ -141,122 +173,125 @@ def to_pil(images: Tensor) -> list[PIL.Image.Image]:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """(B, C, h, w) → (B, 3, h, w), for networks that know RGB alone: grey is repeated, what comes after RGB left out."""
+    """Convert (B, C, h, w) to (B, 3, h, w), for networks with RGB input: repeat grey, drop the channels after RGB."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
-def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (C, rows, columns) of any size → (C, height, width): cropped at the centre, resized with an antialiased cubic."""
+def _crop_and_resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Crop (C, rows, columns) uint8 at the centre and resize it to (C, height, width): bicubic, antialiased."""
     rows, columns = pixels.shape[1:]
     if (rows, columns) == (height, width):
         return pixels.contiguous()
-    kept = min(rows, max(1, round(columns * height / width))), min(columns, max(1, round(rows * width / height)))
-    top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
-    cropped = pixels[None, :, top : top + kept[0], left : left + kept[1]].float()
+    crop_height = min(rows, max(1, round(columns * height / width)))
+    crop_width = min(columns, max(1, round(rows * width / height)))
+    top, left = (rows - crop_height) // 2, (columns - crop_width) // 2
+    cropped = pixels[None, :, top : top + crop_height, left : left + crop_width].float()
     resized = F.interpolate(cropped, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def padded_size(content_size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The smallest (height, width) of multiples that holds the content: (28, 30) in eights is (32, 32)."""
-    height, width = _checked_size("content_size", content_size)
+    """Round (height, width) up to multiples: (28, 30) becomes (32, 32) for the multiple 8."""
+    height, width = _validate_size("content_size", content_size)
     if multiple < 1:
         raise ConfigError(f"multiple is {multiple}; expected a positive number, the tokenizer's downsampling factor")
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def orientation_of(image: ImageLike) -> int:
-    """EXIF orientation, 1 (upright) to 8; from 5 on, height and width change places. Unreadable EXIF counts as none."""
+def get_exif_orientation(image: ImageLike) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8; 5 to 8 exchange height and width. Unreadable EXIF counts as 1."""
     if isinstance(image, np.ndarray):
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
-        return orientation if orientation in UPRIGHT else 1
-    except Exception:  # cameras and editors write broken EXIF in many ways; the picture itself is fine
+        return orientation if orientation in UPRIGHT_TRANSPOSE else 1
+    except Exception:  # cameras and editors write broken EXIF in many ways; the pixels are fine
         return 1
 
 
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture as its EXIF orientation wants it seen."""
-    return _turned(image, orientation_of(image))
+def make_upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Apply the EXIF orientation of an image."""
+    return _apply_orientation(image, get_exif_orientation(image))
 
 
-def upright_with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """`with_eight_bits` of the picture, as its EXIF orientation wants it seen."""
-    return _turned(with_eight_bits(image), orientation_of(image))
+def make_upright_8bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image to 8 bits (`to_8bit_image`) and apply its EXIF orientation."""
+    return _apply_orientation(to_8bit_image(image), get_exif_orientation(image))
 
 
-def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+def _apply_orientation(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     if orientation == 1:
         return image
-    turned = image.transpose(UPRIGHT[orientation])
+    transposed = image.transpose(UPRIGHT_TRANSPOSE[orientation])
     if "transparency" in image.info:
-        turned.info["transparency"] = image.info["transparency"]
-    return turned
+        transposed.info["transparency"] = image.info["transparency"]
+    return transposed
 
 
-def with_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in mode L, LA, RGB or RGBA, whichever holds what it shows; see the header for other numbers."""
-    if (values := _numbers_of(image)) is not None:
-        return PIL.Image.fromarray(to_eight_bits(values))
+def to_8bit_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image to the mode L, LA, RGB or RGBA that keeps its content; the header says how numbers are scaled."""
+    if (values := _high_bit_depth_values(image)) is not None:
+        return PIL.Image.fromarray(to_uint8(values))
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
-    grey = image.mode in ("1", "L", "La", "LA")
+    is_grey = image.mode in ("1", "L", "La", "LA")
     if image.has_transparency_data:
-        return image.convert("LA" if grey else "RGBA")
-    return image.convert("L" if grey else "RGB")
+        return image.convert("LA" if is_grey else "RGBA")
+    return image.convert("L" if is_grey else "RGB")
 
 
-def _numbers_of(image: PIL.Image.Image) -> np.ndarray | None:
-    """(h, w) of a grey picture with the type that its file has; none for modes of 8 bits."""
+def _high_bit_depth_values(image: PIL.Image.Image) -> np.ndarray | None:
+    """Return the (h, w) values of a grey image in the dtype of its file; None for modes of 8 bits."""
     tags = getattr(image, "tag_v2", {})
-    signed = tags.get(SAMPLE_FORMAT_TAG) == (2,)
+    is_signed = tags.get(SAMPLE_FORMAT_TAG) == (2,)
     if image.mode == "L":
-        return np.asarray(image).view(np.int8) if signed else None
+        return np.asarray(image).view(np.int8) if is_signed else None
     if image.mode != "F" and not image.mode.startswith("I"):
         return None
     values = np.asarray(image)
     if image.mode == "I" and image.format in ("PNG", "PPM"):
-        return values.clip(0, 65_535).astype(np.uint16)  # Pillow opens their 16 bits so
-    if image.mode == "I" and tags.get(BITS_TAG) == (32,) and not signed:
+        return values.clip(0, 65_535).astype(np.uint16)  # Pillow opens 16 bits of these formats as mode I
+    if image.mode == "I" and tags.get(BITS_TAG) == (32,) and not is_signed:
         return values.view(np.uint32)
     return values
 
 
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers of any type as uint8, by the table in this module's header.
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Scale numbers of any type to uint8, by the table in this module's header.
 
-    Raises:   ValueError when none of them is finite."""
+    Raises:
+        ValueError: none of the numbers is finite.
+    """
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.int8:
         return (values.astype(np.int16) + 128).astype(np.uint8)
-    floats = values.dtype.kind == "f"
-    if floats and not np.isfinite(values).all():
+    is_float = values.dtype.kind == "f"
+    if is_float and not np.isfinite(values).all():
         finite = values[np.isfinite(values)]
         if not finite.size:
             raise ValueError("none of its numbers is finite; expected grey levels")
         values = np.nan_to_num(values, nan=finite.min(), neginf=finite.min(), posinf=finite.max())
-    least, most = float(values.min()), float(values.max())
+    minimum, maximum = float(values.min()), float(values.max())
 
-    def within(low: float, high: float) -> bool:
-        return least >= low and most <= high
+    def is_within(low: float, high: float) -> bool:
+        return minimum >= low and maximum <= high
 
-    if floats and within(-OVERSHOOT, 1 + OVERSHOOT):
-        return _rounded(values, 0, 255)
-    if floats and within(-1 - 2 * OVERSHOOT, 1 + 2 * OVERSHOOT):
-        return _rounded(values, -1, 127.5)
-    if values.dtype != np.uint16 and within(0, 255):
-        return _rounded(values, 0, 1)
-    if within(0, 65_535):
-        return _rounded(values, 0, 1 / 257)
-    return _rounded(values, least, 127.5 / (most / 2 - least / 2) if most > least else 0)
+    if is_float and is_within(-RANGE_TOLERANCE, 1 + RANGE_TOLERANCE):
+        return _scale_to_uint8(values, 0, 255)
+    if is_float and is_within(-1 - 2 * RANGE_TOLERANCE, 1 + 2 * RANGE_TOLERANCE):
+        return _scale_to_uint8(values, -1, 127.5)
+    if values.dtype != np.uint16 and is_within(0, 255):
+        return _scale_to_uint8(values, 0, 1)
+    if is_within(0, 65_535):
+        return _scale_to_uint8(values, 0, 1 / 257)
+    return _scale_to_uint8(values, minimum, 127.5 / (maximum / 2 - minimum / 2) if maximum > minimum else 0)
 
 
-def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
-    """uint8 of (v − zero) · scale, row by row: a large picture is never held in float64."""
+def _scale_to_uint8(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
+    """Compute (v − zero) · scale as uint8, row by row, so that float64 never takes the memory of a whole image."""
     out = np.empty(values.shape, np.uint8)
     with np.errstate(over="ignore"):
         for i, row in enumerate(values):
@@ -264,17 +299,17 @@ def _rounded(values: np.ndarray, zero: float, scale: float) -> np.ndarray:
     return out
 
 
-def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
-    """L, LA, RGB or RGBA → another of them; what was transparent is laid on white where the alpha channel goes."""
+def _convert_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Convert an image between the modes L, LA, RGB and RGBA; without alpha channel, transparent pixels become white."""
     if image.mode == mode:
         return image
     if image.mode in ("LA", "RGBA") and mode in ("L", "RGB"):
-        coloured = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+        rgba = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     return image.convert(mode)
 
 
-def _checked_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+def _validate_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
     sides = tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ConfigError(f"{name} is {size}; expected (height, width), two positive whole numbers")

@@ -1,9 +1,9 @@
-"""What `folder_sources` and `row_sources` hand to `sources`: splits whose classes have no numbers yet, and split names.
+"""What `folder_sources` and `row_sources` return to `sources`: splits whose classes have no numbers yet, and their names.
 
-A name stands for a split when one of its words does (`train`, `val`, `test_set`, `train2017`, `DIV2K_train_HR`). Its other
-words must say nothing of the content: numbers, single letters, and words such as `set` or `images`. Words before the split's
-may also be those of the data set, which another split's name then starts with too (`seg_train`, `seg_test`). So `trains`,
-`testimonials` and `training shoes` are no splits.
+A name is a split's name when one of its words is (`train`, `val`, `test_set`, `train2017`, `DIV2K_train_HR`). The words after
+it must be neutral: numbers, single letters, and words such as `set` or `images`. The words before it may also be the name of
+the data set, if the name of another split starts with the same words (`seg_train`, `seg_test`). So `trains`, `testimonials`
+and `training shoes` are not names of splits.
 """
 
 from __future__ import annotations
@@ -28,111 +28,129 @@ NEUTRAL_WORDS = {
     "part", "parts", "shard", "shards", "of", "hr", "lr", "hq", "full", "partial", "public",
 }
 # fmt: on
-CONTENT_HASH = re.compile(r"[-_.](?=[0-9a-f]*\d)[0-9a-f]{8,}$")  # train-00000-of-00001-a09b74b3ef9c3b56
-EXPECTED = "a folder of images, of class folders or of train/val/test folders, Parquet, a saved data set or a Hub name"
+CONTENT_HASH_SUFFIX = re.compile(r"[-_.](?=[0-9a-f]*\d)[0-9a-f]{8,}$")  # train-00000-of-00001-a09b74b3ef9c3b56
+EXPECTED_DATA = (
+    "a folder of images, of class folders or of train/val/test folders, Parquet, a saved data set or a Hub name"
+)
 
 
 class ImageStore(Protocol):
-    """Encoded pictures in a fixed order."""
+    """Encoded images in a fixed order."""
 
     def __len__(self) -> int: ...
-    def source_id(self, i: int) -> str: ...
-    def encoded(self, i: int) -> bytes: ...
-    def sizes(self) -> Sequence[int]:
-        """Bytes of every encoded image, without reading them; 0 where it cannot be told."""
+    def source_id(self, i: int) -> str:
+        """Return the id of image i."""
+
+    def read_bytes(self, i: int) -> bytes:
+        """Read the encoded image i."""
+
+    def byte_sizes(self) -> Sequence[int]:
+        """Return the bytes of every encoded image without reading it; 0 where the size is unknown."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One split before classes have numbers: a class for each picture, or none for all of them and the reason."""
+class RawSplit:
+    """One split before its classes have numbers."""
 
     store: ImageStore
     classes: Sequence[Any] | None
-    unlabelled_because: str = ""
+    """The class of each image; None if the split is not labelled."""
+    unlabelled_reason: str = ""
+    """Why there are no labels."""
 
 
-def words_of(name: str) -> list[str]:
-    """Lower-case words and numbers: `TrainingSet_2017b` is training, set, 2017, b."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", CONTENT_HASH.sub("", name))
-    return [word.lower() for word in re.findall(r"[^\W\d_]+|\d+", apart)]
+def split_into_words(name: str) -> list[str]:
+    """Split a name into lower-case words and numbers: `TrainingSet_2017b` is training, set, 2017, b."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", CONTENT_HASH_SUFFIX.sub("", name))
+    return [word.lower() for word in re.findall(r"[^\W\d_]+|\d+", spaced)]
 
 
-def is_neutral(name: str) -> bool:
-    """Whether a name says nothing of the content, such as `images` or `JPEGs_1`."""
-    return all(word in NEUTRAL_WORDS or word.isdecimal() or len(word) == 1 for word in words_of(name))
+def is_neutral_name(name: str) -> bool:
+    """Whether a name does not describe the content, such as `images` or `JPEGs_1`."""
+    return all(word in NEUTRAL_WORDS or word.isdecimal() or len(word) == 1 for word in split_into_words(name))
 
 
-def split_roles(names: Iterable[str], *, any_lead: bool = False) -> dict[str, str]:
-    """Name → role of the names that stand for a split, by the rule in this module's header.
+def find_split_roles(names: Iterable[str], *, allow_any_prefix: bool = False) -> dict[str, str]:
+    """Find the names of splits by the rule in this module's header.
 
-    With `any_lead`, the words before the split's need no other name that starts with them."""
+    Args:
+        names: names of files or folders.
+        allow_any_prefix: accept any words before the split's word.
+
+    Returns:
+        The role (train, validation or test) of each split's name. Other names are left out.
+    """
     roles: dict[str, str] = {}
-    led: dict[tuple[str, ...], dict[str, str]] = {}
+    roles_by_prefix: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
-        words = words_of(name)
-        places = [i for i, word in enumerate(words) if word in SPLIT_WORDS]
-        found = {SPLIT_WORDS[words[i]] for i in places}
-        if found == {TRAIN, VALIDATION} and places == [places[0], places[0] + 1]:
-            found = {TRAIN}  # train_val: all that is not the test split
-        if len(found) != 1 or not is_neutral(" ".join(words[places[-1] + 1 :])):
+        words = split_into_words(name)
+        positions = [i for i, word in enumerate(words) if word in SPLIT_WORDS]
+        candidates = {SPLIT_WORDS[words[i]] for i in positions}
+        if candidates == {TRAIN, VALIDATION} and positions == [positions[0], positions[0] + 1]:
+            candidates = {TRAIN}  # train_val: everything except the test split
+        if len(candidates) != 1 or not is_neutral_name(" ".join(words[positions[-1] + 1 :])):
             continue
-        lead, role = tuple(words[: places[0]]), found.pop()
-        if any_lead or is_neutral(" ".join(lead)):
+        prefix, role = tuple(words[: positions[0]]), candidates.pop()
+        if allow_any_prefix or is_neutral_name(" ".join(prefix)):
             roles[name] = role
         else:
-            led.setdefault(lead, {})[name] = role
-    for named in led.values():
-        if TRAIN in named.values() and len(set(named.values())) > 1:
-            roles |= named
-    evaluation = [name for name in roles if {"eval", "evaluation"} & set(words_of(name))]
-    others = {role for name, role in roles.items() if name not in evaluation}
-    if VALIDATION in others and TEST not in others:  # training, validation and evaluation
+            roles_by_prefix.setdefault(prefix, {})[name] = role
+    for prefixed_roles in roles_by_prefix.values():
+        if TRAIN in prefixed_roles.values() and len(set(prefixed_roles.values())) > 1:
+            roles |= prefixed_roles
+    evaluation = [name for name in roles if {"eval", "evaluation"} & set(split_into_words(name))]
+    other_roles = {role for name, role in roles.items() if name not in evaluation}
+    if VALIDATION in other_roles and TEST not in other_roles:  # training, validation and evaluation
         roles |= dict.fromkeys(evaluation, TEST)
     return roles
 
 
-def are_splits(names: Sequence[str], roles: dict[str, str]) -> bool:
-    """Whether folders of these names are splits: all are named so, or `train` lies beside another split."""
-    known = set(roles.values())
-    if TRAIN in known and len(known) > 1:
+def are_split_folders(names: Sequence[str], roles: dict[str, str]) -> bool:
+    """Whether folders are splits: `train` and another split are among them, or all have names of splits."""
+    distinct_roles = set(roles.values())
+    if TRAIN in distinct_roles and len(distinct_roles) > 1:
         return True
-    exact = all(name.lower() in SPLIT_NAMES for name in names)  # `test 1` and `test 2` may be anything
-    return bool(names) and len(roles) == len(names) and (TRAIN in known or exact)
+    are_exact = all(name.lower() in SPLIT_NAMES for name in names)  # `test 1` and `test 2` may be anything
+    return bool(names) and len(roles) == len(names) and (TRAIN in distinct_roles or are_exact)
 
 
-def roles_of(names: Sequence[str], data: str | Path) -> dict[str, str]:
-    """Split's name → role, for those that have one; at least one name is a train split."""
+def assign_split_roles(names: Sequence[str], data: str | Path) -> dict[str, str]:
+    """Assign roles to the names of splits; a single split is the train split.
+
+    Raises:
+        UserError: none of several names is a train split.
+    """
     if len(names) == 1:
         return {names[0]: TRAIN}
-    roles = split_roles(names)
+    roles = find_split_roles(names)
     if TRAIN not in roles.values():
-        found = ", ".join(sorted(names)[:8]) or "nothing"
+        listed = ", ".join(sorted(names)[:8]) or "nothing"
         raise UserError(
-            f"{str(data)!r} has the splits {found}; expected one named 'train'. Rename one, or give its folder alone"
+            f"{str(data)!r} has the splits {listed}; expected one named 'train'. Rename one, or pass the folder of one split"
         )
     return roles
 
 
-def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sorted, numbers by their value: 2 comes before 10, and -1 before 0."""
+def sort_naturally(names: Iterable[str]) -> list[str]:
+    """Sort distinct names, with numbers by their value: 2 comes before 10, and -1 before 0."""
     distinct = set(names)
     if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in distinct):
         return sorted(distinct, key=lambda name: (float(name), name))
-    return sorted(distinct, key=_natural_key)
+    return sorted(distinct, key=_natural_sort_key)
 
 
-def _natural_key(name: str) -> tuple[list[tuple[str, int, str]], str]:
+def _natural_sort_key(name: str) -> tuple[list[tuple[str, int, str]], str]:
     parts = re.split(r"([0-9]+)", name)
     digits = [number.lstrip("0") for number in (*parts[1::2], "")]
     return [(text, len(number), number) for text, number in zip(parts[::2], digits, strict=True)], name
 
 
-def printable(name: str) -> str:
-    """A file's name as text: one that is no UTF-8 holds surrogates, which neither Arrow, JSON nor a terminal takes."""
+def escape_undecodable_name(name: str) -> str:
+    """Escape the bytes of a file's name that are not UTF-8: Arrow, JSON and terminals do not accept surrogates."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def one_line(error: Exception) -> str:
-    """Its message without line breaks; of the system's errors the reason alone, without the machine's path."""
+def summarize_error(error: Exception) -> str:
+    """Return an error's message on one line; for errors of the operating system only the reason, without the path."""
     message = getattr(error, "strerror", None) or str(error)
     return " ".join(message.split())[:200] or type(error).__name__

@@ -26,7 +26,7 @@ class AutoregressiveObjective:
                 "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4, or a prior of latents, "
                 "such as --recipe diffusion-tiny"
             )
-        codes.train.require("indices")
+        codes.train.require_column("indices")
         self.config, self.codes = config, codes
         self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
         self.draws = 2 + self.prior_config.places if config.order.ever_random else 1

@@ -20,7 +20,7 @@ MEASURED = 2000  # images, evenly spaced, whose latents are looked at before tra
 class DiffusionObjective:
     def __init__(self, config: DiffusionTraining, codes: CodeCache) -> None:
         """Raises UserError for codes that the prior could not learn."""
-        codes.train.require("latents")
+        codes.train.require_column("latents")
         if config.degradation != codes.degradation:
             raise UserError(
                 f"{codes.path} has the degradation {codes.degradation} and the prior is to undo {config.degradation}; expected the "

@@ -14,7 +14,7 @@ from pipelines.evaluation.restoration import Restorations
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
-from stage1_tokenizer.data.degradation import Degradation, degraded, shrunk
+from stage1_tokenizer.data.degradation import Degradation, degrade_images, downscale_image
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage2_prior.diffusion.config import DiTModel
@@ -58,8 +58,8 @@ def pictures(count: int, channels: int = 1) -> Tensor:
 
 def test_noise_is_that_of_the_seed_and_of_the_strengths_that_are_stated() -> None:
     grey = torch.full((200, 1, 14, 14), 127, dtype=torch.uint8)
-    worse = degraded(grey, "noise", PROCESSOR, range(200))
-    assert torch.equal(degraded(grey[50:60], "noise", PROCESSOR, range(50, 60)), worse[50:60])
+    worse = degrade_images(grey, "noise", PROCESSOR, range(200))
+    assert torch.equal(degrade_images(grey[50:60], "noise", PROCESSOR, range(50, 60)), worse[50:60])
     deviations = worse.float().flatten(1).std(1)
     assert 8 < deviations.min() < 20  # of 196 pixels, a deviation is known to 5 %
     assert 60 < deviations.max() < 90
@@ -75,21 +75,21 @@ def test_a_shrunk_picture_has_lost_what_is_finer_than_its_pixels_and_nothing_els
     kinds: list[Degradation] = ["downscale-2x", "downscale-4x"]
     for kind in kinds:
         inside = (..., slice(6, 10), slice(6, 10))  # edges are repeated
-        assert (degraded(board, kind, processor, [0]).float()[inside] - 127.5).abs().max() < 20
-        assert (degraded(slope, kind, processor, [0]).float() - slope.float())[inside].abs().max() <= 4
-    assert shrunk(slope[0], 4) is not None
+        assert (degrade_images(board, kind, processor, [0]).float()[inside] - 127.5).abs().max() < 20
+        assert (degrade_images(slope, kind, processor, [0]).float() - slope.float())[inside].abs().max() <= 4
+    assert downscale_image(slope[0], 4) is not None
 
 
 def test_a_user_s_small_picture_has_the_latents_that_the_prior_was_trained_on(codes: CodeCache) -> None:
     tokenizer, source = tiny_tokenizer(), tiny_source()
     originals = ImageLoader(source.train, tokenizer.config.image_processor)[range(5)]
-    small = [shrunk(picture, 2) for picture in originals]
+    small = [downscale_image(picture, 2) for picture in originals]
     given = Edit.of(tokenizer, small, None, latents=True).codes
     first_batch = len(source.train)  # smaller than one, whose originals come before its mirror images
     kept = codes.train.latents(np.arange(5), "degraded")
     torch.testing.assert_close(kept, given, rtol=1e-3, atol=1e-3)  # float16
     assert (kept - codes.train.latents(np.arange(5))).abs().max() > 0.1
-    mirrored = [shrunk(picture.flip(-1), 2) for picture in originals]
+    mirrored = [downscale_image(picture.flip(-1), 2) for picture in originals]
     flipped = Edit.of(tokenizer, mirrored, None, latents=True).codes
     torch.testing.assert_close(
         codes.train.latents(np.arange(5) + first_batch, "degraded"), flipped, rtol=1e-3, atol=1e-3
@@ -123,7 +123,7 @@ def test_a_pipeline_restores_the_pictures_it_is_given() -> None:
     def note(pipeline: LatentGenerationPipeline, step: int, time: int, values: dict[str, Any]) -> None:
         latents.append(values["latents"])
 
-    small = [shrunk(picture, 2) for picture in originals]
+    small = [downscale_image(picture, 2) for picture in originals]
     images = pipeline(image=small, generator=seeded(0), output_type="pt").images
     assert isinstance(images, Tensor)
     assert images.shape == (3, 1, 14, 14)
@@ -160,7 +160,7 @@ def test_restorations_are_measured_beside_what_was_given() -> None:
     labels = images.labels()
     assert labels is not None
     assert found.labels.tolist() == labels[:7]
-    worse = degraded(images[range(7)], "noise", pipeline.tokenizer.config.image_processor, range(7))
+    worse = degrade_images(images[range(7)], "noise", pipeline.tokenizer.config.image_processor, range(7))
     errors = [(x.float() - images[range(7)].float()).square().flatten(1).mean(1) for x in (worse, restored)]
     expected = [float((10 * (255**2 / error).log10()).mean()) for error in errors]
     assert list(found.figures().values()) == pytest.approx(expected, rel=1e-4)

@@ -33,7 +33,7 @@ def arrays(tmp_path_factory) -> Path:
 def test_an_array_of_the_size_is_read_byte_for_byte(arrays):
     source = open_source(str(arrays))
     seen = dataset_statistics(source.train)
-    assert (seen.channels, seen.commonest_size, seen.unreadable) == (CHANNELS, (16, 24), 0)
+    assert (seen.channels, seen.most_common_size, seen.unreadable_images) == (CHANNELS, (16, 24), 0)
     pixels = ImageLoader(source.train, ImageProcessor(channels=CHANNELS, content_size=(16, 24), image_size=(16, 24)))
     for i in range(3):
         expected = np.load(arrays / source.train.source_id(i))
@@ -88,7 +88,7 @@ def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
     pixels = ImageLoader(split, ImageProcessor(channels=6, content_size=(8, 8), image_size=(8, 8)))
-    assert (len(pixels), pixels.skipped[1].reason) == (1, "it has 3 channels; expected 6")
+    assert (len(pixels), pixels.read_errors[1].reason) == (1, "it has 3 channels; expected 6")
 
 
 def test_a_tokenizer_of_six_channels_trains_and_reconstructs_from_the_command_line(arrays, tmp_path):

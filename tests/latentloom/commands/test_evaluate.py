@@ -78,7 +78,7 @@ def test_classes_are_told_by_name_and_those_that_the_pipeline_has_not_count_as_n
     figures = evaluated(tmp_path / "a.json", "--pipeline", tmp_path / "pipeline", *words)
     assert set(figures["bits_per_token_by_class"]) == {"kind 1", "kind 8"}
     assert figures["by_class"] == {}
-    source = open_source(clothes).relabelled(pipeline.label_names)
+    source = open_source(clothes).with_label_names(pipeline.label_names)
     assert [source.test.labels.count(label) for label in (-1, 0, 1, 2)] == [6, 6, 6, 0]
     wanted = bits_per_token(pipeline, ImageLoader(source.test, pipeline.tokenizer.config.image_processor))
     assert figures["bits_per_token"] == pytest.approx(wanted["bits_per_token"])

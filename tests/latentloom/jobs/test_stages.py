@@ -22,5 +22,5 @@ def test_classes_are_counted_and_those_without_a_training_image_are_named_once(
 
 
 def test_a_source_without_classes_gives_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    print_classes(replace(tiny_source(labelled=False), unlabelled_because="there are no class folders"))
+    print_classes(replace(tiny_source(labelled=False), unlabelled_reason="there are no class folders"))
     assert capsys.readouterr().out == "no classes: there are no class folders\n"

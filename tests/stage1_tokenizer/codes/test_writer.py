@@ -1,4 +1,4 @@
-"""The code cache holds what the tokenizer gives, opens as an Arrow data set, and is never written over."""
+"""The code cache has the tokenizer's output, opens as an Arrow data set, and is never overwritten."""
 
 import hashlib
 import json
@@ -39,23 +39,23 @@ def model(tmp_path_factory) -> tuple[VQGAN, Path]:
     return tokenizer, folder
 
 
-def written(model, source, output: Path, **options) -> Path:
+def write_codes(model, source, output: Path, **options) -> Path:
     return write_code_cache(*model, source, output, batch_size=7, **options)
 
 
-def manifest_of(folder: Path) -> dict:
+def load_manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
-def rows_of(folder: Path, split: str = "train") -> datasets.Dataset:
+def load_rows(folder: Path, split: str = "train") -> datasets.Dataset:
     shards = [
-        datasets.Dataset.from_file(str(folder / s["file"])) for s in manifest_of(folder)["splits"][split]["shards"]
+        datasets.Dataset.from_file(str(folder / s["file"])) for s in load_manifest(folder)["splits"][split]["shards"]
     ]
     return datasets.concatenate_datasets(shards).with_format("numpy")
 
 
-def readable(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
-    """Source id → pixel values (1, C, H, W), read without the code cache."""
+def load_pixel_values(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
+    """Map source ids to pixel values (1, C, H, W), without the code cache."""
     processor = tokenizer.config.image_processor
     return {
         split.source_id(i): processor.preprocess(processor.read(split.image(i))[None])
@@ -64,47 +64,47 @@ def readable(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_cache_with_the_same_classes_in_another_order_is_known(tmp_path, model, capsys):
+def test_a_cache_with_the_same_classes_in_another_order_is_reused(tmp_path, model, capsys):
     for name in ("1", "2", "10"):
         write_pictures(tmp_path / "pictures" / name, count=4)
     source = open_source(tmp_path / "pictures")
     assert source.label_names == ("1", "2", "10")
-    old = source.numbered_as(["1", "10", "2"])  # as earlier versions sorted them
-    before = rows_of(written(model, old, tmp_path / "codes"))["label"]
-    assert written(model, source, tmp_path / "codes") == tmp_path / "codes"
+    reordered = source.with_label_order(["1", "10", "2"])  # the order of earlier versions
+    before = load_rows(write_codes(model, reordered, tmp_path / "codes"))["label"]
+    assert write_codes(model, source, tmp_path / "codes") == tmp_path / "codes"
     assert "already" in capsys.readouterr().out
-    assert np.array_equal(before, rows_of(tmp_path / "codes")["label"])
+    assert np.array_equal(before, load_rows(tmp_path / "codes")["label"])
     assert CodeCache(tmp_path / "codes").label_names == ("1", "10", "2")
 
 
-def test_a_cache_knows_the_classes_that_have_training_images(tmp_path, model, source):
-    cache = CodeCache(written(model, source.relabelled(("none", "a", "b")), tmp_path / "codes"))
+def test_a_cache_lists_the_classes_with_training_images(tmp_path, model, source):
+    cache = CodeCache(write_codes(model, source.with_label_names(("none", "a", "b")), tmp_path / "codes"))
     assert cache.label_names == ("none", "a", "b")
     assert cache.trained_classes == (1, 2)
 
 
 @torch.no_grad()
-def test_residual_codes_come_back_level_by_level(tmp_path, source):
+def test_residual_codes_are_stored_by_level(tmp_path, source):
     tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 3})
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     tokenizer.save_pretrained(tmp_path / "model")
-    cache = CodeCache(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
+    cache = CodeCache(write_codes((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
     assert (cache.spec.levels, cache.spec.codebook_size) == (3, 16)
-    expected = torch.cat([tokenizer.encode_indices(x) for x in readable(source.train, tokenizer).values()])
+    expected = torch.cat([tokenizer.encode_indices(x) for x in load_pixel_values(source.train, tokenizer).values()])
     assert torch.equal(cache.train.indices(np.arange(len(cache.train))), expected)
     vectors, quantizer = cache.code_vectors().view(3, 16, 4), tokenizer.quantizer
     std = torch.tensor(tokenizer.config.latent_std)
-    for level, own in zip(quantizer.levels, vectors, strict=True):
-        of_level = level.codebook / std
-        assert torch.allclose(own, of_level - of_level.mean(0), atol=1e-5)
+    for level, level_vectors in zip(quantizer.levels, vectors, strict=True):
+        normalized = level.codebook / std
+        assert torch.allclose(level_vectors, normalized - normalized.mean(0), atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_rows_are_the_codes_latents_labels_and_ids_of_the_pictures(tmp_path, model, source):
+def test_the_rows_are_the_codes_latents_labels_and_ids_of_the_images(tmp_path, model, source):
     tokenizer = model[0]
-    folder = written(model, source, tmp_path / "codes", contents="both")
+    folder = write_codes(model, source, tmp_path / "codes", contents="both")
     for name, split in (("train", source.train), ("validation", source.validation)):
-        rows, expected = rows_of(folder, name), readable(split, tokenizer)
+        rows, expected = load_rows(folder, name), load_pixel_values(split, tokenizer)
         assert rows["source_id"][:].tolist() == list(expected)
         labels = {split.source_id(i): split.label(i) for i in range(len(split))}
         for row in rows:
@@ -116,8 +116,8 @@ def test_the_rows_are_the_codes_latents_labels_and_ids_of_the_pictures(tmp_path,
 
 
 def test_indices_are_uint16_and_latents_float16_in_lists_of_fixed_size(tmp_path, model, source):
-    folder = written(model, source, tmp_path / "codes", contents="both")
-    features = rows_of(folder).features
+    folder = write_codes(model, source, tmp_path / "codes", contents="both")
+    features = load_rows(folder).features
     assert (features["indices"].feature.dtype, features["indices"].length) == ("uint16", 16)
     assert (features["latents"].feature.dtype, features["latents"].length) == ("float16", 4 * 16)
     assert features["label"].dtype == "int64"
@@ -125,40 +125,40 @@ def test_indices_are_uint16_and_latents_float16_in_lists_of_fixed_size(tmp_path,
 
 
 @pytest.mark.parametrize(("contents", "columns"), [("indices", ["indices"]), ("latents", ["latents"])])
-def test_only_what_was_asked_for_is_written(tmp_path, model, source, contents, columns):
-    rows = rows_of(written(model, source, tmp_path / "codes", contents=contents))
+def test_only_the_requested_columns_are_written(tmp_path, model, source, contents, columns):
+    rows = load_rows(write_codes(model, source, tmp_path / "codes", contents=contents))
     assert rows.column_names == [*columns, "label", "source_id"]
 
 
 def test_a_codebook_beyond_uint16_is_written_as_int32(tmp_path, source):
     tokenizer = whole_tokenizer(codebook_size=2**16 + 1)
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = rows_of(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
+    rows = load_rows(write_codes((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
     assert rows.features["indices"].feature.dtype == "int32"
 
 
 @torch.no_grad()
 def test_the_mirror_view_doubles_the_training_rows_and_leaves_validation_alone(tmp_path, model, source):
-    once = rows_of(written(model, source, tmp_path / "once"))
-    both = written(model, source, tmp_path / "both", views=("original", "flip"))
-    rows, tokenizer = rows_of(both), model[0]
+    once = load_rows(write_codes(model, source, tmp_path / "once"))
+    both = write_codes(model, source, tmp_path / "both", views=("original", "flip"))
+    rows, tokenizer = load_rows(both), model[0]
     assert len(rows) == 2 * len(once)
-    assert len(rows_of(both, "validation")) == len(readable(source.validation, tokenizer))
-    expected = readable(source.train, tokenizer)
+    assert len(load_rows(both, "validation")) == len(load_pixel_values(source.validation, tokenizer))
+    expected = load_pixel_values(source.train, tokenizer)
     for name in expected:
         codes = [row["indices"].tolist() for row in rows if row["source_id"] == name]
         views = [tokenizer.encode_indices(x).flatten().tolist() for x in (expected[name], expected[name].flip(-1))]
         assert codes == views
 
 
-def test_the_manifest_states_spec_counts_and_checksums_and_the_tokenizer_lies_beside_it(tmp_path, model, source):
-    folder = written(model, source, tmp_path / "codes")
-    manifest, tokenizer = manifest_of(folder), model[0]
+def test_the_folder_has_a_manifest_with_counts_and_checksums_and_the_tokenizer(tmp_path, model, source):
+    folder = write_codes(model, source, tmp_path / "codes")
+    manifest, tokenizer = load_manifest(folder), model[0]
     assert manifest["spec"] == tokenizer.latent_spec().to_dict()
     assert manifest["label_names"] == ["a", "b"]
     assert manifest["source"] == "pictures"
     for name, split in manifest["splits"].items():
-        assert split["rows"] == len(rows_of(folder, name))
+        assert split["rows"] == len(load_rows(folder, name))
         for shard in split["shards"]:
             content = (folder / shard["file"]).read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard["sha256"]
@@ -170,40 +170,40 @@ def test_the_manifest_states_spec_counts_and_checksums_and_the_tokenizer_lies_be
     assert len(source.train) + len(source.validation) == 24 == sum(s["rows"] for s in manifest["splits"].values()) + 1
 
 
-def test_many_shards_hold_the_rows_of_one(tmp_path, model, source, monkeypatch):
-    one = rows_of(written(model, source, tmp_path / "one"))
+def test_many_shards_have_the_rows_of_a_single_one(tmp_path, model, source, monkeypatch):
+    one = load_rows(write_codes(model, source, tmp_path / "one"))
     monkeypatch.setattr(writer, "SHARD_IMAGES", 10)
-    folder = written(model, source, tmp_path / "many")
-    many = rows_of(folder)
-    assert len(manifest_of(folder)["splits"]["train"]["shards"]) > 1
+    folder = write_codes(model, source, tmp_path / "many")
+    many = load_rows(folder)
+    assert len(load_manifest(folder)["splits"]["train"]["shards"]) > 1
     assert one["indices"][:].tolist() == many["indices"][:].tolist()
     assert one["source_id"][:].tolist() == many["source_id"][:].tolist()
 
 
-def test_a_shard_is_one_record_batch_that_maps_without_a_copy(tmp_path, model, source):
-    folder = written(model, source, tmp_path / "codes")
+def test_a_shard_is_one_record_batch_that_is_mapped_without_a_copy(tmp_path, model, source):
+    folder = write_codes(model, source, tmp_path / "codes")
     table = pa.ipc.open_stream(pa.memory_map(str(folder / "train-00000.arrow"))).read_all()
     assert table["indices"].num_chunks == 1
     values = table["indices"].chunk(0).flatten().to_numpy(zero_copy_only=True)
     assert values.dtype == np.uint16
 
 
-# What lies there already
+# Existing folders
 
 
-def test_the_same_request_again_says_so_and_writes_nothing(tmp_path, model, source, capsys):
-    folder = written(model, source, tmp_path / "codes")
+def test_an_equal_request_writes_nothing(tmp_path, model, source, capsys):
+    folder = write_codes(model, source, tmp_path / "codes")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert written(model, source, folder) == folder
+    assert write_codes(model, source, folder) == folder
     assert "holds these codes already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("change", ["contents", "views", "spec", "images", "fingerprint"])
-def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp_path, model, source, change):
-    folder = written(model, source, tmp_path / "codes")
+def test_another_request_is_refused_with_the_differences_and_the_old_codes_stay(tmp_path, model, source, change):
+    folder = write_codes(model, source, tmp_path / "codes")
     before = (folder / "manifest.json").read_bytes()
-    options, other, pictures = {}, model, source
+    options, other_model, other_source = {}, model, source
     if change == "contents":
         options = {"contents": "both"}
     elif change == "views":
@@ -211,27 +211,27 @@ def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp
     elif change == "spec":
         tokenizer = whole_tokenizer()
         tokenizer.config.tokenizer_id = "another"
-        other = tokenizer, model[1]
+        other_model = tokenizer, model[1]
     elif change == "images":
-        pictures = open_source(write_pictures(tmp_path / "pictures", count=30))
-    else:  # files of the same names, one of which shows something else
+        other_source = open_source(write_pictures(tmp_path / "pictures", count=30))
+    else:  # files of the same names; one has other content
         other_folder = write_pictures(tmp_path / "pictures")
         (other_folder / "a" / "00.png").write_bytes(b"a letter")
         same = open_source(other_folder)
         assert same.train.fingerprint() == source.train.fingerprint()
         Image.new("RGB", (16, 16)).save(other_folder / same.train.source_id(0))
-        pictures = open_source(other_folder)
+        other_source = open_source(other_folder)
     with pytest.raises(UserError) as caught:
-        written(other, pictures, folder, **options)
+        write_codes(other_model, other_source, folder, **options)
     assert f"another {change}" in one_line(caught)
     assert (folder / "manifest.json").read_bytes() == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path, model, source):
+def test_a_folder_with_other_files_is_refused(tmp_path, model, source):
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError) as caught:
-        written(model, source, tmp_path / "codes")
+        write_codes(model, source, tmp_path / "codes")
     assert "holds no code cache" in str(caught.value)
 
 
@@ -241,7 +241,7 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, model, source, monkeypa
 
     monkeypatch.setattr(writer, "write_manifest", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        written(model, source, tmp_path / "codes")
+        write_codes(model, source, tmp_path / "codes")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,17 +250,15 @@ class LaterSpec(LatentSpec):
     scales: int = 1
 
 
-def test_a_field_that_is_added_to_the_spec_leaves_an_earlier_cache_what_was_asked_for(
-    tmp_path, model, source, monkeypatch, capsys
-):
-    folder, spec = written(model, source, tmp_path / "codes"), model[0].latent_spec().to_dict()
+def test_a_cache_is_still_valid_after_a_field_is_added_to_the_spec(tmp_path, model, source, monkeypatch, capsys):
+    folder, spec = write_codes(model, source, tmp_path / "codes"), model[0].latent_spec().to_dict()
     monkeypatch.setattr(manifest, "LatentSpec", LaterSpec)
     monkeypatch.setattr(VQGAN, "latent_spec", lambda self: LaterSpec(**spec))
     capsys.readouterr()
-    written(model, source, folder)
+    write_codes(model, source, folder)
     assert "holds these codes already" in capsys.readouterr().out
-    later, other = (manifest_of(folder) | {"spec": spec | {"scales": scales}} for scales in (1, 2))
-    assert codes_fingerprint(later) == codes_fingerprint(manifest_of(folder)) != codes_fingerprint(other)
+    later, other = (load_manifest(folder) | {"spec": spec | {"scales": scales}} for scales in (1, 2))
+    assert codes_fingerprint(later) == codes_fingerprint(load_manifest(folder)) != codes_fingerprint(other)
     monkeypatch.setattr(VQGAN, "latent_spec", lambda self: LaterSpec(**spec, scales=2))
     with pytest.raises(UserError, match="another spec"):
-        written(model, source, folder)
+        write_codes(model, source, folder)

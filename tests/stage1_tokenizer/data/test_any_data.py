@@ -1,4 +1,4 @@
-"""Whatever a folder, a Parquet file or a picture holds, it is read, or refused in one of the two ways that loops expect."""
+"""Any folder, Parquet file or image is read, or refused with one of the two errors that loops expect."""
 
 import io
 import os
@@ -24,31 +24,33 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 
-QUICK = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-FEW = settings(QUICK, max_examples=40)
+HUNDRED_EXAMPLES = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+FORTY_EXAMPLES = settings(HUNDRED_EXAMPLES, max_examples=40)
 
 
-def encoded(kind: str, mode: str = "RGB") -> bytes:
+def encode_image(kind: str, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new(mode, (5, 3)).save(buffer, kind)
     return buffer.getvalue()
 
 
-WHOLE = [encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000")]
-WHOLE += [encoded("TIFF", mode) for mode in ("F", "I", "I;16", "1", "CMYK", "LAB")]
+INTACT_FILES = [
+    encode_image(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000")
+]
+INTACT_FILES += [encode_image("TIFF", mode) for mode in ("F", "I", "I;16", "1", "CMYK", "LAB")]
 
 
 @st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    """A picture with some bytes of it changed, cut off or put in."""
-    content = bytearray(draw(st.sampled_from(WHOLE)))
+def damaged_files(draw: st.DrawFn) -> bytes:
+    """Generate an image file with some bytes changed or cut off."""
+    content = bytearray(draw(st.sampled_from(INTACT_FILES)))
     for _ in range(draw(st.integers(0, 4))):
         content[draw(st.integers(0, min(len(content) - 1, 400)))] = draw(st.integers(0, 255))
     begin, end = draw(st.integers(0, 3)), draw(st.integers(1, len(content)))
     return bytes(content[begin if draw(st.booleans()) else 0 : end if draw(st.booleans()) else None])
 
 
-contents = st.one_of(st.sampled_from(WHOLE), damaged(), st.binary(max_size=64))
+contents = st.one_of(st.sampled_from(INTACT_FILES), damaged_files(), st.binary(max_size=64))
 # fmt: off
 names = st.sampled_from([
     "train", "val", "test", "training_set", "test-set", "images", "data", "cat", "dog", "1", "10", "2", "@eaDir", "Trains",
@@ -59,31 +61,31 @@ endings = st.sampled_from([".png", ".JPG", ".tif", ".npy", ".gif", "", ".txt", "
 
 
 @contextmanager
-def folder_of(files: dict[str, bytes]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place) / "given"
+def folder_with(files: dict[str, bytes]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as parent:
+        root = Path(parent) / "data"
         root.mkdir()
         for name, content in files.items():
             try:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (root / name).write_bytes(content)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
-                continue  # a file where another has a folder
+                continue  # the name of a file is also the name of a folder
         yield root
 
 
-def one_line_of(error: Exception, *parts: str) -> None:
+def assert_one_line(error: Exception, *parts: str) -> None:
     for part in parts:
         assert part in str(error)
     assert "\n" not in str(error)
 
 
 def read_all(path: Path) -> None:
-    """What every command does with images first; fails for any error but those that it expects."""
+    """Read all images as every command does; fail for any error other than the two expected ones."""
     try:
         source = open_source(path)
     except UserError as error:
-        one_line_of(error, path.name)
+        assert_one_line(error, path.name)
         return
     assert source.describe_classes()
     for split in filter(None, (source.train, source.validation, source.test)):
@@ -93,16 +95,16 @@ def read_all(path: Path) -> None:
                 split.size(i)
                 split.image(i)
             except UnreadableImage as error:
-                one_line_of(error)
+                assert_one_line(error)
     try:
-        seen = dataset_statistics(source.train)
-        ImageLoader(source.train, ImageProcessor(channels=seen.channels, content_size=(4, 6), image_size=(4, 6)))
+        channels = dataset_statistics(source.train).channels
+        ImageLoader(source.train, ImageProcessor(channels=channels, content_size=(4, 6), image_size=(4, 6)))
     except UserError as error:
-        one_line_of(error, path.name)
+        assert_one_line(error, path.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
+def temporary_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -113,18 +115,18 @@ def own_cache(tmp_path_factory):
         st.builds(lambda a, b: "/".join(a) + b, st.lists(names, min_size=1, max_size=4), endings), contents, max_size=8
     )
 )
-@QUICK
+@HUNDRED_EXAMPLES
 @pytest.mark.filterwarnings("ignore")
 def test_any_folder_is_read_or_refused(files):
-    with folder_of(files) as path:
+    with folder_with(files) as path:
         read_all(path)
 
 
-@given(damaged())
-@settings(QUICK, max_examples=300)
+@given(damaged_files())
+@settings(HUNDRED_EXAMPLES, max_examples=300)
 @pytest.mark.filterwarnings("ignore")
-def test_any_damage_to_a_picture_leaves_it_readable_or_not(content):
-    with folder_of({"a.png": content, "b.png": WHOLE[0]}) as path:
+def test_any_damaged_image_is_read_or_refused(content):
+    with folder_with({"a.png": content, "b.png": INTACT_FILES[0]}) as path:
         read_all(path)
 
 
@@ -139,12 +141,12 @@ numbers = st.one_of(
         lambda kind: arrays.arrays(kind, arrays.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=7))
     )
 )
-@settings(QUICK, max_examples=150)
+@settings(HUNDRED_EXAMPLES, max_examples=150)
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_any_array_is_a_picture_or_says_why_not(array):
+def test_any_array_is_read_or_refused(array):
     buffer = io.BytesIO()
     np.save(buffer, array)
-    with folder_of({"a.npy": buffer.getvalue()}) as path:
+    with folder_with({"a.npy": buffer.getvalue()}) as path:
         read_all(path)
 
 
@@ -169,10 +171,10 @@ LABELS = [
     st.integers(0, 5),
     st.lists(st.sampled_from(["train", "test-0", "x", "val/0"]), min_size=1, max_size=2, unique=True),
 )
-@FEW
+@FORTY_EXAMPLES
 @pytest.mark.filterwarnings("ignore")
 def test_any_rows_are_read_or_refused(data, count, files):
-    with folder_of({}) as path:
+    with folder_with({}) as path:
         for file in files:
             kinds = {"image": data.draw(st.sampled_from(COLUMNS)), "label": data.draw(st.sampled_from(LABELS))}
             table = {
@@ -185,7 +187,7 @@ def test_any_rows_are_read_or_refused(data, count, files):
 
 
 @given(st.text(max_size=40).filter(lambda text: os.sep in text or text[:1] in ("", ".", "~", "\0")))
-@QUICK
-def test_any_text_for_a_path_that_is_none_is_refused(text):
-    with tempfile.TemporaryDirectory() as place, pytest.raises(UserError):
-        open_source(f"./{place}-is-not/{text}")
+@HUNDRED_EXAMPLES
+def test_any_text_that_is_no_path_is_refused(text):
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(UserError):
+        open_source(f"./{folder}-is-not/{text}")

@@ -1,4 +1,4 @@
-"""Data sets as people have them: names of splits, system folders, tables beside images, and every Arrow type for a cell."""
+"""Layouts of real data sets: names of splits, system folders, tables next to images, and cells of every Arrow type."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
-from stage1_tokenizer.data.source_splits import in_natural_order, split_roles
+from stage1_tokenizer.data.source_splits import find_split_roles, sort_naturally
 from stage1_tokenizer.data.sources import ImageSource, UnreadableImage, open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
@@ -21,21 +21,21 @@ pq = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 
 
-def encoded(kind: str = "PNG", colour: tuple[int, int, int] = (200, 0, 0)) -> bytes:
+def encode_image(kind: str = "PNG", colour: tuple[int, int, int] = (200, 0, 0)) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (6, 4), colour).save(buffer, kind)
     return buffer.getvalue()
 
 
-PNG = encoded()
+PNG = encode_image()
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def temporary_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def write(root: Path, *paths: str, content: bytes = PNG) -> Path:
+def write_files(root: Path, *paths: str, content: bytes = PNG) -> Path:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
@@ -49,8 +49,8 @@ def write_rows(path: Path, rows: int = 3, **columns) -> Path:
     return path
 
 
-def sizes(source: ImageSource) -> tuple[int, int | None]:
-    """Images for training and validation, and for the test."""
+def count_images(source: ImageSource) -> tuple[int, int | None]:
+    """Count the images for training and validation, and those of the test split."""
     ids = {split.source_id(i) for split in (source.train, source.validation) for i in range(len(split))}
     return len(ids), None if source.test is None else len(source.test)
 
@@ -71,9 +71,9 @@ def sizes(source: ImageSource) -> tuple[int, int | None]:
         "trainset testset",
     ],
 )
-def test_usual_names_of_split_folders_are_splits(names, tmp_path):
+def test_folders_with_common_split_names_are_splits(names, tmp_path):
     source = open_source(
-        write(tmp_path, *(f"{name}/{kind}/1.png" for name in names.split() for kind in ("cat", "dog")))
+        write_files(tmp_path, *(f"{name}/{kind}/1.png" for name in names.split() for kind in ("cat", "dog")))
     )
     assert source.label_names == ("cat", "dog")
     with_test = "est" in names
@@ -92,34 +92,34 @@ def test_usual_names_of_split_folders_are_splits(names, tmp_path):
         "blood_test stress_test",
     ],
 )
-def test_class_folders_that_sound_like_splits_are_classes(names, tmp_path):
-    source = open_source(write(tmp_path, *(f"{name}/1.png" for name in names.split())))
+def test_class_folders_with_names_similar_to_splits_are_classes(names, tmp_path):
+    source = open_source(write_files(tmp_path, *(f"{name}/1.png" for name in names.split())))
     assert source.label_names == tuple(sorted(names.split()))
     assert source.test is None
 
 
 @pytest.mark.parametrize("inner", ["images", "training_set"])
-def test_a_single_folder_in_a_split_that_says_nothing_is_no_class(inner, tmp_path):
+def test_a_single_folder_with_a_neutral_name_in_a_split_is_no_class(inner, tmp_path):
     test = inner.replace("training", "test")
     paths = [f"training_set/{inner}/{kind}/1.png" for kind in ("cat", "dog")] + [f"test_set/{test}/cat/1.png"]
-    assert open_source(write(tmp_path, *paths)).label_names == ("cat", "dog")
+    assert open_source(write_files(tmp_path, *paths)).label_names == ("cat", "dog")
 
 
-def test_evaluation_is_the_test_split_beside_a_validation_split():
-    assert split_roles(["training", "evaluation"])["evaluation"] == "validation"
-    assert split_roles(["training", "validation", "evaluation"])["evaluation"] == "test"
+def test_evaluation_is_the_test_split_if_there_is_a_validation_split():
+    assert find_split_roles(["training", "evaluation"])["evaluation"] == "validation"
+    assert find_split_roles(["training", "validation", "evaluation"])["evaluation"] == "test"
 
 
 def test_splits_below_class_folders_are_splits(tmp_path):
-    source = open_source(write(tmp_path, *(f"{k}/{s}/1.png" for k in ("cat", "dog") for s in ("train", "test"))))
+    source = open_source(write_files(tmp_path, *(f"{k}/{s}/1.png" for k in ("cat", "dog") for s in ("train", "test"))))
     assert source.label_names == ("cat", "dog")
-    assert sizes(source) == (2, 2)
+    assert count_images(source) == (2, 2)
 
 
 def test_the_two_domains_of_unpaired_translation_are_classes(tmp_path):
-    source = open_source(write(tmp_path, *(f"{split}{d}/1.png" for split in ("train", "test") for d in "AB")))
+    source = open_source(write_files(tmp_path, *(f"{split}{d}/1.png" for split in ("train", "test") for d in "AB")))
     assert source.label_names == ("A", "B")
-    assert sizes(source) == (2, 2)
+    assert count_images(source) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -136,17 +136,17 @@ def test_the_two_domains_of_unpaired_translation_are_classes(tmp_path):
 def test_parquet_is_split_by_files_or_folders(train, test, tmp_path):
     write_rows(tmp_path / f"{train}.parquet", 5)
     write_rows(tmp_path / f"{test}.parquet", 2)
-    assert sizes(open_source(tmp_path)) == (5, 2)
+    assert count_images(open_source(tmp_path)) == (5, 2)
 
 
-def test_parquet_files_of_other_names_are_all_trained_on(tmp_path):
+def test_parquet_files_with_other_names_are_the_train_split(tmp_path):
     for name in ("trains", "contest", "testimonials"):
         write_rows(tmp_path / f"{name}.parquet", 2)
-    assert sizes(open_source(tmp_path)) == (6, None)
+    assert count_images(open_source(tmp_path)) == (6, None)
 
 
-def test_a_word_for_a_split_stands_alone():
-    assert split_roles(["my_train", "retrain", "train_val", "train of thought", "dev1"]) == {
+def test_the_word_of_a_split_is_a_separate_word():
+    assert find_split_roles(["my_train", "retrain", "train_val", "train of thought", "dev1"]) == {
         "train_val": "train",
         "dev1": "validation",
     }
@@ -159,60 +159,60 @@ def test_a_word_for_a_split_stands_alone():
     "junk", ["@eaDir/a.jpg", "#recycle/b.png", "$RECYCLE.BIN/c.png", "System Volume Information/d.png", "lost+found/e.png",
              "__MACOSX/f.png", ".ipynb_checkpoints/g.png", "cat/@eaDir/h.png/SYNOPHOTO_THUMB_M.png", "cat/._1.png"]
 )  # fmt: skip
-def test_what_systems_leave_in_folders_is_no_image(junk, tmp_path):
-    write(tmp_path, "cat/1.png", "dog/1.png", junk)
-    write(tmp_path, "cat/Thumbs.db", "dog/desktop.ini", ".DS_Store", content=b"\xd0\xcf\x11\xe0")
+def test_files_of_operating_systems_are_no_images(junk, tmp_path):
+    write_files(tmp_path, "cat/1.png", "dog/1.png", junk)
+    write_files(tmp_path, "cat/Thumbs.db", "dog/desktop.ini", ".DS_Store", content=b"\xd0\xcf\x11\xe0")
     source = open_source(tmp_path)
     assert source.label_names == ("cat", "dog")
-    assert sizes(source) == (2, None)
+    assert count_images(source) == (2, None)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("name", ["0001", "3f9c01d2", "a.9e107d9d372bb682", "b.jpg?w=64"])
-def test_a_picture_without_an_ending_is_known_by_how_it_begins(name, kind, tmp_path):
-    write(tmp_path, name, content=encoded(kind))
-    write(tmp_path, "README", content=b"BMP, GIF8 and\nPNG pictures\n")
-    write(tmp_path, "LICENSE", "Pypi", content=b"P5 is a permission\n")
+def test_an_image_without_an_extension_is_recognized_by_its_first_bytes(name, kind, tmp_path):
+    write_files(tmp_path, name, content=encode_image(kind))
+    write_files(tmp_path, "README", content=b"BMP, GIF8 and\nPNG pictures\n")
+    write_files(tmp_path, "LICENSE", "Pypi", content=b"P5 is a permission\n")
     source = open_source(tmp_path)
     assert source.train.source_id(0) == name
     assert len(source.train) == 1
 
 
-def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    with pytest.raises(UserError, match=r"2 \.heic, 1 no ending"):
-        open_source(write(tmp_path, "a.heic", "b.HEIC", "README", content=b"text"))
+def test_the_error_for_a_folder_without_images_lists_its_extensions(tmp_path):
+    with pytest.raises(UserError, match=r"2 \.heic, 1 no extension"):
+        open_source(write_files(tmp_path, "a.heic", "b.HEIC", "README", content=b"text"))
 
 
-def test_tables_without_pictures_are_ignored_beside_images(tmp_path):
-    write(tmp_path, "00000/1.png", "00000/2.png")
+def test_tables_without_images_are_ignored_if_there_are_image_files(tmp_path):
+    write_files(tmp_path, "00000/1.png", "00000/2.png")
     for name in ("00000.parquet", "metadata.parquet"):
         with (tmp_path / name).open("wb") as file:
             pq.write_table(pa.table({"url": ["x"], "hash": [b"0123"]}), file)
-    write(tmp_path, "torn.parquet", content=b"PAR1")
-    assert sizes(open_source(tmp_path)) == (2, None)
+    write_files(tmp_path, "torn.parquet", content=b"PAR1")
+    assert count_images(open_source(tmp_path)) == (2, None)
     write_rows(tmp_path / "rows.parquet", 7)
     (tmp_path / "torn.parquet").unlink()
-    assert sizes(open_source(tmp_path)) == (7, None)
+    assert count_images(open_source(tmp_path)) == (7, None)
 
 
 @pytest.mark.parametrize(
     "name", ["d [v2]", "a*b", "q?x", "{a,b}", "x::y", "a%20b#c", "é", "e\u0301", os.fsdecode(b"\xe9")]
 )
-def test_any_name_of_a_folder_of_parquet_opens(name, tmp_path):
+def test_a_parquet_folder_with_any_name_opens(name, tmp_path):
     write_rows(tmp_path / name / "train [0].parquet")
     source = open_source(tmp_path / name)
-    assert sizes(source) == (3, None)
+    assert count_images(source) == (3, None)
     assert source.train.image(0).size == (6, 4)
 
 
-def test_names_that_differ_in_their_normal_form_alone_are_two_classes_and_two_ids(tmp_path):
-    source = open_source(write(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png"))
+def test_names_that_differ_only_in_unicode_normalization_are_two_classes(tmp_path):
+    source = open_source(write_files(tmp_path, "caf\u00e9/1.png", "cafe\u0301/1.png"))
     assert len(source.label_names) == 2
     assert source.train.source_id(0) != source.validation.source_id(0)
 
 
-def test_a_class_folder_that_is_no_utf8_has_a_name_that_json_takes(tmp_path):
-    source = open_source(write(tmp_path, os.fsdecode(b"\xe9/1.png"), "dog/1.png"))
+def test_a_class_name_that_is_not_utf8_can_be_written_as_json(tmp_path):
+    source = open_source(write_files(tmp_path, os.fsdecode(b"\xe9/1.png"), "dog/1.png"))
     assert json.loads(json.dumps(source.label_names).encode()) == ["\\xe9", "dog"]
 
 
@@ -220,19 +220,22 @@ def test_a_class_folder_that_is_no_utf8_has_a_name_that_json_takes(tmp_path):
 
 
 def test_classes_are_in_natural_order():
-    assert in_natural_order(["10", "2", "1", "02", "0"]) == ["0", "1", "02", "2", "10"]
-    assert in_natural_order(["-1", "1.5", "-10", "0"]) == ["-10", "-1", "0", "1.5"]
-    assert in_natural_order(["img10", "img9", "dog", "img"]) == ["dog", "img", "img9", "img10"]
-    assert in_natural_order(["9" * 5000, "8" * 5000 + "x"]) == ["8" * 5000 + "x", "9" * 5000]
+    assert sort_naturally(["10", "2", "1", "02", "0"]) == ["0", "1", "02", "2", "10"]
+    assert sort_naturally(["-1", "1.5", "-10", "0"]) == ["-10", "-1", "0", "1.5"]
+    assert sort_naturally(["img10", "img9", "dog", "img"]) == ["dog", "img", "img9", "img10"]
+    assert sort_naturally(["9" * 5000, "8" * 5000 + "x"]) == ["8" * 5000 + "x", "9" * 5000]
 
 
-def test_a_source_says_why_it_has_no_classes(tmp_path):
-    assert open_source(write(tmp_path / "both", "cat/1.png", "dog/1.png")).describe_classes() == "2 classes: cat, dog"
-    mixed = open_source(write(tmp_path / "mixed", "cat/1.png", "dog/1.png", "stray.png"))
-    assert mixed.describe_classes().startswith("no classes: stray.png lies beside class folders such as cat")
-    flat = open_source(write(tmp_path / "flat", "1.png", "2.png"))
+def test_a_source_states_why_it_has_no_classes(tmp_path):
+    assert (
+        open_source(write_files(tmp_path / "both", "cat/1.png", "dog/1.png")).describe_classes()
+        == "2 classes: cat, dog"
+    )
+    mixed = open_source(write_files(tmp_path / "mixed", "cat/1.png", "dog/1.png", "stray.png"))
+    assert mixed.describe_classes().startswith("no classes: stray.png is in no class folder, unlike the images in cat")
+    flat = open_source(write_files(tmp_path / "flat", "1.png", "2.png"))
     assert flat.describe_classes() == "no classes: there are no class folders"
-    one = open_source(write(tmp_path / "one", "train/cat/1.png", "train/cat/2.png", "val/cat/3.png"))
+    one = open_source(write_files(tmp_path / "one", "train/cat/1.png", "train/cat/2.png", "val/cat/3.png"))
     assert one.describe_classes() == "no classes: all images are of one class, cat"
     fractions = write_rows(tmp_path / "f.parquet", label=pa.array([0.5, 1.0, 2.0]))
     assert "fractions" in open_source(fractions).describe_classes()
@@ -240,8 +243,8 @@ def test_a_source_says_why_it_has_no_classes(tmp_path):
     assert "holds no labels" in open_source(hidden).describe_classes()
 
 
-def test_an_image_a_class_stays_in_train_and_one_is_on_both_sides(tmp_path):
-    source = open_source(write(tmp_path, *(f"{i}/1.png" for i in range(30))))
+def test_with_one_image_a_class_all_are_in_train_and_one_is_in_both_splits(tmp_path):
+    source = open_source(write_files(tmp_path, *(f"{i}/1.png" for i in range(30))))
     assert source.classes_without_images == ()
     assert len(source.train) == 30
     assert len(source.validation) == 1
@@ -249,31 +252,31 @@ def test_an_image_a_class_stays_in_train_and_one_is_on_both_sides(tmp_path):
 
 def test_no_class_loses_its_only_image_to_validation(tmp_path):
     paths = [f"{i}/1.png" for i in range(40)] + [f"many/{i}.png" for i in range(200)]
-    source = open_source(write(tmp_path, *paths))
+    source = open_source(write_files(tmp_path, *paths))
     assert source.classes_without_images == ()
     held_out = {source.validation.source_id(i).split("/")[0] for i in range(len(source.validation))}
     assert held_out == {"many"}
     assert len(source.train) + len(source.validation) == 240
 
 
-def test_where_the_held_out_image_is_broken_one_that_can_be_read_joins(tmp_path):
+def test_a_readable_image_is_added_to_a_validation_split_of_broken_ones(tmp_path):
     names = [f"{i}.png" for i in range(6)]
-    (broken,) = (s.source_id(i) for s in [open_source(write(tmp_path, *names)).validation] for i in range(len(s)))
-    write(tmp_path, broken, content=b"")
+    (broken,) = (s.source_id(i) for s in [open_source(write_files(tmp_path, *names)).validation] for i in range(len(s)))
+    write_files(tmp_path, broken, content=b"")
     source = open_source(tmp_path)
-    assert [source.validation.can_be_read(i) for i in range(len(source.validation))].count(True) == 1
+    assert [source.validation.is_readable(i) for i in range(len(source.validation))].count(True) == 1
     assert len(source.train) == 4
 
 
-def test_the_numbers_of_stored_names_hold_where_they_are_the_same_classes(tmp_path):
-    source = open_source(write(tmp_path, *(f"{i}/1.png" for i in (1, 2, 10))))
+def test_stored_label_names_decide_the_labels_if_the_classes_are_the_same(tmp_path):
+    source = open_source(write_files(tmp_path, *(f"{i}/1.png" for i in (1, 2, 10))))
     assert source.label_names == ("1", "2", "10")
-    old = source.numbered_as(["1", "10", "2"])
-    assert old.label_names == ("1", "10", "2")
+    reordered = source.with_label_order(["1", "10", "2"])
+    assert reordered.label_names == ("1", "10", "2")
     for i in range(3):
-        assert old.label_names[old.train.label(i)] == source.label_names[source.train.label(i)]
-    assert source.numbered_as(["1", "2", "3"]) is source
-    assert source.numbered_as(None) is source
+        assert reordered.label_names[reordered.train.label(i)] == source.label_names[source.train.label(i)]
+    assert source.with_label_order(["1", "2", "3"]) is source
+    assert source.with_label_order(None) is source
 
 
 # Cells
@@ -295,7 +298,7 @@ def cell_types() -> dict[str, pa.Array]:
             kind = pa.struct([("bytes", content), ("path", path)])
             cells[f"{content} {path}"] = pa.array([{"bytes": PNG, "path": None}] * 3, kind)
     fixed = pa.struct([("bytes", pa.binary(len(PNG))), ("path", pa.string())])
-    cells["fixed beside a path"] = pa.array([{"bytes": PNG, "path": None}] * 3, fixed)
+    cells["fixed with a path"] = pa.array([{"bytes": PNG, "path": None}] * 3, fixed)
     cells["list of structs"] = pa.array([[{"path": "x", "bytes": PNG}]] * 3)
     return cells
 
@@ -304,7 +307,7 @@ CELLS = cell_types()
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_picture_of_any_arrow_type_is_read(name, tmp_path):
+def test_an_image_of_any_arrow_type_is_read(name, tmp_path):
     source = open_source(write_rows(tmp_path / "rows.parquet", image=CELLS[name]))
     assert source.train.image(0).getpixel((0, 0)) == (200, 0, 0)
 
@@ -324,17 +327,17 @@ def test_a_picture_of_any_arrow_type_is_read(name, tmp_path):
 def test_labels_of_any_arrow_type_are_classes(labels, names, tmp_path):
     source = open_source(write_rows(tmp_path / "rows.parquet", label=labels))
     assert source.label_names == names
-    found = {
+    classes = {
         s.source_id(i): source.label_names[s.label(i)] for s in (source.train, source.validation) for i in range(len(s))
     }
-    assert found["train/00000"] == found["train/00002"] != found["train/00001"]
+    assert classes["train/00000"] == classes["train/00002"] != classes["train/00001"]
 
 
-def test_columns_of_types_that_datasets_does_not_know_are_not_looked_at(tmp_path):
-    odd = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int32()))
-    source = open_source(write_rows(tmp_path / "rows.parquet", tags=odd, label=odd))
+def test_columns_of_types_that_datasets_does_not_know_are_ignored(tmp_path):
+    unsupported = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int32()))
+    source = open_source(write_rows(tmp_path / "rows.parquet", tags=unsupported, label=unsupported))
     assert source.train.image(0).size == (6, 4)
-    assert "no column of labels" in source.unlabelled_because
+    assert "no column of labels" in source.unlabelled_reason
 
 
 def test_files_of_a_split_may_differ_in_their_types_and_be_empty(tmp_path):
@@ -346,12 +349,12 @@ def test_files_of_a_split_may_differ_in_their_types_and_be_empty(tmp_path):
     write_rows(tmp_path / "test.parquet", label=pa.array([-1] * 3))
     source = open_source(tmp_path)
     assert source.label_names == ("0", "1")
-    assert sizes(source) == (6, 3)
+    assert count_images(source) == (6, 3)
     assert source.test.labels is None
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "jax", "tensorflow", "polars"])
-def test_the_format_that_a_data_set_was_saved_with_does_not_matter(kind, tmp_path):
+def test_a_data_set_saved_with_any_format_is_read(kind, tmp_path):
     cells = [{"bytes": PNG, "path": None}] * 4
     names = datasets.ClassLabel(names=["zebra", "ant", "bee"])
     features = datasets.Features({"image": datasets.Image(), "label": names})
@@ -370,12 +373,12 @@ def test_the_format_that_a_data_set_was_saved_with_does_not_matter(kind, tmp_pat
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"image": [PNG, PNG, None]}, "holds no picture"),
+        ({"image": [PNG, PNG, None]}, "holds no image"),
         ({"image": [[PNG], [PNG], [PNG, PNG]]}, "holds 2 images"),
-        ({"image": [PNG, PNG, b""]}, "not a picture"),
+        ({"image": [PNG, PNG, b""]}, "not an image"),
     ],
 )
-def test_a_cell_that_is_not_one_picture_is_unreadable_with_the_reason(columns, reason, tmp_path):
+def test_a_cell_without_exactly_one_image_is_unreadable_with_the_reason(columns, reason, tmp_path):
     source = open_source(
         write_rows(tmp_path / "rows.parquet", **{k: pa.array(v) for k, v in columns.items()}), hold_out=False
     )
@@ -384,7 +387,7 @@ def test_a_cell_that_is_not_one_picture_is_unreadable_with_the_reason(columns, r
 
 
 @pytest.mark.parametrize("label", [[0, 5, 1], [0, None, 1]], ids=["a number without a name", "a row without a label"])
-def test_a_label_that_cannot_be_is_one_line_that_names_the_file_and_the_row(label, tmp_path):
+def test_the_error_for_an_invalid_label_names_the_file_and_the_row_in_one_line(label, tmp_path):
     features = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["x", "y"])})
     written = json.dumps({"info": {"features": features.to_dict()}})
     table = pa.table({"image": [PNG] * 3, "label": label}).replace_schema_metadata({"huggingface": written})
@@ -395,9 +398,9 @@ def test_a_label_that_cannot_be_is_one_line_that_names_the_file_and_the_row(labe
     assert "\n" not in str(error.value)
 
 
-def test_nothing_of_datasets_reaches_the_terminal(tmp_path, capfd):
+def test_datasets_prints_nothing(tmp_path, capfd):
     write_rows(tmp_path / "set" / "train.parquet")
-    write(tmp_path / "torn", "train.parquet", content=b"PAR1")
+    write_files(tmp_path / "torn", "train.parquet", content=b"PAR1")
     open_source(tmp_path / "set")
     with pytest.raises(UserError):
         open_source(tmp_path / "torn")
@@ -405,15 +408,15 @@ def test_nothing_of_datasets_reaches_the_terminal(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("data", ["", " ", "~nobody-of-this-name/x", "a\0b", "x" * 5000, "/" + "x" * 300])
-def test_what_is_no_path_is_one_line(data):
+def test_the_error_for_a_name_that_is_no_path_is_one_line(data):
     with pytest.raises(UserError) as error:
         open_source(data)
     assert "\n" not in str(error.value)
 
 
-def test_failures_name_the_folder_that_was_given(tmp_path, monkeypatch):
+def test_errors_name_the_folder_that_the_user_passed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(Path("mine"), "a.png", "b.png", content=b"no picture")
+    write_files(Path("mine"), "a.png", "b.png", content=b"no image")
     split = open_source("mine").train
     with pytest.raises(UserError, match="'mine'"):
         dataset_statistics(split)
@@ -421,8 +424,8 @@ def test_failures_name_the_folder_that_was_given(tmp_path, monkeypatch):
         ImageLoader(split, ImageProcessor(channels=3, content_size=(4, 4), image_size=(4, 4)))
 
 
-def test_an_array_image_and_a_grey_one_train_together(tmp_path):
-    write(tmp_path, "a.png")
+def test_statistics_cover_images_and_arrays_together(tmp_path):
+    write_files(tmp_path, "a.png")
     np.save(tmp_path / "b.npy", np.zeros((3, 4, 6), np.float32))
-    seen = dataset_statistics(open_source(tmp_path, hold_out=False).train)
-    assert (seen.channels, seen.commonest_size, seen.unreadable) == (3, (4, 6), 0)
+    measured = dataset_statistics(open_source(tmp_path, hold_out=False).train)
+    assert (measured.channels, measured.most_common_size, measured.unreadable_images) == (3, (4, 6), 0)
