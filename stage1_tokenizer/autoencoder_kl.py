@@ -28,7 +28,7 @@ class AutoencoderKLModel(AutoencoderModel):
     """`standard_normal`: latents come from N(0, I), and the run leaves a pipeline that samples without a stage two."""
 
     @property
-    def samples_alone(self) -> bool:
+    def samples_without_prior(self) -> bool:
         return self.prior == "standard_normal"
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the report reads run folders with these words and without t
     from stage1_tokenizer.quantizers import QuantizerConfig
 
 LOW_USAGE = 0.10  # of K: below it a codebook has collapsed
-ENOUGH = 4  # choices a code, before anything is said of those that were not used
+MIN_ASSIGNMENTS_PER_CODE = 4  # choices a code, before anything is said of those that were not used
 WON = 0.05  # mean loss of a discriminator that is never wrong; 1 (hinge) or 0.69 is that of one that guesses
 WORSE = 1.0  # dB of PSNR lost since the decoder hears of the discriminator
 
@@ -76,7 +76,7 @@ class Health:
 def codebook_warning(
     usage: dict[str, float], choices: int, codebook_size: int | None, quantizer: QuantizerConfig | None
 ) -> str | None:
-    if quantizer is None or not codebook_size or choices < ENOUGH * codebook_size:
+    if quantizer is None or not codebook_size or choices < MIN_ASSIGNMENTS_PER_CODE * codebook_size:
         return None
     used = usage.get("codes_used_at_fewest_level", usage["codes_used"])
     if used >= LOW_USAGE * codebook_size:

@@ -18,7 +18,7 @@ class IdentityModel(TokenizerModel):
         return 1
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         return False
 
 

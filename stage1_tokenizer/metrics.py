@@ -12,8 +12,8 @@ from stage1_tokenizer.data.image_processor import as_rgb
 from stage1_tokenizer.losses.perceptual import lpips_network, lpips_obstacle
 from stage1_tokenizer.quantizers.protocol import all_reduce_sum
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
-LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
+SSIM_WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
+LPIPS_MIN_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     Source:   Wang et al. 2004, IEEE Transactions on Image Processing 13(4), eq. 13.
     """
     x, y = (batch.double().flatten(0, 1)[:, None] for batch in (images, references))
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
     line = torch.exp(-offsets.square() / (2 * SIGMA**2))
     line = line / line.sum()
 
@@ -53,7 +53,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return similarity.flatten(1).mean(1).view(len(images), -1).mean(1)
 
 
-def lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
+def load_lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
     """LPIPS v0.1 on AlexNet, from (B, C, H, W) uint8 pairs to (B,); none unless `lpips` and the backbone's weights are here.
 
     H and W are at least 31. Source: Zhang et al. 2018, arXiv 1801.03924.

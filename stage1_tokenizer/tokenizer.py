@@ -35,11 +35,11 @@ class TokenizerModel:
         raise NotImplementedError
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         return True
 
     @property
-    def samples_alone(self) -> bool:
+    def samples_without_prior(self) -> bool:
         """Whether the run leaves a pipeline that samples without a stage two."""
         return False
 

@@ -12,9 +12,9 @@ from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses.adversarial import (
     LeCAM,
     adaptive_weight,
-    allow_compiling,
     discriminator_loss,
     generator_loss,
+    prepare_for_compile,
     r1_penalty,
 )
 from stage1_tokenizer.losses.reconstruction import PerceptualLoss, reconstruction_terms, sum_weighted
@@ -63,14 +63,14 @@ def train_tokenizer(
     accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
     processor = model_config.image_processor
     tokenizer = new_tokenizer(model_config)
-    if not config.model.learns:
+    if not config.model.is_trainable:
         return save_untrained(run, tokenizer, train, validation)
     tokenizer.to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
         tokenizer.recompute_blocks()
     if config.compile and adversarial.weight > 0:
-        allow_compiling(discriminator, adversarial)
+        prepare_for_compile(discriminator, adversarial)
     optimizer = build_optimizer(tokenizer, config.optimizer)
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), lr=adversarial.learning_rate, betas=(0.5, 0.9)

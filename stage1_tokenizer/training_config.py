@@ -62,7 +62,7 @@ def parse_size(resolution: int | str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def completed(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
+def complete_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
     """`config` with resolution and channels filled in from the pictures where the user gave none."""
     height, width = dataset_statistics.commonest_size if config.resolution is None else parse_size(config.resolution)
     asked, found = config.image_channels, dataset_statistics.channels
@@ -78,7 +78,7 @@ def completed(config: TokenizerTraining, dataset_statistics: DatasetStatistics) 
     )
 
 
-def model_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerConfig:
+def build_model_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerConfig:
     """The model's configuration for a completed `config`.
 
     Raises ConfigError when the downsampling factor does not divide the size and the recipe refuses to pad.

@@ -103,7 +103,7 @@ class VQGAN(Autoencoder):
         return super()._decode(torch.where(known[:, None], vectors, mean))
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        return self._normalized(self.quantizer.latents_of(self._checked(indices)))
+        return self._normalized(self.quantizer.indices_to_latents(self._checked(indices)))
 
     @property
     def codebook_size(self) -> int:

@@ -6,7 +6,7 @@ from latentloom.inspection.codes import LevelUsage
 from latentloom.inspection.latents import LatentStatistics
 from latentloom.report.diagnostics import Diagnostic, codebook_recommendation, codebook_use
 from latentloom.report.numbers import count, percent
-from stage1_tokenizer.health import ENOUGH
+from stage1_tokenizer.health import MIN_ASSIGNMENTS_PER_CODE
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vqgan import VQGANConfig
 
@@ -23,13 +23,13 @@ def codebook_diagnostic(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Diagn
     recommendation = codebook_recommendation(name, threshold, level.codebook_size)
     found = codebook_use(*level.usage, level.codebook_size, recommendation)
     where = f"Level {worst + 1} of {len(levels)}, the least used: " if len(levels) > 1 else ""
-    if found.level == "bad" and level.choices < ENOUGH * level.codebook_size:
+    if found.level == "bad" and level.choices < MIN_ASSIGNMENTS_PER_CODE * level.codebook_size:
         places = level.choices // len(level.codes)
         return Diagnostic(
             "note",
             "Too few images to judge the codebook",
             f"{where}{count(level.usage.codes_used, 'code')} of {level.codebook_size:,} in {level.choices:,} choices. Give "
-            f"--num-images {math.ceil(ENOUGH * level.codebook_size / places)} or more.",
+            f"--num-images {math.ceil(MIN_ASSIGNMENTS_PER_CODE * level.codebook_size / places)} or more.",
         )
     return found._replace(text=where + found.text)
 

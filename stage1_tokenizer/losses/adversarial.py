@@ -77,7 +77,7 @@ class AdversarialConfig:
         return min(1.0, max(0.0, (step - begin) / max(1, steps_of(self.ramp, max_steps))))
 
 
-def allow_compiling(discriminator: nn.Module, config: AdversarialConfig) -> None:
+def prepare_for_compile(discriminator: nn.Module, config: AdversarialConfig) -> None:
     """Before networks are compiled: λ goes back through the decoder twice, and R1 is differentiated again, which no compiled
     network can be."""
     torch._functorch.config.donated_buffer = False

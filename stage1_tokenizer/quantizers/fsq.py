@@ -68,7 +68,7 @@ class FSQ(Quantizer):
         digits = indices.unsqueeze(1) // self._by_channel(self.strides) % self._by_channel(self.levels)
         return (digits - self._half) / self._half
 
-    def latents_of(self, indices: Tensor) -> Tensor:
+    def indices_to_latents(self, indices: Tensor) -> Tensor:
         reach, offset = self._reach_and_offset()
         return ((self.lookup(indices) * self._half + offset) / reach).atanh() - (offset / reach).atanh()
 

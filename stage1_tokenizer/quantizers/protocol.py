@@ -75,7 +75,7 @@ class Quantizer(nn.Module):
         """What is decoded for indices: (B, c, h, w)."""
         raise NotImplementedError
 
-    def latents_of(self, indices: Tensor) -> Tensor:
+    def indices_to_latents(self, indices: Tensor) -> Tensor:
         """Latents (B, c, h, w) that stand for indices: those that `quantize` gives these for, but of `ibq` and `residual`, of
         which some codes are chosen for no latent that is a code."""
         return self.lookup(indices)

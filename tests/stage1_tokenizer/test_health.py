@@ -15,7 +15,7 @@ from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.metrics import CodeUsage
 from stage1_tokenizer.quantizers import QUANTIZERS, EMAVectorQuantizerConfig, ResidualQuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.metric_log import read_metrics
 
@@ -94,8 +94,10 @@ def pictures(tmp_path_factory) -> Path:
 
 def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dict]:
     source = open_source(str(pictures))
-    config = completed(replace(config, output=output, data=str(pictures)), seen := dataset_statistics(source.train))
-    shape = model_config(config, seen)
+    config = complete_config(
+        replace(config, output=output, data=str(pictures)), seen := dataset_statistics(source.train)
+    )
+    shape = build_model_config(config, seen)
     train_tokenizer(
         config, shape, *(ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     )

@@ -18,7 +18,7 @@ from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latents, train_tokenizer
-from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, build_model_config, complete_config
 from training_harness.configuration import section
 from training_harness.errors import ConfigError, UserError
 from training_harness.metric_log import read_metrics
@@ -143,8 +143,8 @@ def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTrainin
     config = TokenizerTraining(
         output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
     )
-    config = completed(config, seen := dataset_statistics(source.train))
-    shape = model_config(config, seen)
+    config = complete_config(config, seen := dataset_statistics(source.train))
+    shape = build_model_config(config, seen)
     pixels = [ImageLoader(split, shape.image_processor) for split in (source.train, source.validation)]
     return train_tokenizer(config, shape, *pixels), config
 
@@ -219,8 +219,8 @@ def test_fields_that_cannot_go_together_are_one_line_that_names_them(fields, sai
 
 
 def test_a_continuous_tokenizer_samples_alone_when_its_latents_are_held_near_a_normal_distribution():
-    assert AutoencoderKLModel(prior="standard_normal").samples_alone
-    assert not AutoencoderKLModel().samples_alone
+    assert AutoencoderKLModel(prior="standard_normal").samples_without_prior
+    assert not AutoencoderKLModel().samples_without_prior
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])

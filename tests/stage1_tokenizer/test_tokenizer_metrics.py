@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import AlexNet_Weights, alexnet
 
-from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
+from stage1_tokenizer.metrics import LPIPS_MIN_SIDE, codebook_usage, load_lpips_distance, psnr, ssim
 
 
 def pictures(count: int = 3, channels: int = 3, height: int = 30, width: int = 24) -> Tensor:
@@ -103,7 +103,7 @@ def backbone(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_there_is_no_lpips_without_the_backbones_weights(backbone: Path):
-    assert lpips_distance() is None
+    assert load_lpips_distance() is None
     assert not list(backbone.parent.iterdir())  # and nothing was fetched
 
 
@@ -116,7 +116,7 @@ def test_lpips_is_that_of_its_package_with_the_same_weights(backbone: Path):
         weights[name] = torch.zeros(1).expand(weights[name].shape)  # not in use: 4 bytes in the file in place of 235 MB
     torch.save(weights, backbone)
 
-    distance, images, others = lpips_distance(), pictures(3, 3, 64, 48), noisy(pictures(3, 3, 64, 48), 40)
+    distance, images, others = load_lpips_distance(), pictures(3, 3, 64, 48), noisy(pictures(3, 3, 64, 48), 40)
     assert distance is not None
     found = distance(images, others)
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def test_lpips_is_that_of_its_package_with_the_same_weights(backbone: Path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert (found > 0).all()
     assert distance(images, images).tolist() == [0, 0, 0]
-    smallest = noisy(images, 40)[..., :LPIPS_SIDE, :LPIPS_SIDE]
-    assert (distance(smallest, images[..., :LPIPS_SIDE, :LPIPS_SIDE]) > 0).all()
+    smallest = noisy(images, 40)[..., :LPIPS_MIN_SIDE, :LPIPS_MIN_SIDE]
+    assert (distance(smallest, images[..., :LPIPS_MIN_SIDE, :LPIPS_MIN_SIDE]) > 0).all()
     grey, others = images[:, :1], others[:, :1]
     torch.testing.assert_close(distance(grey, others), distance(grey.repeat(1, 3, 1, 1), others.repeat(1, 3, 1, 1)))

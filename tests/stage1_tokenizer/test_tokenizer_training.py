@@ -26,7 +26,7 @@ from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.migration import TRAINING
 from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, VectorQuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config, parse_size
 from stage1_tokenizer.vqgan import VQGAN, VQGANModel
 from training_harness.configuration import from_mapping, read_yaml
 from training_harness.ema import EMAConfig
@@ -54,14 +54,14 @@ def training(output: Path, pictures: Path, **fields: Any) -> TokenizerTraining:
 
 def pixels_of(config: TokenizerTraining) -> tuple[ImageLoader, ImageLoader]:
     source = open_source(config.data)
-    processor = model_config(config, dataset_statistics(source.train)).image_processor
+    processor = build_model_config(config, dataset_statistics(source.train)).image_processor
     return ImageLoader(source.train, processor), ImageLoader(source.validation, processor)
 
 
 def trained(config: TokenizerTraining, perceptual: Callable | None = None) -> Path:
     seen = dataset_statistics(open_source(config.data).train)
-    config = completed(config, seen)
-    return train_tokenizer(config, model_config(config, seen), *pixels_of(config), perceptual)
+    config = complete_config(config, seen)
+    return train_tokenizer(config, build_model_config(config, seen), *pixels_of(config), perceptual)
 
 
 def rows_of(output: Path) -> list[dict[str, float]]:
@@ -331,7 +331,7 @@ def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path
     folder = trained(config)
     figures = [row for row in rows_of(config.output) if "validation_psnr" in row][-1]
     tokenizer = VQGAN.from_pretrained(folder)
-    _, validation = pixels_of(completed(config, dataset_statistics(open_source(pictures).train)))
+    _, validation = pixels_of(complete_config(config, dataset_statistics(open_source(pictures).train)))
     shown = stage_one.validation_psnr(tokenizer, validation)
     assert shown == pytest.approx(figures["validation_psnr"], abs=0.2)  # bfloat16's rounding
     floats = [value for value in weights(folder).values() if value.is_floating_point()]
@@ -378,7 +378,7 @@ def test_a_killed_run_goes_on_to_bitwise_the_weights_of_one_that_was_not(tmp_pat
 
 def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tmp_path, pictures):
     seen = dataset_statistics(open_source(pictures).train)
-    config = completed(training(tmp_path / "run", pictures, max_steps=6), seen)
+    config = complete_config(training(tmp_path / "run", pictures, max_steps=6), seen)
     first = weights(trained(config))
     assert check_folder(config, "tokenizer") == 6
     longer = replace(config, max_steps=9)
@@ -409,8 +409,8 @@ def test_sizes_read_as_height_and_width():
 
 def config_for(tmp_path: Path, size: tuple[int, int], **fields: Any):
     seen = dataset_statistics(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
-    config = completed(training(tmp_path / "run", tmp_path / "pictures", **fields), seen)
-    return model_config(config, seen)
+    config = complete_config(training(tmp_path / "run", tmp_path / "pictures", **fields), seen)
+    return build_model_config(config, seen)
 
 
 def test_pictures_that_f_does_not_divide_are_padded_or_refused_as_asked(tmp_path):

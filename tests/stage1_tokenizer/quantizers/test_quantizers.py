@@ -69,7 +69,7 @@ def test_codes_are_their_own_codes(case: str) -> None:
     if q.depth > 1:  # the sum of several codes need not be split again in the same way
         q = q.levels[0]
     every = torch.arange(q.codebook_size).view(1, -1, 1)
-    again = q.quantize(q.latents_of(every))
+    again = q.quantize(q.indices_to_latents(every))
     if case == "ibq":  # the largest product need not be with oneself: short codes are chosen by none
         assert (again == every).float().mean() > 0.2
     else:
