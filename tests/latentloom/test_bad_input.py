@@ -336,7 +336,7 @@ CASES = {
     "samples of which one is broken": ("evaluate --samples torn --reference images", "torn cannot be read", "mend or"),
     "a prior's run for a tokenizer": (
         "tokenize --tokenizer job/prior --data images --output new",
-        "the kind of model in job/prior/model is 'latentloom-autoregressive'",
+        "the model type in job/prior/model is 'latentloom-autoregressive'",
         "latentloom train-tokenizer",
     ),
     "a prior's folder for a tokenizer": (

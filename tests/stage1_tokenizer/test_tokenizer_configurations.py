@@ -10,7 +10,7 @@ from tiny_models import tiny_tokenizer
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
 from stage1_tokenizer.identity import IdentityConfig, IdentityModel
-from stage1_tokenizer.migration import FIRST_QUANTIZER, TRAINING
+from stage1_tokenizer.migration import FORMAT_1_QUANTIZER, TRAINING
 from stage1_tokenizer.quantizers import (
     BSQConfig,
     EMAVectorQuantizerConfig,
@@ -50,24 +50,30 @@ def test_a_saved_configuration_has_the_section_of_the_training_configuration_and
 
 STORED: dict[str, tuple[dict[str, Any], Any]] = {
     "vqgan": (
-        {"name": "vqgan", **SHAPE, "codebook_size": 16, "quantizer": FIRST_QUANTIZER | {"depth": 9}, "prior": "none"},
+        {
+            "name": "vqgan",
+            **SHAPE,
+            "codebook_size": 16,
+            "quantizer": FORMAT_1_QUANTIZER | {"depth": 9},
+            "prior": "none",
+        },
         VQGANModel(**SHAPE, codebook_size=16),
     ),
     "residual": (
-        {"quantizer": FIRST_QUANTIZER | {"name": "residual", "depth": 9}},
+        {"quantizer": FORMAT_1_QUANTIZER | {"name": "residual", "depth": 9}},
         VQGANModel(quantizer=ResidualQuantizerConfig(depth=9)),
     ),
-    "simvq": ({"quantizer": FIRST_QUANTIZER | {"name": "simvq"}}, VQGANModel(quantizer=SimVQConfig())),
+    "simvq": ({"quantizer": FORMAT_1_QUANTIZER | {"name": "simvq"}}, VQGANModel(quantizer=SimVQConfig())),
     "fsq": (
-        {"latent_channels": 3, "quantizer": FIRST_QUANTIZER | {"name": "fsq", "levels": [8, 8, 8]}},
+        {"latent_channels": 3, "quantizer": FORMAT_1_QUANTIZER | {"name": "fsq", "levels": [8, 8, 8]}},
         VQGANModel(latent_channels=3, quantizer=FSQConfig(levels=(8, 8, 8))),
     ),
     "kl": (
-        {"name": "kl", **SHAPE, "codebook_size": 16, "quantizer": FIRST_QUANTIZER, "prior": "standard_normal"},
+        {"name": "kl", **SHAPE, "codebook_size": 16, "quantizer": FORMAT_1_QUANTIZER, "prior": "standard_normal"},
         AutoencoderKLModel(**SHAPE, prior="standard_normal"),
     ),
     "identity": (
-        {"name": "identity", **SHAPE, "codebook_size": 1, "quantizer": FIRST_QUANTIZER, "prior": "none"},
+        {"name": "identity", **SHAPE, "codebook_size": 1, "quantizer": FORMAT_1_QUANTIZER, "prior": "none"},
         IdentityModel(),
     ),
 }
@@ -91,7 +97,7 @@ def test_what_the_first_format_refused_is_still_refused() -> None:
 
 def test_the_id_does_not_depend_on_how_the_configuration_was_given() -> None:
     nested = VQGANConfig(model=VQGANModel(**SHAPE, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)))
-    flat = VQGANConfig(**SHAPE, quantizer=FIRST_QUANTIZER | {"usage_decay": 0.5})
+    flat = VQGANConfig(**SHAPE, quantizer=FORMAT_1_QUANTIZER | {"usage_decay": 0.5})
     assert nested.id_quantizer is flat.id_quantizer is None
     assert nested.id_fields() == flat.id_fields()
     assert nested.id_fields().keys() == {
@@ -104,7 +110,7 @@ def test_an_id_of_a_part_of_the_section_stays_when_it_is_saved_again_and_not_whe
     tmp_path: Path,
 ) -> None:
     tokenizer = tiny_tokenizer(quantizer={"name": "vq", "usage_decay": 0.5})
-    of_whole = tiny_tokenizer(quantizer=FIRST_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
+    of_whole = tiny_tokenizer(quantizer=FORMAT_1_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
     assert tokenizer.compute_id() != of_whole.compute_id()
     tokenizer.save_pretrained(tmp_path)
     assert saved_tokenizer(tmp_path).compute_id() == tokenizer.config.tokenizer_id == tokenizer.compute_id()

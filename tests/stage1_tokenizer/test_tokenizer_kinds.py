@@ -81,7 +81,7 @@ def test_a_folder_of_another_kind_of_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         saved_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"the kind of model in .* is 'llama'"):
+    with pytest.raises(UserError, match=r"the model type in .* is 'llama'"):
         saved_tokenizer(tmp_path)
 
 
@@ -197,11 +197,11 @@ def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"attention": (32,)}, "model.attention names 32, a resolution that never occurs with 3 levels; expected"),
+        ({"attention": (32,)}, "model.attention contains 32, and a model of 3 levels has no such downsampling factor"),
         ({"attention": (False, False, True)}, "model.attention[0] is False; expected int"),
-        ({"channels": (8, 8)}, "model.channels has 2 entries and model.blocks 3"),
+        ({"channels": (8, 8)}, "model.channels has 2 entries and model.blocks has 3"),
         ({"channels": (), "blocks": ()}, "model.channels has 0 entries"),
-        ({"blocks": (0, -1, 1)}, "no negative number of blocks"),
+        ({"blocks": (0, -1, 1)}, "0 or more blocks at each level"),
         ({"latent_channels": 0}, "model.latent_channels is 0"),
         ({"codebook_size": 0}, "model.codebook_size is 0"),
         ({"prior": "standard_normal"}, "unknown field 'model.prior' for the model vqgan; expected it with kl alone"),
