@@ -22,14 +22,14 @@ from training_harness.metric_log import read_metrics
 EMA = EMAVectorQuantizerConfig()
 
 
-def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, choices: int = 2048):
-    return health.warnings(psnr, {"codes_used": used, "perplexity": used / 2}, choices, 512, EMA, share)
+def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0, assignments: int = 2048):
+    return health.new_warnings(psnr, {"codes_used": used, "perplexity": used / 2}, assignments, 512, EMA, share)
 
 
 def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
     health = Health()
     assert said(health, used=52) == {}
-    assert said(health, used=3, choices=2047) == {}  # too early to say
+    assert said(health, used=3, assignments=2047) == {}  # too early to say
     found = said(health, used=51)
     assert list(found) == ["codebook"]
     assert "51 of 512" in found["codebook"]
@@ -43,12 +43,12 @@ def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
 def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
     usage = CodeUsage(100, levels=2)
     indices = torch.stack([torch.arange(400).view(4, 10, 10) % 100, torch.full((4, 10, 10), 7)], dim=1)
-    usage.count(indices)
-    choices, used = usage.choices, usage.since_last()
-    assert (choices, used["codes_used"], used["codes_used_at_fewest_level"]) == (400, 100, 1)
-    found = Health().warnings(20.0, used, choices, 100, ResidualQuantizerConfig(), 0.0)
-    assert "1 of 100 codes were used at a level" in found["codebook"]
-    assert usage.since_last()["codes_used"] == 0
+    usage.update(indices)
+    assignments, used = usage.assignments, usage.compute_and_reset()
+    assert (assignments, used["codes_used"], used["codes_used_at_fewest_level"]) == (400, 100, 1)
+    found = Health().new_warnings(20.0, used, assignments, 100, ResidualQuantizerConfig(), 0.0)
+    assert "1 of 100 codes were used at one level" in found["codebook"]
+    assert usage.compute_and_reset()["codes_used"] == 0
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -64,14 +64,14 @@ def test_a_remedy_names_options_that_the_quantizer_has(name):
 def test_a_discriminator_wins_outright_when_its_mean_loss_is_nearly_nought(loss, wins):
     health = Health()
     for value in (loss / 2, 3 * loss / 2):
-        health.record_discriminator(torch.tensor(value))
+        health.record_discriminator_loss(torch.tensor(value))
     found = said(health, share=1.0)
     assert ("discriminator" in found) == wins
     if wins:
         assert f"{loss:.3g}" in found["discriminator"]
         assert "--adversarial.learning-rate" in found["discriminator"]
     assert discriminator_warning(None) is None  # nothing was judged
-    assert health.judged == 0  # counted anew from here
+    assert health.discriminator_loss_count == 0  # counted anew from here
 
 
 def test_reconstructions_are_worse_by_what_they_were_before_the_decoder_heard_of_the_discriminator():
@@ -80,7 +80,7 @@ def test_reconstructions_are_worse_by_what_they_were_before_the_decoder_heard_of
     said(health, psnr=23.0)
     assert said(health, psnr=23.1, share=0.5) == {}
     found = said(health, psnr=22.9, share=1.0)
-    assert "PSNR 22.90 dB, before it 24.00 dB" in found["reconstruction"]
+    assert "PSNR 22.90 dB, and 24.00 dB before" in found["reconstruction"]
     assert "--adversarial.weight" in found["reconstruction"]
     without = Health()
     said(without, psnr=24.0)
@@ -111,7 +111,7 @@ def small(**fields) -> TokenizerTraining:
 
 
 def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys, monkeypatch):
-    monkeypatch.setattr(CodeUsage, "count", lambda usage, indices: usage.counts[:, :1].add_(indices.numel()))
+    monkeypatch.setattr(CodeUsage, "update", lambda usage, indices: usage.counts[:, :1].add_(indices.numel()))
     rows = trained(tmp_path / "run", pictures, small())
     warnings = [row for row in rows if "warning" in row]
     assert [(row["step"], row["about"]) for row in warnings] == [(4, "codebook")]
@@ -120,7 +120,7 @@ def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_pat
 
 def test_a_run_whose_discriminator_cannot_be_wrong_says_so(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.setattr("stage1_tokenizer.train.discriminator_loss", lambda kind, real, fake: 0 * (real - fake).mean())
-    judged = AdversarialConfig(weight=0.1, start=0, warmup=0, ramp=1, channels=4, layers=1)
-    rows = trained(tmp_path / "run", pictures, small(adversarial=judged))
+    adversarial = AdversarialConfig(weight=0.1, start=0, warmup=0, ramp=1, channels=4, layers=1)
+    rows = trained(tmp_path / "run", pictures, small(adversarial=adversarial))
     assert "discriminator" in [row.get("about") for row in rows]
-    assert "the discriminator wins outright" in capsys.readouterr().err
+    assert "the discriminator is too strong" in capsys.readouterr().err

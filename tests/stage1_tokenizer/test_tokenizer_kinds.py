@@ -17,7 +17,7 @@ from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.identity import IdentityConfig, IdentityTokenizer
 from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage1_tokenizer.train import measure_latents, train_tokenizer
+from stage1_tokenizer.train import measure_latent_statistics, train_tokenizer
 from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, build_model_config, complete_config
 from training_harness.configuration import section
 from training_harness.errors import ConfigError, UserError
@@ -126,7 +126,7 @@ def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn()
     tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), latent_mean=None, latent_std=None)
     tokenizer.encoder[-1].bias.copy_(torch.linspace(-1, 1, 8))
     pixels = ImageLoader(source.train, tokenizer.config.image_processor)
-    measure_latents(tokenizer, pixels)
+    measure_latent_statistics(tokenizer, pixels)
     x = tokenizer.config.image_processor.preprocess(pixels[range(200)])
     drawn = torch.cat([tokenizer.encode_latents(x, seeded(i)) for i in range(20)])
     torch.testing.assert_close(drawn.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)

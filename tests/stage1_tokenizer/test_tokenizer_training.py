@@ -431,7 +431,7 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
     with pytest.raises(ConfigError) as caught:
         config_for(tmp_path, (16, 32), adversarial=adversarial)
     assert "adversarial.layers" in one_line(caught)
-    assert "24 pixels" in str(caught.value)
+    assert "at least 24 pixels" in str(caught.value)
     assert config_for(tmp_path, (16, 32), adversarial=replace(adversarial, weight=0.0))
 
 

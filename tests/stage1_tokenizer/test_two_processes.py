@@ -50,14 +50,14 @@ def quantize(rank: int) -> dict[str, Any]:
 def train(folder: Path) -> dict[str, torch.Tensor]:
     """A run with a discriminator; returns this process's own weights and those of its discriminator."""
     held: dict[str, torch.Tensor] = {}
-    export = stage_one.export
+    export_model = stage_one.export_model
 
-    def noted(run: Any, tokenizer: VQGAN, pixels: ImageLoader) -> Path:
+    def record_weights(run: Any, tokenizer: VQGAN, train_images: ImageLoader) -> Path:
         for name in ("model", "ema", "discriminator"):
             held.update({f"{name}.{key}": value for key, value in run._tracked[name].state_dict().items()})
-        return export(run, tokenizer, pixels)
+        return export_model(run, tokenizer, train_images)
 
-    stage_one.export = noted
+    stage_one.export_model = record_weights
     source = open_source(folder / "pictures")
     seen = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)

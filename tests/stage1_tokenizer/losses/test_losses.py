@@ -144,20 +144,20 @@ def test_reconstruction_terms_are_unweighted_float32_means_even_of_bfloat16():
 @pytest.mark.parametrize("ramp", [80, 0.2])
 def test_the_discriminator_s_timetable_is_the_same_in_steps_and_in_shares_of_400(start, warmup, ramp):
     config = AdversarialConfig(weight=0.5, start=start, warmup=warmup, ramp=ramp)
-    assert [config.discriminating(step, 400) for step in (1, 100, 101, 400)] == [False, False, True, True]
-    shares = [config.share(step, 400) for step in (1, 100, 140, 141, 180, 220, 400)]
+    assert [config.trains_discriminator(step, 400) for step in (1, 100, 101, 400)] == [False, False, True, True]
+    shares = [config.ramp_factor(step, 400) for step in (1, 100, 140, 141, 180, 220, 400)]
     assert shares == pytest.approx([0, 0, 0, 1 / 80, 0.5, 1, 1])
 
 
 def test_one_means_a_step_and_one_point_nought_the_whole_run():
-    assert AdversarialConfig(weight=1, start=1).discriminating(2, 400)
-    assert not AdversarialConfig(weight=1, start=1.0).discriminating(400, 400)
+    assert AdversarialConfig(weight=1, start=1).trains_discriminator(2, 400)
+    assert not AdversarialConfig(weight=1, start=1.0).trains_discriminator(400, 400)
 
 
 def test_without_a_ramp_the_term_is_whole_at_once_and_without_a_weight_it_never_comes():
-    assert AdversarialConfig(weight=1, start=10, warmup=0, ramp=0).share(11, 100) == 1
-    assert AdversarialConfig(weight=0, start=0, warmup=0).share(100, 100) == 0
-    assert not AdversarialConfig(weight=0, start=0).discriminating(100, 100)
+    assert AdversarialConfig(weight=1, start=10, warmup=0, ramp=0).ramp_factor(11, 100) == 1
+    assert AdversarialConfig(weight=0, start=0, warmup=0).ramp_factor(100, 100) == 0
+    assert not AdversarialConfig(weight=0, start=0).trains_discriminator(100, 100)
 
 
 @pytest.mark.parametrize(

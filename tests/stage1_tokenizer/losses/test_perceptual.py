@@ -90,7 +90,7 @@ def vgg(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_without_the_backbone_s_weights_the_error_says_what_to_run_and_nothing_is_fetched(vgg):
-    with pytest.raises(UserError, match=r"vgg16-.*pth does not exist.*torchvision.models.vgg16"):
+    with pytest.raises(UserError, match=r"vgg16-.*pth do not exist.*torchvision.models.vgg16"):
         perceptual_loss("lpips")
     assert not list(vgg.parent.iterdir())
 

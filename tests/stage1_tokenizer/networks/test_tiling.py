@@ -130,7 +130,7 @@ def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are
 
 @pytest.mark.parametrize(
     ("part", "replacement"),
-    [("reach", lambda layers: 0), ("with_global_norms", lambda layers: layers)],
+    [("compute_reach", lambda layers: 0), ("copy_with_global_norms", lambda layers: layers)],
     ids=["without a halo", "with each tile's own statistics"],
 )
 @torch.no_grad()
@@ -167,7 +167,7 @@ def test_tiles_in_bfloat16_are_as_near_to_float32_as_the_whole_image_in_bfloat16
     ids=["a convolution", "a block", "an encoder's", "a decoder's"],
 )
 def test_the_reach_of_layers_is_the_distance_of_the_last_input_that_moves_a_core(layers, scale):
-    network = tiling.with_global_norms(nn.Sequential(*layers))
+    network = tiling.copy_with_global_norms(nn.Sequential(*layers))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 0.1)
@@ -178,7 +178,7 @@ def test_the_reach_of_layers_is_the_distance_of_the_last_input_that_moves_a_core
     network.double()(x)[..., core, core].sum().backward()
     assert x.grad is not None
     moved = x.grad[0, 0].abs().amax(1).nonzero().flatten()
-    assert (24 - moved[0], moved[-1] - 39) == (tiling.reach(network), tiling.reach(network))
+    assert (24 - moved[0], moved[-1] - 39) == (tiling.compute_reach(network), tiling.compute_reach(network))
 
 
 def test_the_norm_of_parts_is_the_norm_of_the_whole_even_far_from_zero():
@@ -186,7 +186,7 @@ def test_the_norm_of_parts_is_the_norm_of_the_whole_even_far_from_zero():
     norm = nn.GroupNorm(4, 8)
     nn.init.normal_(norm.weight, generator=seeded(6))
     whole = tiling.GlobalNorm(norm)
-    whole.measure(part for rows in x.split(13, -2) for part in rows.split(9, -1))
+    whole.compute_statistics(part for rows in x.split(13, -2) for part in rows.split(9, -1))
     assert deviation(whole(x), norm.double()(x.double()).float()) < TOLERANCE
 
 
@@ -237,7 +237,7 @@ def test_no_map_grows_with_the_image_under_tiling(plain):
     assert large / small == 160 * 224 / 96**2
     small, large = (peak_values(plain, 16, *size) for size in sizes)
     assert small == large
-    halo = tiling.reach(nn.Sequential(*plain.encoder)) + 4
+    halo = tiling.compute_reach(nn.Sequential(*plain.encoder)) + 4
     assert large <= 16 * (16 + 2 * halo) ** 2
 
 
