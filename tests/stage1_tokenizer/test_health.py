@@ -26,7 +26,7 @@ def said(health: Health, psnr: float = 20.0, used: int = 512, share: float = 0.0
     return health.new_warnings(psnr, {"codes_used": used, "perplexity": used / 2}, assignments, 512, EMA, share)
 
 
-def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
+def test_a_usage_below_a_tenth_of_the_codes_gives_one_collapse_warning():
     health = Health()
     assert said(health, used=52) == {}
     assert said(health, used=3, assignments=2047) == {}  # too early to say
@@ -40,7 +40,7 @@ def test_less_than_a_tenth_of_the_codes_is_a_collapse_that_is_said_once():
     assert said(resumed, used=3) == {}
 
 
-def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
+def test_one_collapsed_level_gives_a_warning_when_the_other_level_is_healthy():
     usage = CodeUsage(100, levels=2)
     indices = torch.stack([torch.arange(400).view(4, 10, 10) % 100, torch.full((4, 10, 10), 7)], dim=1)
     usage.update(indices)
@@ -52,7 +52,7 @@ def test_a_level_that_collapses_is_seen_beside_one_that_does_not():
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_remedy_names_options_that_the_quantizer_has(name):
+def test_a_recommendation_names_options_that_the_quantizer_has(name):
     remedy = usage_recommendation(name, 0.3, 512)
     assert "--" in remedy
     assert ("restart-threshold" in remedy) == (name in ("ema", "residual"))
@@ -61,7 +61,7 @@ def test_a_remedy_names_options_that_the_quantizer_has(name):
 
 
 @pytest.mark.parametrize(("loss", "wins"), [(0.02, True), (0.5, False)])
-def test_a_discriminator_wins_outright_when_its_mean_loss_is_nearly_nought(loss, wins):
+def test_a_mean_discriminator_loss_near_0_gives_a_warning(loss, wins):
     health = Health()
     for value in (loss / 2, 3 * loss / 2):
         health.record_discriminator_loss(torch.tensor(value))
@@ -74,7 +74,7 @@ def test_a_discriminator_wins_outright_when_its_mean_loss_is_nearly_nought(loss,
     assert health.discriminator_loss_count == 0  # counted anew from here
 
 
-def test_reconstructions_are_worse_by_what_they_were_before_the_decoder_heard_of_the_discriminator():
+def test_reconstructions_are_compared_with_the_best_psnr_before_the_adversarial_loss_began():
     health = Health()
     said(health, psnr=24.0)
     said(health, psnr=23.0)
@@ -110,7 +110,7 @@ def small(**fields) -> TokenizerTraining:
     return replace(plain, **fields)
 
 
-def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_path, pictures, capsys, monkeypatch):
+def test_a_codebook_collapse_is_reported_on_stderr_and_in_the_metric_log(tmp_path, pictures, capsys, monkeypatch):
     monkeypatch.setattr(CodeUsage, "update", lambda usage, indices: usage.counts[:, :1].add_(indices.numel()))
     rows = trained(tmp_path / "run", pictures, small())
     warnings = [row for row in rows if "warning" in row]
@@ -118,7 +118,7 @@ def test_a_run_whose_codebook_collapses_says_so_on_stderr_and_in_its_log(tmp_pat
     assert f"warning at step 4: {warnings[0]['warning']}" in capsys.readouterr().err
 
 
-def test_a_run_whose_discriminator_cannot_be_wrong_says_so(tmp_path, pictures, monkeypatch, capsys):
+def test_a_run_with_a_perfect_discriminator_reports_it(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.setattr("stage1_tokenizer.train.discriminator_loss", lambda kind, real, fake: 0 * (real - fake).mean())
     adversarial = AdversarialConfig(weight=0.1, start=0, warmup=0, ramp=1, channels=4, layers=1)
     rows = trained(tmp_path / "run", pictures, small(adversarial=adversarial))

@@ -30,7 +30,7 @@ def arrays(tmp_path_factory) -> Path:
     return folder
 
 
-def test_an_array_of_the_size_is_read_byte_for_byte(arrays):
+def test_an_array_of_the_content_size_is_read_unchanged(arrays):
     source = open_source(str(arrays))
     seen = dataset_statistics(source.train)
     assert (seen.channels, seen.commonest_size, seen.unreadable) == (CHANNELS, (16, 24), 0)
@@ -40,7 +40,7 @@ def test_an_array_of_the_size_is_read_byte_for_byte(arrays):
         assert np.array_equal(pixels[[i]][0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_channel_is_resized_as_if_it_were_alone(arrays):
+def test_each_channel_is_resized_independently(arrays):
     array = np.load(next(arrays.rglob("*.npy")))
     whole, alone = (
         ImageProcessor(channels=n, content_size=(8, 8), image_size=(8, 8)) for n in (CHANNELS, CHANNELS + 1)
@@ -54,7 +54,7 @@ def test_a_channel_is_resized_as_if_it_were_alone(arrays):
     assert flat.unique().tolist() == [77]
 
 
-def test_arrays_of_up_to_four_channels_are_pictures(tmp_path):
+def test_arrays_of_up_to_four_channels_become_pillow_images(tmp_path):
     for shape in ((16, 16), (16, 16, 1), (16, 16, 3), (16, 16, 4)):
         np.save(tmp_path / f"{'x'.join(map(str, shape))}.npy", np.full(shape, 9, np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -73,7 +73,7 @@ def test_arrays_of_up_to_four_channels_are_pictures(tmp_path):
     ],
     ids=["complex", "not a number", "one axis", "two pictures", "empty", "pickled"],
 )
-def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array):
+def test_an_array_that_is_no_image_is_skipped(tmp_path, array):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 6), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -83,7 +83,7 @@ def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array
     assert len(pixels) == 1
 
 
-def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
+def test_an_array_with_other_channels_is_skipped_with_the_reason(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 6), np.uint8))
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -91,7 +91,7 @@ def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
     assert (len(pixels), pixels.skipped[1].reason) == (1, "it has 3 channels; expected 6")
 
 
-def test_a_tokenizer_of_six_channels_trains_and_reconstructs_from_the_command_line(arrays, tmp_path):
+def test_a_six_channel_tokenizer_trains_and_reconstructs_from_the_command_line(arrays, tmp_path):
     words = f"--data {arrays} --output {tmp_path / 'run'} --recipe vqgan-f4 --max-steps 2 --batch-size 4"
     assert latentloom("train-tokenizer", *words.split()) == 0
     tokenizer = saved_tokenizer(tmp_path / "run" / "model")

@@ -28,7 +28,7 @@ from training_harness.pretrained import stored_config
 SHAPE: dict[str, Any] = {"channels": (4, 8), "blocks": (0, 0), "latent_channels": 4}
 
 
-def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
+def test_the_field_names_of_format_1_still_make_a_configuration() -> None:
     flat = VQGANConfig(**SHAPE, image_size=(8, 8), codebook_size=16, quantizer={"name": "bsq", "depth": 4})
     assert flat.model == VQGANModel(**SHAPE, codebook_size=16, quantizer=BSQConfig())
     assert flat.model == VQGANConfig(model=flat.model).model
@@ -38,7 +38,7 @@ def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
         VQGANConfig(channel=(4, 8))
 
 
-def test_a_saved_configuration_has_the_section_of_the_training_configuration_and_its_format(tmp_path: Path) -> None:
+def test_a_saved_configuration_has_the_model_section_of_the_training_configuration(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -80,12 +80,12 @@ STORED: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize(("model", "expected"), STORED.values(), ids=STORED.keys())
-def test_a_section_of_the_first_format_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
+def test_a_format_1_section_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
     values = TRAINING.present({"output": "run", "data": "x", "model": model})
     assert from_mapping(TokenizerTraining, values).model == expected
 
 
-def test_what_the_first_format_refused_is_still_refused() -> None:
+def test_options_that_format_1_rejected_are_still_rejected() -> None:
     for quantizer in ({"name": "ema", "levels": [8, 8]}, {"name": "lfq", "normalize": True}):
         values = TRAINING.present({"output": "run", "data": "x", "model": {"quantizer": quantizer}})
         with pytest.raises(ConfigError, match="unknown field"):
@@ -95,7 +95,7 @@ def test_what_the_first_format_refused_is_still_refused() -> None:
 # The id
 
 
-def test_the_id_does_not_depend_on_how_the_configuration_was_given() -> None:
+def test_the_id_is_equal_for_nested_and_flat_options() -> None:
     nested = VQGANConfig(model=VQGANModel(**SHAPE, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)))
     flat = VQGANConfig(**SHAPE, quantizer=FORMAT_1_QUANTIZER | {"usage_decay": 0.5})
     assert nested.id_quantizer is flat.id_quantizer is None
@@ -106,7 +106,7 @@ def test_the_id_does_not_depend_on_how_the_configuration_was_given() -> None:
     }
 
 
-def test_an_id_of_a_part_of_the_section_stays_when_it_is_saved_again_and_not_when_the_quantizer_changes(
+def test_the_id_of_a_partial_section_survives_saving_and_changes_with_the_quantizer(
     tmp_path: Path,
 ) -> None:
     tokenizer = tiny_tokenizer(quantizer={"name": "vq", "usage_decay": 0.5})
@@ -139,7 +139,7 @@ class LaterConfig(VQGANConfig):
     crop: int = 0
 
 
-def test_a_field_that_is_added_later_enters_the_id_only_when_it_is_not_its_default() -> None:
+def test_a_new_field_changes_the_id_only_when_it_is_not_the_default() -> None:
     tokenizer = tiny_tokenizer()
     found = tokenizer.compute_id()
 
@@ -158,7 +158,7 @@ def test_a_field_that_is_added_later_enters_the_id_only_when_it_is_not_its_defau
     assert len({found, *others}) == 4
 
 
-def test_where_samples_come_from_enters_the_id_of_a_tokenizer_that_samples_alone() -> None:
+def test_the_prior_enters_the_id_of_a_tokenizer_that_samples_without_stage_two() -> None:
     plain, alone = (
         AutoencoderKL(AutoencoderKLConfig(model=AutoencoderKLModel(prior=p))) for p in ("none", "standard_normal")
     )

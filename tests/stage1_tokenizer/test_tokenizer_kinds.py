@@ -41,7 +41,7 @@ CONTINUOUS = ("kl", "identity")
 
 @pytest.mark.parametrize("kind", CONTINUOUS)
 @torch.no_grad()
-def test_decoding_the_latents_of_a_picture_is_its_reconstruction(kind):
+def test_decoded_latents_equal_the_reconstruction(kind):
     tokenizer, x = tokenizer_of(kind), some_pixels()
     output = tokenizer(x)
     assert output.indices is None
@@ -52,7 +52,7 @@ def test_decoding_the_latents_of_a_picture_is_its_reconstruction(kind):
 
 
 @pytest.mark.parametrize("kind", CONTINUOUS)
-def test_indices_of_a_tokenizer_without_a_codebook_are_one_line(kind):
+def test_the_indices_methods_without_a_codebook_give_one_line(kind):
     tokenizer = tokenizer_of(kind)
     indices = torch.zeros(1, 4, 4, dtype=torch.int64)
     for call, given in (
@@ -67,7 +67,7 @@ def test_indices_of_a_tokenizer_without_a_codebook_are_one_line(kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @torch.no_grad()
-def test_a_saved_tokenizer_of_every_kind_reloads_with_identical_output(kind, tmp_path):
+def test_a_saved_tokenizer_of_every_type_reloads_with_identical_output(kind, tmp_path):
     tokenizer = tiny_tokenizer(image_channels=3) if kind == "vqgan" else tokenizer_of(kind)
     tokenizer.save_pretrained(tmp_path)
     loaded, x = saved_tokenizer(tmp_path), some_pixels()
@@ -77,7 +77,7 @@ def test_a_saved_tokenizer_of_every_kind_reloads_with_identical_output(kind, tmp
     assert loaded.compute_id() == tokenizer.compute_id()
 
 
-def test_a_folder_of_another_kind_of_model_is_one_line(tmp_path):
+def test_a_folder_of_another_model_type_gives_one_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         saved_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -86,7 +86,7 @@ def test_a_folder_of_another_kind_of_model_is_one_line(tmp_path):
 
 
 @torch.no_grad()
-def test_the_identity_gives_back_every_picture_to_the_last_bit():
+def test_the_identity_reconstructs_every_image_bitwise():
     tokenizer, x = (
         tokenizer_of("identity", latent_mean=[0.0] * 3, latent_std=[1.0] * 3),
         some_pixels(size := 2, 3, 15, 9),
@@ -97,7 +97,7 @@ def test_the_identity_gives_back_every_picture_to_the_last_bit():
 
 
 @torch.no_grad()
-def test_latents_are_drawn_with_a_generator_and_are_the_mean_without_one():
+def test_latents_are_sampled_with_a_generator_and_are_the_mean_without_one():
     tokenizer, x = tokenizer_of("kl"), some_pixels()
     tokenizer.encoder[-1].bias[4:] = -1.0  # log σ² far from 0
     mean, log_variance = tokenizer._posterior(x)
@@ -110,7 +110,7 @@ def test_latents_are_drawn_with_a_generator_and_are_the_mean_without_one():
     assert torch.equal(tokenizer.encode_latents(x, seeded(3)), tokenizer.encode_latents(x, seeded(3)))
 
 
-def test_the_loss_term_is_nats_by_value_of_the_image_whatever_its_size():
+def test_the_kl_loss_is_in_nats_per_value_of_the_image():
     tokenizer = tokenizer_of("kl")
     x = some_pixels()
     mean, log_variance = tokenizer._posterior(x)
@@ -121,7 +121,7 @@ def test_the_loss_term_is_nats_by_value_of_the_image_whatever_its_size():
 
 
 @torch.no_grad()
-def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn():
+def test_sampled_latents_have_zero_mean_and_unit_variance():
     source = tiny_source(train=200)
     tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), latent_mean=None, latent_std=None)
     tokenizer.encoder[-1].bias.copy_(torch.linspace(-1, 1, 8))
@@ -154,7 +154,7 @@ def data(tmp_path_factory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("kinds") / "pictures")
 
 
-def test_a_kl_run_logs_its_divergence_and_leaves_a_tokenizer_with_statistics(tmp_path, data):
+def test_a_kl_run_logs_its_divergence_and_saves_latent_statistics(tmp_path, data):
     folder, config = run(tmp_path / "run", data, name="kl")
     rows = read_metrics(config.output / "metrics.jsonl")
     assert all(row["kl"] >= 0 for row in rows if "l1" in row)
@@ -165,7 +165,7 @@ def test_a_kl_run_logs_its_divergence_and_leaves_a_tokenizer_with_statistics(tmp
     assert "continuous latents" in (folder / "README.md").read_text()
 
 
-def test_an_identity_run_is_finished_once_its_latents_are_measured(tmp_path, data):
+def test_an_identity_run_measures_its_latent_statistics_and_finishes(tmp_path, data):
     folder, config = run(tmp_path / "run", data, name="identity")
     tokenizer = saved_tokenizer(folder)
     assert isinstance(tokenizer, IdentityTokenizer)
@@ -179,7 +179,7 @@ def test_an_identity_run_is_finished_once_its_latents_are_measured(tmp_path, dat
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
 
 
-def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path):
+def test_the_code_cache_of_a_tokenizer_without_a_codebook_has_latents(tmp_path):
     tokenizer = tokenizer_of("kl", image_channels=1, content_size=(14, 14), tokenizer_id="t")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     source = tiny_source()
@@ -212,13 +212,13 @@ def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path
         ({"name": "vae"}, "model.name is 'vae'; expected one of: vqgan, kl, identity"),
     ],
 )
-def test_fields_that_cannot_go_together_are_one_line_that_names_them(fields, said):
+def test_inconsistent_fields_give_one_line_that_names_them(fields, said):
     with pytest.raises(ConfigError) as caught:
         section(AnyTokenizerModel, fields, "model")
     assert said in one_line(caught)
 
 
-def test_a_continuous_tokenizer_samples_alone_when_its_latents_are_held_near_a_normal_distribution():
+def test_only_a_standard_normal_prior_samples_without_stage_two():
     assert AutoencoderKLModel(prior="standard_normal").samples_without_prior
     assert not AutoencoderKLModel().samples_without_prior
 
@@ -226,7 +226,7 @@ def test_a_continuous_tokenizer_samples_alone_when_its_latents_are_held_near_a_n
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("channels", [1, 2, 5])
 @torch.no_grad()
-def test_any_factor_from_2_to_32_takes_any_channels_and_sides_that_differ(levels, channels):
+def test_factors_from_2_to_32_work_with_any_channels_and_unequal_sides(levels, channels):
     factor = 2 ** (levels - 1)
     shape = {
         "channels": (4,) * levels,

@@ -26,7 +26,7 @@ def noisy(images: Tensor, strength: float) -> Tensor:
     return (images + strength * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_psnr_is_the_formula_image_by_image():
+def test_psnr_equals_the_formula_for_each_image():
     images = torch.randint(0, 256, (3, 3, 8, 5), dtype=torch.uint8, generator=seeded(0))
     references = torch.randint(0, 256, (3, 3, 8, 5), dtype=torch.uint8, generator=seeded(1))
     for i, value in enumerate(psnr(images, references)):
@@ -36,14 +36,14 @@ def test_psnr_is_the_formula_image_by_image():
         assert value.item() == pytest.approx(10 * math.log10(255**2 / error))
 
 
-def test_one_level_everywhere_is_48_decibel_and_no_difference_100():
+def test_an_error_of_one_level_is_48_decibel_and_no_error_is_100():
     grey = torch.full((1, 1, 4, 4), 100, dtype=torch.uint8)
     assert psnr(grey, grey + 1).item() == pytest.approx(20 * math.log10(255))
     assert psnr(grey + 1, grey).item() == psnr(grey, grey + 1).item()
     assert psnr(grey, grey).item() == 100
 
 
-def test_equal_use_of_k_codes_has_perplexity_k_and_of_one_code_one():
+def test_k_equally_frequent_codes_have_perplexity_k_and_one_code_has_1():
     assert codebook_usage(torch.full((64,), 7)) == (64, pytest.approx(64))
     assert codebook_usage(torch.tensor([0, 9, 0, 0])) == (1, pytest.approx(1))
     assert codebook_usage(torch.tensor([3, 3, 0, 3])) == (3, pytest.approx(3))
@@ -73,7 +73,7 @@ def test_ssim_equals_torchmetrics_where_the_window_fits(channels: int, height: i
     assert found[1] < 0 < found[2]
 
 
-def test_ssim_is_one_for_equal_pictures_symmetric_and_falls_with_noise():
+def test_ssim_is_1_for_equal_images_and_symmetric_and_falls_with_noise():
     images = pictures()
     assert ssim(images, images).tolist() == pytest.approx([1, 1, 1])
     black = torch.zeros_like(images)
@@ -83,7 +83,7 @@ def test_ssim_is_one_for_equal_pictures_symmetric_and_falls_with_noise():
     torch.testing.assert_close(ssim(noisy(images, 20), images), ssim(images, noisy(images, 20)))
 
 
-def test_ssim_sees_each_picture_by_itself():
+def test_ssim_of_an_image_does_not_depend_on_its_batch():
     images, others = pictures(), noisy(pictures(), 20)
     alone = [ssim(images[i : i + 1], others[i : i + 1]).item() for i in range(3)]
     assert ssim(images, others).tolist() == pytest.approx(alone)
@@ -102,13 +102,13 @@ def backbone(tmp_path: Path, monkeypatch) -> Path:
     return path
 
 
-def test_there_is_no_lpips_without_the_backbones_weights(backbone: Path):
+def test_lpips_is_unavailable_without_the_backbone_weights(backbone: Path):
     assert load_lpips_distance() is None
     assert not list(backbone.parent.iterdir())  # and nothing was fetched
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:Arguments other than a weight enum:UserWarning")
-def test_lpips_is_that_of_its_package_with_the_same_weights(backbone: Path):
+def test_lpips_equals_the_lpips_package_with_the_same_weights(backbone: Path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = alexnet(weights=None).state_dict()

@@ -89,7 +89,7 @@ def finished(pictures, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
+def test_a_run_writes_the_documented_files(finished, pictures):
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml",
         "environment.json",
@@ -107,7 +107,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
         assert len(sheet.getcolors(1 << 20)) > 10
 
 
-def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_path):
+def test_the_saved_configuration_repeats_the_run(finished, pictures, tmp_path):
     config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
     assert (config.resolution, config.image_channels) == ("16x16", 3)
     again = trained(replace(config, output=tmp_path / "again"))
@@ -117,7 +117,7 @@ def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_pat
     assert not same(weights(other), weights(finished / "model"))
 
 
-def test_the_log_has_every_term_from_the_step_it_begins(finished):
+def test_the_log_has_every_term_from_its_first_step(finished):
     rows = [row for row in rows_of(finished) if "l1" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all({"l1", "l2", "commitment", "learning_rate", "gradient_norm"} <= row.keys() for row in rows)
@@ -130,7 +130,7 @@ def test_the_log_has_every_term_from_the_step_it_begins(finished):
     assert all(1 <= row["codes_used"] <= 16 and row["perplexity"] <= row["codes_used"] + 1e-3 for row in figures)
 
 
-def test_the_model_card_shows_the_figures_and_code_that_runs(finished):
+def test_the_model_card_has_the_metrics_and_code_that_runs(finished):
     card = (finished / "model" / "README.md").read_text(encoding="utf-8")
     figures = [row for row in rows_of(finished) if "validation_psnr" in row][-1]
     assert f"{figures['validation_psnr']:.2f} dB" in card
@@ -140,7 +140,7 @@ def test_the_model_card_shows_the_figures_and_code_that_runs(finished):
     assert names["images"].shape == (2, 3, 16, 16)
 
 
-def test_the_model_is_the_averaged_one(finished):
+def test_the_model_has_the_ema_weights(finished):
     state = torch.load(finished / "checkpoints" / "step_000012" / "state.pt", weights_only=True)["objects"]
     model = weights(finished / "model")
     assert same(model, {name: value.contiguous() for name, value in state["ema"].items()})
@@ -148,7 +148,7 @@ def test_the_model_is_the_averaged_one(finished):
 
 
 @torch.no_grad()
-def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_over_another(finished):
+def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_only(finished):
     tokenizer = VQGAN.from_pretrained(finished / "model")
     config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
     train, _ = pixels_of(config)
@@ -164,7 +164,7 @@ def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_
 # Learning
 
 
-def test_a_few_pictures_are_learnt_by_heart(tmp_path):
+def test_a_few_images_are_memorized(tmp_path):
     config = training(
         tmp_path / "run",
         write_pictures(tmp_path / "four", count=5),
@@ -178,7 +178,7 @@ def test_a_few_pictures_are_learnt_by_heart(tmp_path):
     assert min(errors[-5:]) < 0.4 * errors[0]
 
 
-def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_path, pictures, monkeypatch):
+def test_the_minimized_loss_equals_the_weighted_sum_of_the_logged_terms(tmp_path, pictures, monkeypatch):
     losses: list[float] = []
     backward = Accelerator.backward
 
@@ -205,7 +205,7 @@ def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_
     assert losses == []
 
 
-def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_step_alone(tmp_path, pictures):
+def test_beta_changes_the_encoder_s_step_and_not_the_codebook_s_step(tmp_path, pictures):
     def after_one_step(beta: float) -> dict[str, torch.Tensor]:
         config = training(
             tmp_path / str(beta),
@@ -224,7 +224,7 @@ def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_ste
     assert not torch.equal(without["encoder.0.weight"], strong["encoder.0.weight"])
 
 
-def test_a_single_bad_step_is_passed_over_and_bad_steps_in_a_row_end_the_run_in_one_line(tmp_path, pictures):
+def test_one_bad_step_is_skipped_and_successive_bad_steps_end_the_run_with_one_line(tmp_path, pictures):
     def bad_at(*calls: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         count = iter(range(1, 100))
         return lambda a, b: (a - b).square().mean() * (float("nan") if next(count) in calls else 1.0)
@@ -309,7 +309,7 @@ def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, picture
     assert all(value.isfinite().all() for value in weights(config.output / "model").values())
 
 
-def test_a_batch_whose_reconstruction_is_not_finite_never_reaches_the_discriminator(tmp_path, pictures, monkeypatch):
+def test_a_non_finite_reconstruction_does_not_reach_the_discriminator(tmp_path, pictures, monkeypatch):
     forward, count = VQGAN.forward, iter(range(1, 100))
 
     def sometimes_broken(self: VQGAN, pixel_values: torch.Tensor):
@@ -326,7 +326,7 @@ def test_a_batch_whose_reconstruction_is_not_finite_never_reaches_the_discrimina
         assert all(value.isfinite().all() for value in state[name].values()), name
 
 
-def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path, pictures):
+def test_a_bfloat16_run_validates_and_saves_float32_ema_weights(tmp_path, pictures):
     config = training(tmp_path / "run", pictures, mixed_precision="bf16", adversarial=ADVERSARIAL, max_steps=6)
     folder = trained(config)
     figures = [row for row in rows_of(config.output) if "validation_psnr" in row][-1]
@@ -357,7 +357,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn checkpoint"])
-def test_a_killed_run_goes_on_to_bitwise_the_weights_of_one_that_was_not(tmp_path, pictures, variant, torn):
+def test_a_killed_run_resumes_to_bitwise_equal_weights(tmp_path, pictures, variant, torn):
     config = training(tmp_path / "whole", pictures, **VARIANTS[variant])
     whole = trained(config)
     part = tmp_path / "part"
@@ -376,7 +376,7 @@ def test_a_killed_run_goes_on_to_bitwise_the_weights_of_one_that_was_not(tmp_pat
     assert rows_of(part) == rows_of(config.output)
 
 
-def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tmp_path, pictures):
+def test_a_finished_run_is_detected_and_more_steps_extend_it(tmp_path, pictures):
     seen = dataset_statistics(open_source(pictures).train)
     config = complete_config(training(tmp_path / "run", pictures, max_steps=6), seen)
     first = weights(trained(config))
@@ -389,7 +389,7 @@ def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tm
     assert yaml.safe_load((config.output / "config.yaml").read_text())["max_steps"] == 9
 
 
-def test_a_model_that_was_not_written_any_more_is_written_without_another_step(tmp_path, pictures):
+def test_a_missing_model_folder_is_written_again_without_another_step(tmp_path, pictures):
     config = training(tmp_path / "run", pictures, max_steps=3)
     before = weights(trained(config))
     shutil.rmtree(config.output / "model")
@@ -399,7 +399,7 @@ def test_a_model_that_was_not_written_any_more_is_written_without_another_step(t
 # Sizes
 
 
-def test_sizes_read_as_height_and_width():
+def test_sizes_are_parsed_as_height_and_width():
     assert (parse_size(64), parse_size("64"), parse_size("64x96")) == ((64, 64), (64, 64), (64, 96))
     for wrong in ("", "64x", "x64", "64x96x3", "-64", "0", "big", "64.5"):
         with pytest.raises(ConfigError) as caught:
@@ -413,7 +413,7 @@ def config_for(tmp_path: Path, size: tuple[int, int], **fields: Any):
     return build_model_config(config, seen)
 
 
-def test_pictures_that_f_does_not_divide_are_padded_or_refused_as_asked(tmp_path):
+def test_sizes_that_are_no_multiple_of_f_are_padded_or_refused(tmp_path):
     padded = config_for(tmp_path, (14, 18))
     assert (tuple(padded.image_size), tuple(padded.content_size)) == ((16, 20), (14, 18))
     with pytest.raises(ConfigError) as caught:
@@ -421,12 +421,12 @@ def test_pictures_that_f_does_not_divide_are_padded_or_refused_as_asked(tmp_path
     assert "16x20" in one_line(caught)
 
 
-def test_a_resolution_a_little_above_the_pictures_pads_them_and_another_resamples(tmp_path):
+def test_a_slightly_larger_resolution_pads_and_a_much_larger_one_resamples(tmp_path):
     assert tuple(config_for(tmp_path, (28, 28), resolution=32).content_size) == (28, 28)
     assert tuple(config_for(tmp_path, (28, 28), resolution=64).content_size) == (64, 64)
 
 
-def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp_path):
+def test_images_that_are_too_small_for_the_discriminator_are_refused_before_the_run(tmp_path):
     adversarial = AdversarialConfig(weight=1.0, layers=3)
     with pytest.raises(ConfigError) as caught:
         config_for(tmp_path, (16, 32), adversarial=adversarial)
@@ -447,7 +447,7 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_is_one_line_with_its_field(fields):
+def test_an_invalid_model_gives_one_line_with_the_field(fields):
     with pytest.raises(ConfigError) as caught:
         replace(MODEL, **fields)
     assert f"model.{next(iter(fields))}" in one_line(caught)

@@ -91,14 +91,14 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_two_processes_hold_one_codebook_after_restarts(folder):
+def test_two_processes_have_equal_codebooks_after_restarts(folder):
     first, second = results(folder)
     assert first["restarts"] > 0
     for key, value in first["restarting"].items():
         assert torch.equal(value, second["restarting"][key]), f"{key} differs between the processes"
 
 
-def test_their_codebook_is_that_of_one_process_on_both_batches(folder):
+def test_the_codebook_of_two_processes_equals_one_process_with_both_batches(folder):
     both, mine_alone = known_quantizer(restart_threshold=0.0), known_quantizer(restart_threshold=0.0)
     for step in range(50):
         both(torch.cat([latents(2 * step), latents(2 * step + 1)]))
@@ -108,7 +108,7 @@ def test_their_codebook_is_that_of_one_process_on_both_batches(folder):
         assert not torch.allclose(mine_alone.codebook, result["following"]["codebook"], atol=1e-2)
 
 
-def test_two_processes_train_one_model_and_write_it_once(folder):
+def test_two_processes_train_equal_models_and_write_one(folder):
     first, second = (result["held"] for result in results(folder))
     assert {name.split(".")[0] for name in first} == {"model", "ema", "discriminator"}
     for name, value in first.items():

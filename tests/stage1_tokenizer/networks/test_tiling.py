@@ -93,7 +93,7 @@ TILES = pytest.mark.parametrize(("size", "tile_size"), [(SIZE, 40), ((56, 24), 1
 
 @TILES
 @torch.no_grad()
-def test_the_latents_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile_size):
+def test_tiled_latents_equal_untiled_latents(tokenizer, size, tile_size):
     x = some_pixels(2, 3, *size)
     whole = tokenizer.encode_latents(x)
     assert whole.std() > 0.1
@@ -102,7 +102,7 @@ def test_the_latents_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile
 
 @TILES
 @torch.no_grad()
-def test_the_pixels_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile_size):
+def test_tiled_pixels_equal_untiled_pixels(tokenizer, size, tile_size):
     latents = some_latents(tokenizer, *size)
     whole = tokenizer.decode_latents(latents)
     assert whole.std() > 0.1
@@ -111,7 +111,7 @@ def test_the_pixels_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile_
 
 @pytest.mark.parametrize("fields", [F4 | {"attention": (4,)}, F8 | {"attention": ()}], ids=["f = 4", "f = 8"])
 @torch.no_grad()
-def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are_equally_near(fields):
+def test_tiled_codes_equal_untiled_codes_except_at_ties(fields):
     # A tie: the two nearest codes differ in squared distance by less than 1e-3, some hundred times what rounding moves it.
     tokenizer, x = vqgan(**fields), some_pixels(2, 3, *SIZE)
     raw = tokenizer.encoder(x)
@@ -134,7 +134,7 @@ def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are
     ids=["without a halo", "with each tile's own statistics"],
 )
 @torch.no_grad()
-def test_naive_tiles_do_not_give_what_the_whole_image_gives(plain, monkeypatch, part, replacement):
+def test_tiles_without_a_halo_or_global_norms_differ_from_the_untiled_result(plain, monkeypatch, part, replacement):
     x, latents = some_pixels(2, 3, *SIZE), some_latents(plain)
     encoded, decoded = plain.encode_latents(x), plain.decode_latents(latents)
     monkeypatch.setattr(tiling, part, replacement)
@@ -143,7 +143,7 @@ def test_naive_tiles_do_not_give_what_the_whole_image_gives(plain, monkeypatch, 
 
 
 @torch.no_grad()
-def test_tiles_in_bfloat16_are_as_near_to_float32_as_the_whole_image_in_bfloat16(plain):
+def test_tiled_bfloat16_is_as_close_to_float32_as_untiled_bfloat16(plain):
     latents = some_latents(plain)
     indices = torch.randint(16, latents[:, 0].shape, generator=seeded(4))
     exact = plain.decode_indices(indices)
@@ -166,7 +166,7 @@ def test_tiles_in_bfloat16_are_as_near_to_float32_as_the_whole_image_in_bfloat16
     ],
     ids=["a convolution", "a block", "an encoder's", "a decoder's"],
 )
-def test_the_reach_of_layers_is_the_distance_of_the_last_input_that_moves_a_core(layers, scale):
+def test_the_computed_reach_equals_the_reach_of_the_gradient(layers, scale):
     network = tiling.copy_with_global_norms(nn.Sequential(*layers))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -181,7 +181,7 @@ def test_the_reach_of_layers_is_the_distance_of_the_last_input_that_moves_a_core
     assert (24 - moved[0], moved[-1] - 39) == (tiling.compute_reach(network), tiling.compute_reach(network))
 
 
-def test_the_norm_of_parts_is_the_norm_of_the_whole_even_far_from_zero():
+def test_the_norm_of_parts_equals_the_norm_of_the_whole_feature_map_far_from_zero():
     x = torch.randn(2, 8, 30, 20, generator=seeded(5)) + torch.linspace(-1000, 1000, 16).view(2, 8, 1, 1)
     norm = nn.GroupNorm(4, 8)
     nn.init.normal_(norm.weight, generator=seeded(6))
@@ -191,7 +191,7 @@ def test_the_norm_of_parts_is_the_norm_of_the_whole_even_far_from_zero():
 
 
 @torch.no_grad()
-def test_a_norm_costs_a_pass_that_ends_there_and_the_output_one_more():
+def test_each_norm_needs_one_pass_up_to_it_and_the_output_needs_one_more():
     tokenizer = vqgan(**F4, attention=())
     downs = [layer for layer in tokenizer.encoder if isinstance(layer, Downsample)]
     passes = {tokenizer.encoder[0]: 0, downs[0].conv: 0, downs[1].conv: 0}
@@ -231,7 +231,7 @@ def peak_values(tokenizer: Autoencoder, tile_size: int | None, height: int, widt
     return largest
 
 
-def test_no_map_grows_with_the_image_under_tiling(plain):
+def test_no_feature_map_grows_with_the_image_under_tiling(plain):
     sizes = [(96, 96), (160, 224)]
     small, large = (peak_values(plain, None, *size) for size in sizes)
     assert large / small == 160 * 224 / 96**2
@@ -245,7 +245,7 @@ def test_no_map_grows_with_the_image_under_tiling(plain):
 
 
 @pytest.mark.parametrize("tile_size", [18, 0, -16, 16.0, "16"])
-def test_a_tile_size_that_f_does_not_divide_is_one_line(plain, tile_size):
+def test_a_tile_size_that_is_no_multiple_of_f_gives_one_line(plain, tile_size):
     with pytest.raises(ConfigError) as caught:
         plain.enable_tiling(tile_size)
     message = one_line(caught)
@@ -255,7 +255,7 @@ def test_a_tile_size_that_f_does_not_divide_is_one_line(plain, tile_size):
 
 
 @torch.no_grad()
-def test_disabling_restores_the_plain_path_bit_by_bit_and_an_image_of_one_tile_never_leaves_it(plain):
+def test_disabled_tiling_and_images_of_one_tile_give_bitwise_untiled_results(plain):
     x, small = some_pixels(2, 3, *SIZE), some_pixels(2, 3, 32, 24)
     before = [plain.encode_latents(x), plain.decode_indices(plain.encode_indices(x)), plain.encode_latents(small)]
     assert not torch.equal(tiled(plain, 32, "encode_latents", x), before[0])  # or the rest would say nothing
@@ -264,7 +264,7 @@ def test_disabling_restores_the_plain_path_bit_by_bit_and_an_image_of_one_tile_n
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_tiles_refuse_gradients_in_one_line_and_serve_a_frozen_model(plain):
+def test_tiling_refuses_gradients_in_one_line_and_works_with_a_frozen_model(plain):
     x, raw = some_pixels(1, 3, *SIZE), some_latents(plain)
     for call, given in (("encode_indices", x), ("decode_latents", raw)):
         with pytest.raises(UserError) as caught:
@@ -276,7 +276,7 @@ def test_tiles_refuse_gradients_in_one_line_and_serve_a_frozen_model(plain):
         tiled(plain, 32, "encode_latents", x.requires_grad_())
 
 
-def test_in_training_mode_the_image_stays_whole_and_gradients_flow(plain):
+def test_training_mode_does_not_tile_and_has_gradients(plain):
     raw = some_latents(plain)
     plain.train().enable_tiling(16)
     output = Autoencoder._decode(plain, raw)

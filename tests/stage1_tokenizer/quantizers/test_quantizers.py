@@ -49,7 +49,7 @@ def latents(channels: int = 5, seed: int = 0, batch: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_what_is_decoded_for_the_indices_is_what_forward_gave(case: str) -> None:
+def test_lookup_of_the_indices_equals_the_quantized_latents(case: str) -> None:
     q = built(case)
     z = latents(q.channels)
     output = q(z)
@@ -64,7 +64,7 @@ def test_what_is_decoded_for_the_indices_is_what_forward_gave(case: str) -> None
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_codes_are_their_own_codes(case: str) -> None:
+def test_the_latents_of_an_index_quantize_to_that_index(case: str) -> None:
     q = built(case)
     if q.depth > 1:  # the sum of several codes need not be split again in the same way
         q = q.levels[0]
@@ -77,7 +77,7 @@ def test_codes_are_their_own_codes(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_a_gradient_reaches_the_latents(case: str) -> None:
+def test_the_gradient_reaches_the_latents(case: str) -> None:
     q, upstream = built(case), torch.randn(3, SIZES[case][1], 4, 2, generator=seeded(8))
     z = latents(q.channels).requires_grad_()
     q(z).quantized.backward(upstream)
@@ -89,7 +89,7 @@ def test_a_gradient_reaches_the_latents(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_float32_decides_under_autocast(case: str) -> None:
+def test_codes_are_computed_in_float32_under_autocast(case: str) -> None:
     q = built(case)
     z = latents(q.channels, batch=40)
     with torch.autocast("cpu", torch.bfloat16):
@@ -101,7 +101,7 @@ def test_float32_decides_under_autocast(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_in_evaluation_nothing_is_learnt_and_a_saved_state_gives_the_same_codes(case: str) -> None:
+def test_evaluation_mode_changes_no_state_and_a_saved_state_gives_the_same_codes(case: str) -> None:
     q = built(case)
     before = {name: value.clone() for name, value in q.state_dict().items()}
     z = latents(q.channels)
@@ -113,7 +113,7 @@ def test_in_evaluation_nothing_is_learnt_and_a_saved_state_gives_the_same_codes(
 
 
 @pytest.mark.parametrize("case", [case for case in SIZES if case not in ("fsq", "residual")])
-def test_the_commitment_term_moves_the_latents_alone_and_the_codebook_term_the_codes_alone(case: str) -> None:
+def test_the_commitment_gradient_reaches_only_the_latents_and_the_codebook_gradient_only_the_codes(case: str) -> None:
     q, z = built(case), latents(SIZES[case][1]).requires_grad_()
     losses = q(z).losses
     for name, moves_latents in (("commitment", True), ("codebook", False)):
@@ -126,14 +126,14 @@ def test_the_commitment_term_moves_the_latents_alone_and_the_codebook_term_the_c
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_latents_that_are_no_numbers_give_no_index_out_of_range(case: str) -> None:
+def test_nan_and_infinite_latents_give_indices_in_range(case: str) -> None:
     q = built(case).train()
     for bad in (math.nan, math.inf, -math.inf):
         indices = q(torch.full((1, q.channels, 4, 2), bad)).indices
         assert 0 <= indices.min() <= indices.max() < q.codebook_size
 
 
-def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_own() -> None:
+def test_a_large_first_batch_gives_every_entry_a_different_vector() -> None:
     q = QUANTIZERS["vq"](VectorQuantizerConfig(), 24, 5).train()
     q(latents(batch=3))  # as many vectors as entries
     assert len(q.codebook.detach().unique(dim=0)) == 24
@@ -142,7 +142,7 @@ def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_ow
 # The rotation trick
 
 
-def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_it() -> None:
+def test_the_rotation_maps_the_latent_to_its_code_and_rotates_the_gradient() -> None:
     z, codes = (torch.randn(6, 5, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2))
     z.requires_grad_()
     upstream = torch.randn(6, 5, generator=seeded(3), dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_i
 
 
 @pytest.mark.parametrize("case", ["vq, normalised", "ema, normalised"])
-def test_normalised_codes_lie_on_the_sphere_and_the_length_of_a_latent_does_not_matter(case: str) -> None:
+def test_normalized_codes_have_length_1_and_ignore_the_length_of_the_latents(case: str) -> None:
     q, z = built(case), latents()
     output = q(z)
     assert torch.allclose(output.quantized.norm(dim=1), torch.ones(3, 4, 2), atol=1e-5)
@@ -176,7 +176,7 @@ def test_normalised_codes_lie_on_the_sphere_and_the_length_of_a_latent_does_not_
 # SimVQ
 
 
-def test_every_code_of_simvq_moves_with_its_layer_and_the_codebook_itself_is_frozen() -> None:
+def test_simvq_moves_every_code_through_its_layer_and_freezes_the_codebook() -> None:
     q = built("simvq").train()
     assert [name for name, _ in q.named_parameters()] == ["basis"]
     before = q.codebook.detach().clone()
@@ -189,7 +189,7 @@ def test_every_code_of_simvq_moves_with_its_layer_and_the_codebook_itself_is_fro
 # Finite scalar quantisation
 
 
-def test_fsq_rounds_each_channel_to_equally_spaced_values_from_minus_one_on() -> None:
+def test_fsq_rounds_each_channel_to_equally_spaced_values_in_minus_1_to_1() -> None:
     q = built("fsq")
     values = q.lookup(torch.arange(60).view(1, -1, 1))[0, :, :, 0]
     for channel, expected in enumerate(([-1, -0.5, 0, 0.5, 1], [-1, -0.5, 0, 0.5], [-1, 0, 1])):
@@ -200,7 +200,7 @@ def test_fsq_rounds_each_channel_to_equally_spaced_values_from_minus_one_on() ->
     assert q(latents(3)).losses == {}
 
 
-def test_the_first_channel_of_fsq_counts_least() -> None:
+def test_the_first_channel_of_fsq_is_the_least_significant_digit() -> None:
     q = built("fsq")
     digits = torch.tensor([[(i % 5, i // 5 % 4, i // 20)] for i in range(60)])
     centred = (digits - torch.tensor([2, 2, 1])) / torch.tensor([2, 2, 1])
@@ -221,7 +221,7 @@ def test_the_bits_of_an_index_are_the_signs_of_the_latent(case: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
-def test_the_entropy_of_lfq_is_that_of_a_softmax_over_all_codes(temperature: float) -> None:
+def test_the_entropy_of_lfq_equals_the_entropy_of_a_softmax_over_all_codes(temperature: float) -> None:
     q, z = built("lfq", entropy_temperature=temperature), latents()
     codes = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).flip(1)  # the first bit counts least
     vectors = z.movedim(1, -1).reshape(-1, 5)
@@ -233,7 +233,7 @@ def test_the_entropy_of_lfq_is_that_of_a_softmax_over_all_codes(temperature: flo
     assert torch.allclose(code_probabilities((4 * vectors / temperature).sigmoid()).double(), mean, atol=1e-6)
 
 
-def test_the_entropy_of_bsq_takes_bits_apart() -> None:
+def test_the_entropy_of_bsq_is_a_sum_over_bits() -> None:
     q, z = built("bsq"), latents()
     bits = (2 * F.normalize(z, dim=1)).sigmoid().movedim(1, -1).reshape(-1, 5).double()
 
@@ -248,7 +248,7 @@ def test_the_entropy_of_bsq_takes_bits_apart() -> None:
 
 
 @pytest.mark.parametrize("elements", [1, 60, 1 << 22])
-def test_ibq_has_the_gradient_of_the_soft_choice_whatever_the_chunk(
+def test_ibq_has_the_gradient_of_the_soft_assignment_for_any_chunk_size(
     monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     monkeypatch.setattr(ibq, "CHUNK_ELEMENTS", elements)
@@ -282,7 +282,7 @@ def test_ibq_has_the_gradient_of_the_soft_choice_whatever_the_chunk(
 # Residual quantisation
 
 
-def test_each_level_takes_the_nearest_code_of_what_is_left_and_the_error_falls() -> None:
+def test_each_level_quantizes_the_residual_and_reduces_the_error() -> None:
     q, z = built("residual"), latents()
     rest, errors = z, []
     for level, indices in zip(q.levels, q(z).indices.unbind(1), strict=True):
@@ -297,7 +297,7 @@ def test_each_level_takes_the_nearest_code_of_what_is_left_and_the_error_falls()
 # Starting
 
 
-def test_kmeans_never_raises_the_error_and_finds_groups_that_are_far_apart() -> None:
+def test_kmeans_never_increases_the_error_and_finds_separate_clusters() -> None:
     groups = 10 * torch.randn(4, 3, generator=seeded(0))
     vectors = (groups[:, None] + 0.01 * torch.randn(4, 50, 3, generator=seeded(1))).flatten(0, 1)
     start = groups + torch.randn(4, 3, generator=seeded(2))
@@ -306,7 +306,7 @@ def test_kmeans_never_raises_the_error_and_finds_groups_that_are_far_apart() -> 
     assert errors[-1] == pytest.approx(3 * 0.01**2, rel=0.2)
 
 
-def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> None:
+def test_a_kmeans_codebook_is_closer_to_the_first_batch() -> None:
     errors = {}
     for iterations in (0, 10):
         config = VectorQuantizerConfig(kmeans_iterations=iterations)
@@ -351,14 +351,12 @@ def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> No
         ({"name": "ibq", "entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(
-    fields: dict[str, Any], size: int, channels: int, said: str
-) -> None:
+def test_inconsistent_options_give_one_line(fields: dict[str, Any], size: int, channels: int, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
     assert said in one_line(caught)
 
 
-def test_the_hint_for_a_codebook_of_signs_is_a_power_of_two_that_is_taken() -> None:
+def test_the_codebook_size_that_the_message_recommends_is_valid() -> None:
     LFQConfig().check(512, 9)
     assert math.log2(512) == 9

@@ -39,14 +39,14 @@ def quantizer(kind=VectorQuantizer, **options) -> VectorQuantizer:
 # The search
 
 
-def test_nearest_code_is_what_a_loop_over_all_pairs_finds():
+def test_nearest_code_equals_a_loop_over_all_pairs():
     vectors, codebook = torch.randn(40, D, generator=seeded(0)), torch.randn(K, D, generator=seeded(1))
     found = [min(range(K), key=lambda k: float((v - codebook[k]).double().square().sum())) for v in vectors]
     assert nearest_code(vectors, codebook).tolist() == found
     assert len(set(found)) > K // 2
 
 
-def test_nearest_code_is_the_argmin_of_the_distances_in_float64():
+def test_nearest_code_equals_the_argmin_of_float64_distances():
     vectors, codebook = torch.randn(3000, 16, generator=seeded(2)), torch.randn(512, 16, generator=seeded(3))
     assert torch.equal(nearest_code(vectors, codebook), torch.cdist(vectors.double(), codebook.double()).argmin(1))
 
@@ -62,7 +62,7 @@ def test_bfloat16_autocast_does_not_change_the_codes():
 
 
 @pytest.mark.parametrize("elements", [1, 100, 12 * 7, 1 << 22])
-def test_the_size_of_the_chunks_does_not_change_the_codes(monkeypatch, elements):
+def test_the_chunk_size_does_not_change_the_codes(monkeypatch, elements):
     vectors, codebook = torch.randn(50, D, generator=seeded(6)), torch.randn(K, D, generator=seeded(7))
     expected = torch.cdist(vectors.double(), codebook.double()).argmin(1)
     monkeypatch.setattr(vector_quantizer, "CHUNK_ELEMENTS", elements)
@@ -73,7 +73,7 @@ def test_the_size_of_the_chunks_does_not_change_the_codes(monkeypatch, elements)
 
 
 @pytest.mark.parametrize("kind", LEARNT.values(), ids=LEARNT)
-def test_the_output_is_the_codes_and_its_gradient_passes_to_the_latents_unchanged(kind):
+def test_the_output_equals_the_codes_and_its_gradient_passes_unchanged_to_the_latents(kind):
     q, z = quantizer(kind).eval(), latents().requires_grad_()
     output = q(z)
     assert torch.equal(output.indices, q.quantize(z))
@@ -84,13 +84,13 @@ def test_the_output_is_the_codes_and_its_gradient_passes_to_the_latents_unchange
     assert torch.equal(z.grad, upstream)
 
 
-def test_the_position_of_a_vector_is_the_position_of_its_code():
+def test_quantize_and_lookup_keep_the_positions():
     q = quantizer().eval()
     indices = torch.arange(K).view(1, 3, 4)
     assert torch.equal(q.quantize(q.lookup(indices)), indices)
 
 
-def test_the_commitment_gradient_reaches_the_encoder_alone_and_is_two_differences_over_n():
+def test_the_commitment_gradient_reaches_only_the_latents_and_equals_the_formula():
     q, z = quantizer().eval(), latents().requires_grad_()
     output = q(z)
     output.losses["commitment"].backward()
@@ -98,7 +98,7 @@ def test_the_commitment_gradient_reaches_the_encoder_alone_and_is_two_difference
     assert q.codebook.grad is None
 
 
-def test_the_codebook_gradient_reaches_the_codebook_alone_and_only_the_chosen_entries():
+def test_the_codebook_gradient_reaches_only_the_selected_entries():
     q, z = quantizer().eval(), latents(batch=1, height=2).requires_grad_()
     output = q(z)
     output.losses["codebook"].backward()
@@ -112,7 +112,7 @@ def test_the_codebook_gradient_reaches_the_codebook_alone_and_only_the_chosen_en
     assert not q.codebook.grad[unchosen].any()
 
 
-def test_a_codebook_of_moving_averages_has_no_parameters_and_asks_for_no_gradient():
+def test_an_ema_codebook_has_no_parameters_and_no_codebook_loss():
     q = quantizer(EMAVectorQuantizer)
     assert list(q.parameters()) == []
     assert q(latents().requires_grad_()).losses.keys() == {"commitment"}
@@ -121,7 +121,7 @@ def test_a_codebook_of_moving_averages_has_no_parameters_and_asks_for_no_gradien
 # How the codebook learns
 
 
-def test_the_moving_averages_follow_the_formula_of_the_paper():
+def test_the_moving_averages_equal_the_formula_of_the_paper():
     decay = 0.8
     q = quantizer(EMAVectorQuantizer, usage_decay=decay, restart_threshold=0.0).train()
     counts, sums, codebook = q.usage.clone(), q.sums.clone(), q.codebook.clone()
@@ -139,7 +139,7 @@ def test_the_moving_averages_follow_the_formula_of_the_paper():
 
 
 @pytest.mark.parametrize("kind", LEARNT.values(), ids=LEARNT)
-def test_dead_entries_are_restarted_from_the_batch_with_a_new_count_and_sum_and_live_ones_stay(kind):
+def test_dead_entries_restart_from_the_batch_with_new_statistics_and_live_entries_do_not_change(kind):
     q = quantizer(
         kind, usage_decay=1 - 1e-9, restart_threshold=0.3
     ).train()  # a decay of about 1 counts nothing, to see restarts alone
@@ -159,14 +159,14 @@ def test_dead_entries_are_restarted_from_the_batch_with_a_new_count_and_sum_and_
             assert q.usage[k] == 2.0
 
 
-def test_before_the_first_batch_every_entry_counts_as_dead():
+def test_every_entry_is_dead_before_the_first_batch():
     q, z = EMAVectorQuantizer(EMAVectorQuantizerConfig(), K, D).train(), latents(batch=8)
     q(z)
     assert q.usage.min() > 0
     assert (q(z).quantized - z).square().mean() < z.square().mean()  # a codebook drawn at random is no nearer than 0
 
 
-def test_a_threshold_of_zero_restarts_nothing_after_the_first_batch():
+def test_a_threshold_of_0_restarts_nothing_after_the_first_batch():
     q = quantizer(restart_threshold=0.0).train()
     q.usage[3] = 0.0
     before = q.codebook.detach().clone()
@@ -175,7 +175,7 @@ def test_a_threshold_of_zero_restarts_nothing_after_the_first_batch():
 
 
 @pytest.mark.parametrize("kind", LEARNT.values(), ids=LEARNT)
-def test_in_evaluation_mode_nothing_of_the_codebook_changes(kind):
+def test_evaluation_mode_does_not_change_the_codebook(kind):
     q = kind(EMAVectorQuantizerConfig(), K, D).eval()
     before = {name: value.clone() for name, value in q.state_dict().items()}
     q(latents())
@@ -185,7 +185,7 @@ def test_in_evaluation_mode_nothing_of_the_codebook_changes(kind):
 
 
 @pytest.mark.parametrize("kind", LEARNT.values())
-def test_latents_that_are_not_finite_teach_a_codebook_nothing(kind):
+def test_a_batch_with_infinite_latents_does_not_change_the_codebook(kind):
     q = quantizer(kind).train()
     before = {name: value.clone() for name, value in q.state_dict().items()}
     broken = latents()
