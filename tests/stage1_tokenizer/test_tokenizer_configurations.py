@@ -1,4 +1,4 @@
-"""A tokenizer's stored configuration: each option in one place, earlier formats, and the id that stays what it is."""
+"""A tokenizer's stored configuration: sections, migration of format 1, and an id that does not change."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ def test_a_saved_configuration_has_the_model_section_of_the_training_configurati
     assert training.model == tokenizer.config.model == saved_tokenizer(tmp_path).config.model
 
 
-STORED: dict[str, tuple[dict[str, Any], Any]] = {
+FORMAT_1_SECTIONS: dict[str, tuple[dict[str, Any], Any]] = {
     "vqgan": (
         {
             "name": "vqgan",
@@ -79,7 +79,7 @@ STORED: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("model", "expected"), STORED.values(), ids=STORED.keys())
+@pytest.mark.parametrize(("model", "expected"), FORMAT_1_SECTIONS.values(), ids=FORMAT_1_SECTIONS.keys())
 def test_a_format_1_section_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
     values = TRAINING.present({"output": "run", "data": "x", "model": model})
     assert from_mapping(TokenizerTraining, values).model == expected
@@ -110,8 +110,8 @@ def test_the_id_of_a_partial_section_survives_saving_and_changes_with_the_quanti
     tmp_path: Path,
 ) -> None:
     tokenizer = tiny_tokenizer(quantizer={"name": "vq", "usage_decay": 0.5})
-    of_whole = tiny_tokenizer(quantizer=FORMAT_1_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
-    assert tokenizer.compute_id() != of_whole.compute_id()
+    whole_section = tiny_tokenizer(quantizer=FORMAT_1_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
+    assert tokenizer.compute_id() != whole_section.compute_id()
     tokenizer.save_pretrained(tmp_path)
     assert saved_tokenizer(tmp_path).compute_id() == tokenizer.config.tokenizer_id == tokenizer.compute_id()
     quantizer = replace(tokenizer.config.model.quantizer, usage_decay=0.7)
@@ -141,9 +141,9 @@ class LaterConfig(VQGANConfig):
 
 def test_a_new_field_changes_the_id_only_when_it_is_not_the_default() -> None:
     tokenizer = tiny_tokenizer()
-    found = tokenizer.compute_id()
+    current_id = tokenizer.compute_id()
 
-    def with_later(crop: int = 0, **options: Any) -> str:
+    def compute_later_id(crop: int = 0, **options: Any) -> str:
         model = tokenizer.config.model
         shape = {name: getattr(model, name) for name in (*SHAPE, "codebook_size")}
         images = {name: getattr(tokenizer.config, name) for name in ("image_channels", "image_size", "content_size")}
@@ -153,14 +153,18 @@ def test_a_new_field_changes_the_id_only_when_it_is_not_the_default() -> None:
         later.load_state_dict(tokenizer.state_dict())
         return later.compute_id()
 
-    others = [with_later(crop=1), with_later(width=2), with_later(quantizer=LaterQuantizer(shared=True))]
-    assert with_later() == found
-    assert len({found, *others}) == 4
+    others = [
+        compute_later_id(crop=1),
+        compute_later_id(width=2),
+        compute_later_id(quantizer=LaterQuantizer(shared=True)),
+    ]
+    assert compute_later_id() == current_id
+    assert len({current_id, *others}) == 4
 
 
 def test_the_prior_enters_the_id_of_a_tokenizer_that_samples_without_stage_two() -> None:
-    plain, alone = (
+    without_prior, with_prior = (
         AutoencoderKL(AutoencoderKLConfig(model=AutoencoderKLModel(prior=p))) for p in ("none", "standard_normal")
     )
-    assert "model.prior" not in plain.config.id_fields()
-    assert alone.config.id_fields()["model.prior"] == "standard_normal"
+    assert "model.prior" not in without_prior.config.id_fields()
+    assert with_prior.config.id_fields()["model.prior"] == "standard_normal"

@@ -1,4 +1,4 @@
-"""The perceptual loss on EfficientNet-Lite0's features."""
+"""The perceptual losses on the features of EfficientNet-Lite0 and with LPIPS."""
 
 import sys
 from pathlib import Path
@@ -20,13 +20,13 @@ def distance() -> torch.nn.Module:
     return loss
 
 
-def picture(channels: int = 3) -> torch.Tensor:
+def sample_images(channels: int = 3) -> torch.Tensor:
     rows = torch.linspace(-1, 1, 32)
     return (rows[:, None] * rows).expand(2, channels, 32, 32).clone()
 
 
 def test_the_distance_is_zero_for_equal_images_and_grows_with_noise(distance):
-    image = picture()
+    image = sample_images()
     noise = torch.randn(image.shape, generator=seeded(0))
     near, far = (float(distance(image + scale * noise, image)) for scale in (0.02, 0.2))
     assert float(distance(image, image)) == 0
@@ -48,10 +48,10 @@ def test_images_of_any_size_are_compared(distance, size):
 
 
 def test_the_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(distance):
-    reconstruction = picture().add(0.1).requires_grad_()
-    distance.train()  # as a loop may call: its BatchNorm must not learn
+    reconstruction = sample_images().add(0.1).requires_grad_()
+    distance.train()  # a training loop may call it: BatchNorm must not update its statistics
     statistics = [buffer.clone() for buffer in distance.buffers()]
-    distance(reconstruction, picture()).backward()
+    distance(reconstruction, sample_images()).backward()
     assert reconstruction.grad is not None
     assert float(reconstruction.grad.abs().sum()) > 0
     assert all(parameter.grad is None for parameter in distance.parameters())
@@ -59,7 +59,7 @@ def test_the_gradient_reaches_the_reconstruction_and_no_weight_of_the_network(di
 
 
 def test_grey_equals_three_equal_channels_and_alpha_is_ignored(distance):
-    grey, other = picture(1), picture(1).flip(-1)
+    grey, other = sample_images(1), sample_images(1).flip(-1)
     expected = distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
     assert torch.equal(distance(grey, other), expected)
     alpha = torch.randn(2, 1, 32, 32, generator=seeded(2))
@@ -81,35 +81,36 @@ def test_the_name_none_gives_no_perceptual_loss():
 
 
 @pytest.fixture
-def vgg(tmp_path: Path, monkeypatch) -> Path:
-    """Where LPIPS looks for VGG-16's weights; nothing lies there."""
+def vgg_weights(tmp_path: Path, monkeypatch) -> Path:
+    """Path where LPIPS expects the weights of VGG-16; the file does not exist."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = tmp_path / "hub" / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
     return path
 
 
-def test_missing_backbone_weights_give_an_error_with_the_command_and_no_download(vgg):
+def test_missing_backbone_weights_give_an_error_with_the_command_and_no_download(vgg_weights):
     with pytest.raises(UserError, match=r"vgg16-.*pth do not exist.*torchvision.models.vgg16"):
         perceptual_loss("lpips")
-    assert not list(vgg.parent.iterdir())
+    assert not list(vgg_weights.parent.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:Arguments other than a weight enum:UserWarning")
-def test_the_lpips_loss_equals_the_lpips_package_with_gradients_to_the_reconstruction_only(vgg):
+def test_the_lpips_loss_equals_the_lpips_package_with_gradients_to_the_reconstruction_only(vgg_weights):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = vgg16(weights=None).state_dict()
     for name in [name for name in weights if name.startswith("classifier")]:
-        weights[name] = torch.zeros(1).expand(weights[name].shape)  # not in use: 4 bytes in the file in place of 500 MB
-    torch.save(weights, vgg)
+        weights[name] = torch.zeros(1).expand(weights[name].shape)  # LPIPS does not use them: 4 bytes instead of 500 MB
+    torch.save(weights, vgg_weights)
     loss = perceptual_loss("lpips")
-    image = picture()
+    image = sample_images()
     other = (image + 0.1 * torch.randn(image.shape, generator=seeded(0))).requires_grad_()
-    found = loss(other, image)
-    assert found.item() == pytest.approx(lpips.LPIPS(net="vgg", verbose=False)(other, image).mean().item(), rel=1e-4)
-    assert found.item() > float(loss(image, image)) == 0
-    found.backward()
+    distance = loss(other, image)
+    assert distance.item() == pytest.approx(lpips.LPIPS(net="vgg", verbose=False)(other, image).mean().item(), rel=1e-4)
+    assert distance.item() > float(loss(image, image)) == 0
+    distance.backward()
     assert float(other.grad.abs().sum()) > 0
     assert all(parameter.grad is None for parameter in loss.parameters())
-    assert float(loss(picture(1)[..., :6, :6], picture(1)[..., :6, :6].flip(-1))) > 0  # enlarged where VGG has no room
+    small = sample_images(1)[..., :6, :6]  # enlarged, because VGG-16 needs 16 pixels
+    assert float(loss(small, small.flip(-1))) > 0
