@@ -112,7 +112,7 @@ def train_tokenizer(
                     loss = reconstruction_loss + sum_weighted(output.losses, weights)
                 terms |= output.losses
                 if ramp_factor > 0:
-                    discriminator.requires_grad_(False)  # the generator's loss must not add gradients to it
+                    discriminator.requires_grad_(False)  # no gradients from the generator's loss
                     terms["generator"] = generator_loss(adversarial.loss, discriminator(output.reconstruction))
                     discriminator.requires_grad_(True)
                     terms["adaptive_weight"] = (

@@ -101,7 +101,7 @@ def load_lpips_network(backbone: Backbone) -> nn.Module:
     """Load LPIPS v0.1 without gradients for its weights: pairs (B, 3, H, W) in [-1, 1] → (B, 1, 1, 1)."""
     import lpips
 
-    # lpips itself would unpickle any object in the file, so a file with anything but tensors is refused here.
+    # lpips unpickles any object in the file, so refuse a file with other objects than tensors first.
     torch.load(_backbone_path(backbone), map_location="cpu", weights_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips uses deprecated arguments of torchvision

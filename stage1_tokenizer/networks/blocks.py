@@ -60,8 +60,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the resolution with nearest-neighbour upsampling and a convolution, which avoids checkerboard artefacts.
 
-    Both steps together equal one transposed convolution whose weights are sums of neighbouring weights. It needs 16 products
-    per value instead of 36, and no enlarged feature map. On CPUs it is up to twice as fast in full float32 precision.
+    Both steps together equal one transposed convolution with sums of neighbouring weights. It needs 16 products per value
+    instead of 36, and no enlarged feature map. On CPUs it is up to twice as fast in full float32 precision.
     """
 
     def __init__(self, channels: int, out_channels: int) -> None:

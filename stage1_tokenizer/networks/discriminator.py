@@ -1,6 +1,6 @@
 """PatchGAN: a convolutional discriminator of overlapping patches. Isola et al. 2017, arXiv 1611.07004.
 
-GroupNorm replaces BatchNorm, whose statistics differ by rank under DDP and are unreliable for small batches.
+GroupNorm replaces BatchNorm: BatchNorm's statistics differ by rank under DDP and are unreliable for small batches.
 """
 
 from torch import Tensor, nn

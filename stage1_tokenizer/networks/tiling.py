@@ -1,8 +1,8 @@
 r"""Tiled encoding and decoding of images that do not fit into memory. The result equals the untiled result, without seams.
 
 A tile consists of a core and a window. The window contains the core and all input positions that the core's output depends
-on. The layers process the window, and only the core of the output is kept. Let r be the number of input positions that the
-output depends on beyond the edge of the core. From the last layer to the first,
+on. The layers process the window, and only the core of the output is used. The output depends on r input positions beyond
+the edge of the core. From the last layer to the first,
 
     r ← s r + p   for a convolution of stride s, padding p, kernel 2 p + s,      r ← ⌈r / 2⌉   for an upsampling
 
@@ -189,8 +189,8 @@ def apply_segment_tiled(layers: nn.Sequential, x: Tensor, side: int) -> Tensor:
 def apply_tiled(layers: nn.Sequential, x: Tensor, side: int) -> Tensor:
     """Compute `layers(x)` up to float rounding, with the memory of one tile and its halo.
 
-    A segment is not tiled when its whole feature maps are no larger than those of one tile at full resolution. So a small image
-    is not tiled at all.
+    A segment is not tiled when its feature maps are no larger than the largest feature map of one tile. So a small image is not
+    tiled at all.
 
     Args:
         x: (B, C, H, W).

@@ -3,8 +3,8 @@ r"""Vector quantization: each latent vector is replaced by the nearest entry of 
     k(z) = argmin_k ‖z − e_k‖²,    ẑ = z + sg[e_k(z) − z]    (straight-through: ∂ẑ/∂z is the identity)
     L = ‖sg[z] − e‖² + β ‖z − sg[e]‖²
 
-β weights the commitment term, whose gradient reaches the encoder only. van den Oord, Vinyals, Kavukcuoglu 2017,
-arXiv 1711.00937, eq. 1 to 3. Dead entries, the ones with few assigned vectors, are restarted from vectors of the current batch
+β weights the commitment term. Its gradient reaches the encoder only. van den Oord, Vinyals, Kavukcuoglu 2017,
+arXiv 1711.00937, eq. 1 to 3. An entry with few assigned vectors is dead, and is restarted from a vector of the current batch
 (Dhariwal et al. 2020, arXiv 2005.00341, section 3). Before the first batch every entry is dead.
 
 With `normalize`, z and e are first divided by their norms (Yu et al. 2021, arXiv 2110.04627; Sun et al. 2024, arXiv
@@ -194,7 +194,7 @@ class VectorQuantizer(Quantizer):
         self._replace_entries(dead, entries, uniform)
 
     def _replace_entries(self, dead: Tensor, entries: Tensor, usage: float) -> None:
-        """Replace the dead entries, a (K,) bool mask, by those rows of `entries` (K, D), and reset their usage."""
+        """Replace codebook rows by rows of `entries` (K, D) where `dead`, (K,) bool, is True, and reset their usage."""
         self.codebook.data.copy_(torch.where(dead[:, None], entries.to(self.codebook.dtype), self.codebook.data))
         self.usage.copy_(torch.where(dead, usage, self.usage))
 

@@ -150,7 +150,7 @@ def run_training(output: Path, data: Path, **fields: Any) -> tuple[Path, Tokeniz
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("kinds") / "pictures")
+    return write_pictures(tmp_path_factory.mktemp("kinds") / "images")
 
 
 def test_a_kl_run_logs_its_divergence_and_saves_latent_statistics(tmp_path, data):

@@ -85,9 +85,9 @@ def test_ssim_is_1_for_equal_images_and_symmetric_and_falls_with_noise():
 
 def test_ssim_of_an_image_does_not_depend_on_its_batch():
     images, others = sample_images(), add_noise(sample_images(), 20)
-    alone = [ssim(images[i : i + 1], others[i : i + 1]).item() for i in range(3)]
-    assert ssim(images, others).tolist() == pytest.approx(alone)
-    assert alone[0] != alone[1]
+    expected = [ssim(images[i : i + 1], others[i : i + 1]).item() for i in range(3)]
+    assert ssim(images, others).tolist() == pytest.approx(expected)
+    assert expected[0] != expected[1]
 
 
 # LPIPS

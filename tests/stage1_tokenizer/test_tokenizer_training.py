@@ -43,7 +43,7 @@ ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+    return write_pictures(tmp_path_factory.mktemp("source") / "images")
 
 
 def create_config(output: Path, image_folder: Path, **fields: Any) -> TokenizerTraining:
@@ -354,7 +354,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adversarial": ADVERSARIAL,
         "model": replace(MODEL, codebook_size=64, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)),
     },
-    "learnt codebook, muon, discriminator": {
+    "learned codebook, muon, discriminator": {
         "adversarial": ADVERSARIAL,
         "model": replace(MODEL, quantizer=VectorQuantizerConfig()),
         "optimizer": OptimizerConfig(name="muon"),
@@ -416,8 +416,8 @@ def test_sizes_are_parsed_as_height_and_width():
 
 
 def build_config(tmp_path: Path, size: tuple[int, int], **fields: Any):
-    statistics = dataset_statistics(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
-    config = complete_config(create_config(tmp_path / "run", tmp_path / "pictures", **fields), statistics)
+    statistics = dataset_statistics(open_source(write_pictures(tmp_path / "images", count=3, size=size)).train)
+    config = complete_config(create_config(tmp_path / "run", tmp_path / "images", **fields), statistics)
     return build_model_config(config, statistics)
 
 

@@ -65,12 +65,12 @@ def train_and_collect_weights(folder: Path) -> dict[str, torch.Tensor]:
         return export_model(run, tokenizer, train_images)
 
     stage_one.export_model = record_weights
-    source = open_source(folder / "pictures")
+    source = open_source(folder / "images")
     statistics = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     adversarial = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2)
     steps = {"max_steps": 5, "batch_size": 4, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
-    config = TokenizerTraining(output=folder / "run", data="pictures", model=model, adversarial=adversarial, **steps)
+    config = TokenizerTraining(output=folder / "run", data="images", model=model, adversarial=adversarial, **steps)
     config = complete_config(config, statistics)
     model_config = build_model_config(config, statistics)
     loaders = (ImageLoader(split, model_config.image_processor) for split in (source.train, source.validation))
@@ -89,7 +89,7 @@ def run_process(rank: int, processes: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    write_pictures(folder / "pictures")
+    write_pictures(folder / "images")
     assert finish(forked(run_process, 2, folder)) == [0, 0]
     return folder
 

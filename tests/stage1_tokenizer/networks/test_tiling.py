@@ -95,18 +95,18 @@ tile_sizes = pytest.mark.parametrize(("size", "tile_size"), [(SIZE, 40), ((56, 2
 @torch.no_grad()
 def test_tiled_latents_equal_untiled_latents(tokenizer, size, tile_size):
     x = some_pixels(2, 3, *size)
-    whole = tokenizer.encode_latents(x)
-    assert whole.std() > 0.1
-    assert max_deviation(call_tiled(tokenizer, tile_size, "encode_latents", x), whole) < TOLERANCE
+    untiled = tokenizer.encode_latents(x)
+    assert untiled.std() > 0.1
+    assert max_deviation(call_tiled(tokenizer, tile_size, "encode_latents", x), untiled) < TOLERANCE
 
 
 @tile_sizes
 @torch.no_grad()
 def test_tiled_pixels_equal_untiled_pixels(tokenizer, size, tile_size):
     latents = random_latents(tokenizer, *size)
-    whole = tokenizer.decode_latents(latents)
-    assert whole.std() > 0.1
-    assert max_deviation(call_tiled(tokenizer, tile_size, "decode_latents", latents), whole) < TOLERANCE
+    untiled = tokenizer.decode_latents(latents)
+    assert untiled.std() > 0.1
+    assert max_deviation(call_tiled(tokenizer, tile_size, "decode_latents", latents), untiled) < TOLERANCE
 
 
 @pytest.mark.parametrize("fields", [F4 | {"attention": (4,)}, F8 | {"attention": ()}], ids=["f = 4", "f = 8"])
@@ -116,16 +116,16 @@ def test_tiled_codes_equal_untiled_codes_except_at_ties(fields):
     tokenizer, x = create_vqgan(**fields), some_pixels(2, 3, *SIZE)
     raw = tokenizer.encoder(x)
     tokenizer.quantizer.codebook.copy_(raw.flatten(2).mT.flatten(0, 1)[::7][:16])  # all codes are in use
-    whole = tokenizer.encode_indices(x)
+    untiled = tokenizer.encode_indices(x)
     distances = torch.cdist(raw.flatten(2).mT, tokenizer.quantizer.codebook.expand(2, -1, -1)).square()
     nearest = distances.topk(2, largest=False).values
-    ties = (nearest[..., 1] - nearest[..., 0] < 1e-3).view(whole.shape)
+    ties = (nearest[..., 1] - nearest[..., 0] < 1e-3).view(untiled.shape)
     assert ties.float().mean() < 0.01
-    assert len(whole.unique()) == 16
+    assert len(untiled.unique()) == 16
     indices = call_tiled(tokenizer, 32, "encode_indices", x)
-    assert torch.equal(indices[~ties], whole[~ties])
-    pixels = tokenizer.decode_indices(whole)
-    assert max_deviation(call_tiled(tokenizer, 32, "decode_indices", whole), pixels) < TOLERANCE
+    assert torch.equal(indices[~ties], untiled[~ties])
+    pixels = tokenizer.decode_indices(untiled)
+    assert max_deviation(call_tiled(tokenizer, 32, "decode_indices", untiled), pixels) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_tiled_bfloat16_is_as_close_to_float32_as_untiled_bfloat16(vqgan):
     indices = torch.randint(16, latents[:, 0].shape, generator=seeded(4))
     exact = vqgan.decode_indices(indices)
     vqgan.bfloat16()
-    whole, tiles = vqgan.decode_indices(indices), call_tiled(vqgan, 32, "decode_indices", indices)
-    assert tiles.dtype == whole.dtype == torch.bfloat16
-    assert (tiles - exact).square().mean() < 1.1 * (whole - exact).square().mean()
+    untiled, tiles = vqgan.decode_indices(indices), call_tiled(vqgan, 32, "decode_indices", indices)
+    assert tiles.dtype == untiled.dtype == torch.bfloat16
+    assert (tiles - exact).square().mean() < 1.1 * (untiled - exact).square().mean()
 
 
 # Parts
@@ -185,9 +185,9 @@ def test_the_norm_of_parts_equals_the_norm_of_the_whole_feature_map_far_from_zer
     x = torch.randn(2, 8, 30, 20, generator=seeded(5)) + torch.linspace(-1000, 1000, 16).view(2, 8, 1, 1)
     norm = nn.GroupNorm(4, 8)
     nn.init.normal_(norm.weight, generator=seeded(6))
-    whole = tiling.GlobalNorm(norm)
-    whole.compute_statistics(part for rows in x.split(13, -2) for part in rows.split(9, -1))
-    assert max_deviation(whole(x), norm.double()(x.double()).float()) < TOLERANCE
+    global_norm = tiling.GlobalNorm(norm)
+    global_norm.compute_statistics(part for rows in x.split(13, -2) for part in rows.split(9, -1))
+    assert max_deviation(global_norm(x), norm.double()(x.double()).float()) < TOLERANCE
 
 
 @torch.no_grad()
