@@ -141,7 +141,7 @@ CASES = {
     "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
     "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one entry per level"),
     "channels that no picture has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
-    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "model.attention contains 64", "1, 2, 4"),
+    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "attention contains 64", "1, 2, 4"),
     "levels that do not multiply to K": (
         f"{TOKENIZER} --recipe fsq --model.codebook-size 500",
         "model.codebook_size is 500",
