@@ -25,7 +25,7 @@ from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.reconstruction import reconstruction_terms, sum_weighted
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 from stage1_tokenizer.vqgan import VQGAN
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from stage2_prior.training_config import AutoregressiveTraining
@@ -89,10 +89,10 @@ def run(quick: bool) -> Report:
             return dataclasses.replace(config, max_steps=steps, **rest)
 
         seen = dataset_statistics(source.train)
-        first = completed(
+        first = complete_config(
             recipe(TokenizerTraining, "tokenizer", "vqgan-f4", 1, 0, data=FASHION_MNIST, output="t"), seen
         )
-        shape = model_config(first, seen)
+        shape = build_model_config(first, seen)
         pixels, processor = ImageLoader(source.train, shape.image_processor), shape.image_processor
 
         def bare_tokenizer() -> list[float]:

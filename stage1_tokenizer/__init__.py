@@ -1,4 +1,4 @@
-"""Stage one: pixels to codes and back."""
+"""Stage one: encode pixels as codes and decode them again."""
 
 from training_harness.lazy import lazy_names
 

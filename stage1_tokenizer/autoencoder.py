@@ -1,6 +1,6 @@
-"""What convolutional autoencoders share, whatever lies between encoder and decoder.
+"""Base classes of the convolutional autoencoders, independent of their bottleneck.
 
-`channels`, `blocks` and `attention` give the shape of both, level by level from full resolution to the latents.
+`channels`, `blocks` and `attention` configure encoder and decoder level by level, from full resolution to the latents.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from stage1_tokenizer.migration import SHAPE
+from stage1_tokenizer.migration import SHAPE_OPTIONS
 from stage1_tokenizer.networks.decoder import Decoder
 from stage1_tokenizer.networks.encoder import Encoder
 from stage1_tokenizer.networks.tiling import apply_tiled
@@ -20,31 +20,34 @@ from training_harness.pretrained import stored_config
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderModel(TokenizerModel):
-    """Widths and depths by level, from full resolution to the code grid; f = 2^(levels − 1)."""
+    """Widths and depths per level, from full resolution to the code grid; f = 2^(levels − 1)."""
 
     channels: tuple[int, ...] = (32, 64, 128)
+    """Channels at each level, from full resolution to the code grid."""
     blocks: tuple[int, ...] = (0, 1, 2)
-    """Residual blocks a level, in the encoder and in the decoder."""
+    """Number of residual blocks at each level, in the encoder and in the decoder."""
     attention: tuple[int, ...] = ()
-    """Downsampling factors of the levels whose blocks end in self-attention: 16 is where a 256×256 image is 16×16."""
+    """Downsampling factors with self-attention after the residual blocks: at factor 16 a 256×256 image is 16×16."""
     latent_channels: int = 16
+    """Number of channels of the latents."""
 
     def __post_init__(self) -> None:
         channels, blocks = self.channels, self.blocks
         if len(channels) != len(blocks) or not channels:
             raise ConfigError(
-                f"model.channels has {len(channels)} entries and model.blocks {len(blocks)}; expected one a level in each"
+                f"model.channels has {len(channels)} entries and model.blocks has {len(blocks)}; expected one entry per level "
+                "in both"
             )
         if min(channels) < 1 or min(blocks) < 0:
             raise ConfigError(
-                f"model.channels is {list(channels)} and model.blocks {list(blocks)}; expected channels of at least 1 and no "
-                "negative number of blocks"
+                f"model.channels is {list(channels)} and model.blocks is {list(blocks)}; expected at least 1 channel and "
+                "0 or more blocks at each level"
             )
         factors = [2**level for level in range(len(channels))]
-        if absent := [factor for factor in self.attention if isinstance(factor, bool) or factor not in factors]:
+        if invalid := [factor for factor in self.attention if isinstance(factor, bool) or factor not in factors]:
             raise ConfigError(
-                f"model.attention names {absent[0]}, a resolution that never occurs with {len(channels)} levels; expected "
-                f"factors by which the image is reduced, any of {', '.join(map(str, factors))}"
+                f"model.attention contains {invalid[0]}, and a model of {len(channels)} levels has no such downsampling "
+                f"factor; expected factors out of {', '.join(map(str, factors))}"
             )
         if self.latent_channels < 1:
             raise ConfigError(f"model.latent_channels is {self.latent_channels}; expected at least 1")
@@ -56,31 +59,31 @@ class AutoencoderModel(TokenizerModel):
 
 @stored_config
 class AutoencoderConfig(TokenizerConfig):
-    first_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE)
-    """Options of the model that the first format had, by names that never change."""
+    format_1_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE_OPTIONS)
+    """Model options of format 1. Their names never change."""
 
     model: AutoencoderModel
 
     def id_fields(self) -> dict[str, Any]:
-        shape = {name: getattr(self.model, name) for name in SHAPE}
-        added = changed_values(self.model, self.first_options)
-        return super().id_fields() | shape | {f"model.{name}": value for name, value in added.items()}
+        shape = {name: getattr(self.model, name) for name in SHAPE_OPTIONS}
+        newer = changed_values(self.model, self.format_1_options)
+        return super().id_fields() | shape | {f"model.{name}": value for name, value in newer.items()}
 
-    def encoder(self, encoded_channels: int) -> Encoder:
-        return Encoder(self.image_channels, *self._shape, encoded_channels)
+    def build_encoder(self, output_channels: int) -> Encoder:
+        return Encoder(self.image_channels, *self._level_options, output_channels)
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.image_channels, *self._shape, self.model.latent_channels)
+    def build_decoder(self) -> Decoder:
+        return Decoder(self.image_channels, *self._level_options, self.model.latent_channels)
 
     @property
-    def _shape(self) -> tuple[list[int], list[int], list[int]]:
+    def _level_options(self) -> tuple[list[int], list[int], list[int]]:
         return list(self.model.channels), list(self.model.blocks), list(self.model.attention)
 
 
 class Autoencoder(Tokenizer):
     config: AutoencoderConfig
-    end_layers = ("encoder.0", "decoder.0")  # read and written by other rules than hidden matrices
-    tile_size: int | None = None  # of `enable_tiling`; not part of what is saved
+    end_layers = ("encoder.0", "decoder.0")  # input layers: the optimizer does not treat them as hidden matrices
+    tile_size: int | None = None  # set by `enable_tiling`, in pixels; not saved
 
     encoder: Encoder
     decoder: Decoder
@@ -90,11 +93,13 @@ class Autoencoder(Tokenizer):
         return self.config.model.latent_channels
 
     def enable_tiling(self, tile_size: int = 512) -> None:
-        """Encodes and decodes images of more than `tile_size`² pixels tile by tile, with the result of the whole image.
+        """Encode and decode images of more than `tile_size`² pixels tile by tile.
 
-        Args:     tile_size: side of a tile in pixels, a multiple of f. Memory grows with it, and time falls: see `tiling`.
-        Raises:   ConfigError when f does not divide it. Later calls raise UserError where an image is tiled while gradients
-                  are on; in training mode all images stay whole.
+        The result equals encoding and decoding the whole image, up to float rounding. In training mode images are never tiled.
+
+        Args:     tile_size: side of a tile in pixels, a multiple of f. A larger tile needs more memory and less time.
+        Raises:   ConfigError when `tile_size` is not a multiple of f. Later calls raise UserError when an image has to be
+                  tiled while gradients are enabled.
         """
         factor = self.config.downsampling_factor
         if not isinstance(tile_size, int) or tile_size < 1 or tile_size % factor:
@@ -105,6 +110,7 @@ class Autoencoder(Tokenizer):
         self.tile_size = tile_size
 
     def disable_tiling(self) -> None:
+        """Encode and decode every image as a whole."""
         self.tile_size = None
 
     def _encode(self, pixel_values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""No compression at all: the latents are the pixels, normalised by channel, so that stage two works in pixel space."""
+"""A tokenizer without compression: the latents are the pixels, normalized per channel, so stage two works on pixels."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,7 @@ class IdentityModel(TokenizerModel):
         return 1
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         return False
 
 

@@ -1,4 +1,4 @@
-"""The shape of a tokenizer's codes: all that stage two needs to know of stage one."""
+"""The shape of a tokenizer's codes. Stage two needs nothing else from stage one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,33 +10,36 @@ from training_harness.configuration import from_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """Carried by the code cache, so that no shape is copied by hand between the stages."""
+    """Shape of the codes and the images, stored in the code cache so that stage two reads it from there."""
 
     channels: int
-    """c, channels of the continuous latents."""
+    """c, number of channels of the continuous latents."""
     height: int
-    """h, rows of the code grid."""
+    """h, number of rows of the code grid."""
     width: int
-    """w, columns of the code grid."""
+    """w, number of columns of the code grid."""
     codebook_size: int | None
     """K, or none for a tokenizer without a codebook."""
     levels: int
-    """Codes a grid position; 1 but for residual quantisation."""
+    """Number of codes at each grid position: more than 1 for residual quantization only."""
     image_channels: int
+    """C, number of channels of the images."""
     image_height: int
-    """H, as the tokenizer sees it: a multiple of f."""
+    """H, height of the tokenizer's input in pixels, a multiple of f."""
     image_width: int
+    """W, width of the tokenizer's input in pixels, a multiple of f."""
     downsampling_factor: int
     """f = H / h."""
     tokenizer_id: str
+    """Hash of the tokenizer's weights and configuration."""
 
     @property
     def tokens(self) -> int:
-        """Codes an image."""
+        """Number of codes per image."""
         return self.levels * self.height * self.width
 
     def differences(self, other: "LatentSpec") -> list[str]:
-        """`field a ≠ b` for every field in which the two differ."""
+        """List every field that differs, as `field a ≠ b`."""
         return [
             f"{field.name} {getattr(self, field.name)} ≠ {getattr(other, field.name)}"
             for field in dataclasses.fields(self)

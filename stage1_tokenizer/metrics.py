@@ -1,4 +1,4 @@
-"""Figures of a tokenizer: how near its reconstructions are, and how much of its codebook it uses."""
+"""Metrics of a tokenizer: reconstruction quality and codebook usage."""
 
 import math
 from collections.abc import Callable
@@ -9,40 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.data.image_processor import as_rgb
-from stage1_tokenizer.losses.perceptual import lpips_network, lpips_obstacle
+from stage1_tokenizer.losses.perceptual import load_lpips_network, lpips_unavailable_reason
 from stage1_tokenizer.quantizers.protocol import all_reduce_sum
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels
-LPIPS_SIDE = 31  # pixels of the smallest image of which AlexNet's poolings leave something
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
+LPIPS_MIN_SIDE = 31  # pixels; AlexNet's pooling layers reduce smaller images to nothing
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, in dB: 10 log₁₀(255² / mean squared error).
+    """Compute the peak signal-to-noise ratio of each image, 10 log₁₀(255² / mean squared error).
 
     Args:     images, references (B, C, H, W) uint8.
-    Returns:  (B,) float64; images that are equal to the last bit get 100 dB in place of infinity.
+    Returns:  (B,) float64 in dB; at most 100 dB, the value of two equal images.
     """
     error = (images.double() - references.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(255**2 / error.clamp(min=1e-30))).clamp(max=100.0)
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """Structural similarity of each image, in [-1, 1]; 1 for equal ones.
+    """Compute the structural similarity of each image.
 
-    Means, variances and covariance under a Gaussian window of 11×11 (σ = 1.5) at each place where it fits, averaged over
-    places and channels.
+    Means, variances and the covariance use a Gaussian window of 11×11 pixels (σ = 1.5). The result is averaged over channels
+    and over all positions where the window lies inside the image.
 
     Args:     images, references (B, C, H, W) uint8, H and W at least 11.
-    Returns:  (B,) float64.
+    Returns:  (B,) float64 in [-1, 1]; 1 for equal images.
     Source:   Wang et al. 2004, IEEE Transactions on Image Processing 13(4), eq. 13.
     """
     x, y = (batch.double().flatten(0, 1)[:, None] for batch in (images, references))
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
-    line = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    line = line / line.sum()
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
+    kernel = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    kernel = kernel / kernel.sum()
 
-    def blur(planes: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(planes, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+    def blur(channels: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(channels, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
@@ -53,63 +53,67 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return similarity.flatten(1).mean(1).view(len(images), -1).mean(1)
 
 
-def lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
-    """LPIPS v0.1 on AlexNet, from (B, C, H, W) uint8 pairs to (B,); none unless `lpips` and the backbone's weights are here.
+def load_lpips_distance(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Load LPIPS v0.1 with AlexNet, or return None when the package or the backbone's weights are missing.
 
-    H and W are at least 31. Source: Zhang et al. 2018, arXiv 1801.03924.
+    Returns:  a function from two batches (B, C, H, W) uint8, H and W at least 31, to their distances (B,) float32.
+    Source:   Zhang et al. 2018, arXiv 1801.03924.
     """
-    if lpips_obstacle("alex") is not None:
+    if lpips_unavailable_reason("alex") is not None:
         return None
-    network = lpips_network("alex").to(device)
+    network = load_lpips_network("alex").to(device)
 
     @torch.inference_mode()
     def distance(images: Tensor, references: Tensor) -> Tensor:
-        pair = (as_rgb(batch).to(device).float() / 127.5 - 1 for batch in (images, references))
-        return network(*pair).flatten()
+        inputs = (as_rgb(batch).to(device).float() / 127.5 - 1 for batch in (images, references))
+        return network(*inputs).flatten()
 
     return distance
 
 
 class CodebookUsage(NamedTuple):
-    codes_used: int  # entries chosen at least once
-    perplexity: float  # exp of the entropy of the entries' shares; K when all are chosen equally often
+    codes_used: int  # number of codes that occur at least once
+    perplexity: float  # exp of the entropy of the code frequencies; K when all codes are equally frequent
 
 
 def codebook_usage(counts: Tensor) -> CodebookUsage:
-    """counts: (K,) how often each entry was chosen over a whole set (a batch's perplexity misleads)."""
+    """Compute the codebook usage from the counts (K,) of each code over a whole dataset; one batch is not enough."""
     shares = counts.double() / counts.sum().clamp(min=1)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum()
     return CodebookUsage(int((counts > 0).sum()), math.exp(float(entropy)))
 
 
 class CodeUsage:
-    """How often each entry was chosen in training since it was last looked at, over all processes; part of a checkpoint."""
+    """Counts of each code during training, over all processes, since the last reset."""
 
     def __init__(self, codebook_size: int | None, levels: int = 1) -> None:
-        """Without a codebook there is nothing to count."""
         self.counts = torch.zeros(levels, codebook_size or 0)
 
-    def count(self, indices: Tensor) -> None:
-        """indices: int64 (B, h, w), or (B, levels, h, w)."""
+    def update(self, indices: Tensor) -> None:
+        """Count the codes of int64 indices (B, h, w) or (B, levels, h, w)."""
         levels, size = self.counts.shape
-        own = indices.reshape(len(indices), levels, -1) + size * torch.arange(levels, device=indices.device)[:, None]
-        self.counts += all_reduce_sum(torch.bincount(own.flatten(), minlength=levels * size)).view(levels, size).cpu()
+        offsets = size * torch.arange(levels, device=indices.device)[:, None]
+        bins = (indices.reshape(len(indices), levels, -1) + offsets).flatten()
+        self.counts += all_reduce_sum(torch.bincount(bins, minlength=levels * size)).view(levels, size).cpu()
 
     @property
-    def choices(self) -> int:
-        """Codes of a level chosen since the last look, each as often as it was."""
+    def assignments(self) -> int:
+        """Number of positions that were counted since the last reset."""
         return int(self.counts[0].sum())
 
-    def since_last(self) -> dict[str, float]:
-        """`codes_used` and `perplexity`, by name, of all levels as one, and of several the fewest that a level used;
-        counting begins anew."""
+    def compute_and_reset(self) -> dict[str, float]:
+        """Compute `codes_used` and `perplexity` over all levels, and set the counts to zero.
+
+        With several levels, `codes_used_at_fewest_level` is the smallest number of codes that one level used. Without a
+        codebook the result is empty.
+        """
         if not self.counts.numel():
             return {}
-        found: dict[str, float] = codebook_usage(self.counts.sum(0))._asdict()
+        metrics: dict[str, float] = codebook_usage(self.counts.sum(0))._asdict()
         if len(self.counts) > 1:
-            found["codes_used_at_fewest_level"] = int((self.counts > 0).sum(1).min())
+            metrics["codes_used_at_fewest_level"] = int((self.counts > 0).sum(1).min())
         self.counts.zero_()
-        return found
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts}

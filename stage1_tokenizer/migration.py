@@ -1,7 +1,7 @@
-"""Formats of stage one's files: what has another name or place since, and what ids are made of.
+"""Migrations of stage one's files from earlier formats, and the format 1 names that tokenizer ids depend on.
 
-Format 1 had one section for all quantizers and one for all tokenizers, in which each left the others' options unused, and a
-config.json without sections. Format 2 has a dataclass for each of them.
+Format 1 has one section with the options of all quantizers, one section with the options of all tokenizers, and a config.json
+without sections. Format 2 has one dataclass per quantizer and per tokenizer.
 """
 
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from typing import Any
 
 from training_harness.migration import MODEL_KEY, Migration, Step, Values
 
-SHAPE = ("channels", "blocks", "attention", "latent_channels")
-LEARNT = ("usage_decay", "restart_threshold", "kmeans_iterations", "normalize", "gradient")
+SHAPE_OPTIONS = ("channels", "blocks", "attention", "latent_channels")
+CODEBOOK_OPTIONS = ("usage_decay", "restart_threshold", "kmeans_iterations", "normalize", "gradient")
 QUANTIZER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "vq": LEARNT,
-    "ema": LEARNT,
-    "residual": (*LEARNT, "depth"),
+    "vq": CODEBOOK_OPTIONS,
+    "ema": CODEBOOK_OPTIONS,
+    "residual": (*CODEBOOK_OPTIONS, "depth"),
     "fsq": ("levels",),
     "lfq": ("entropy_temperature",),
     "bsq": ("entropy_temperature",),
     "ibq": ("entropy_temperature",),
 }
-"""What each quantizer used of the section, in format 1; simvq nothing."""
+"""Options that each quantizer used in format 1. simvq used none."""
 
-FIRST_QUANTIZER: dict[str, Any] = {
+FORMAT_1_QUANTIZER: dict[str, Any] = {
     "name": "ema",
     "usage_decay": 0.95,
     "restart_threshold": 0.3,
@@ -33,31 +33,31 @@ FIRST_QUANTIZER: dict[str, Any] = {
     "depth": 4,
     "entropy_temperature": 1.0,
 }
-"""The section with its defaults in format 1, in which it enters a tokenizer's id. It never changes."""
+"""The quantizer's section with the defaults of format 1. Tokenizer ids depend on it, so it never changes."""
 
-REFUSED = ("normalize", "gradient", "levels")
-"""Options that format 1 refused where they were not used; it ignored all the others."""
+REJECTED_OPTIONS = ("normalize", "gradient", "levels")
+"""Options that format 1 rejected when the quantizer did not use them. It ignored all other unused options."""
 
 
-def without_unused(quantizer: Mapping[str, Any], name: str) -> Values:
-    """A quantizer's section of format 1 without the options that its quantizer did not use."""
+def drop_unused_options(quantizer: Mapping[str, Any], name: str) -> Values:
+    """Remove the options that quantizer `name` did not use from a format 1 section."""
     used = QUANTIZER_OPTIONS.get(name, ())
     return {
         key: value
         for key, value in quantizer.items()
         if key == "name"
         or key in used
-        or key not in FIRST_QUANTIZER
-        or (key in REFUSED and _plain(value) != FIRST_QUANTIZER[key])
+        or key not in FORMAT_1_QUANTIZER
+        or (key in REJECTED_OPTIONS and _as_list(value) != FORMAT_1_QUANTIZER[key])
     }
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def one_variant_each(values: Values) -> Values:
-    """A training configuration of format 1, whose section `model` had the options of all tokenizers."""
+def drop_other_variants(values: Values) -> Values:
+    """Remove the options of other tokenizers from the section `model` of a format 1 training configuration."""
     model = values.get("model")
     if not isinstance(model, dict):
         return values
@@ -65,28 +65,27 @@ def one_variant_each(values: Values) -> Values:
     if name in ("kl", "identity"):
         model = {key: value for key, value in model.items() if key not in ("codebook_size", "quantizer")}
     elif isinstance(quantizer, dict) and "name" in quantizer:
-        model["quantizer"] = without_unused(quantizer, str(quantizer["name"]))
+        model["quantizer"] = drop_unused_options(quantizer, str(quantizer["name"]))
     if name == "identity":
-        model = {key: value for key, value in model.items() if key not in SHAPE}
+        model = {key: value for key, value in model.items() if key not in SHAPE_OPTIONS}
     if name in ("vqgan", "identity") and model.get("prior") == "none":
         del model["prior"]
     return values | {"model": model}
 
 
-def in_a_section(values: Values) -> Values:
-    """A config.json of format 1, which held the options of the network beside the others."""
+def nest_model_options(values: Values) -> Values:
+    """Move the model options of a format 1 config.json from the top level to the section `model`."""
     if "model" in values:
         return values
-    options = (*SHAPE, "codebook_size", "quantizer")
+    options = (*SHAPE_OPTIONS, "codebook_size", "quantizer")
     model = {name: values.pop(name) for name in options if name in values}
     if isinstance(quantizer := model.get("quantizer"), dict):
         values["id_quantizer"] = quantizer
-        model["quantizer"] = without_unused(quantizer, str(quantizer.get("name", "ema")))
+        model["quantizer"] = drop_unused_options(quantizer, str(quantizer.get("name", "ema")))
     return values | {"model": model} if model else values
 
 
-TRAINING = Migration("tokenizer configuration", (Step(change=one_variant_each),))
-CODE_CACHE = Migration(
-    "manifest of a code cache", (Step(),)
-)  # by the same names; fingerprints of format 1 are of ids alone
-MODEL = Migration("tokenizer's config.json", (Step(change=in_a_section),), MODEL_KEY)
+TRAINING = Migration("tokenizer configuration", (Step(change=drop_other_variants),))
+# The names of the code cache did not change. Its fingerprints of format 1 cover the source ids only.
+CODE_CACHE = Migration("manifest of a code cache", (Step(),))
+MODEL = Migration("tokenizer's config.json", (Step(change=nest_model_options),), MODEL_KEY)

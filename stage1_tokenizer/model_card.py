@@ -1,4 +1,4 @@
-"""The README.md that a tokenizer's folder carries to the Hub."""
+"""The model card of a tokenizer, the README.md of its folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,33 +8,34 @@ from training_harness.metric_log import read_metrics
 from training_harness.pretrained import count_parameters
 
 
-def tokenizer_card(tokenizer: Tokenizer, metrics: Path) -> str:
+def tokenizer_card(tokenizer: Tokenizer, metrics_path: Path) -> str:
+    """Return the model card as Markdown, with the last validation metrics of `metrics.jsonl`."""
     spec = tokenizer.latent_spec()
-    rows = [row for row in read_metrics(metrics) if "validation_psnr" in row]
-    last = rows[-1] if rows else {}
+    rows = [row for row in read_metrics(metrics_path) if "validation_psnr" in row]
+    metrics = rows[-1] if rows else {}
     size = f"{spec.image_height}×{spec.image_width}, {spec.image_channels} channel{'s' * (spec.image_channels > 1)}"
-    kind, grid = type(tokenizer).__name__, f"{spec.height}×{spec.width}"
+    class_name, grid = type(tokenizer).__name__, f"{spec.height}×{spec.width}"
     pixels = f"(B, {spec.image_channels}, {spec.image_height}, {spec.image_width}) in [-1, 1]"
     if spec.codebook_size is None:
-        what, call, shape = f"continuous latents of {grid}×{spec.channels}", "latents", f"(B, {spec.channels}, "
+        codes, call, shape = f"continuous latents of {grid}×{spec.channels}", "latents", f"(B, {spec.channels}, "
     else:
-        what = f"{grid} codes of {spec.codebook_size}"
-        what = what if spec.levels == 1 else f"{what} at each of {spec.levels} levels"
+        codes = f"{grid} codes from a codebook of {spec.codebook_size}"
+        codes = codes if spec.levels == 1 else f"{codes} at each of {spec.levels} levels"
         call, shape = "indices", "(B, " if spec.levels == 1 else f"(B, {spec.levels}, "
-    used = "" if spec.codebook_size is None else usage(last, spec.codebook_size)
+    usage = "" if spec.codebook_size is None else usage_row(metrics, spec.codebook_size)
     return f"""---
 library_name: latentloom
-tags: [image-tokenizer, {kind.lower()}]
+tags: [image-tokenizer, {class_name.lower()}]
 ---
 
 # Image tokenizer
 
-A {kind} that turns images ({size}) into {what} and back.
+A {class_name} that encodes images ({size}) as {codes} and decodes them again.
 
 ```python
-from stage1_tokenizer import {kind}
+from stage1_tokenizer import {class_name}
 
-tokenizer = {kind}.from_pretrained("path/or/repo-id")
+tokenizer = {class_name}.from_pretrained("path/or/repo-id")
 {call} = tokenizer.encode_{call}(pixel_values)  # {shape}{spec.height}, {spec.width}) from {pixels}
 images = tokenizer.decode_{call}({call})
 ```
@@ -43,11 +44,12 @@ images = tokenizer.decode_{call}({call})
 |---|---|
 | parameters | {count_parameters(tokenizer):,} |
 | downsampling factor | {spec.downsampling_factor} |
-| validation PSNR | {last.get("validation_psnr", float("nan")):.2f} dB |
-{used}| tokenizer id | `{spec.tokenizer_id}` |
+| validation PSNR | {metrics.get("validation_psnr", float("nan")):.2f} dB |
+{usage}| tokenizer id | `{spec.tokenizer_id}` |
 """
 
 
-def usage(row: Mapping[str, float], codebook_size: int) -> str:
-    used, perplexity = row.get("codes_used", 0), row.get("perplexity", float("nan"))
-    return f"| codes used, perplexity | {used:.0f}, {perplexity:.0f} of {codebook_size} |\n"
+def usage_row(metrics: Mapping[str, float], codebook_size: int) -> str:
+    """Return the table row for the codebook usage."""
+    codes_used, perplexity = metrics.get("codes_used", 0), metrics.get("perplexity", float("nan"))
+    return f"| codes used, perplexity | {codes_used:.0f}, {perplexity:.0f} of {codebook_size} |\n"

@@ -1,4 +1,4 @@
-"""Tokenizers by name: a new one is one file and one line here."""
+"""The table of tokenizers by name. A new tokenizer is one file and one line here."""
 
 import json
 from pathlib import Path
@@ -17,28 +17,31 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """An untrained tokenizer of the configuration's kind."""
-    return _class_of(config.model_type)(config)
+    """Create an untrained tokenizer of the type that the configuration describes."""
+    return _tokenizer_class(config.model_type)(config)
 
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder, whatever its kind; raises UserError when the folder holds none."""
+    """Load the tokenizer of any type from a model folder.
+
+    Raises:   UserError when the folder holds no tokenizer.
+    """
     folder = folder.expanduser()
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"no tokenizer could be loaded from {folder} ({type(error).__name__}: {error}); expected config.json and an intact "
-            "model.safetensors; copy or save the folder again"
+            "model.safetensors. Copy or save the folder again"
         ) from None
-    return _class_of(model_type, f" in {folder}").from_pretrained(folder)
+    return _tokenizer_class(model_type, f" in {folder}").from_pretrained(folder)
 
 
-def _class_of(model_type: str, where: str = "") -> type[Tokenizer]:
-    by_type = {kind.config_class.model_type: kind for kind in TOKENIZERS.values()}
-    if model_type not in by_type:
+def _tokenizer_class(model_type: str, location: str = "") -> type[Tokenizer]:
+    classes = {tokenizer.config_class.model_type: tokenizer for tokenizer in TOKENIZERS.values()}
+    if model_type not in classes:
         raise UserError(
-            f"the kind of model{where} is {model_type!r}; expected that of a tokenizer: {', '.join(by_type)}; give the run of "
-            "latentloom train-tokenizer"
+            f"the model type{location} is {model_type!r}; expected a tokenizer, one of {', '.join(classes)}. Pass the run folder "
+            "of latentloom train-tokenizer"
         )
-    return by_type[model_type]
+    return classes[model_type]

@@ -1,9 +1,9 @@
-r"""What every tokenizer offers: the calls that stage two and the pipeline use, and nothing of how its networks look.
+r"""The interface of every tokenizer: the calls that stage two and the pipeline use, independent of the networks.
 
     pixels (B, C, H, W) in [-1, 1]  →  indices (B, h, w) or latents (B, c, h, w)  →  pixels
 
-Normalised latents are (z − μ) / σ with mean and standard deviation by channel over the training set, kept in the
-configuration: users of the latents need no scale of their own.
+Normalized latents are (z − μ) / σ, with the mean and standard deviation of each channel over the training set. Both are stored
+in the configuration, so users of the latents need no scale factor.
 """
 
 import hashlib
@@ -25,22 +25,23 @@ from training_harness.pretrained import StrictConfig, StrictModel, stored_config
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModel:
-    """The section `model` of a configuration. Each kind of tokenizer has a dataclass of its own, beside its class."""
+    """The section `model` of a configuration. Each type of tokenizer has its own dataclass."""
 
     name: str
-    """Kind of tokenizer: vqgan (codes), kl (continuous latents of a Gaussian) or identity (the pixels themselves)."""
+    """Type of tokenizer: vqgan (codes), kl (continuous latents of a Gaussian) or identity (the pixels themselves)."""
 
     @property
     def downsampling_factor(self) -> int:
         raise NotImplementedError
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
+        """Whether the tokenizer has weights to train."""
         return True
 
     @property
-    def samples_alone(self) -> bool:
-        """Whether the run leaves a pipeline that samples without a stage two."""
+    def samples_without_prior(self) -> bool:
+        """Whether the run also saves a pipeline that needs no stage two."""
         return False
 
 
@@ -51,19 +52,23 @@ class TokenizerConfig(StrictConfig):
     model: TokenizerModel
     image_channels: int = 3
     image_size: list[int] | tuple[int, ...] = (64, 64)
-    """Height and width that the network sees: multiples of f."""
+    """Height and width of the network's input, multiples of f."""
     content_size: list[int] | tuple[int, ...] | None = None
-    """Height and width of the pictures, when they are padded to `image_size`; none: the same."""
+    """Height and width of the images before padding to `image_size`. None means that they are not padded."""
     latent_mean: list[float] | None = None
+    """Mean of each channel of the raw latents over the training set."""
     latent_std: list[float] | None = None
+    """Standard deviation of each channel of the raw latents over the training set."""
     tokenizer_id: str | None = None
+    """Result of `Tokenizer.compute_id` when the model was saved."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if any(size % self.downsampling_factor for size in self.image_size):
             height, width = self.image_size
             raise ConfigError(
-                f"image_size is {height}×{width}; expected multiples of the downsampling factor {self.downsampling_factor}"
+                f"image_size is {height}×{width}; expected multiples of the downsampling factor {self.downsampling_factor}. "
+                "Pad or resize the images"
             )
 
     @property
@@ -71,74 +76,89 @@ class TokenizerConfig(StrictConfig):
         return self.model.downsampling_factor
 
     def id_fields(self) -> dict[str, Any]:
-        """What the id is made of beside the weights, by the names of the first format: stored ids depend on them.
+        """Return the configuration values that enter the tokenizer id, under the names of format 1.
 
-        A field that was added later enters where its value is not its default, so that the ids of others stay.
+        A field that was added later enters only when its value is not the default. So existing ids do not change.
         """
-        first = ("image_channels", "image_size", "content_size", "latent_mean", "latent_std")
-        library = StrictConfig.__dataclass_fields__
-        return {name: getattr(self, name) for name in first} | changed_values(
-            self, {*first, *library, "tokenizer_id", "model"}
+        format_1_fields = ("image_channels", "image_size", "content_size", "latent_mean", "latent_std")
+        library_fields = StrictConfig.__dataclass_fields__
+        return {name: getattr(self, name) for name in format_1_fields} | changed_values(
+            self, {*format_1_fields, *library_fields, "tokenizer_id", "model"}
         )
 
     @property
     def image_processor(self) -> ImageProcessor:
         height, width = self.image_size
-        rows, columns = self.content_size or self.image_size
-        return ImageProcessor(channels=self.image_channels, content_size=(rows, columns), image_size=(height, width))
+        content_height, content_width = self.content_size or self.image_size
+        return ImageProcessor(
+            channels=self.image_channels, content_size=(content_height, content_width), image_size=(height, width)
+        )
 
 
 class TokenizerOutput(NamedTuple):
     reconstruction: Tensor  # (B, C, H, W)
-    indices: Tensor | None  # (B, h, w) int64 in [0, K), (B, levels, h, w) of residual codes; none without a codebook
-    losses: dict[str, Tensor]  # float32 scalars, unweighted, by the names of `ReconstructionConfig`
+    indices: Tensor | None  # (B, h, w) int64 in [0, K); (B, levels, h, w) for residual codes; None without a codebook
+    losses: dict[str, Tensor]  # unweighted float32 scalars; the keys are fields of `ReconstructionConfig`
 
 
 class Tokenizer(StrictModel):
-    """Subclasses say how pixels become raw latents and back; those with a codebook give the three `indices` calls too."""
+    """Base class of all tokenizers.
+
+    Subclasses implement `_encode` and `_decode`. Tokenizers with a codebook also implement the three `indices` methods.
+    """
 
     config: TokenizerConfig
     config_class: type[TokenizerConfig]
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
-        """pixel_values: (B, C, H, W) in [-1, 1]; in training mode a codebook learns from the batch, and latents are drawn."""
+        """Encode and decode images, and compute the losses of the bottleneck.
+
+        In training mode the codebook may be updated from the batch, and Gaussian latents are sampled.
+
+        Args:     pixel_values (B, C, H, W) float in [-1, 1].
+        """
         raise NotImplementedError
 
     def encode_indices(self, pixel_values: Tensor) -> Tensor:
-        """Index of the nearest codebook entry at each latent position.
+        """Encode images as the indices of the nearest codebook entries.
 
         Args:     pixel_values (B, C, H, W) float in [-1, 1]; H and W multiples of f.
-        Returns:  (B, h, w) int64 in [0, K); (B, levels, h, w) of residual codes.
-        Raises:   UserError when f does not divide H or W, or when there is no codebook.
+        Returns:  (B, h, w) int64 in [0, K); (B, levels, h, w) for residual codes.
+        Raises:   UserError when H or W is not a multiple of f, or when the tokenizer has no codebook.
         """
-        self._refuse_indices()
+        self._raise_no_codebook()
 
     def decode_indices(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
-        """(B, h, w) int64 in [0, K) → (B, C, H, W), near [-1, 1].
+        """Decode indices to images.
 
         Args:
-            known: (B, h, w) bool; elsewhere, whatever the index, the mean latent stands. By default all are.
+            indices: (B, h, w) int64 in [0, K); (B, levels, h, w) for residual codes.
+            known: (B, h, w) bool. Where it is False, the mean latent replaces the code. By default it is True everywhere.
+        Returns:  (B, C, H, W) float, approximately in [-1, 1].
         """
-        self._refuse_indices()
+        self._raise_no_codebook()
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        """(B, h, w) → the codes' vectors (B, c, h, w), normalised as `encode_latents` does."""
-        self._refuse_indices()
+        """Look up the vectors of indices (B, h, w) and normalize them as `encode_latents` does, to (B, c, h, w)."""
+        self._raise_no_codebook()
 
     def encode_latents(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, C, H, W) → (B, c, h, w), zero mean and unit variance by channel over the training set.
+        """Encode images as normalized latents.
 
-        Latents that have a distribution are drawn from it with `generator`, and are its mean without one.
+        Args:
+            pixel_values: (B, C, H, W) float in [-1, 1].
+            generator: samples Gaussian latents. Without it their mean is returned. Other tokenizers ignore it.
+        Returns:  (B, c, h, w), with zero mean and unit variance per channel over the training set.
         """
-        return self._normalized(self._encode(pixel_values))
+        return self._normalize(self._encode(pixel_values))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, c, h, w) → raw latents → pixels (B, C, H, W); a codebook takes the nearest codes between."""
-        mean, std = self._statistics(latents)
+        """Decode normalized latents (B, c, h, w) to images (B, C, H, W); with a codebook, decode their nearest codes."""
+        mean, std = self._latent_statistics(latents)
         return self._decode(latents * std + mean)
 
     def latent_moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second moment of the raw latents of (B, C, H, W), elementwise: both (B, c, h, w)."""
+        """Return the elementwise mean of z and of z² of the raw latents of images (B, C, H, W), both (B, c, h, w)."""
         raw = self._encode(pixel_values)
         return raw, raw.square()
 
@@ -148,14 +168,16 @@ class Tokenizer(StrictModel):
 
     @property
     def codebook_size(self) -> int | None:
+        """K, or None without a codebook."""
         return None
 
     @property
     def levels(self) -> int:
+        """Number of codes at each position."""
         return 1
 
     def latent_spec(self, height: int | None = None, width: int | None = None) -> LatentSpec:
-        """The codes' shape for images of `height` × `width`; by default the size that the tokenizer was trained at."""
+        """Return the shape of the codes for images of `height` × `width` pixels, by default the training size."""
         config, factor = self.config, self.config.downsampling_factor
         height, width = height or config.image_size[0], width or config.image_size[1]
         return LatentSpec(
@@ -172,7 +194,7 @@ class Tokenizer(StrictModel):
         )
 
     def compute_id(self) -> str:
-        """A hash of the float32 weights and the model's own fields: 16 hexadecimal digits."""
+        """Compute a hash of the float32 weights and the model's fields, as 16 hexadecimal digits."""
         digest = hashlib.sha256(json.dumps(self.config.id_fields(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -180,37 +202,37 @@ class Tokenizer(StrictModel):
         return digest.hexdigest()[:16]
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
-        """Raw latents (B, c, h, w) of pixels whose size was checked."""
+        """Encode images (B, C, H, W) as raw latents (B, c, h, w)."""
         raise NotImplementedError
 
     def _decode(self, raw: Tensor) -> Tensor:
-        """Pixels of raw latents (B, c, h, w)."""
+        """Decode raw latents (B, c, h, w) to images (B, C, H, W)."""
         raise NotImplementedError
 
     def _check_size(self, pixel_values: Tensor) -> None:
         factor = self.config.downsampling_factor
         height, width = pixel_values.shape[-2:]
         if height % factor or width % factor:
-            down, up = (
-                [n // factor * factor for n in (height, width)],
-                [-(-n // factor) * factor for n in (height, width)],
-            )
+            smaller = [n // factor * factor for n in (height, width)]
+            larger = [-(-n // factor) * factor for n in (height, width)]
             raise UserError(
-                f"the image is {height}×{width}; expected multiples of {factor}, such as {down[0]}×{down[1]} or {up[0]}×{up[1]}"
+                f"the image is {height}×{width}; expected multiples of {factor}, such as {smaller[0]}×{smaller[1]} or "
+                f"{larger[0]}×{larger[1]}"
             )
 
-    def _refuse_indices(self) -> NoReturn:
+    def _raise_no_codebook(self) -> NoReturn:
         raise UserError(
-            f"a tokenizer of the kind {type(self).__name__} has no codebook, so its images have latents and no indices; expected "
-            "one with a codebook, such as --recipe vqgan-f4 trains"
+            f"{type(self).__name__} has no codebook, so it encodes images as latents and not as indices; expected a tokenizer "
+            "with a codebook. Train one with --recipe vqgan-f4"
         )
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each channel, (c, 1, 1) each, with the dtype and device of `like`."""
         if self.config.latent_mean is None or self.config.latent_std is None:
             raise UserError("the tokenizer has no latent statistics; train it with `latentloom train-tokenizer`")
         mean, std = (like.new_tensor(v).view(-1, 1, 1) for v in (self.config.latent_mean, self.config.latent_std))
         return mean, std
 
-    def _normalized(self, raw: Tensor) -> Tensor:
-        mean, std = self._statistics(raw)
+    def _normalize(self, raw: Tensor) -> Tensor:
+        mean, std = self._latent_statistics(raw)
         return (raw - mean) / std

@@ -1,4 +1,4 @@
-"""Stage one: trains a tokenizer on a source of images."""
+"""The training loop of stage one, which trains a tokenizer on images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,9 @@ from stage1_tokenizer.health import Health
 from stage1_tokenizer.losses.adversarial import (
     LeCAM,
     adaptive_weight,
-    allow_compiling,
     discriminator_loss,
     generator_loss,
+    prepare_for_compile,
     r1_penalty,
 )
 from stage1_tokenizer.losses.reconstruction import PerceptualLoss, reconstruction_terms, sum_weighted
@@ -35,7 +35,7 @@ from training_harness.processes import mean_over_processes, share_of
 from training_harness.run import Run
 
 PREVIEW_IMAGES, VALIDATION_IMAGES = 20, 1_000
-STATISTICS_IMAGES = 2_000  # each gives h · w positions: more than enough for two numbers a channel
+STATISTICS_IMAGES = 2_000  # for the latent statistics: each image has h · w positions
 
 
 def train_tokenizer(
@@ -46,46 +46,48 @@ def train_tokenizer(
     perceptual: PerceptualLoss | None = None,
     on_validation: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
+    """Train a tokenizer in `config.output`, or resume its training, and return the folder of the model.
 
     Args:
-        train, validation: pictures of the content size that `model_config` states.
-        perceptual: a distance between (B, C, H, W) batches in [-1, 1], added with `reconstruction.perceptual`.
-        on_validation: called with each step that is validated and −PSNR; what it raises ends the run.
+        train, validation: images with the `content_size` of `model_config`.
+        perceptual: distance of two batches (B, C, H, W) in [-1, 1], weighted by `reconstruction.perceptual`.
+        on_validation: called with the step and −PSNR in dB at each validation. An exception in it ends the run.
+
+    Raises:   UserError when the processes were launched with FSDP.
     """
     run = Run(config, train.split.fingerprint())
     if run.sharded:
         raise UserError(
-            "the processes were launched with FSDP, and a tokenizer trains under DDP: each process holds all of it; launch "
-            "without it, as scripts/accelerate/8_gpus.yaml does"
+            "the processes were launched with FSDP; a tokenizer expects DDP. Launch without FSDP, as in "
+            "scripts/accelerate/8_gpus.yaml"
         )
     run.on_validation = on_validation or run.on_validation
     accelerator, adversarial, weights = run.accelerator, config.adversarial, config.reconstruction
     processor = model_config.image_processor
     tokenizer = new_tokenizer(model_config)
-    if not config.model.learns:
+    if not config.model.is_trainable:
         return save_untrained(run, tokenizer, train, validation)
-    tokenizer.to(memory_format=torch.channels_last)  # before DDP lays out its buckets
+    tokenizer.to(memory_format=torch.channels_last)  # before DDP allocates its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
         tokenizer.recompute_blocks()
     if config.compile and adversarial.weight > 0:
-        allow_compiling(discriminator, adversarial)
+        prepare_for_compile(discriminator, adversarial)
     optimizer = build_optimizer(tokenizer, config.optimizer)
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), lr=adversarial.learning_rate, betas=(0.5, 0.9)
     )
-    model, critic, optimizer, discriminator_optimizer = accelerator.prepare(
+    model, wrapped_discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         tokenizer, discriminator, optimizer, discriminator_optimizer
     )
-    tokenizer, discriminator = run.unwrap(model), run.unwrap(critic)
+    tokenizer, discriminator = run.unwrap(model), run.unwrap(wrapped_discriminator)
     ema = EMA(tokenizer, config.ema)
     usage, lecam, health = CodeUsage(tokenizer.codebook_size, tokenizer.levels), LeCAM(), Health()
     run.track(
         model=model,
         ema=ema,
         optimizer=optimizer,
-        discriminator=critic,
+        discriminator=wrapped_discriminator,
         discriminator_optimizer=discriminator_optimizer,
         usage=usage,
         lecam=lecam,
@@ -97,127 +99,144 @@ def train_tokenizer(
 
     for step in run.steps(config.batch_size, "tokenizer"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
-        share = adversarial.share(step, config.max_steps)
+        ramp_factor = adversarial.ramp_factor(step, config.max_steps)
         for _ in range(config.accumulation_steps):
             pixel_values = processor.preprocess(next(batches).to(accelerator.device))
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-            with accelerator.accumulate(model, critic):
+            with accelerator.accumulate(model, wrapped_discriminator):
                 output = model(pixel_values)
                 terms = reconstruction_terms(output.reconstruction, pixel_values, weights, perceptual)
-                reconstruction = sum_weighted(terms, weights)
-                loss = reconstruction + sum_weighted(output.losses, weights) if output.losses else reconstruction
+                reconstruction_loss = sum_weighted(terms, weights)
+                loss = reconstruction_loss
+                if output.losses:
+                    loss = reconstruction_loss + sum_weighted(output.losses, weights)
                 terms |= output.losses
-                if share > 0:
-                    discriminator.requires_grad_(False)  # the generator's loss leaves no gradient there
+                if ramp_factor > 0:
+                    discriminator.requires_grad_(False)  # no gradients from the generator's loss
                     terms["generator"] = generator_loss(adversarial.loss, discriminator(output.reconstruction))
                     discriminator.requires_grad_(True)
                     terms["adaptive_weight"] = (
-                        adaptive_weight(reconstruction, terms["generator"], tokenizer.decoder.last_layer)
+                        adaptive_weight(reconstruction_loss, terms["generator"], tokenizer.decoder.last_layer)
                         if adversarial.adaptive
                         else torch.ones_like(loss)
                     )
-                    loss = loss + share * adversarial.weight * terms["adaptive_weight"] * terms["generator"]
+                    loss = loss + ramp_factor * adversarial.weight * terms["adaptive_weight"] * terms["generator"]
                 accelerator.backward(loss)
                 finite = run.optimizer_step(step, optimizer, model, terms, config.optimizer.max_grad_norm)
 
-                if not finite:  # the batches before of a step that is left out do not count either
+                if not finite:  # the whole step is skipped, so drop the gradients of its earlier batches too
                     discriminator_optimizer.zero_grad()
-                elif adversarial.discriminating(step, config.max_steps):
-                    pair = torch.cat([pixel_values, output.reconstruction.detach()])  # one forward: DDP hooks it once
-                    real_logits, fake_logits = critic(pair.requires_grad_(adversarial.r1 > 0)).chunk(2)
+                elif adversarial.trains_discriminator(step, config.max_steps):
+                    # Real and fake images in one forward pass: DDP supports one per backward pass.
+                    images = torch.cat([pixel_values, output.reconstruction.detach()])
+                    logits = wrapped_discriminator(images.requires_grad_(adversarial.r1 > 0))
+                    real_logits, fake_logits = logits.chunk(2)
                     terms |= {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
-                    judged = {"discriminator": discriminator_loss(adversarial.loss, real_logits, fake_logits)}
-                    loss = judged["discriminator"]
+                    discriminator_terms = {
+                        "discriminator": discriminator_loss(adversarial.loss, real_logits, fake_logits)
+                    }
+                    loss = discriminator_terms["discriminator"]
                     if adversarial.lecam > 0:
-                        judged["lecam"] = lecam.penalty(real_logits, fake_logits)
-                        loss = loss + adversarial.lecam * judged["lecam"]
+                        discriminator_terms["lecam"] = lecam.penalty(real_logits, fake_logits)
+                        loss = loss + adversarial.lecam * discriminator_terms["lecam"]
                     if adversarial.r1 > 0:
-                        judged["r1"] = r1_penalty(real_logits, pair)
-                        loss = loss + adversarial.r1 * judged["r1"]
-                    health.record_discriminator(judged["discriminator"])
-                    terms |= judged
+                        discriminator_terms["r1"] = r1_penalty(real_logits, images)
+                        loss = loss + adversarial.r1 * discriminator_terms["r1"]
+                    health.record_discriminator_loss(discriminator_terms["discriminator"])
+                    terms |= discriminator_terms
                     accelerator.backward(loss)
-                    run.optimizer_step(step, discriminator_optimizer, critic, judged, 0.0, name="discriminator")
+                    run.optimizer_step(
+                        step,
+                        discriminator_optimizer,
+                        wrapped_discriminator,
+                        discriminator_terms,
+                        0.0,
+                        name="discriminator",
+                    )
             if output.indices is not None:
-                usage.count(output.indices)
+                usage.update(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
-            found, choices, used = validation_psnr(ema.model, validation), usage.choices, usage.since_last()
-            run.log_row(step, {"validation_psnr": found} | used)
+            validated_psnr = validation_psnr(ema.model, validation)
+            assignments, usage_metrics = usage.assignments, usage.compute_and_reset()
+            run.log_row(step, {"validation_psnr": validated_psnr} | usage_metrics)
             quantizer = config.model.quantizer if isinstance(config.model, VQGANModel) else None
-            for about, text in health.warnings(found, used, choices, tokenizer.codebook_size, quantizer, share).items():
-                run.warn(step, about, text)
-            run.record_validation(step, -found)
+            warnings = health.new_warnings(
+                validated_psnr, usage_metrics, assignments, tokenizer.codebook_size, quantizer, ramp_factor
+            )
+            for topic, text in warnings.items():
+                run.warn(step, topic, text)
+            run.record_validation(step, -validated_psnr)
             if accelerator.is_main_process:
-                preview(ema.model, validation, run.image_path(step))
+                save_preview(ema.model, validation, run.image_path(step))
             run.log_image(step)
         if run.checkpoint_due(step):
             run.checkpoint(step)
-    return export(run, ema.model, train)
+    return export_model(run, ema.model, train)
 
 
 @torch.no_grad()
-def preview(tokenizer: Tokenizer, validation: ImageLoader, path: Path) -> None:
-    """Saves originals over reconstructions."""
+def save_preview(tokenizer: Tokenizer, validation: ImageLoader, path: Path) -> None:
+    """Save validation images and their reconstructions as one grid."""
     images = validation[range(min(PREVIEW_IMAGES, len(validation)))]
-    save_image(reconstruction_grid(images, rebuilt(tokenizer, images)), path)
+    save_image(reconstruction_grid(images, reconstruct_images(tokenizer, images)), path)
 
 
-def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """uint8 (B, C, h, w) after the round trip, on the CPU."""
+def reconstruct_images(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Encode and decode uint8 images (B, C, H, W) of the content size, and return uint8 images on the CPU."""
     processor = tokenizer.config.image_processor
     return processor.postprocess(tokenizer(processor.preprocess(images.to(tokenizer.device))).reconstruction).cpu()
 
 
 @torch.no_grad()
 def validation_psnr(tokenizer: Tokenizer, validation: ImageLoader) -> float:
-    """Mean over at most 1,000 images, of which each process takes its share."""
+    """Compute the mean PSNR in dB over at most 1,000 validation images, split over the processes."""
     positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
-    size = inference_batch_size(tokenizer.config.image_size)
-    for start in range(0, len(positions), size):
-        images = validation[positions[start : start + size]]
-        total += float(psnr(rebuilt(tokenizer, images), images).sum())
+    batch_size = inference_batch_size(tokenizer.config.image_size)
+    for start in range(0, len(positions), batch_size):
+        images = validation[positions[start : start + batch_size]]
+        total += float(psnr(reconstruct_images(tokenizer, images), images).sum())
     return mean_over_processes(total, len(positions))
 
 
 @torch.no_grad()
-def measure_latents(tokenizer: Tokenizer, pixels: ImageLoader) -> None:
-    """Stores mean and standard deviation by channel of the raw latents, over at most 2,000 images."""
+def measure_latent_statistics(tokenizer: Tokenizer, train: ImageLoader) -> None:
+    """Compute mean and standard deviation of each latent channel over at most 2,000 images, and store them in the config."""
     processor, device = tokenizer.config.image_processor, tokenizer.device
-    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    stride = -(-len(pixels) // STATISTICS_IMAGES)  # evenly: folders come class by class
-    rows = list(range(0, len(pixels), stride))
-    size = inference_batch_size(tokenizer.config.image_size)
-    for start in range(0, len(rows), size):
-        images = pixels[rows[start : start + size]]
-        latents, squared = tokenizer.latent_moments(processor.preprocess(images.to(device)))
+    count, total, total_squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    stride = -(-len(train) // STATISTICS_IMAGES)  # evenly spaced, because folders are sorted by class
+    positions = list(range(0, len(train), stride))
+    batch_size = inference_batch_size(tokenizer.config.image_size)
+    for start in range(0, len(positions), batch_size):
+        images = train[positions[start : start + batch_size]]
+        latents, squares = tokenizer.latent_moments(processor.preprocess(images.to(device)))
         count += latents.numel() // latents.shape[1]
-        total = total + latents.cpu().double().sum((0, 2, 3))  # in this order: MPS knows no float64
-        squares = squares + squared.cpu().double().sum((0, 2, 3))
+        total = total + latents.cpu().double().sum((0, 2, 3))  # on the CPU, because MPS has no float64
+        total_squares = total_squares + squares.cpu().double().sum((0, 2, 3))
     mean = total / count
     tokenizer.config.latent_mean = mean.tolist()
-    tokenizer.config.latent_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
+    tokenizer.config.latent_std = (total_squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
 
 def save_untrained(run: Run, tokenizer: Tokenizer, train: ImageLoader, validation: ImageLoader) -> Path:
-    """Finishes the run of a tokenizer that has nothing to learn: its latents are measured, and that is all."""
+    """Finish the run of a tokenizer without trainable weights: measure its latent statistics and save it."""
     run.track(model=tokenizer)
     step = run.step = run.config.max_steps
     run.log_row(step, {"validation_psnr": validation_psnr(tokenizer, validation)})
     run.checkpoint(step)
-    return export(run, tokenizer, train)
+    return export_model(run, tokenizer, train)
 
 
-def export(run: Run, tokenizer: Tokenizer, train: ImageLoader) -> Path:
-    """Writes `model/`: the averaged weights with the latents' statistics and the tokenizer's id."""
+def export_model(run: Run, tokenizer: Tokenizer, train: ImageLoader) -> Path:
+    """Save the EMA weights with the latent statistics and the tokenizer id to `model/`, and return that folder."""
     folder = run.folder / "model"
     if run.accelerator.is_main_process:
-        measure_latents(tokenizer, train)
+        measure_latent_statistics(tokenizer, train)
         tokenizer.config.tokenizer_id = None
         tokenizer.config.tokenizer_id = tokenizer.compute_id()
-        with files_into(folder, last="config.json") as beside:
-            tokenizer.save_pretrained(beside)
-            write_card(folder, beside, tokenizer_card(tokenizer, run.log_file.path))
+        with files_into(folder, last="config.json") as temporary_folder:
+            tokenizer.save_pretrained(temporary_folder)
+            write_card(folder, temporary_folder, tokenizer_card(tokenizer, run.log_file.path))
     run.accelerator.wait_for_everyone()
     return folder

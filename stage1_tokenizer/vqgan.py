@@ -2,8 +2,8 @@ r"""VQGAN: a convolutional autoencoder with a discrete bottleneck.
 
     z = E(x),   ẑ = e_k(z),   x̂ = G(ẑ)
 
-Esser, Rombach, Ommer 2021, arXiv 2012.09841. Trained without a discriminator and with plain vector quantisation it is a
-VQ-VAE (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937).
+Esser, Rombach, Ommer 2021, arXiv 2012.09841. Without a discriminator and with plain vector quantization the model is a VQ-VAE
+(van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937).
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderModel
-from stage1_tokenizer.migration import FIRST_QUANTIZER, SHAPE, without_unused
+from stage1_tokenizer.migration import FORMAT_1_QUANTIZER, SHAPE_OPTIONS, drop_unused_options
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, EMAVectorQuantizerConfig, QuantizerConfig
 from stage1_tokenizer.tokenizer import TokenizerOutput
 from training_harness.configuration import changed_values, section, to_mapping
@@ -27,6 +27,7 @@ from training_harness.pretrained import stored_config
 class VQGANModel(AutoencoderModel):
     name: Literal["vqgan"] = "vqgan"
     codebook_size: int = 512
+    """K, number of codes in the codebook."""
     quantizer: AnyQuantizerConfig = field(default_factory=EMAVectorQuantizerConfig)
 
     def __post_init__(self) -> None:
@@ -40,38 +41,38 @@ class VQGANModel(AutoencoderModel):
 class VQGANConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-vqgan"
     model_options: ClassVar[Any] = VQGANModel
-    first_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE, "codebook_size", "quantizer")
+    format_1_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE_OPTIONS, "codebook_size", "quantizer")
 
     model: VQGANModel = field(default_factory=VQGANModel)
     id_quantizer: dict[str, Any] | None = None
-    """The quantizer's section as a file of the first format had it, where the id was made of it; none: of all its fields."""
+    """The quantizer's section of a format 1 file, from which the id was computed. None computes it from all fields."""
 
     @classmethod
     def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().present_values(values)
-        stored = found.get("id_quantizer")
+        migrated = super().present_values(values)
+        stored = migrated.get("id_quantizer")
         if stored and json.dumps(stored, sort_keys=True) == json.dumps(
-            first_section(found["model"].quantizer), sort_keys=True
+            format_1_section(migrated["model"].quantizer), sort_keys=True
         ):
-            del found["id_quantizer"]
-        return found
+            del migrated["id_quantizer"]
+        return migrated
 
     def id_fields(self) -> dict[str, Any]:
         quantizer, stored = self.model.quantizer, self.id_quantizer
         if stored is not None:
-            used = without_unused(stored, stored.get("name", FIRST_QUANTIZER["name"]))
-            if section(AnyQuantizerConfig, used, "id_quantizer") != quantizer:
-                stored = None  # the model has been given another one since
-        added = changed_values(quantizer, FIRST_QUANTIZER)
-        fields = super().id_fields() | {f"model.quantizer.{name}": value for name, value in added.items()}
+            used_options = drop_unused_options(stored, stored.get("name", FORMAT_1_QUANTIZER["name"]))
+            if section(AnyQuantizerConfig, used_options, "id_quantizer") != quantizer:
+                stored = None  # the quantizer was changed after loading
+        newer = changed_values(quantizer, FORMAT_1_QUANTIZER)
+        fields = super().id_fields() | {f"model.quantizer.{name}": value for name, value in newer.items()}
         fields.pop("id_quantizer", None)
-        return fields | {"codebook_size": self.model.codebook_size, "quantizer": stored or first_section(quantizer)}
+        return fields | {"codebook_size": self.model.codebook_size, "quantizer": stored or format_1_section(quantizer)}
 
 
-def first_section(quantizer: QuantizerConfig) -> dict[str, Any]:
-    """A quantizer's section as format 1 had it, with the options of all quantizers."""
-    own = to_mapping(quantizer)
-    return {name: own.get(name, default) for name, default in FIRST_QUANTIZER.items()}
+def format_1_section(quantizer: QuantizerConfig) -> dict[str, Any]:
+    """Return a quantizer's section in format 1, which has the options of all quantizers."""
+    options = to_mapping(quantizer)
+    return {name: options.get(name, default) for name, default in FORMAT_1_QUANTIZER.items()}
 
 
 class VQGAN(Autoencoder):
@@ -81,10 +82,10 @@ class VQGAN(Autoencoder):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config)
-        self.encoder = config.encoder(config.model.latent_channels)
+        self.encoder = config.build_encoder(config.model.latent_channels)
         model = config.model
         self.quantizer = QUANTIZERS[model.quantizer.name](model.quantizer, model.codebook_size, model.latent_channels)
-        self.decoder = config.decoder()
+        self.decoder = config.build_decoder()
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
@@ -96,14 +97,14 @@ class VQGAN(Autoencoder):
 
     def decode_indices(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
         if known is None:
-            return super()._decode(self.quantizer.lookup(self._checked(indices)))
+            return super()._decode(self.quantizer.lookup(self._check_indices(indices)))
         indices = indices.where(known[:, None] if indices.ndim > known.ndim else known, 0)
-        vectors = self.quantizer.lookup(self._checked(indices))
-        mean, _ = self._statistics(vectors)
+        vectors = self.quantizer.lookup(self._check_indices(indices))
+        mean, _ = self._latent_statistics(vectors)
         return super()._decode(torch.where(known[:, None], vectors, mean))
 
     def indices_to_latents(self, indices: Tensor) -> Tensor:
-        return self._normalized(self.quantizer.latents_of(self._checked(indices)))
+        return self._normalize(self.quantizer.indices_to_latents(self._check_indices(indices)))
 
     @property
     def codebook_size(self) -> int:
@@ -113,11 +114,13 @@ class VQGAN(Autoencoder):
     def levels(self) -> int:
         return self.quantizer.depth
 
-    def _checked(self, indices: Tensor) -> Tensor:
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        """Return the indices, or raise UserError when one is not in [0, K)."""
         low, high = indices.min(), indices.max()
         if low < 0 or high >= self.codebook_size:
             raise UserError(
-                f"codes from {low} to {high} were given; expected 0 to {self.codebook_size - 1}; take codes of this tokenizer"
+                f"the indices range from {low} to {high}; expected 0 to {self.codebook_size - 1}. Use indices that this "
+                "tokenizer encoded"
             )
         return indices
 

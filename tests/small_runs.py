@@ -28,7 +28,7 @@ from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 from stage1_tokenizer.vqgan import VQGANModel
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining
@@ -59,8 +59,8 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
     config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
-    config = completed(config, seen)
-    shape = model_config(config, seen)
+    config = complete_config(config, seen)
+    shape = build_model_config(config, seen)
     train_tokenizer(
         config, shape, *(ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     )

@@ -15,7 +15,7 @@ from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.metric_log import read_metrics
 
@@ -28,8 +28,8 @@ def test_a_compiled_run_has_a_discriminator_with_an_adaptive_weight_and_r1(tmp_p
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2, r1=1.0)
     fields: dict[str, Any] = STEPS | {"max_steps": 5, "compile": True, "output": tmp_path / "run"}
-    config = completed(TokenizerTraining(data="pictures", model=model, adversarial=judged, **fields), seen)
-    shape = model_config(config, seen)
+    config = complete_config(TokenizerTraining(data="pictures", model=model, adversarial=judged, **fields), seen)
+    shape = build_model_config(config, seen)
     pixels = (ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
     train_tokenizer(config, shape, *pixels)
     last = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "generator" in row][-1]

@@ -111,7 +111,7 @@ def shared_values(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTr
     images, classes = len(inputs.source.train), len(inputs.source.label_names or ())
     spec = new_tokenizer(inputs.model).latent_spec()
     stages = list[tuple[str, float]]()
-    if inputs.config.model.learns:
+    if inputs.config.model.is_trainable:
         title = f"tokenizer {tokenizer_recipe}"
         stages.append(dry_run(title, inputs.config, images, lambda c: time_tokenizer_step(c, inputs.model)))
     stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: time_prior_step(c, spec, classes)))
@@ -124,7 +124,7 @@ def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
     tokenizer, classes = inputs.config, len(inputs.source.label_names or ())
     spec = new_tokenizer(inputs.model).latent_spec()
     minutes = dict[str, float]()
-    if tokenizer.model.learns:
+    if tokenizer.model.is_trainable:
         seconds = measured_seconds(tokenizer, lambda config: time_tokenizer_step(config, inputs.model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
     seconds = measured_seconds(prior, lambda config: time_prior_step(config, spec, classes))

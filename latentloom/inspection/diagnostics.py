@@ -6,7 +6,7 @@ from latentloom.inspection.codes import LevelUsage
 from latentloom.inspection.latents import LatentStatistics
 from latentloom.report.diagnostics import Diagnostic, codebook_recommendation, codebook_usage_diagnostic
 from latentloom.report.numbers import format_count, format_percent
-from stage1_tokenizer.health import ENOUGH
+from stage1_tokenizer.health import MIN_ASSIGNMENTS_PER_CODE
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vqgan import VQGANConfig
 
@@ -24,13 +24,13 @@ def codebook_diagnostic(tokenizer: Tokenizer, levels: list[LevelUsage]) -> Diagn
     recommendation = codebook_recommendation(quantizer, threshold, level.codebook_size)
     diagnostic = codebook_usage_diagnostic(*level.usage, level.codebook_size, recommendation)
     prefix = f"Level {worst + 1} of {len(levels)} is the least used. " if len(levels) > 1 else ""
-    if diagnostic.level == "bad" and level.num_tokens < ENOUGH * level.codebook_size:
+    if diagnostic.level == "bad" and level.num_tokens < MIN_ASSIGNMENTS_PER_CODE * level.codebook_size:
         positions = level.num_tokens // len(level.codes)
         return Diagnostic(
             "note",
             "Too few images to assess the codebook",
             f"{prefix}{format_count(level.usage.codes_used, 'code')} of {level.codebook_size:,} in {level.num_tokens:,} tokens. "
-            f"Pass --num-images {math.ceil(ENOUGH * level.codebook_size / positions)} or more.",
+            f"Pass --num-images {math.ceil(MIN_ASSIGNMENTS_PER_CODE * level.codebook_size / positions)} or more.",
         )
     return diagnostic._replace(text=prefix + diagnostic.text)
 

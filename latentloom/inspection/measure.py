@@ -16,8 +16,7 @@ from latentloom.inspection.latents import LatentStatistics, LatentSums
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL
 from stage1_tokenizer.data.image_loader import ImageLoader
-from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
-from stage1_tokenizer.metrics import psnr, ssim
+from stage1_tokenizer.metrics import SSIM_WINDOW, psnr, ssim
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.progress import progress_bar
 

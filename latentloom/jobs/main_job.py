@@ -65,7 +65,7 @@ def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
     model = tokenizer.model
     if model.name == "vqgan" or prior.prior == "diffusion":
         return
-    hint = ", or train-tokenizer alone: it samples without a prior" if model.samples_alone else ""
+    hint = ", or train-tokenizer alone: it samples without a prior" if model.samples_without_prior else ""
     raise UserError(
         f"the tokenizer {model.name} has no codes and the autoregressive prior is one of codes; expected another tokenizer or "
         f"prior; give --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"
@@ -118,7 +118,7 @@ def _run_main_job(
         run_tokenize(tokenizer.output, source, prior.codes, contents, degradation=degradation, images=inputs.images)
         phase["images"] = len(source.train) + len(source.validation)
     with timed(phases, "train_prior") as phase:
-        share = PRIOR_SHARE if tokenizer.model.learns else TOKENIZER_SHARE + PRIOR_SHARE
+        share = PRIOR_SHARE if tokenizer.model.is_trainable else TOKENIZER_SHARE + PRIOR_SHARE
         folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_per_step(prior)
     pipeline = LatentGenerationPipeline.from_pretrained(folder).to(accelerated_device())

@@ -84,13 +84,13 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     def time_step(changed: TokenizerTraining) -> TimedStep:
         return time_tokenizer_step(changed, model)
 
-    if minutes is not None and config.model.learns:
+    if minutes is not None and config.model.is_trainable:
         config = bounded(config, minutes, time_step)
     folder = config.output / "model"
-    samples_alone = config.model.samples_alone
+    samples_without_prior = config.model.samples_without_prior
     with output_lock(config.output):
         done = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
-        if done is not None and (not samples_alone or (config.output / "pipeline" / INDEX).exists()):
+        if done is not None and (not samples_without_prior or (config.output / "pipeline" / INDEX).exists()):
             print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
             return folder
         perceptual = perceptual_loss(config.perceptual)
@@ -100,7 +100,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
             train.report_skipped()
             train_tokenizer(config, model, train, validation, perceptual)
         if is_main_process():
-            if samples_alone:
+            if samples_without_prior:
                 save_generator(folder, config)
             mark_finished(config.output)
         wait_for_everyone()

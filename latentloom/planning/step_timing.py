@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.losses.adversarial import (
     adaptive_weight,
-    allow_compiling,
     discriminator_loss,
     generator_loss,
+    prepare_for_compile,
     r1_penalty,
 )
 from stage1_tokenizer.losses.perceptual import perceptual_loss
@@ -108,7 +108,7 @@ def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig
         model.recompute_blocks()
 
     if config.compile and adversarial.weight > 0:
-        allow_compiling(critic, adversarial)
+        prepare_for_compile(critic, adversarial)
 
     def loss(images: int) -> Tensor:
         pixels = torch.rand(images, model_config.image_channels, *model_config.image_size, device=device)
@@ -137,7 +137,7 @@ def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig
 
 
 def check_learns(config: TokenizerTraining) -> None:
-    if not config.model.learns:
+    if not config.model.is_trainable:
         raise UserError(
             f"the tokenizer {config.model.name} has nothing to learn, so it has no training steps to look at; expected one that "
             "learns; run the command without --dry-run and --overfit-batch"

@@ -6,7 +6,7 @@ from stage1_tokenizer.data.image_loader import LoadedSource
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.data.statistics import DatasetStatistics, dataset_statistics
 from stage1_tokenizer.tokenizer import TokenizerConfig
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ def tokenizer_inputs(
 ) -> TokenizerInputs:
     """Completes `config` from the images of `source`, whose statistics are computed where they are not given."""
     statistics = statistics or dataset_statistics(source.train)
-    config = completed(config, statistics)
-    model = model_config(config, statistics)
+    config = complete_config(config, statistics)
+    model = build_model_config(config, statistics)
     return TokenizerInputs(config, model, LoadedSource(source, model.image_processor))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipelines.evaluation.reference_classifier import ReferenceClassifier
 from stage1_tokenizer.data.image_processor import as_rgb
-from stage1_tokenizer.losses.perceptual import PACKAGES, efficientnet_lite0
+from stage1_tokenizer.losses.perceptual import EFFICIENTNET_PACKAGES, load_efficientnet_lite0
 from training_harness.errors import UserError
 
 FeatureName = Literal["classifier", "efficientnet-lite0", "inception", "pixels-8x8"]
@@ -91,12 +91,12 @@ POOLED_PIXELS = FeatureExtractor("pixels-8x8", pooled_pixels, weights="none", re
 
 
 def has_efficientnet() -> bool:
-    return all(map(find_spec, PACKAGES))
+    return all(map(find_spec, EFFICIENTNET_PACKAGES))
 
 
 def efficientnet_features(device: torch.device | str = "cpu") -> FeatureExtractor:
     """Activations before EfficientNet-Lite0's last layer, averaged over places: (N, 1280). Tan, Le 2019, arXiv 1905.11946."""
-    network = efficientnet_lite0("features efficientnet-lite0").to(device, memory_format=torch.channels_last)
+    network = load_efficientnet_lite0("features efficientnet-lite0").to(device, memory_format=torch.channels_last)
 
     # A CPU keeps the layers of few images in its cache, and their memory from one call to the next: three times as fast.
     at_once = 8 if torch.device(device).type == "cpu" else 250

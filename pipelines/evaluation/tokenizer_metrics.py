@@ -10,8 +10,7 @@ from torch import Tensor
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, Measured
 from pipelines.evaluation.frechet import bootstrap_interval, frechet_distance
 from stage1_tokenizer.data.image_loader import inference_batch_size
-from stage1_tokenizer.metrics import LPIPS_SIDE, codebook_usage, lpips_distance, psnr, ssim
-from stage1_tokenizer.metrics import WINDOW as SSIM_WINDOW
+from stage1_tokenizer.metrics import LPIPS_MIN_SIDE, SSIM_WINDOW, load_lpips_distance, psnr, ssim
 from stage1_tokenizer.tokenizer import Tokenizer
 
 
@@ -27,7 +26,7 @@ def tokenizer_metrics(
     counts = torch.zeros(spec.codebook_size or 0)
     by_image: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
     side = min(tokenizer.config.image_processor.content_size)
-    lpips = lpips_distance(tokenizer.device) if side >= LPIPS_SIDE else None
+    lpips = load_lpips_distance(tokenizer.device) if side >= LPIPS_MIN_SIDE else None
 
     def rebuilt() -> Iterator[Tensor]:
         for _, originals in images.batches(BATCH):

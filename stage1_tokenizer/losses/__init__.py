@@ -1,1 +1,1 @@
-"""What a tokenizer minimises."""
+"""Losses of the tokenizers."""

@@ -1,4 +1,4 @@
-r"""The discriminator's side: what it minimises, what the decoder minimises against it, and how the two are balanced.
+r"""Adversarial losses: the discriminator's loss, the generator's loss, and the weight that balances them.
 
     hinge            D: ½ E max(0, 1 − D(x)) + ½ E max(0, 1 + D(x̂))       G: −E D(x̂)
     non-saturating   D: −½ E log σ(D(x)) − ½ E log(1 − σ(D(x̂)))           G: −E log σ(D(x̂))
@@ -27,66 +27,71 @@ from training_harness.optimization import steps_of
 from training_harness.precision import widened
 
 LECAM_DECAY = 0.99
-LEAST = {"weight": 0, "learning_rate": 0, "channels": 1, "layers": 1, "lecam": 0, "r1": 0}
+MINIMUM_VALUES = {"weight": 0, "learning_rate": 0, "channels": 1, "layers": 1, "lecam": 0, "r1": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
     weight: float = 0.0
-    """w_a; 0 trains without a discriminator."""
+    """w_a, weight of the adversarial loss; 0 trains without a discriminator."""
     loss: Literal["hinge", "non_saturating", "vanilla"] = "hinge"
+    """GAN loss of the discriminator and the generator."""
     adaptive: bool = True
-    """Whether λ balances the gradients at the decoder's last layer; if not it is 1, and `weight` is fixed."""
+    """Balance the gradients of both losses at the decoder's last layer with λ. Otherwise λ is 1."""
     start: int | float = 0.25
-    """When the discriminator begins to learn: an int is a step, a float a share of the run in [0, 1]."""
+    """Start of the discriminator's training: an int is a step, a float is a share of the run in [0, 1]."""
     warmup: int | float = 0.05
-    """How long it learns before the generator hears of it: steps, or a share of the run."""
+    """Training of the discriminator before the generator's loss begins: an int in steps, a float as a share of the run."""
     ramp: int | float = 0.1
-    """How long the generator's term takes to reach its full weight: steps, or a share of the run."""
+    """Time until the generator's loss has its full weight: an int in steps, a float as a share of the run."""
     learning_rate: float = 2e-4
+    """Learning rate of the discriminator."""
     channels: int = 64
-    """Width of the discriminator's first layer."""
+    """Number of channels of the discriminator's first layer."""
     layers: int = 3
-    """Halvings of the resolution before its last two convolutions."""
+    """Number of times that the discriminator halves the resolution, before its last two convolutions."""
     lecam: float = 0.0
-    """Weight of LeCAM regularisation, for few images; Open-MAGVIT2 has 0.05."""
+    """w_l, weight of LeCAM regularization, which helps with few images; Open-MAGVIT2 uses 0.05."""
     r1: float = 0.0
-    """γ of the gradient penalty on real images, which costs a second backward pass; 0 leaves it out."""
+    """γ of the R1 gradient penalty on real images, which needs a second backward pass; 0 disables it."""
 
     def __post_init__(self) -> None:
         for name in ("start", "warmup", "ramp"):
             value = getattr(self, name)
             if value < 0 or (isinstance(value, float) and value > 1):
                 raise ConfigError(
-                    f"adversarial.{name} is {value}; expected a share of the run in [0, 1], or a step as an int. "
+                    f"adversarial.{name} is {value}; expected a share of the run in [0, 1], or a number of steps as an int. "
                     "For step 20000 of 80000 write 20000 or 0.25"
                 )
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"adversarial.{name} is {getattr(self, name)}; expected {least} or more")
+        for name, minimum in MINIMUM_VALUES.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"adversarial.{name} is {getattr(self, name)}; expected {minimum} or more")
 
-    def discriminating(self, step: int, max_steps: int) -> bool:
-        """Whether the discriminator learns at `step` of [1, max_steps]."""
+    def trains_discriminator(self, step: int, max_steps: int) -> bool:
+        """Whether the discriminator is trained at `step`, in [1, max_steps]."""
         return self.weight > 0 and step > steps_of(self.start, max_steps)
 
-    def share(self, step: int, max_steps: int) -> float:
-        """r(s): share of the generator's adversarial term at `step`."""
+    def ramp_factor(self, step: int, max_steps: int) -> float:
+        """Compute r(s), the factor in [0, 1] of the generator's loss at `step`."""
         if self.weight == 0:
             return 0.0
-        begin = steps_of(self.start, max_steps) + steps_of(self.warmup, max_steps)
-        return min(1.0, max(0.0, (step - begin) / max(1, steps_of(self.ramp, max_steps))))
+        first_step = steps_of(self.start, max_steps) + steps_of(self.warmup, max_steps)
+        return min(1.0, max(0.0, (step - first_step) / max(1, steps_of(self.ramp, max_steps))))
 
 
-def allow_compiling(discriminator: nn.Module, config: AdversarialConfig) -> None:
-    """Before networks are compiled: λ goes back through the decoder twice, and R1 is differentiated again, which no compiled
-    network can be."""
+def prepare_for_compile(discriminator: nn.Module, config: AdversarialConfig) -> None:
+    """Make adversarial training work with compiled networks; call it before they are compiled.
+
+    λ needs two backward passes through the decoder, so buffers must not be donated. R1 needs second derivatives, which
+    compiled networks do not support, so the discriminator stays uncompiled with R1.
+    """
     torch._functorch.config.donated_buffer = False
     if config.r1 > 0:
         discriminator.forward = torch.compiler.disable(discriminator.forward)
 
 
 def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
-    """G of the module's header: what the decoder minimises."""
+    """Compute the generator's loss G of the module's header."""
     logits = widened(fake_logits)
     if kind == "hinge":
         return -logits.mean()
@@ -94,7 +99,7 @@ def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(kind: str, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """D of the module's header, without its regularisation."""
+    """Compute the discriminator's loss D of the module's header, without regularization."""
     real, fake = widened(real_logits), widened(fake_logits)
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -102,22 +107,27 @@ def discriminator_loss(kind: str, real_logits: Tensor, fake_logits: Tensor) -> T
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """½ E ‖∇_x D(x)‖² of the logits of the first of `images`, which need gradients; each image's logits are summed."""
+    """Compute ½ E ‖∇_x D(x)‖² of the real images; the logits of each image are summed.
+
+    Args:
+        real_logits: logits of the first images of the batch.
+        images: the whole batch (B, C, H, W), with gradients enabled.
+    """
     (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
     return 0.5 * widened(gradient[: len(real_logits)]).square().flatten(1).sum(1).mean()
 
 
 class LeCAM:
-    """Moving averages of both kinds of logits, over all processes; part of a checkpoint."""
+    """LeCAM regularization, with moving averages of the real and the fake logits over all processes."""
 
     def __init__(self) -> None:
         self.real = self.fake = 0.0
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Draws real logits to where fake ones have been, and the other way round; counts these logits too."""
+        """Update the moving averages, and penalize the distance of logits to the average of the other class."""
         real, fake = widened(real_logits), widened(fake_logits)
         means = all_reduce_mean(torch.stack([real.detach().mean(), fake.detach().mean()])).tolist()
-        if all(map(math.isfinite, means)):  # or one bad batch would stay in the averages
+        if all(map(math.isfinite, means)):  # a bad batch would spoil the averages for good
             self.real += (1 - LECAM_DECAY) * (means[0] - self.real)
             self.fake += (1 - LECAM_DECAY) * (means[1] - self.fake)
         return (real - self.fake).square().mean() + (fake - self.real).square().mean()
@@ -130,8 +140,11 @@ class LeCAM:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """λ of Esser et al. 2021, eq. 7: detached, in [0, 10⁴], averaged over processes."""
-    (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (of_adversary,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    weight = widened(of_reconstruction).norm() / (widened(of_adversary).norm() + 1e-4)
+    """Compute λ of Esser et al. 2021, eq. 7, averaged over processes.
+
+    Returns:  a detached scalar in [0, 10⁴].
+    """
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    weight = widened(reconstruction_gradient).norm() / (widened(adversarial_gradient).norm() + 1e-4)
     return all_reduce_mean(weight.clamp(0, 1e4).detach())

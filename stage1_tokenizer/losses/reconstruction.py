@@ -1,10 +1,11 @@
-r"""What a tokenizer minimises without a discriminator, term by term.
+r"""The loss of a tokenizer without a discriminator, and the weights of its terms.
 
     L_rec = w₁ ‖x − x̂‖₁ + w₂ ‖x − x̂‖² + w_c √((x − x̂)² + ε²) + w_p perceptual
-    L = L_rec + ‖sg[z] − e‖² + β ‖z − sg[e]‖² + w_e entropy + w_kl KL        those of its bottleneck's terms that there are
+    L = L_rec + w_b ‖sg[z] − e‖² + β ‖z − sg[e]‖² + w_e entropy + w_kl KL
 
-All means are over elements, in float32. The third is Charbonnier's loss, absolute for errors well above ε and squared below
-(Charbonnier et al. 1994, doi 10.1109/ICIP.1994.413553).
+A bottleneck provides some of the terms of the second line. All means are over elements, in float32. The third term of L_rec is
+the Charbonnier loss: absolute for errors well above ε and squared below (Charbonnier et al. 1994,
+doi 10.1109/ICIP.1994.413553).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +18,9 @@ from torch import Tensor
 from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
-CHARBONNIER_EPSILON = 1e-3  # of a range of 2: a quarter of a grey level
+CHARBONNIER_EPSILON = 1e-3  # for pixels in [-1, 1]; an eighth of an 8-bit level
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
-"""(reconstruction, original), both (B, C, H, W) in [-1, 1], to a scalar."""
+"""Takes (reconstruction, original), both (B, C, H, W) in [-1, 1], and returns a scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +30,17 @@ class ReconstructionConfig:
     l2: float = 1.0
     """Weight of the mean squared error."""
     charbonnier: float = 0.0
-    """Weight of Charbonnier's loss, an absolute error that is smooth at 0; 0 leaves it out."""
+    """Weight of the Charbonnier loss, an absolute error that is smooth at 0; 0 disables it."""
     perceptual: float = 1.0
-    """Weight of the perceptual loss, where one is given."""
+    """Weight of the perceptual loss, if the run uses one."""
     commitment: float = 0.25
-    """β of van den Oord et al. 2017: how strongly the encoder is held to its codes."""
+    """β of van den Oord et al. 2017, weight of the commitment loss, which moves latents to their codes."""
     codebook: float = 1.0
-    """Weight of what draws codes to latents, in codebooks learnt by gradient."""
+    """Weight of the codebook loss, which moves codes to their latents; `vq`, `simvq` and `ibq` have one."""
     entropy: float = 0.1
-    """Weight of the entropy term of `lfq`, `bsq` and `ibq`."""
+    """Weight of the entropy loss of `lfq`, `bsq` and `ibq`."""
     kl: float = 1e-6
-    """Weight of the divergence of `kl`, in nats by value of the image."""
+    """Weight of the KL divergence of `kl` in nats per value of the image."""
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "charbonnier", "perceptual", "commitment", "codebook", "entropy", "kl"):
@@ -47,14 +48,19 @@ class ReconstructionConfig:
                 raise ConfigError(f"reconstruction.{name} is {getattr(self, name)}; expected a weight of 0 or more")
         if self.l1 + self.l2 + self.charbonnier == 0:
             raise ConfigError(
-                "reconstruction.l1, l2 and charbonnier are all 0; expected at least one positive weight, such as l1 1.0"
+                "reconstruction.l1, l2 and charbonnier are all 0; expected at least one positive weight. Pass "
+                "--reconstruction.l1 1.0"
             )
 
 
 def reconstruction_terms(
     reconstruction: Tensor, pixel_values: Tensor, weights: ReconstructionConfig, perceptual: PerceptualLoss | None
 ) -> dict[str, Tensor]:
-    """Unweighted float32 means by the names of `ReconstructionConfig`; l1 and l2 whatever their weights, for the log."""
+    """Compute the unweighted reconstruction terms, float32 scalars by the field names of `ReconstructionConfig`.
+
+    Args:     reconstruction, pixel_values (B, C, H, W) in [-1, 1].
+    Returns:  `l1` and `l2` always, because they are logged; `charbonnier` and `perceptual` when they are in use.
+    """
     reconstruction, pixel_values = widened(reconstruction), widened(pixel_values)
     terms = {"l1": F.l1_loss(reconstruction, pixel_values), "l2": F.mse_loss(reconstruction, pixel_values)}
     if weights.charbonnier > 0:
@@ -65,5 +71,5 @@ def reconstruction_terms(
 
 
 def sum_weighted(terms: Mapping[str, Tensor], weights: ReconstructionConfig) -> Tensor:
-    """Σ w_i L_i, each weight being the field of the term's name."""
+    """Sum the terms, each weighted by the field of `weights` with the term's name."""
     return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()

@@ -1,1 +1,1 @@
-"""What tokenizers are made of."""
+"""Networks of the tokenizers."""

@@ -1,4 +1,4 @@
-"""Latents to pixels: the encoder's pyramid the other way round."""
+"""The convolutional decoder: it mirrors the encoder and doubles the resolution between its levels."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from stage1_tokenizer.networks.encoder import level_blocks
 
 
 class Decoder(nn.Sequential):
-    """(B, c, h, w) → (B, C, h · f, w · f), unbounded; the processor clamps."""
+    """Decode latents (B, c, h, w) to pixels (B, C, h · f, w · f), which are not clamped to [-1, 1]."""
 
     def __init__(
         self, image_channels: int, channels: list[int], blocks: list[int], attention: list[int], latent_channels: int
@@ -25,5 +25,5 @@ class Decoder(nn.Sequential):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """Weight at which the adaptive adversarial weight takes its gradients."""
+        """Weight of the last convolution; the adaptive adversarial weight uses its gradients."""
         return self[-1].weight  # type: ignore[return-value]

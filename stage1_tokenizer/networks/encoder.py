@@ -1,7 +1,7 @@
-"""Pixels to latents: a pyramid of residual blocks, halved in resolution between its levels.
+"""The convolutional encoder: levels of residual blocks, with half the resolution from one level to the next.
 
-Level 0 works at full resolution, level i at 1 / 2ⁱ of it; the number of levels sets f = 2^(levels − 1). `channels` and
-`blocks` are given by level, since the cost of a block falls fourfold from one to the next.
+Level 0 has the full resolution and level i has 1 / 2ⁱ of it, so f = 2^(levels − 1). `channels` and `blocks` have one entry per
+level, because a block of the same width costs a quarter as much at the next level.
 """
 
 from torch import Tensor, nn
@@ -10,12 +10,13 @@ from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, Residua
 
 
 def level_blocks(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
+    """Create the residual blocks of a level, and its attention block if it has one."""
     layers: list[nn.Module] = [ResidualBlock(channels) for _ in range(blocks)]
     return [*layers, AttentionBlock(channels)] if attention else layers
 
 
 class Encoder(nn.Sequential):
-    """(B, C, H, W) → (B, c, H / f, W / f)."""
+    """Encode pixels (B, C, H, W) as latents (B, c, H / f, W / f)."""
 
     def __init__(
         self, image_channels: int, channels: list[int], blocks: list[int], attention: list[int], latent_channels: int

@@ -1,4 +1,4 @@
-"""Quantizers by name: a new one is one file, with its configuration, and one line in each table here."""
+"""The table of quantizers by name. A new quantizer is one file with its configuration and one line in each table here."""
 
 from stage1_tokenizer.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
 from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer, EMAVectorQuantizerConfig
@@ -29,7 +29,7 @@ AnyQuantizerConfig = (
     | BSQConfig
     | ResidualQuantizerConfig
 )
-"""The section `model.quantizer`; the first is what a section without a name means."""
+"""The section `model.quantizer`. A section without a name means the first."""
 
 __all__ = [
     "QUANTIZERS",

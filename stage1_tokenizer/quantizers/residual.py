@@ -1,9 +1,9 @@
-r"""Residual quantisation: several codes a position, each of what the ones before leave over.
+r"""Residual quantization: several codes per position, each for the residual of the codes before it.
 
     r_0 = z,    ẑ_i = e^{(i)}_{k_i},    r_{i+1} = r_i − sg[ẑ_i],    ẑ = Σ_i ẑ_i
 
-Lee et al. 2022, arXiv 2203.01941; Zeghidour et al. 2021, arXiv 2107.03312, with a codebook of moving averages for each level.
-The loss terms are means over levels. The gradient of ẑ passes to z as in plain vector quantisation.
+Lee et al. 2022, arXiv 2203.01941; Zeghidour et al. 2021, arXiv 2107.03312. Each level has its own codebook of moving averages.
+The loss terms are means over levels. The gradient of ẑ passes to z as in plain vector quantization.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from training_harness.precision import widened
 class ResidualQuantizerConfig(CodebookConfig):
     name: Literal["residual"] = "residual"
     depth: int = 4
-    """Codes at each position, each of what the ones before leave over."""
+    """Number of codes at each position, each for the residual of the codes before it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,8 +32,8 @@ class ResidualQuantizerConfig(CodebookConfig):
             raise ConfigError(f"model.quantizer.depth is {self.depth}; expected 1 or more")
 
     @property
-    def level(self) -> EMAVectorQuantizerConfig:
-        """Of the codebook of each level."""
+    def level_config(self) -> EMAVectorQuantizerConfig:
+        """Configuration of the codebook of each level."""
         shared = {field.name: getattr(self, field.name) for field in fields(CodebookConfig)}
         return EMAVectorQuantizerConfig(**shared | {"name": "ema", "gradient": "straight-through"})
 
@@ -43,21 +43,23 @@ class ResidualQuantizer(Quantizer):
 
     def __init__(self, config: ResidualQuantizerConfig, codebook_size: int, channels: int) -> None:
         super().__init__(config, codebook_size, channels)
-        self.depth, inner = config.depth, config.level
-        self.levels = nn.ModuleList(EMAVectorQuantizer(inner, codebook_size, channels) for _ in range(config.depth))
+        self.depth, level_config = config.depth, config.level_config
+        self.levels = nn.ModuleList(
+            EMAVectorQuantizer(level_config, codebook_size, channels) for _ in range(config.depth)
+        )
 
     @property
     def _levels(self) -> Iterator[EMAVectorQuantizer]:
         return cast("Iterator[EMAVectorQuantizer]", iter(self.levels))
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        rest, total, indices, commitments = widened(latents), torch.zeros_like(widened(latents)), [], []
+        residual, total, indices, commitments = widened(latents), torch.zeros_like(widened(latents)), [], []
         for level in self._levels:
-            found = level(rest)
-            chosen = found.quantized.detach()
-            total, rest = total + chosen, rest - chosen
-            indices.append(found.indices)
-            commitments.append(found.losses["commitment"])
+            output = level(residual)
+            codes = output.quantized.detach()
+            total, residual = total + codes, residual - codes
+            indices.append(output.indices)
+            commitments.append(output.losses["commitment"])
         if self.config.gradient == "rotation":
             quantized = as_maps(rotate_gradient(as_vectors(widened(latents)), as_vectors(total)), latents)
         else:
@@ -65,12 +67,16 @@ class ResidualQuantizer(Quantizer):
         return QuantizerOutput(quantized, torch.stack(indices, 1), {"commitment": torch.stack(commitments).mean()})
 
     def quantize(self, latents: Tensor) -> Tensor:
-        """(B, depth, h, w)."""
-        rest, indices = widened(latents), []
+        """Return the indices (B, depth, h, w) of latents (B, c, h, w)."""
+        residual, indices = widened(latents), []
         for level in self._levels:
-            indices.append(level.quantize(rest))
-            rest = rest - level.lookup(indices[-1])
+            indices.append(level.quantize(residual))
+            residual = residual - level.lookup(indices[-1])
         return torch.stack(indices, 1)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return torch.stack([level.lookup(of) for level, of in zip(self._levels, indices.unbind(1), strict=True)]).sum(0)
+        """Return the sum (B, c, h, w) of the codes of all levels for indices (B, depth, h, w)."""
+        codes = [
+            level.lookup(level_indices) for level, level_indices in zip(self._levels, indices.unbind(1), strict=True)
+        ]
+        return torch.stack(codes).sum(0)

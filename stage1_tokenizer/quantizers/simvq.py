@@ -1,8 +1,8 @@
-r"""SimVQ: a frozen random codebook behind one learnt linear layer, so that each step moves every code.
+r"""SimVQ: a frozen random codebook and one learned linear layer, so that each step moves every code.
 
-    e_k = c_k W,    c_k ~ N(0, 1/D) fixed,    ẑ and L as in plain vector quantisation
+    e_k = c_k W,    c_k ~ N(0, 1/D) fixed,    ẑ and L as in plain vector quantization
 
-Zhu et al. 2024, arXiv 2411.02038, section 4. With the codes tied by W none is left behind, and none needs a restart.
+Zhu et al. 2024, arXiv 2411.02038, section 4. All codes share W, so no code stops learning and no code needs a restart.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class SimVQ(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """(K, D), with gradients to the layer; float32 under autocast."""
+        """Codebook (K, D) with gradients to the linear layer, in float32 also under autocast."""
         with torch.autocast(self.frozen.device.type, enabled=False):
             return self.frozen @ self.basis
 
@@ -41,12 +41,12 @@ class SimVQ(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             vectors, codebook = widened(as_vectors(latents)), self.codebook
             indices = nearest_code(vectors.detach(), codebook.detach())
-            chosen = F.embedding(indices, codebook)
+            codes = F.embedding(indices, codebook)
             losses = {
-                "codebook": F.mse_loss(chosen, vectors.detach()),
-                "commitment": F.mse_loss(vectors, chosen.detach()),
+                "codebook": F.mse_loss(codes, vectors.detach()),
+                "commitment": F.mse_loss(vectors, codes.detach()),
             }
-            quantized = vectors + (chosen - vectors).detach()
+            quantized = vectors + (codes - vectors).detach()
         return QuantizerOutput(as_maps(quantized, latents), indices.view(batch, height, width), losses)
 
     def quantize(self, latents: Tensor) -> Tensor:

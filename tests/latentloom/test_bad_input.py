@@ -139,9 +139,9 @@ CASES = {
     ),
     "an empty codebook": (f"{TOKENIZER} --model.codebook-size 0", "model.codebook_size is 0", "expected at least 1"),
     "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
-    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one a level"),
+    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one entry per level"),
     "channels that no picture has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
-    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "model.attention names 64", "1, 2, 4"),
+    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "attention contains 64", "1, 2, 4"),
     "levels that do not multiply to K": (
         f"{TOKENIZER} --recipe fsq --model.codebook-size 500",
         "model.codebook_size is 500",
@@ -198,7 +198,7 @@ CASES = {
     "a size that f does not divide": (
         f"{TOKENIZER} --resolution 30x29 --padding refuse",
         "30x29",
-        "such as 32x32; give one, or --padding pad",
+        "Pass --resolution 32x32 or --padding pad",
     ),
     "a size that is none": (f"{TRAIN} --resolution 3x4x5", "--resolution is 3x4x5", "such as 64"),
     "no size at all": (f"{TRAIN} --resolution 0", "--resolution is 0", "such as 64"),
@@ -336,7 +336,7 @@ CASES = {
     "samples of which one is broken": ("evaluate --samples torn --reference images", "torn cannot be read", "mend or"),
     "a prior's run for a tokenizer": (
         "tokenize --tokenizer job/prior --data images --output new",
-        "the kind of model in job/prior/model is 'latentloom-autoregressive'",
+        "the model type in job/prior/model is 'latentloom-autoregressive'",
         "latentloom train-tokenizer",
     ),
     "a prior's folder for a tokenizer": (

@@ -1,4 +1,4 @@
-"""Pictures of more channels than Pillow holds come as NumPy files, and go the same way as all others."""
+"""Images with more channels than Pillow supports are NumPy files, and are processed like all other images."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ CHANNELS = 6
 
 
 @pytest.fixture(scope="module")
-def arrays(tmp_path_factory) -> Path:
-    """Discs that each channel shows in another brightness."""
+def array_folder(tmp_path_factory) -> Path:
+    """A folder of images of discs, with another brightness in each channel."""
     folder, rng = tmp_path_factory.mktemp("arrays") / "scenes", np.random.default_rng(0)
     rows, columns = np.mgrid[0:16, 0:24]
     for i in range(24):
@@ -30,31 +30,31 @@ def arrays(tmp_path_factory) -> Path:
     return folder
 
 
-def test_an_array_of_the_size_is_read_byte_for_byte(arrays):
-    source = open_source(str(arrays))
-    seen = dataset_statistics(source.train)
-    assert (seen.channels, seen.most_common_size, seen.unreadable_images) == (CHANNELS, (16, 24), 0)
+def test_an_array_of_the_content_size_is_read_unchanged(array_folder):
+    source = open_source(str(array_folder))
+    statistics = dataset_statistics(source.train)
+    assert (statistics.channels, statistics.most_common_size, statistics.unreadable) == (CHANNELS, (16, 24), 0)
     pixels = ImageLoader(source.train, ImageProcessor(channels=CHANNELS, content_size=(16, 24), image_size=(16, 24)))
     for i in range(3):
-        expected = np.load(arrays / source.train.source_id(i))
+        expected = np.load(array_folder / source.train.source_id(i))
         assert np.array_equal(pixels[[i]][0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_channel_is_resized_as_if_it_were_alone(arrays):
-    array = np.load(next(arrays.rglob("*.npy")))
-    whole, alone = (
+def test_each_channel_is_resized_independently(array_folder):
+    array = np.load(next(array_folder.rglob("*.npy")))
+    processor, wider_processor = (
         ImageProcessor(channels=n, content_size=(8, 8), image_size=(8, 8)) for n in (CHANNELS, CHANNELS + 1)
     )
-    small = whole.read(array)
-    assert small.shape == (CHANNELS, 8, 8)
-    doubled = alone.read(np.concatenate([array, array[..., :1]], 2))
-    assert torch.equal(doubled[:CHANNELS], small)
-    assert torch.equal(doubled[-1], small[0])
-    flat = whole.read(np.full((20, 33, CHANNELS), 77, np.uint8))
-    assert flat.unique().tolist() == [77]
+    resized = processor.read(array)
+    assert resized.shape == (CHANNELS, 8, 8)
+    wider = wider_processor.read(np.concatenate([array, array[..., :1]], 2))
+    assert torch.equal(wider[:CHANNELS], resized)
+    assert torch.equal(wider[-1], resized[0])
+    constant = processor.read(np.full((20, 33, CHANNELS), 77, np.uint8))
+    assert constant.unique().tolist() == [77]
 
 
-def test_arrays_of_up_to_four_channels_are_pictures(tmp_path):
+def test_arrays_of_up_to_four_channels_become_pillow_images(tmp_path):
     for shape in ((16, 16), (16, 16, 1), (16, 16, 3), (16, 16, 4)):
         np.save(tmp_path / f"{'x'.join(map(str, shape))}.npy", np.full(shape, 9, np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -71,9 +71,9 @@ def test_arrays_of_up_to_four_channels_are_pictures(tmp_path):
         np.zeros((0, 4, 6), np.uint8),
         np.array([{}], object),
     ],
-    ids=["complex", "not a number", "one axis", "two pictures", "empty", "pickled"],
+    ids=["complex", "not a number", "one axis", "two images", "empty", "pickled"],
 )
-def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array):
+def test_an_array_that_is_no_image_is_skipped(tmp_path, array):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 6), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -83,7 +83,7 @@ def test_an_array_that_is_no_picture_is_left_out_with_the_reason(tmp_path, array
     assert len(pixels) == 1
 
 
-def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
+def test_an_array_with_other_channels_is_skipped_with_the_reason(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 6), np.uint8))
     np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
     split = open_source(str(tmp_path), hold_out=False).train
@@ -91,14 +91,16 @@ def test_a_picture_among_arrays_is_left_out_with_the_reason(tmp_path):
     assert (len(pixels), pixels.read_errors[1].reason) == (1, "it has 3 channels; expected 6")
 
 
-def test_a_tokenizer_of_six_channels_trains_and_reconstructs_from_the_command_line(arrays, tmp_path):
-    words = f"--data {arrays} --output {tmp_path / 'run'} --recipe vqgan-f4 --max-steps 2 --batch-size 4"
-    assert latentloom("train-tokenizer", *words.split()) == 0
+def test_a_six_channel_tokenizer_trains_and_reconstructs_from_the_command_line(array_folder, tmp_path):
+    arguments = f"--data {array_folder} --output {tmp_path / 'run'} --recipe vqgan-f4 --max-steps 2 --batch-size 4"
+    assert latentloom("train-tokenizer", *arguments.split()) == 0
     tokenizer = saved_tokenizer(tmp_path / "run" / "model")
     assert tokenizer.latent_spec().image_channels == CHANNELS
-    words = f"--tokenizer {tmp_path / 'run'} --data {arrays} --num-images 2 --output {tmp_path / 'out'}"
-    assert latentloom("reconstruct", *words.split()) == 0
-    rebuilt = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"))]
-    assert all(array.shape == (16, 24, CHANNELS) and array.dtype == np.uint8 for array in rebuilt)
-    first = to_pil(torch.from_numpy(rebuilt[0]).permute(2, 0, 1)[None])[0]
-    assert np.array_equal(np.asarray(first), rebuilt[0][..., :3])  # what the sheet shows
+    arguments = f"--tokenizer {tmp_path / 'run'} --data {array_folder} --num-images 2 --output {tmp_path / 'out'}"
+    assert latentloom("reconstruct", *arguments.split()) == 0
+    reconstructions = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"))]
+    assert all(array.shape == (16, 24, CHANNELS) and array.dtype == np.uint8 for array in reconstructions)
+    first = to_pil(torch.from_numpy(reconstructions[0]).permute(2, 0, 1)[None])[0]
+    assert np.array_equal(
+        np.asarray(first), reconstructions[0][..., :3]
+    )  # the image grid shows the first three channels

@@ -1,4 +1,4 @@
-"""A tokenizer's stored configuration: each option in one place, earlier formats, and the id that stays what it is."""
+"""A tokenizer's stored configuration: sections, migration of format 1, and an id that does not change."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from tiny_models import tiny_tokenizer
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
 from stage1_tokenizer.identity import IdentityConfig, IdentityModel
-from stage1_tokenizer.migration import FIRST_QUANTIZER, TRAINING
+from stage1_tokenizer.migration import FORMAT_1_QUANTIZER, TRAINING
 from stage1_tokenizer.quantizers import (
     BSQConfig,
     EMAVectorQuantizerConfig,
@@ -28,7 +28,7 @@ from training_harness.pretrained import stored_config
 SHAPE: dict[str, Any] = {"channels": (4, 8), "blocks": (0, 0), "latent_channels": 4}
 
 
-def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
+def test_the_field_names_of_format_1_still_make_a_configuration() -> None:
     flat = VQGANConfig(**SHAPE, image_size=(8, 8), codebook_size=16, quantizer={"name": "bsq", "depth": 4})
     assert flat.model == VQGANModel(**SHAPE, codebook_size=16, quantizer=BSQConfig())
     assert flat.model == VQGANConfig(model=flat.model).model
@@ -38,7 +38,7 @@ def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
         VQGANConfig(channel=(4, 8))
 
 
-def test_a_saved_configuration_has_the_section_of_the_training_configuration_and_its_format(tmp_path: Path) -> None:
+def test_a_saved_configuration_has_the_model_section_of_the_training_configuration(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -48,38 +48,44 @@ def test_a_saved_configuration_has_the_section_of_the_training_configuration_and
     assert training.model == tokenizer.config.model == saved_tokenizer(tmp_path).config.model
 
 
-STORED: dict[str, tuple[dict[str, Any], Any]] = {
+FORMAT_1_SECTIONS: dict[str, tuple[dict[str, Any], Any]] = {
     "vqgan": (
-        {"name": "vqgan", **SHAPE, "codebook_size": 16, "quantizer": FIRST_QUANTIZER | {"depth": 9}, "prior": "none"},
+        {
+            "name": "vqgan",
+            **SHAPE,
+            "codebook_size": 16,
+            "quantizer": FORMAT_1_QUANTIZER | {"depth": 9},
+            "prior": "none",
+        },
         VQGANModel(**SHAPE, codebook_size=16),
     ),
     "residual": (
-        {"quantizer": FIRST_QUANTIZER | {"name": "residual", "depth": 9}},
+        {"quantizer": FORMAT_1_QUANTIZER | {"name": "residual", "depth": 9}},
         VQGANModel(quantizer=ResidualQuantizerConfig(depth=9)),
     ),
-    "simvq": ({"quantizer": FIRST_QUANTIZER | {"name": "simvq"}}, VQGANModel(quantizer=SimVQConfig())),
+    "simvq": ({"quantizer": FORMAT_1_QUANTIZER | {"name": "simvq"}}, VQGANModel(quantizer=SimVQConfig())),
     "fsq": (
-        {"latent_channels": 3, "quantizer": FIRST_QUANTIZER | {"name": "fsq", "levels": [8, 8, 8]}},
+        {"latent_channels": 3, "quantizer": FORMAT_1_QUANTIZER | {"name": "fsq", "levels": [8, 8, 8]}},
         VQGANModel(latent_channels=3, quantizer=FSQConfig(levels=(8, 8, 8))),
     ),
     "kl": (
-        {"name": "kl", **SHAPE, "codebook_size": 16, "quantizer": FIRST_QUANTIZER, "prior": "standard_normal"},
+        {"name": "kl", **SHAPE, "codebook_size": 16, "quantizer": FORMAT_1_QUANTIZER, "prior": "standard_normal"},
         AutoencoderKLModel(**SHAPE, prior="standard_normal"),
     ),
     "identity": (
-        {"name": "identity", **SHAPE, "codebook_size": 1, "quantizer": FIRST_QUANTIZER, "prior": "none"},
+        {"name": "identity", **SHAPE, "codebook_size": 1, "quantizer": FORMAT_1_QUANTIZER, "prior": "none"},
         IdentityModel(),
     ),
 }
 
 
-@pytest.mark.parametrize(("model", "expected"), STORED.values(), ids=STORED.keys())
-def test_a_section_of_the_first_format_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
+@pytest.mark.parametrize(("model", "expected"), FORMAT_1_SECTIONS.values(), ids=FORMAT_1_SECTIONS.keys())
+def test_a_format_1_section_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
     values = TRAINING.present({"output": "run", "data": "x", "model": model})
     assert from_mapping(TokenizerTraining, values).model == expected
 
 
-def test_what_the_first_format_refused_is_still_refused() -> None:
+def test_options_that_format_1_rejected_are_still_rejected() -> None:
     for quantizer in ({"name": "ema", "levels": [8, 8]}, {"name": "lfq", "normalize": True}):
         values = TRAINING.present({"output": "run", "data": "x", "model": {"quantizer": quantizer}})
         with pytest.raises(ConfigError, match="unknown field"):
@@ -89,9 +95,9 @@ def test_what_the_first_format_refused_is_still_refused() -> None:
 # The id
 
 
-def test_the_id_does_not_depend_on_how_the_configuration_was_given() -> None:
+def test_the_id_is_equal_for_nested_and_flat_options() -> None:
     nested = VQGANConfig(model=VQGANModel(**SHAPE, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)))
-    flat = VQGANConfig(**SHAPE, quantizer=FIRST_QUANTIZER | {"usage_decay": 0.5})
+    flat = VQGANConfig(**SHAPE, quantizer=FORMAT_1_QUANTIZER | {"usage_decay": 0.5})
     assert nested.id_quantizer is flat.id_quantizer is None
     assert nested.id_fields() == flat.id_fields()
     assert nested.id_fields().keys() == {
@@ -100,12 +106,12 @@ def test_the_id_does_not_depend_on_how_the_configuration_was_given() -> None:
     }
 
 
-def test_an_id_of_a_part_of_the_section_stays_when_it_is_saved_again_and_not_when_the_quantizer_changes(
+def test_the_id_of_a_partial_section_survives_saving_and_changes_with_the_quantizer(
     tmp_path: Path,
 ) -> None:
     tokenizer = tiny_tokenizer(quantizer={"name": "vq", "usage_decay": 0.5})
-    of_whole = tiny_tokenizer(quantizer=FIRST_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
-    assert tokenizer.compute_id() != of_whole.compute_id()
+    whole_section = tiny_tokenizer(quantizer=FORMAT_1_QUANTIZER | {"name": "vq", "usage_decay": 0.5})
+    assert tokenizer.compute_id() != whole_section.compute_id()
     tokenizer.save_pretrained(tmp_path)
     assert saved_tokenizer(tmp_path).compute_id() == tokenizer.config.tokenizer_id == tokenizer.compute_id()
     quantizer = replace(tokenizer.config.model.quantizer, usage_decay=0.7)
@@ -133,11 +139,11 @@ class LaterConfig(VQGANConfig):
     crop: int = 0
 
 
-def test_a_field_that_is_added_later_enters_the_id_only_when_it_is_not_its_default() -> None:
+def test_a_new_field_changes_the_id_only_when_it_is_not_the_default() -> None:
     tokenizer = tiny_tokenizer()
-    found = tokenizer.compute_id()
+    current_id = tokenizer.compute_id()
 
-    def with_later(crop: int = 0, **options: Any) -> str:
+    def compute_later_id(crop: int = 0, **options: Any) -> str:
         model = tokenizer.config.model
         shape = {name: getattr(model, name) for name in (*SHAPE, "codebook_size")}
         images = {name: getattr(tokenizer.config, name) for name in ("image_channels", "image_size", "content_size")}
@@ -147,14 +153,18 @@ def test_a_field_that_is_added_later_enters_the_id_only_when_it_is_not_its_defau
         later.load_state_dict(tokenizer.state_dict())
         return later.compute_id()
 
-    others = [with_later(crop=1), with_later(width=2), with_later(quantizer=LaterQuantizer(shared=True))]
-    assert with_later() == found
-    assert len({found, *others}) == 4
+    others = [
+        compute_later_id(crop=1),
+        compute_later_id(width=2),
+        compute_later_id(quantizer=LaterQuantizer(shared=True)),
+    ]
+    assert compute_later_id() == current_id
+    assert len({current_id, *others}) == 4
 
 
-def test_where_samples_come_from_enters_the_id_of_a_tokenizer_that_samples_alone() -> None:
-    plain, alone = (
+def test_the_prior_enters_the_id_of_a_tokenizer_that_samples_without_stage_two() -> None:
+    without_prior, with_prior = (
         AutoencoderKL(AutoencoderKLConfig(model=AutoencoderKLModel(prior=p))) for p in ("none", "standard_normal")
     )
-    assert "model.prior" not in plain.config.id_fields()
-    assert alone.config.id_fields()["model.prior"] == "standard_normal"
+    assert "model.prior" not in without_prior.config.id_fields()
+    assert with_prior.config.id_fields()["model.prior"] == "standard_normal"

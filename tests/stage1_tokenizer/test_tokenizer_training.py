@@ -1,4 +1,4 @@
-"""Stage one learns, leaves the run folder of the design, and goes on after a kill as if nothing had happened."""
+"""Stage one trains a tokenizer, writes the documented run folder, and resumes a killed run with equal results."""
 
 import math
 import re
@@ -26,7 +26,7 @@ from stage1_tokenizer.losses.reconstruction import ReconstructionConfig
 from stage1_tokenizer.migration import TRAINING
 from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, VectorQuantizerConfig
 from stage1_tokenizer.train import train_tokenizer
-from stage1_tokenizer.training_config import TokenizerTraining, completed, model_config, parse_size
+from stage1_tokenizer.training_config import TokenizerTraining, build_model_config, complete_config, parse_size
 from stage1_tokenizer.vqgan import VQGAN, VQGANModel
 from training_harness.configuration import from_mapping, read_yaml
 from training_harness.ema import EMAConfig
@@ -42,39 +42,39 @@ ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+def image_folder(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("source") / "images")
 
 
-def training(output: Path, pictures: Path, **fields: Any) -> TokenizerTraining:
+def create_config(output: Path, image_folder: Path, **fields: Any) -> TokenizerTraining:
     steps = {"max_steps": 12, "batch_size": 4, "log_every": 1, "sample_every": 6, "checkpoint_every": 3}
-    defaults = {"output": output, "data": str(pictures), "model": MODEL, "keep_checkpoints": 9, **steps}
+    defaults = {"output": output, "data": str(image_folder), "model": MODEL, "keep_checkpoints": 9, **steps}
     return TokenizerTraining(**defaults | fields)
 
 
-def pixels_of(config: TokenizerTraining) -> tuple[ImageLoader, ImageLoader]:
+def load_images(config: TokenizerTraining) -> tuple[ImageLoader, ImageLoader]:
     source = open_source(config.data)
-    processor = model_config(config, dataset_statistics(source.train)).image_processor
+    processor = build_model_config(config, dataset_statistics(source.train)).image_processor
     return ImageLoader(source.train, processor), ImageLoader(source.validation, processor)
 
 
-def trained(config: TokenizerTraining, perceptual: Callable | None = None) -> Path:
-    seen = dataset_statistics(open_source(config.data).train)
-    config = completed(config, seen)
-    return train_tokenizer(config, model_config(config, seen), *pixels_of(config), perceptual)
+def run_training(config: TokenizerTraining, perceptual: Callable | None = None) -> Path:
+    statistics = dataset_statistics(open_source(config.data).train)
+    config = complete_config(config, statistics)
+    return train_tokenizer(config, build_model_config(config, statistics), *load_images(config), perceptual)
 
 
-def rows_of(output: Path) -> list[dict[str, float]]:
-    """Logged rows without what a clock or a restart writes."""
+def read_rows(output: Path) -> list[dict[str, float]]:
+    """Read the logged rows without the values that depend on time or on a restart."""
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "resumed_from" not in row]
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -82,15 +82,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(pictures, tmp_path_factory) -> Path:
-    """The output of a run of 12 steps with a discriminator."""
+def finished_run(image_folder, tmp_path_factory) -> Path:
+    """The output folder of a run of 12 steps with a discriminator."""
     output = tmp_path_factory.mktemp("run") / "run"
-    trained(training(output, pictures, adversarial=ADVERSARIAL))
+    run_training(create_config(output, image_folder, adversarial=ADVERSARIAL))
     return output
 
 
-def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
-    assert {path.name for path in finished.iterdir()} == {
+def test_a_run_writes_the_documented_files(finished_run, image_folder):
+    assert {path.name for path in finished_run.iterdir()} == {
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
@@ -99,59 +99,63 @@ def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
         "checkpoints",
         "model",
     }
-    assert sorted(path.name for path in (finished / "samples").iterdir()) == ["step_000006.png", "step_000012.png"]
-    steps = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert sorted(path.name for path in (finished_run / "samples").iterdir()) == ["step_000006.png", "step_000012.png"]
+    steps = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
     assert steps == [f"step_{step:06d}" for step in (3, 6, 9, 12)]
-    assert sorted(p.name for p in (finished / "model").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    with Image.open(finished / "samples" / "step_000012.png") as sheet:
-        assert len(sheet.getcolors(1 << 20)) > 10
+    assert sorted(p.name for p in (finished_run / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    with Image.open(finished_run / "samples" / "step_000012.png") as image:
+        assert len(image.getcolors(1 << 20)) > 10
 
 
-def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_path):
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
+def test_the_saved_configuration_repeats_the_run(finished_run, image_folder, tmp_path):
+    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished_run / "config.yaml")))
     assert (config.resolution, config.image_channels) == ("16x16", 3)
-    again = trained(replace(config, output=tmp_path / "again"))
-    assert same(weights(again), weights(finished / "model"))
-    assert rows_of(tmp_path / "again") == rows_of(finished)
-    other = trained(replace(config, output=tmp_path / "other", seed=1))
-    assert not same(weights(other), weights(finished / "model"))
+    repeated = run_training(replace(config, output=tmp_path / "repeated"))
+    assert equal_weights(load_weights(repeated), load_weights(finished_run / "model"))
+    assert read_rows(tmp_path / "repeated") == read_rows(finished_run)
+    other_seed = run_training(replace(config, output=tmp_path / "other_seed", seed=1))
+    assert not equal_weights(load_weights(other_seed), load_weights(finished_run / "model"))
 
 
-def test_the_log_has_every_term_from_the_step_it_begins(finished):
-    rows = [row for row in rows_of(finished) if "l1" in row]
+def test_the_log_has_every_term_from_its_first_step(finished_run):
+    rows = [row for row in read_rows(finished_run) if "l1" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all({"l1", "l2", "commitment", "learning_rate", "gradient_norm"} <= row.keys() for row in rows)
     for term in ("discriminator", "logits_real", "logits_fake", "discriminator_gradient_norm"):
         assert [row["step"] for row in rows if term in row] == list(range(3, 13)), term
     for term in ("generator", "adaptive_weight"):
         assert [row["step"] for row in rows if term in row] == list(range(5, 13)), term
-    figures = [row for row in rows_of(finished) if "validation_psnr" in row]
-    assert [row["step"] for row in figures] == [6, 12]
-    assert all(1 <= row["codes_used"] <= 16 and row["perplexity"] <= row["codes_used"] + 1e-3 for row in figures)
+    metrics = [row for row in read_rows(finished_run) if "validation_psnr" in row]
+    assert [row["step"] for row in metrics] == [6, 12]
+    assert all(1 <= row["codes_used"] <= 16 and row["perplexity"] <= row["codes_used"] + 1e-3 for row in metrics)
 
 
-def test_the_model_card_shows_the_figures_and_code_that_runs(finished):
-    card = (finished / "model" / "README.md").read_text(encoding="utf-8")
-    figures = [row for row in rows_of(finished) if "validation_psnr" in row][-1]
-    assert f"{figures['validation_psnr']:.2f} dB" in card
-    snippet = card.split("```python\n")[1].split("```")[0].replace("path/or/repo-id", str(finished / "model"))
+def test_the_model_card_has_the_metrics_and_code_that_runs(finished_run):
+    card = (finished_run / "model" / "README.md").read_text(encoding="utf-8")
+    metrics = [row for row in read_rows(finished_run) if "validation_psnr" in row][-1]
+    assert f"{metrics['validation_psnr']:.2f} dB" in card
+    snippet = card.split("```python\n")[1].split("```")[0].replace("path/or/repo-id", str(finished_run / "model"))
     names: dict[str, Any] = {"pixel_values": torch.zeros(2, 3, 16, 16)}
     exec(snippet, names)
     assert names["images"].shape == (2, 3, 16, 16)
 
 
-def test_the_model_is_the_averaged_one(finished):
-    state = torch.load(finished / "checkpoints" / "step_000012" / "state.pt", weights_only=True)["objects"]
-    model = weights(finished / "model")
-    assert same(model, {name: value.contiguous() for name, value in state["ema"].items()})
-    assert not same(model, {name: value.contiguous() for name, value in state["model"].items()})
+def test_the_model_has_the_ema_weights(finished_run):
+    state = torch.load(finished_run / "checkpoints" / "step_000012" / "state.pt", weights_only=True)["objects"]
+    model = load_weights(finished_run / "model")
+    assert equal_weights(model, {name: value.contiguous() for name, value in state["ema"].items()})
+    assert not equal_weights(model, {name: value.contiguous() for name, value in state["model"].items()})
 
 
 @torch.no_grad()
-def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_over_another(finished):
-    tokenizer = VQGAN.from_pretrained(finished / "model")
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
-    train, _ = pixels_of(config)
+def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_only(finished_run):
+    tokenizer = VQGAN.from_pretrained(finished_run / "model")
+    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished_run / "config.yaml")))
+    train, _ = load_images(config)
     processor = tokenizer.config.image_processor
     latents = tokenizer.encode_latents(processor.preprocess(train[range(len(train))])).double()
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4
@@ -164,8 +168,8 @@ def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_
 # Learning
 
 
-def test_a_few_pictures_are_learnt_by_heart(tmp_path):
-    config = training(
+def test_a_few_images_are_memorized(tmp_path):
+    config = create_config(
         tmp_path / "run",
         write_pictures(tmp_path / "four", count=5),
         max_steps=80,
@@ -173,25 +177,27 @@ def test_a_few_pictures_are_learnt_by_heart(tmp_path):
         checkpoint_every=80,
         optimizer=OptimizerConfig(learning_rate=5e-3),
     )
-    trained(config)
-    errors = [row["l1"] for row in rows_of(config.output) if "l1" in row]
+    run_training(config)
+    errors = [row["l1"] for row in read_rows(config.output) if "l1" in row]
     assert min(errors[-5:]) < 0.4 * errors[0]
 
 
-def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_path, pictures, monkeypatch):
+def test_the_minimized_loss_equals_the_weighted_sum_of_the_logged_terms(tmp_path, image_folder, monkeypatch):
     losses: list[float] = []
     backward = Accelerator.backward
 
-    def noted(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+    def record_loss(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
         losses.append(loss.item())
         backward(self, loss, **kwargs)
 
-    monkeypatch.setattr(Accelerator, "backward", noted)
+    monkeypatch.setattr(Accelerator, "backward", record_loss)
     reconstruction = ReconstructionConfig(l1=0.7, l2=1.3, perceptual=0.6, commitment=0.2, codebook=1.1)
     model = replace(MODEL, quantizer=VectorQuantizerConfig())
-    config = training(tmp_path / "run", pictures, reconstruction=reconstruction, adversarial=ADVERSARIAL, model=model)
-    trained(config, perceptual=lambda a, b: (a - b).abs().amax())
-    for row in rows_of(config.output):
+    config = create_config(
+        tmp_path / "run", image_folder, reconstruction=reconstruction, adversarial=ADVERSARIAL, model=model
+    )
+    run_training(config, perceptual=lambda a, b: (a - b).abs().amax())
+    for row in read_rows(config.output):
         if "l1" not in row:
             continue
         expected = 0.7 * row["l1"] + 1.3 * row["l2"] + 0.6 * row["perceptual"]
@@ -205,11 +211,11 @@ def test_the_loss_that_is_minimised_is_the_weighted_sum_of_the_logged_terms(tmp_
     assert losses == []
 
 
-def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_step_alone(tmp_path, pictures):
-    def after_one_step(beta: float) -> dict[str, torch.Tensor]:
-        config = training(
+def test_beta_changes_the_encoder_s_step_and_not_the_codebook_s_step(tmp_path, image_folder):
+    def train_one_step(beta: float) -> dict[str, torch.Tensor]:
+        config = create_config(
             tmp_path / str(beta),
-            pictures,
+            image_folder,
             max_steps=1,
             model=replace(MODEL, quantizer=VectorQuantizerConfig(restart_threshold=0.0)),
             reconstruction=ReconstructionConfig(commitment=beta),
@@ -217,24 +223,24 @@ def test_beta_weighs_the_commitment_of_the_encoder_and_leaves_the_codebook_s_ste
             schedule=ScheduleConfig(warmup=0, decay="constant"),
             ema=EMAConfig(decay=0.0),
         )
-        return weights(trained(config))
+        return load_weights(run_training(config))
 
-    without, strong = after_one_step(0.0), after_one_step(5.0)
-    assert torch.equal(without["quantizer.codebook"], strong["quantizer.codebook"])
-    assert not torch.equal(without["encoder.0.weight"], strong["encoder.0.weight"])
+    zero, large = train_one_step(0.0), train_one_step(5.0)
+    assert torch.equal(zero["quantizer.codebook"], large["quantizer.codebook"])
+    assert not torch.equal(zero["encoder.0.weight"], large["encoder.0.weight"])
 
 
-def test_a_single_bad_step_is_passed_over_and_bad_steps_in_a_row_end_the_run_in_one_line(tmp_path, pictures):
-    def bad_at(*calls: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def test_one_bad_step_is_skipped_and_successive_bad_steps_end_the_run_with_one_line(tmp_path, image_folder):
+    def nan_at(*calls: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         count = iter(range(1, 100))
         return lambda a, b: (a - b).square().mean() * (float("nan") if next(count) in calls else 1.0)
 
-    folder = trained(training(tmp_path / "once", pictures, adversarial=ADVERSARIAL), bad_at(7))
-    assert all(value.isfinite().all() for value in weights(folder).values())
+    folder = run_training(create_config(tmp_path / "once", image_folder, adversarial=ADVERSARIAL), nan_at(7))
+    assert all(value.isfinite().all() for value in load_weights(folder).values())
     state = torch.load(tmp_path / "once" / "checkpoints" / "step_000012" / "state.pt", weights_only=True)["objects"]
     assert all(value.isfinite().all() for value in state["discriminator"].values())
     with pytest.raises(NonFiniteLossError) as caught:
-        trained(training(tmp_path / "often", pictures), bad_at(*range(4, 12)))
+        run_training(create_config(tmp_path / "often", image_folder), nan_at(*range(4, 12)))
     assert "perceptual = nan" in one_line(caught)
     assert not (tmp_path / "often" / "model").exists()
 
@@ -255,23 +261,23 @@ TERMS = (
 
 
 def break_term(monkeypatch: pytest.MonkeyPatch, term: str, steps: Container[int]) -> None:
-    """Makes a loss term NaN in those steps, where the loop computes it."""
+    """Patch the training loop so that it computes NaN for a loss term in the given steps."""
     count = iter(range(1, 1000))
 
-    def broken(found: Any) -> Any:
+    def inject_nan(loss: Any) -> Any:
         if next(count) not in steps:
-            return found
-        return {**found, term: found[term] * math.nan} if isinstance(found, dict) else found * math.nan
+            return loss
+        return {**loss, term: loss[term] * math.nan} if isinstance(loss, dict) else loss * math.nan
 
     if term in ("codebook", "commitment", "kl"):
-        kind = AutoencoderKL if term == "kl" else VQGAN
-        forward = kind.forward
+        tokenizer_class = AutoencoderKL if term == "kl" else VQGAN
+        forward = tokenizer_class.forward
 
-        def bad(self: VQGAN, pixel_values: torch.Tensor) -> Any:
+        def forward_with_nan(self: VQGAN, pixel_values: torch.Tensor) -> Any:
             output = forward(self, pixel_values)
-            return output._replace(losses=broken(output.losses)) if self.training else output
+            return output._replace(losses=inject_nan(output.losses)) if self.training else output
 
-        monkeypatch.setattr(kind, "forward", bad)
+        monkeypatch.setattr(tokenizer_class, "forward", forward_with_nan)
         return
     names = {
         "generator": "generator_loss",
@@ -279,24 +285,26 @@ def break_term(monkeypatch: pytest.MonkeyPatch, term: str, steps: Container[int]
         "adaptive_weight": "adaptive_weight",
         "r1": "r1_penalty",
     }
-    place, name = (LeCAM, "penalty") if term == "lecam" else (stage_one, names.get(term, "reconstruction_terms"))
-    whole = getattr(place, name)
-    monkeypatch.setattr(place, name, lambda *arguments: broken(whole(*arguments)))
+    owner, name = (LeCAM, "penalty") if term == "lecam" else (stage_one, names.get(term, "reconstruction_terms"))
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: inject_nan(function(*arguments)))
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, pictures, monkeypatch, term):
-    judged = replace(ADVERSARIAL, start=0, warmup=0, ramp=1, r1=0.1, lecam=0.1)
-    config = training(tmp_path / "run", pictures, adversarial=judged, checkpoint_every=1, keep_checkpoints=20)
+def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, image_folder, monkeypatch, term):
+    adversarial = replace(ADVERSARIAL, start=0, warmup=0, ramp=1, r1=0.1, lecam=0.1)
+    config = create_config(
+        tmp_path / "run", image_folder, adversarial=adversarial, checkpoint_every=1, keep_checkpoints=20
+    )
     config = replace(config, reconstruction=replace(config.reconstruction, charbonnier=1.0))
-    if term == "codebook":  # that of moving averages has none
+    if term == "codebook":  # the EMA quantizer has no codebook loss
         config = replace(config, model=replace(MODEL, quantizer=VectorQuantizerConfig()))
     if term == "kl":
         config = replace(config, model=AutoencoderKLModel(**SHAPE))
     with monkeypatch.context() as patch:
         break_term(patch, term, range(6, 100))
         with pytest.raises(NonFiniteLossError) as caught:
-            trained(config)
+            run_training(config)
     assert re.match(rf"step 10: .*\b{term} = nan", one_line(caught))
     rows = read_metrics(config.output / "skipped_steps.0.jsonl")
     assert [row["step"] for row in rows] == [6, 7, 8, 9, 10]
@@ -305,40 +313,40 @@ def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, picture
         state = torch.load(config.output / f"checkpoints/step_{step:06d}/state.pt", weights_only=True)["objects"]
         for name in ("discriminator", "model", "ema"):
             assert all(value.isfinite().all() for value in state[name].values()), (step, name)
-    trained(config)  # without the fault it goes on from step 9
-    assert all(value.isfinite().all() for value in weights(config.output / "model").values())
+    run_training(config)  # without NaN it resumes from step 9
+    assert all(value.isfinite().all() for value in load_weights(config.output / "model").values())
 
 
-def test_a_batch_whose_reconstruction_is_not_finite_never_reaches_the_discriminator(tmp_path, pictures, monkeypatch):
+def test_a_non_finite_reconstruction_does_not_reach_the_discriminator(tmp_path, image_folder, monkeypatch):
     forward, count = VQGAN.forward, iter(range(1, 100))
 
-    def sometimes_broken(self: VQGAN, pixel_values: torch.Tensor):
+    def forward_with_nan(self: VQGAN, pixel_values: torch.Tensor):
         output = forward(self, pixel_values)
-        broken = self.training and next(count) == 7
-        return output._replace(reconstruction=output.reconstruction * float("nan")) if broken else output
+        inject_nan = self.training and next(count) == 7
+        return output._replace(reconstruction=output.reconstruction * float("nan")) if inject_nan else output
 
-    monkeypatch.setattr(VQGAN, "forward", sometimes_broken)
-    config = training(tmp_path / "run", pictures, adversarial=ADVERSARIAL)
-    trained(config)
+    monkeypatch.setattr(VQGAN, "forward", forward_with_nan)
+    config = create_config(tmp_path / "run", image_folder, adversarial=ADVERSARIAL)
+    run_training(config)
     state = torch.load(config.output / "checkpoints" / "step_000012" / "state.pt", weights_only=True)["objects"]
-    assert math.isnan([row["l1"] for row in rows_of(config.output) if "l1" in row][6])
+    assert math.isnan([row["l1"] for row in read_rows(config.output) if "l1" in row][6])
     for name in ("discriminator", "model", "ema"):
         assert all(value.isfinite().all() for value in state[name].values()), name
 
 
-def test_under_bfloat16_the_run_learns_and_the_average_is_what_is_shown(tmp_path, pictures):
-    config = training(tmp_path / "run", pictures, mixed_precision="bf16", adversarial=ADVERSARIAL, max_steps=6)
-    folder = trained(config)
-    figures = [row for row in rows_of(config.output) if "validation_psnr" in row][-1]
+def test_a_bfloat16_run_validates_and_saves_float32_ema_weights(tmp_path, image_folder):
+    config = create_config(tmp_path / "run", image_folder, mixed_precision="bf16", adversarial=ADVERSARIAL, max_steps=6)
+    folder = run_training(config)
+    metrics = [row for row in read_rows(config.output) if "validation_psnr" in row][-1]
     tokenizer = VQGAN.from_pretrained(folder)
-    _, validation = pixels_of(completed(config, dataset_statistics(open_source(pictures).train)))
-    shown = stage_one.validation_psnr(tokenizer, validation)
-    assert shown == pytest.approx(figures["validation_psnr"], abs=0.2)  # bfloat16's rounding
-    floats = [value for value in weights(folder).values() if value.is_floating_point()]
+    _, validation = load_images(complete_config(config, dataset_statistics(open_source(image_folder).train)))
+    psnr = stage_one.validation_psnr(tokenizer, validation)
+    assert psnr == pytest.approx(metrics["validation_psnr"], abs=0.2)  # the run validates in bfloat16
+    floats = [value for value in load_weights(folder).values() if value.is_floating_point()]
     assert {value.dtype for value in floats} == {torch.float32}
 
 
-# Going on
+# Resuming
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -346,7 +354,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adversarial": ADVERSARIAL,
         "model": replace(MODEL, codebook_size=64, quantizer=EMAVectorQuantizerConfig(usage_decay=0.5)),
     },
-    "learnt codebook, muon, discriminator": {
+    "learned codebook, muon, discriminator": {
         "adversarial": ADVERSARIAL,
         "model": replace(MODEL, quantizer=VectorQuantizerConfig()),
         "optimizer": OptimizerConfig(name="muon"),
@@ -356,50 +364,50 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn checkpoint"])
-def test_a_killed_run_goes_on_to_bitwise_the_weights_of_one_that_was_not(tmp_path, pictures, variant, torn):
-    config = training(tmp_path / "whole", pictures, **VARIANTS[variant])
-    whole = trained(config)
-    part = tmp_path / "part"
-    for step in (3, 6, *([9] if torn else [])):
+@pytest.mark.parametrize("truncated", [False, True], ids=["killed", "truncated checkpoint"])
+def test_a_killed_run_resumes_to_bitwise_equal_weights(tmp_path, image_folder, variant, truncated):
+    config = create_config(tmp_path / "complete", image_folder, **VARIANTS[variant])
+    complete = run_training(config)
+    killed = tmp_path / "killed"
+    for step in (3, 6, *([9] if truncated else [])):
         name = f"step_{step:06d}"
-        shutil.copytree(config.output / "checkpoints" / name, part / "checkpoints" / name)
-    if torn:
-        newest = part / "checkpoints" / "step_000009" / "state.pt"
+        shutil.copytree(config.output / "checkpoints" / name, killed / "checkpoints" / name)
+    if truncated:
+        newest = killed / "checkpoints" / "step_000009" / "state.pt"
         newest.write_bytes(newest.read_bytes()[:-1000])
     log = (config.output / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (part / "metrics.jsonl").write_text("".join(log[:8]) + log[8][:20])  # and a line cut short
-    resumed = trained(replace(config, output=part))
-    assert {"step": 6, "resumed_from": 6} in read_metrics(part / "metrics.jsonl")
-    assert same(weights(resumed), weights(whole))
-    assert (resumed / "config.json").read_bytes() == (whole / "config.json").read_bytes()
-    assert rows_of(part) == rows_of(config.output)
+    (killed / "metrics.jsonl").write_text("".join(log[:8]) + log[8][:20])  # the last line is truncated
+    resumed = run_training(replace(config, output=killed))
+    assert {"step": 6, "resumed_from": 6} in read_metrics(killed / "metrics.jsonl")
+    assert equal_weights(load_weights(resumed), load_weights(complete))
+    assert (resumed / "config.json").read_bytes() == (complete / "config.json").read_bytes()
+    assert read_rows(killed) == read_rows(config.output)
 
 
-def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tmp_path, pictures):
-    seen = dataset_statistics(open_source(pictures).train)
-    config = completed(training(tmp_path / "run", pictures, max_steps=6), seen)
-    first = weights(trained(config))
+def test_a_finished_run_is_detected_and_more_steps_extend_it(tmp_path, image_folder):
+    statistics = dataset_statistics(open_source(image_folder).train)
+    config = complete_config(create_config(tmp_path / "run", image_folder, max_steps=6), statistics)
+    first = load_weights(run_training(config))
     assert check_folder(config, "tokenizer") == 6
     longer = replace(config, max_steps=9)
     assert check_folder(longer, "tokenizer") is None
-    assert not same(weights(trained(longer)), first)
+    assert not equal_weights(load_weights(run_training(longer)), first)
     assert check_folder(longer, "tokenizer") == 9
-    assert [row["step"] for row in rows_of(config.output) if "l1" in row] == list(range(1, 10))
+    assert [row["step"] for row in read_rows(config.output) if "l1" in row] == list(range(1, 10))
     assert yaml.safe_load((config.output / "config.yaml").read_text())["max_steps"] == 9
 
 
-def test_a_model_that_was_not_written_any_more_is_written_without_another_step(tmp_path, pictures):
-    config = training(tmp_path / "run", pictures, max_steps=3)
-    before = weights(trained(config))
+def test_a_missing_model_folder_is_written_again_without_another_step(tmp_path, image_folder):
+    config = create_config(tmp_path / "run", image_folder, max_steps=3)
+    before = load_weights(run_training(config))
     shutil.rmtree(config.output / "model")
-    assert same(weights(trained(config)), before)
+    assert equal_weights(load_weights(run_training(config)), before)
 
 
 # Sizes
 
 
-def test_sizes_read_as_height_and_width():
+def test_sizes_are_parsed_as_height_and_width():
     assert (parse_size(64), parse_size("64"), parse_size("64x96")) == ((64, 64), (64, 64), (64, 96))
     for wrong in ("", "64x", "x64", "64x96x3", "-64", "0", "big", "64.5"):
         with pytest.raises(ConfigError) as caught:
@@ -407,32 +415,32 @@ def test_sizes_read_as_height_and_width():
         assert wrong in one_line(caught)
 
 
-def config_for(tmp_path: Path, size: tuple[int, int], **fields: Any):
-    seen = dataset_statistics(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
-    config = completed(training(tmp_path / "run", tmp_path / "pictures", **fields), seen)
-    return model_config(config, seen)
+def build_config(tmp_path: Path, size: tuple[int, int], **fields: Any):
+    statistics = dataset_statistics(open_source(write_pictures(tmp_path / "images", count=3, size=size)).train)
+    config = complete_config(create_config(tmp_path / "run", tmp_path / "images", **fields), statistics)
+    return build_model_config(config, statistics)
 
 
-def test_pictures_that_f_does_not_divide_are_padded_or_refused_as_asked(tmp_path):
-    padded = config_for(tmp_path, (14, 18))
+def test_sizes_that_are_no_multiple_of_f_are_padded_or_refused(tmp_path):
+    padded = build_config(tmp_path, (14, 18))
     assert (tuple(padded.image_size), tuple(padded.content_size)) == ((16, 20), (14, 18))
     with pytest.raises(ConfigError) as caught:
-        config_for(tmp_path, (14, 18), padding="refuse")
+        build_config(tmp_path, (14, 18), padding="refuse")
     assert "16x20" in one_line(caught)
 
 
-def test_a_resolution_a_little_above_the_pictures_pads_them_and_another_resamples(tmp_path):
-    assert tuple(config_for(tmp_path, (28, 28), resolution=32).content_size) == (28, 28)
-    assert tuple(config_for(tmp_path, (28, 28), resolution=64).content_size) == (64, 64)
+def test_a_slightly_larger_resolution_pads_and_a_much_larger_one_resamples(tmp_path):
+    assert tuple(build_config(tmp_path, (28, 28), resolution=32).content_size) == (28, 28)
+    assert tuple(build_config(tmp_path, (28, 28), resolution=64).content_size) == (64, 64)
 
 
-def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp_path):
+def test_images_that_are_too_small_for_the_discriminator_are_refused_before_the_run(tmp_path):
     adversarial = AdversarialConfig(weight=1.0, layers=3)
     with pytest.raises(ConfigError) as caught:
-        config_for(tmp_path, (16, 32), adversarial=adversarial)
+        build_config(tmp_path, (16, 32), adversarial=adversarial)
     assert "adversarial.layers" in one_line(caught)
-    assert "24 pixels" in str(caught.value)
-    assert config_for(tmp_path, (16, 32), adversarial=replace(adversarial, weight=0.0))
+    assert "at least 24 pixels" in str(caught.value)
+    assert build_config(tmp_path, (16, 32), adversarial=replace(adversarial, weight=0.0))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +455,7 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_is_one_line_with_its_field(fields):
+def test_an_invalid_model_gives_one_line_with_the_field(fields):
     with pytest.raises(ConfigError) as caught:
         replace(MODEL, **fields)
     assert f"model.{next(iter(fields))}" in one_line(caught)

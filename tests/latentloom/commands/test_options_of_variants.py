@@ -85,7 +85,7 @@ REFUSED = {
     ),
     "values that do not go together": (
         "train-tokenizer --recipe vqgan-f4 --model.quantizer.name fsq --model.quantizer.levels 8 8",
-        "model.codebook_size is 512 and model.latent_channels 16; expected 64 and 2",
+        "model.codebook_size is 512 and model.latent_channels is 16; expected 64 and 2",
     ),
     "an old name": (
         "train-prior --recipe diffusion-tiny --model.denoiser unet",

@@ -186,7 +186,7 @@ def test_lpips_and_ssim_are_left_out_of_images_that_are_too_small(
         asked.append(device)
         return lambda images, references: torch.full((len(images),), 0.25)
 
-    monkeypatch.setattr("pipelines.evaluation.tokenizer_metrics.lpips_distance", fake)
+    monkeypatch.setattr("pipelines.evaluation.tokenizer_metrics.load_lpips_distance", fake)
 
     def figures(side: int) -> dict[str, Any]:
         tokenizer = tiny_tokenizer(image_size=(side, side), content_size=(side, side))

@@ -1,4 +1,4 @@
-"""Each quantizer is what its paper defines, and all of them keep one contract."""
+"""Each quantizer equals the definition of its paper, and all quantizers have the same interface."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from stage1_tokenizer.quantizers.vector_quantizer import kmeans, rotate_gradient
 from training_harness.configuration import section
 from training_harness.errors import ConfigError
 
-# K and the latent channels that suit each
+# K, latent channels and options of each case
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "vq": (12, 5, {}),
     "ema": (12, 5, {}),
@@ -33,14 +33,16 @@ SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-def built(case: str, **fields: Any) -> Quantizer:
-    size, channels, own = SIZES[case]
-    config = section(AnyQuantizerConfig, {"name": case} | own | fields, "model.quantizer")
+def build_quantizer(case: str, **fields: Any) -> Quantizer:
+    size, channels, options = SIZES[case]
+    config = section(AnyQuantizerConfig, {"name": case} | options | fields, "model.quantizer")
     config.check(size, channels)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         quantizer = QUANTIZERS[config.name](config, size, channels)
-        quantizer.train()(latents(channels, seed=7, batch=400))  # codebooks start from a batch, without equal codes
+        quantizer.train()(
+            latents(channels, seed=7, batch=400)
+        )  # initializes codebooks from a batch, without equal codes
     return quantizer.eval()
 
 
@@ -49,8 +51,8 @@ def latents(channels: int = 5, seed: int = 0, batch: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_what_is_decoded_for_the_indices_is_what_forward_gave(case: str) -> None:
-    q = built(case)
+def test_lookup_of_the_indices_equals_the_quantized_latents(case: str) -> None:
+    q = build_quantizer(case)
     z = latents(q.channels)
     output = q(z)
     shape = (3, q.depth, 4, 2) if q.depth > 1 else (3, 4, 2)
@@ -64,21 +66,21 @@ def test_what_is_decoded_for_the_indices_is_what_forward_gave(case: str) -> None
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_codes_are_their_own_codes(case: str) -> None:
-    q = built(case)
-    if q.depth > 1:  # the sum of several codes need not be split again in the same way
+def test_the_latents_of_an_index_quantize_to_that_index(case: str) -> None:
+    q = build_quantizer(case)
+    if q.depth > 1:  # the sum of several codes may have other nearest codes
         q = q.levels[0]
-    every = torch.arange(q.codebook_size).view(1, -1, 1)
-    again = q.quantize(q.latents_of(every))
-    if case == "ibq":  # the largest product need not be with oneself: short codes are chosen by none
-        assert (again == every).float().mean() > 0.2
+    indices = torch.arange(q.codebook_size).view(1, -1, 1)
+    restored = q.quantize(q.indices_to_latents(indices))
+    if case == "ibq":  # a code may have a larger inner product with a longer code than with itself
+        assert (restored == indices).float().mean() > 0.2
     else:
-        assert torch.equal(again, every)
+        assert torch.equal(restored, indices)
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_a_gradient_reaches_the_latents(case: str) -> None:
-    q, upstream = built(case), torch.randn(3, SIZES[case][1], 4, 2, generator=seeded(8))
+def test_the_gradient_reaches_the_latents(case: str) -> None:
+    q, upstream = build_quantizer(case), torch.randn(3, SIZES[case][1], 4, 2, generator=seeded(8))
     z = latents(q.channels).requires_grad_()
     q(z).quantized.backward(upstream)
     assert z.grad is not None
@@ -89,51 +91,51 @@ def test_a_gradient_reaches_the_latents(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_float32_decides_under_autocast(case: str) -> None:
-    q = built(case)
+def test_codes_are_computed_in_float32_under_autocast(case: str) -> None:
+    q = build_quantizer(case)
     z = latents(q.channels, batch=40)
     with torch.autocast("cpu", torch.bfloat16):
         output = q(z)
-        alone, decoded = q.quantize(z), q.lookup(output.indices)
+        indices, codes = q.quantize(z), q.lookup(output.indices)
     assert torch.equal(output.indices, q(z).indices)
-    assert torch.equal(alone, output.indices)
-    assert output.quantized.dtype == decoded.dtype == torch.float32
+    assert torch.equal(indices, output.indices)
+    assert output.quantized.dtype == codes.dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_in_evaluation_nothing_is_learnt_and_a_saved_state_gives_the_same_codes(case: str) -> None:
-    q = built(case)
+def test_evaluation_mode_changes_no_state_and_a_saved_state_gives_the_same_codes(case: str) -> None:
+    q = build_quantizer(case)
     before = {name: value.clone() for name, value in q.state_dict().items()}
     z = latents(q.channels)
-    found = q(z)
+    output = q(z)
     assert all(torch.equal(before[name], value) for name, value in q.state_dict().items())
-    other = QUANTIZERS[q.config.name](q.config, q.codebook_size, q.channels).eval()
-    other.load_state_dict(before)
-    assert torch.equal(other(z).quantized, found.quantized)
+    restored = QUANTIZERS[q.config.name](q.config, q.codebook_size, q.channels).eval()
+    restored.load_state_dict(before)
+    assert torch.equal(restored(z).quantized, output.quantized)
 
 
 @pytest.mark.parametrize("case", [case for case in SIZES if case not in ("fsq", "residual")])
-def test_the_commitment_term_moves_the_latents_alone_and_the_codebook_term_the_codes_alone(case: str) -> None:
-    q, z = built(case), latents(SIZES[case][1]).requires_grad_()
+def test_the_commitment_gradient_reaches_only_the_latents_and_the_codebook_gradient_only_the_codes(case: str) -> None:
+    q, z = build_quantizer(case), latents(SIZES[case][1]).requires_grad_()
     losses = q(z).losses
     for name, moves_latents in (("commitment", True), ("codebook", False)):
         if name in losses:
-            of_latents, *of_codes = torch.autograd.grad(
+            latent_gradient, *code_gradients = torch.autograd.grad(
                 losses[name], [z, *q.parameters()], allow_unused=True, retain_graph=True
             )
-            assert (of_latents is not None and bool(of_latents.any())) == moves_latents, name
-            assert any(g is not None and bool(g.any()) for g in of_codes) != moves_latents, name
+            assert (latent_gradient is not None and bool(latent_gradient.any())) == moves_latents, name
+            assert any(g is not None and bool(g.any()) for g in code_gradients) != moves_latents, name
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_latents_that_are_no_numbers_give_no_index_out_of_range(case: str) -> None:
-    q = built(case).train()
+def test_nan_and_infinite_latents_give_indices_in_range(case: str) -> None:
+    q = build_quantizer(case).train()
     for bad in (math.nan, math.inf, -math.inf):
         indices = q(torch.full((1, q.channels, 4, 2), bad)).indices
         assert 0 <= indices.min() <= indices.max() < q.codebook_size
 
 
-def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_own() -> None:
+def test_a_large_first_batch_gives_every_entry_a_different_vector() -> None:
     q = QUANTIZERS["vq"](VectorQuantizerConfig(), 24, 5).train()
     q(latents(batch=3))  # as many vectors as entries
     assert len(q.codebook.detach().unique(dim=0)) == 24
@@ -142,13 +144,13 @@ def test_a_first_batch_that_is_large_enough_gives_every_entry_a_vector_of_its_ow
 # The rotation trick
 
 
-def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_it() -> None:
+def test_the_rotation_maps_the_latent_to_its_code_and_rotates_the_gradient() -> None:
     z, codes = (torch.randn(6, 5, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2))
     z.requires_grad_()
     upstream = torch.randn(6, 5, generator=seeded(3), dtype=torch.float64)
-    found = rotate_gradient(z, codes)
-    assert torch.allclose(found, codes, atol=1e-12)
-    found.backward(upstream)
+    rotated = rotate_gradient(z, codes)
+    assert torch.allclose(rotated, codes, atol=1e-12)
+    rotated.backward(upstream)
     assert z.grad is not None
     for i in range(6):
         unit, target = F.normalize(z[i].detach(), dim=0), F.normalize(codes[i], dim=0)
@@ -160,12 +162,12 @@ def test_the_rotation_takes_the_latent_to_its_code_and_turns_the_gradient_with_i
         assert torch.allclose(z.grad[i], scale * rotation.T @ upstream[i], atol=1e-12)
 
 
-# The sphere
+# Unit sphere
 
 
 @pytest.mark.parametrize("case", ["vq, normalised", "ema, normalised"])
-def test_normalised_codes_lie_on_the_sphere_and_the_length_of_a_latent_does_not_matter(case: str) -> None:
-    q, z = built(case), latents()
+def test_normalized_codes_have_length_1_and_ignore_the_length_of_the_latents(case: str) -> None:
+    q, z = build_quantizer(case), latents()
     output = q(z)
     assert torch.allclose(output.quantized.norm(dim=1), torch.ones(3, 4, 2), atol=1e-5)
     assert torch.equal(q.quantize(10 * z), output.indices)
@@ -176,8 +178,8 @@ def test_normalised_codes_lie_on_the_sphere_and_the_length_of_a_latent_does_not_
 # SimVQ
 
 
-def test_every_code_of_simvq_moves_with_its_layer_and_the_codebook_itself_is_frozen() -> None:
-    q = built("simvq").train()
+def test_simvq_moves_every_code_through_its_layer_and_freezes_the_codebook() -> None:
+    q = build_quantizer("simvq").train()
     assert [name for name, _ in q.named_parameters()] == ["basis"]
     before = q.codebook.detach().clone()
     q(latents()).losses["codebook"].backward()
@@ -186,11 +188,11 @@ def test_every_code_of_simvq_moves_with_its_layer_and_the_codebook_itself_is_fro
     assert ((q.codebook - before).abs().amax(1) > 0).all()
 
 
-# Finite scalar quantisation
+# Finite scalar quantization
 
 
-def test_fsq_rounds_each_channel_to_equally_spaced_values_from_minus_one_on() -> None:
-    q = built("fsq")
+def test_fsq_rounds_each_channel_to_equally_spaced_values_in_minus_1_to_1() -> None:
+    q = build_quantizer("fsq")
     values = q.lookup(torch.arange(60).view(1, -1, 1))[0, :, :, 0]
     for channel, expected in enumerate(([-1, -0.5, 0, 0.5, 1], [-1, -0.5, 0, 0.5], [-1, 0, 1])):
         assert values[channel].unique().tolist() == pytest.approx(expected)
@@ -200,19 +202,19 @@ def test_fsq_rounds_each_channel_to_equally_spaced_values_from_minus_one_on() ->
     assert q(latents(3)).losses == {}
 
 
-def test_the_first_channel_of_fsq_counts_least() -> None:
-    q = built("fsq")
+def test_the_first_channel_of_fsq_is_the_least_significant_digit() -> None:
+    q = build_quantizer("fsq")
     digits = torch.tensor([[(i % 5, i // 5 % 4, i // 20)] for i in range(60)])
     centred = (digits - torch.tensor([2, 2, 1])) / torch.tensor([2, 2, 1])
     assert torch.allclose(q.lookup(torch.arange(60).view(60, 1, 1))[..., 0, 0], centred[:, 0])
 
 
-# Codes of signs
+# Binary quantization
 
 
 @pytest.mark.parametrize("case", ["lfq", "bsq"])
 def test_the_bits_of_an_index_are_the_signs_of_the_latent(case: str) -> None:
-    q, z = built(case), latents()
+    q, z = build_quantizer(case), latents()
     bits = (z > 0).long()
     expected = sum(bits[:, i] * 2**i for i in range(5))
     assert torch.equal(q(z).indices, expected)
@@ -221,20 +223,22 @@ def test_the_bits_of_an_index_are_the_signs_of_the_latent(case: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
-def test_the_entropy_of_lfq_is_that_of_a_softmax_over_all_codes(temperature: float) -> None:
-    q, z = built("lfq", entropy_temperature=temperature), latents()
-    codes = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).flip(1)  # the first bit counts least
+def test_the_entropy_of_lfq_equals_the_entropy_of_a_softmax_over_all_codes(temperature: float) -> None:
+    q, z = build_quantizer("lfq", entropy_temperature=temperature), latents()
+    codes = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).flip(
+        1
+    )  # the first bit is the least significant
     vectors = z.movedim(1, -1).reshape(-1, 5)
-    choice = (-torch.cdist(vectors.double(), codes.double()).square() / temperature).softmax(1)
-    own = -torch.special.xlogy(choice, choice).sum(1).mean()
-    mean = choice.mean(0)
-    batch = -torch.special.xlogy(mean, mean).sum()
-    assert q(z).losses["entropy"].item() == pytest.approx((own - batch).item(), abs=1e-5)
+    assignment = (-torch.cdist(vectors.double(), codes.double()).square() / temperature).softmax(1)
+    mean_entropy = -torch.special.xlogy(assignment, assignment).sum(1).mean()
+    mean = assignment.mean(0)
+    batch_entropy = -torch.special.xlogy(mean, mean).sum()
+    assert q(z).losses["entropy"].item() == pytest.approx((mean_entropy - batch_entropy).item(), abs=1e-5)
     assert torch.allclose(code_probabilities((4 * vectors / temperature).sigmoid()).double(), mean, atol=1e-6)
 
 
-def test_the_entropy_of_bsq_takes_bits_apart() -> None:
-    q, z = built("bsq"), latents()
+def test_the_entropy_of_bsq_is_a_sum_over_bits() -> None:
+    q, z = build_quantizer("bsq"), latents()
     bits = (2 * F.normalize(z, dim=1)).sigmoid().movedim(1, -1).reshape(-1, 5).double()
 
     def entropy(p: Tensor) -> Tensor:
@@ -248,65 +252,66 @@ def test_the_entropy_of_bsq_takes_bits_apart() -> None:
 
 
 @pytest.mark.parametrize("elements", [1, 60, 1 << 22])
-def test_ibq_has_the_gradient_of_the_soft_choice_whatever_the_chunk(
+def test_ibq_has_the_gradient_of_the_soft_assignment_for_any_chunk_size(
     monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
     monkeypatch.setattr(ibq, "CHUNK_ELEMENTS", elements)
-    q = built("ibq", entropy_temperature=0.7)
+    q = build_quantizer("ibq", entropy_temperature=0.7)
     z = latents().requires_grad_()
-    choice = (z.movedim(1, -1).reshape(-1, 5) @ q.codebook.T / 0.7).softmax(1)
-    mean = choice.mean(0)
-    whole = (mean * mean.log()).sum() - (choice * choice.log()).sum(1).mean()
-    own = q(z).losses["entropy"]
-    assert own.item() == pytest.approx(whole.item(), abs=1e-5)
-    for one, other in zip(*(torch.autograd.grad(e, [z, q.codebook]) for e in (own, whole)), strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+    assignment = (z.movedim(1, -1).reshape(-1, 5) @ q.codebook.T / 0.7).softmax(1)
+    mean = assignment.mean(0)
+    expected = (mean * mean.log()).sum() - (assignment * assignment.log()).sum(1).mean()
+    entropy = q(z).losses["entropy"]
+    assert entropy.item() == pytest.approx(expected.item(), abs=1e-5)
+    gradients = (torch.autograd.grad(loss, [z, q.codebook]) for loss in (entropy, expected))
+    for gradient, expected_gradient in zip(*gradients, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
     upstream = torch.randn(3, 5, 4, 2, generator=seeded(8))
     ours = latents().requires_grad_()
     q(ours).quantized.backward(upstream)
-    of_codebook, q.codebook.grad = q.codebook.grad, None
+    codebook_gradient, q.codebook.grad = q.codebook.grad, None
 
     theirs = latents().requires_grad_()
     vectors = theirs.movedim(1, -1).reshape(-1, 5)
     soft = (vectors @ q.codebook.T / 0.7).softmax(1)
     hard = F.one_hot(soft.argmax(1), 12).float()
-    chosen = (hard + soft - soft.detach()) @ q.codebook
-    chosen.backward(upstream.movedim(1, -1).reshape(-1, 5))
+    quantized = (hard + soft - soft.detach()) @ q.codebook
+    quantized.backward(upstream.movedim(1, -1).reshape(-1, 5))
     assert ours.grad is not None
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
-    assert torch.allclose(of_codebook, q.codebook.grad, atol=1e-5)
-    assert (of_codebook.abs().amax(1) > 0).all(), "codes that were not chosen learn too"
+    assert torch.allclose(codebook_gradient, q.codebook.grad, atol=1e-5)
+    assert (codebook_gradient.abs().amax(1) > 0).all(), "unused codes have a gradient too"
 
 
-# Residual quantisation
+# Residual quantization
 
 
-def test_each_level_takes_the_nearest_code_of_what_is_left_and_the_error_falls() -> None:
-    q, z = built("residual"), latents()
-    rest, errors = z, []
+def test_each_level_quantizes_the_residual_and_reduces_the_error() -> None:
+    q, z = build_quantizer("residual"), latents()
+    residual, errors = z, []
     for level, indices in zip(q.levels, q(z).indices.unbind(1), strict=True):
-        vectors = rest.movedim(1, -1).reshape(-1, 5)
+        vectors = residual.movedim(1, -1).reshape(-1, 5)
         assert torch.equal(torch.cdist(vectors, level.codebook).argmin(1), indices.flatten())
-        rest = rest - level.lookup(indices)
-        errors.append(rest.square().mean().item())
+        residual = residual - level.lookup(indices)
+        errors.append(residual.square().mean().item())
     assert errors == sorted(errors, reverse=True)
-    assert torch.allclose(z - rest, q.lookup(q.quantize(z)), atol=1e-5)
+    assert torch.allclose(z - residual, q.lookup(q.quantize(z)), atol=1e-5)
 
 
-# Starting
+# Initialization
 
 
-def test_kmeans_never_raises_the_error_and_finds_groups_that_are_far_apart() -> None:
-    groups = 10 * torch.randn(4, 3, generator=seeded(0))
-    vectors = (groups[:, None] + 0.01 * torch.randn(4, 50, 3, generator=seeded(1))).flatten(0, 1)
-    start = groups + torch.randn(4, 3, generator=seeded(2))
+def test_kmeans_never_increases_the_error_and_finds_separate_clusters() -> None:
+    centres = 10 * torch.randn(4, 3, generator=seeded(0))
+    vectors = (centres[:, None] + 0.01 * torch.randn(4, 50, 3, generator=seeded(1))).flatten(0, 1)
+    start = centres + torch.randn(4, 3, generator=seeded(2))
     errors = [torch.cdist(vectors, kmeans(vectors, start, n)).amin(1).square().mean().item() for n in range(5)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == pytest.approx(3 * 0.01**2, rel=0.2)
 
 
-def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> None:
+def test_a_kmeans_codebook_is_closer_to_the_first_batch() -> None:
     errors = {}
     for iterations in (0, 10):
         config = VectorQuantizerConfig(kmeans_iterations=iterations)
@@ -316,11 +321,11 @@ def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> No
     assert errors[10] < 0.95 * errors[0]
 
 
-# What is refused
+# Invalid options
 
 
 @pytest.mark.parametrize(
-    ("fields", "size", "channels", "said"),
+    ("fields", "size", "channels", "expected_text"),
     [
         ({"name": "fsq", "levels": (8, 5)}, 64, 2, "expected 40 and 2"),
         ({"name": "fsq", "levels": (8, 5)}, 40, 3, "expected 40 and 2"),
@@ -341,24 +346,24 @@ def test_a_codebook_that_starts_from_kmeans_is_nearer_to_its_first_batch() -> No
         ({"name": "emma"}, 40, 2, "model.quantizer.name is 'emma'; did you mean 'ema'?"),
         ({"name": "fsq", "levels": (8, 1)}, 8, 2, "two or more values"),
         ({"name": "lfq"}, 500, 9, "expected 2^channels codes"),
-        ({"name": "bsq"}, 512, 8, "512 and 9"),
+        ({"name": "bsq"}, 512, 8, "Use 512 and 9"),
         ({"name": "lfq", "normalize": True}, 512, 9, "for the quantizer lfq; expected it with ema, vq, residual alone"),
         ({"name": "simvq", "gradient": "rotation"}, 512, 9, "'model.quantizer.gradient' for the quantizer simvq"),
         ({"usage_decay": 1.5}, 512, 9, "model.quantizer.usage_decay is 1.5"),
-        ({"restart_threshold": -0.1}, 512, 9, "restart_threshold -0.1"),
+        ({"restart_threshold": -0.1}, 512, 9, "restart_threshold is -0.1"),
         ({"name": "bsq"}, 2**36, 36, "model.codebook_size is 68719476736; expected at most 16777216"),
         ({"name": "residual", "depth": 0}, 512, 9, "model.quantizer.depth is 0"),
         ({"name": "ibq", "entropy_temperature": 0.0}, 512, 9, "model.quantizer.entropy_temperature is 0.0"),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(
-    fields: dict[str, Any], size: int, channels: int, said: str
+def test_inconsistent_options_give_one_line(
+    fields: dict[str, Any], size: int, channels: int, expected_text: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
-    assert said in one_line(caught)
+    assert expected_text in one_line(caught)
 
 
-def test_the_hint_for_a_codebook_of_signs_is_a_power_of_two_that_is_taken() -> None:
+def test_the_codebook_size_that_the_message_recommends_is_valid() -> None:
     LFQConfig().check(512, 9)
     assert math.log2(512) == 9
