@@ -9,7 +9,7 @@ import torch
 from tiny_models import seeded
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import FeatureFile, slices, write_features
+from pipelines.evaluation.feature_files import FeatureFile, iterate_slices, write_features
 from pipelines.evaluation.features import ImageFeatures
 
 
@@ -25,4 +25,4 @@ def stored(folder: Path, features: Tensor) -> FeatureFile:
 
 def read_by(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """From here on `module` holds that many rows in memory at once."""
-    patch.setattr(module, "slices", partial(slices, size=rows))
+    patch.setattr(module, "slices", partial(iterate_slices, size=rows))

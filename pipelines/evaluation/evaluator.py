@@ -19,7 +19,13 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import FeatureFile, random_positions, read_features, slices, write_features
+from pipelines.evaluation.feature_files import (
+    FeatureFile,
+    iterate_slices,
+    random_positions,
+    read_features,
+    write_features,
+)
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
@@ -215,14 +221,15 @@ class Evaluator:
             return None
         probe = fit_probe(train.features, train.labels, num_classes, self.seed)
         seen = [
-            torch.cat([probe.logits(part).argmax(1) for part in slices(found.features)]) for found in (samples, real)
+            torch.cat([probe.logits(part).argmax(1) for part in iterate_slices(found.features)])
+            for found in (samples, real)
         ]
         return seen[0], seen[1]
 
 
 def predicted(logits: FeatureFile) -> Tensor:
     """(N,) index of each row's largest entry."""
-    return torch.cat([part.argmax(1) for part in slices(logits)])
+    return torch.cat([part.argmax(1) for part in iterate_slices(logits)])
 
 
 def agreement(verdicts: Tensor | None, measured: Measured) -> float | None:

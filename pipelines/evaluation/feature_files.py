@@ -59,7 +59,7 @@ class FeatureFile:
 Rows = Tensor | FeatureFile
 
 
-def slices(rows: Rows, size: int = SLICE, first: int = 0) -> Iterator[Tensor]:
+def iterate_slices(rows: Rows, size: int = SLICE, first: int = 0) -> Iterator[Tensor]:
     """The rows from `first` on in order as float64 (n, F) on the CPU, n ≤ size."""
     for start in range(first, len(rows), size):
         yield block(rows, start, start + size).double()

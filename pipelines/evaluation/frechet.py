@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, check_pair, slices
+from pipelines.evaluation.feature_files import Rows, check_pair, iterate_slices
 from training_harness.errors import UserError
 
 RESAMPLES = 20
@@ -33,7 +33,7 @@ class Gaussian(NamedTuple):
 def fit_gaussian(features: Rows, weights: Tensor | None = None) -> Gaussian:
     """Mean and covariance root of (N, F) features, in O(slice × F + F²) memory; `weights` (N,) count rows several times."""
     count, mean, scatter, start = 0.0, torch.zeros(features.shape[1], dtype=torch.float64), None, 0
-    for part in slices(features):
+    for part in iterate_slices(features):
         w = part.new_ones(len(part)) if weights is None else weights[start : start + len(part)].double()
         start += len(part)
         n = w.sum().item()

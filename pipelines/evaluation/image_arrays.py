@@ -99,7 +99,7 @@ def read_reference(path: Path) -> ReferenceArrays:
     return ReferenceArrays(ImageArray(path) if "arr_0" in names else None, moments)
 
 
-def written(path: Path, batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+def write_and_yield(path: Path, batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
     """Passes batches of uint8 (B, C, h, w) on, `count` images in all, and writes them as `arr_0` (count, h, w, 3).
 
     Raises:   UserError when another number of images came; there is no file then.

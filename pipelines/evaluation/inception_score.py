@@ -7,7 +7,7 @@ in ten parts drawn at random, whose mean and standard deviation are given. Salim
 
 import torch
 
-from pipelines.evaluation.feature_files import Rows, chosen, slices
+from pipelines.evaluation.feature_files import Rows, chosen, iterate_slices
 
 PARTS = 10
 
@@ -18,7 +18,7 @@ def inception_score(logits: Rows, seed: int = 0) -> dict[str, float]:
     scores = []
     for positions in order.tensor_split(min(PARTS, len(logits))):
         sharpness, marginal = torch.zeros((), dtype=torch.float64), torch.zeros(logits.shape[1], dtype=torch.float64)
-        for part in slices(chosen(logits, positions.sort().values)):
+        for part in iterate_slices(chosen(logits, positions.sort().values)):
             log_p = part.log_softmax(1)
             sharpness += (log_p.exp() * log_p).sum()
             marginal += log_p.exp().sum(0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, check_finite, chosen, random_positions, slices
+from pipelines.evaluation.feature_files import Rows, check_finite, chosen, iterate_slices, random_positions
 from training_harness.errors import UserError
 
 MOST_IMAGES = 10_000
@@ -34,7 +34,7 @@ class LinearProbe(NamedTuple):
 def fit_probe(features: Rows, labels: Tensor, num_classes: int, seed: int = 0) -> LinearProbe:
     """A probe trained on at most 10,000 of (N, F) features with labels (N,) int64, drawn at random by `seed`."""
     rows = random_positions(len(features), MOST_IMAGES, seed)
-    x, y = torch.cat(list(slices(chosen(features, rows)))).float(), labels[rows]
+    x, y = torch.cat(list(iterate_slices(chosen(features, rows)))).float(), labels[rows]
     mean, std = x.mean(0), x.std(0)
     std = std.clamp(min=1e-6 * std.max().item() or 1.0)  # columns that never change tell nothing
     x = (x - mean) / std

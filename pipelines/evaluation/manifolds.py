@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import SLICE, Rows, check_pair, slices
+from pipelines.evaluation.feature_files import SLICE, Rows, check_pair, iterate_slices
 from training_harness.errors import UserError
 
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -90,11 +90,11 @@ def _pairs(points: Rows, support: Rows, centre: Tensor, half: bool = False) -> I
     """
     room = torch.empty(2, SLICE * SLICE, dtype=torch.float64)
     row = 0
-    for part in slices(points):
+    for part in iterate_slices(points):
         part = part - centre
         norms = part.square().sum(1, keepdim=True)
         column = row if half else 0
-        for other in slices(support, first=column):
+        for other in iterate_slices(support, first=column):
             other = other - centre
             shape = len(part), len(other)
             both, distances = (block[: shape[0] * shape[1]].view(shape) for block in room)
@@ -108,7 +108,7 @@ def _pairs(points: Rows, support: Rows, centre: Tensor, half: bool = False) -> I
 
 def _centre(rows: Rows) -> Tensor:
     """A point among the rows: products of what is far from the origin would lose the small distances."""
-    return next(slices(rows)).mean(0)
+    return next(iterate_slices(rows)).mean(0)
 
 
 def _check(real: Rows, generated: Rows, k: int, needed_for: str) -> None:

@@ -69,7 +69,7 @@ def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:
     return torch.tensor(classes or [-1]).repeat_interleave(per_class)
 
 
-def sampled_batches(
+def sample_batches(
     pipeline: LatentGenerationPipeline, labels: Tensor, seed: int, batch_size: int = 200, **options: Any
 ) -> Iterator[Tensor]:
     """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size.
@@ -81,7 +81,7 @@ def sampled_batches(
         yield sample_across_processes(pipeline, part, generator, batch_size, **options)
 
 
-def keeping_first(
+def collect_grid_images(
     batches: Iterable[Tensor], labels: Tensor, kept: dict[int, list[Tensor]], rows: int, columns: int
 ) -> Iterator[Tensor]:
     """Passes batches on, and puts the first `columns` images (C, h, w) of the first `rows` classes into `kept`.
@@ -98,7 +98,7 @@ def keeping_first(
         yield batch
 
 
-def warnings_for(num_images: int, num_reference_images: int) -> list[str]:
+def sample_size_warnings(num_images: int, num_reference_images: int) -> list[str]:
     """What a reader of the figures must know."""
     found = []
     if (fewest := min(num_images, num_reference_images)) < PUBLISHED:
@@ -109,6 +109,6 @@ def warnings_for(num_images: int, num_reference_images: int) -> list[str]:
     return found
 
 
-def check_enough(count: int, what: str) -> None:
+def check_image_count(count: int, what: str) -> None:
     if count < FEWEST:
         raise UserError(f"{what}: {count}; expected at least {FEWEST}, or the figures do not exist; give more images")

@@ -16,7 +16,7 @@ BATCH = 200
 
 
 class Restorations:
-    """At most `count` held-out pictures, restored: `labels` of them, `batches` of uint8 (B, C, h, w), then `figures`."""
+    """At most `count` held-out pictures, restored: `labels` of them, `batches` of uint8 (B, C, h, w), then `metrics`."""
 
     def __init__(self, pipeline: LatentGenerationPipeline, images: ImageSet, count: int, seed: int) -> None:
         self.pipeline, self.images, self.count = pipeline, images, min(count, len(images))
@@ -45,6 +45,6 @@ class Restorations:
             if begin == self.count:
                 return
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over images, in dB, once all batches were drawn: of what was given and of what was made of it."""
         return {name: float(torch.cat(values).mean()) for name, values in self._psnr.items()}

@@ -163,4 +163,4 @@ def test_restorations_are_measured_beside_what_was_given() -> None:
     worse = degraded(images[range(7)], "noise", pipeline.tokenizer.config.image_processor, range(7))
     errors = [(x.float() - images[range(7)].float()).square().flatten(1).mean(1) for x in (worse, restored)]
     expected = [float((10 * (255**2 / error).log10()).mean()) for error in errors]
-    assert list(found.figures().values()) == pytest.approx(expected, rel=1e-4)
+    assert list(found.metrics().values()) == pytest.approx(expected, rel=1e-4)

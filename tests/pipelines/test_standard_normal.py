@@ -13,7 +13,7 @@ from latentloom.cli import main
 from latentloom.jobs.stages import load_source
 from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.features import feature_extractor
-from pipelines.evaluation.pipeline_metrics import balanced_labels, pipeline_metrics, sampled_batches
+from pipelines.evaluation.pipeline_metrics import balanced_labels, pipeline_metrics, sample_batches
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from stage1_tokenizer.data.image_loader import ImageLoader
@@ -117,5 +117,5 @@ def figures_of(run: Path, data: Path) -> dict[str, Any]:
     held_out, train = (ImageLoader(split, processor) for split in (source.train, source.train))
     with Evaluator(feature_extractor("pixels-8x8"), run.parent / "features") as evaluator:
         labels = balanced_labels(pipeline, 8)
-        samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "samples")
+        samples = evaluator.measure_stream(sample_batches(pipeline, labels, 0), labels, "samples")
         return pipeline_metrics(evaluator, pipeline, samples, held_out, train, ())

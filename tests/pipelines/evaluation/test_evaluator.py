@@ -19,11 +19,11 @@ from pipelines.evaluation.manifolds import density_coverage, precision_recall
 from pipelines.evaluation.pipeline_metrics import (
     balanced_labels,
     bits_per_token,
-    check_enough,
-    keeping_first,
+    check_image_count,
+    collect_grid_images,
     pipeline_metrics,
-    sampled_batches,
-    warnings_for,
+    sample_batches,
+    sample_size_warnings,
 )
 from pipelines.evaluation.tokenizer_metrics import reconstruct, tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline, to_uint8
@@ -316,8 +316,8 @@ def test_five_images_on_a_side_are_too_few_for_distances_and_six_are_enough(
     enough = evaluator.sample_metrics(*(measured(evaluator, pictures(n + 1, n)) for n in (count, reference)))
     assert min(enough[name] for name in ("frechet", "precision", "recall", "density", "coverage")) >= 0
     with pytest.raises(UserError, match="samples: 5; expected at least 6"):
-        check_enough(5, "samples")
-    check_enough(6, "samples")
+        check_image_count(5, "samples")
+    check_image_count(6, "samples")
 
 
 def test_moments_are_compared_by_inceptions_features_alone(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_samples_are_as_many_of_each_class_whatever_the_batch_size_and_repeat_wi
     assert balanced_labels(pipeline, 2).tolist() == [0, 1, 2]  # at least one of each
 
     def drawn(seed: int, batch_size: int) -> Tensor:
-        return torch.cat(list(sampled_batches(pipeline, labels, seed, batch_size)))
+        return torch.cat(list(sample_batches(pipeline, labels, seed, batch_size)))
 
     images = drawn(4, 200)
     assert images.shape == (9, 1, 14, 14)
@@ -380,12 +380,12 @@ def test_a_pipeline_without_classes_gives_the_count_asked_for_without_labels() -
 def test_keeping_the_first_of_the_first_classes_passes_everything_on() -> None:
     images, labels = pictures(10, 1), torch.tensor([0, 0, 0, 1, 1, 0, 2, 2, 1, 1])
     kept: dict[int, list[Tensor]] = {}
-    passed = list(keeping_first(images.split(4), labels, kept, rows=2, columns=2))
+    passed = list(collect_grid_images(images.split(4), labels, kept, rows=2, columns=2))
     assert torch.equal(torch.cat(passed), images)
     assert {label: len(row) for label, row in kept.items()} == {0: 2, 1: 2}
     assert torch.equal(torch.stack(kept[1]), images[3:5])
     without: dict[int, list[Tensor]] = {}
-    list(keeping_first(images.split(4), torch.full((10,), -1), without, rows=2, columns=3))
+    list(collect_grid_images(images.split(4), torch.full((10,), -1), without, rows=2, columns=3))
     assert torch.equal(torch.stack(without[-1]), images[:6])
 
 
@@ -395,7 +395,7 @@ def test_a_pipelines_report_has_its_tokenizers_its_priors_and_its_samples_figure
     held_out, train = (ImageLoader(tiny_split(count, seed), processor) for count, seed in ((23, 1), (40, 0)))
     labels = balanced_labels(pipeline, 30)
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
-        samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "sample")
+        samples = evaluator.measure_stream(sample_batches(pipeline, labels, 0), labels, "sample")
         figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, NAMES)
     assert {"psnr", "ssim", "perplexity", "bits_per_token", "frechet", "kid", "coverage", "floor"} <= figures.keys()
     assert figures["floor"]["frechet"] < figures["frechet"]  # the models are untrained
@@ -405,6 +405,6 @@ def test_a_pipelines_report_has_its_tokenizers_its_priors_and_its_samples_figure
 
 
 def test_fewer_images_than_published_figures_use_are_said_with_their_number() -> None:
-    assert "2,000 images" in warnings_for(2_000, 50_000)[0]
-    assert "1,000 images" in warnings_for(50_000, 1_000)[0]
-    assert warnings_for(50_000, 50_000) == []
+    assert "2,000 images" in sample_size_warnings(2_000, 50_000)[0]
+    assert "1,000 images" in sample_size_warnings(50_000, 1_000)[0]
+    assert sample_size_warnings(50_000, 50_000) == []

@@ -18,8 +18,8 @@ from pipelines.evaluation.feature_files import (
     FeatureFile,
     check_pair,
     chosen,
+    iterate_slices,
     read_features,
-    slices,
     write_features,
 )
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
@@ -100,7 +100,7 @@ def test_a_selection_of_a_selection_counts_within_the_first(rows: Tensor, file: 
 def test_slices_together_are_the_whole_as_float64(rows: Tensor, file: FeatureFile, size: int):
     backwards = torch.arange(49, -1, -1)
     for whole, expected in ((rows, rows), (file, rows), (file.select(backwards), rows.flip(0))):
-        parts = list(slices(whole, size))
+        parts = list(iterate_slices(whole, size))
         assert [len(part) for part in parts] == [len(part) for part in rows.split(size)]
         assert all(part.dtype == torch.float64 for part in parts)
         assert torch.equal(torch.cat(parts), expected.double())
@@ -109,8 +109,8 @@ def test_slices_together_are_the_whole_as_float64(rows: Tensor, file: FeatureFil
 def test_no_slice_has_more_rows_than_stated(tmp_path: Path):
     many = torch.arange(2.0 * SLICE + 1)[:, None]
     for whole in (many, stored(tmp_path / "many", many)):
-        assert [len(part) for part in slices(whole)] == [SLICE, SLICE, 1]
-        assert torch.equal(torch.cat(list(slices(whole))), many.double())
+        assert [len(part) for part in iterate_slices(whole)] == [SLICE, SLICE, 1]
+        assert torch.equal(torch.cat(list(iterate_slices(whole))), many.double())
 
 
 class Pictures:

@@ -14,7 +14,7 @@ from tiny_models import seeded
 from torch import Tensor
 
 from pipelines.evaluation.frechet import distance_between, fit_gaussian
-from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
+from pipelines.evaluation.image_arrays import ImageArray, read_reference, write_and_yield
 from training_harness.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("error:.*not writable")  # torch warns once of arrays that share a file's bytes
@@ -33,7 +33,7 @@ def places_last(images: Tensor) -> np.ndarray:
 
 def test_what_is_written_on_the_way_is_read_by_numpy_and_in_batches_of_any_size(tmp_path: Path):
     images, path = pictures(), tmp_path / "new folder" / "samples.npz"
-    passed = list(written(path, images.split(4), count=11))
+    passed = list(write_and_yield(path, images.split(4), count=11))
     assert torch.equal(torch.cat(passed), images)
     with np.load(path) as file:
         assert file.files == ["arr_0"]
@@ -60,7 +60,7 @@ def test_what_numpy_writes_is_read(save: Callable, channels: int, tmp_path: Path
 
 def test_grey_is_written_with_equal_channels_and_passed_on_as_it_is(tmp_path: Path):
     images = pictures(channels=1)
-    assert torch.equal(torch.cat(list(written(tmp_path / "a.npz", images.split(3), 11))), images)
+    assert torch.equal(torch.cat(list(write_and_yield(tmp_path / "a.npz", images.split(3), 11))), images)
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["arr_0"], places_last(images).repeat(3, axis=3))
 
@@ -80,26 +80,26 @@ def test_a_stream_that_fails_is_abandoned_or_too_short_or_too_long_leaves_no_fil
 
     path = tmp_path / "samples.npz"
     with pytest.raises(RuntimeError, match="sampler failed"):
-        list(written(path, failing(), 8))
+        list(write_and_yield(path, failing(), 8))
     assert not list(tmp_path.iterdir())
-    abandoned = written(path, pictures(8).split(4), 8)
+    abandoned = write_and_yield(path, pictures(8).split(4), 8)
     next(abandoned)
     abandoned.close()
     assert not list(tmp_path.iterdir())
     for count in (7, 9):
         with pytest.raises(UserError, match=f"8 images.*{count}") as error:
-            list(written(path, pictures(8).split(4), count))
+            list(write_and_yield(path, pictures(8).split(4), count))
         assert str(path) in one_line(error)
         assert not list(tmp_path.iterdir())
-    list(written(path, pictures(8).split(4), 8))
+    list(write_and_yield(path, pictures(8).split(4), 8))
     assert [found.name for found in tmp_path.iterdir()] == ["samples.npz"]
 
 
 def test_an_earlier_file_stays_until_a_new_one_is_whole(tmp_path: Path):
     path = tmp_path / "samples.npz"
-    list(written(path, [pictures()], 11))
+    list(write_and_yield(path, [pictures()], 11))
     before = path.read_bytes()
-    second = written(path, (255 - pictures()).split(4), 11)
+    second = write_and_yield(path, (255 - pictures()).split(4), 11)
     next(second)
     assert path.read_bytes() == before
     list(second)
