@@ -11,7 +11,7 @@ from command_line import latentloom
 from PIL import ExifTags, Image
 from tiny_models import NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
-from pipelines.editing import Edit, filled
+from pipelines.editing import Edit, fill_masked_pixels
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.vqgan import VQGAN
@@ -65,7 +65,7 @@ def test_codes_that_the_hole_does_not_touch_are_those_of_the_picture() -> None:
         generator=seeded(0),
         callback_on_step_end=lambda p, i, t, k: seen.append(k["tokens"]),
     )
-    edit = Edit.of(pipeline.tokenizer, image, mask)
+    edit = Edit.from_images(pipeline.tokenizer, image, mask)
     # Padded by one on each side, 16 pixels in fours: columns 0 to 6 of 14 are places 0 and 1.
     assert edit.masked_region[0].all(0).tolist() == [True, True, False, False]
     assert torch.equal(seen[-1][0][~edit.masked_region[0]], edit.codes[0][~edit.masked_region[0]])
@@ -82,7 +82,7 @@ def test_latents_that_the_hole_does_not_touch_are_those_of_the_picture(sampler: 
         generator=seeded(0),
         callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]),
     )
-    edit = Edit.of(pipeline.tokenizer, image, mask, latents=True)
+    edit = Edit.from_images(pipeline.tokenizer, image, mask, latents=True)
     known_mask = ~edit.masked_region.expand(1, 4, 4, 4)
     torch.testing.assert_close(seen[-1][known_mask], edit.codes[known_mask], rtol=0, atol=1e-5)
     assert not torch.allclose(seen[-1][~known_mask], edit.codes[~known_mask], atol=0.1)
@@ -90,7 +90,7 @@ def test_latents_that_the_hole_does_not_touch_are_those_of_the_picture(sampler: 
 
 def test_a_variation_goes_on_from_as_much_of_the_picture_as_its_strength_leaves() -> None:
     pipeline, image = diffusion_pipeline(num_inference_steps=50), pictures(1)[0]
-    own = Edit.of(pipeline.tokenizer, image, None, latents=True).codes
+    own = Edit.from_images(pipeline.tokenizer, image, None, latents=True).codes
 
     def drawn(**edited: Any) -> torch.Tensor:
         steps = list[torch.Tensor]()
@@ -122,11 +122,11 @@ def test_a_hole_is_filled_with_the_mean_of_what_is_nearest() -> None:
     ramp = torch.arange(8).repeat(8, 1).mul(10).to(torch.uint8)[None, None]
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 3, 3] = True
-    assert torch.equal(filled(ramp, mask), ramp)  # around one pixel of a ramp the mean is its own value
+    assert torch.equal(fill_masked_pixels(ramp, mask), ramp)  # around one pixel of a ramp the mean is its own value
     everything = torch.ones_like(mask)
-    assert (filled(ramp, everything) == 127).all()
+    assert (fill_masked_pixels(ramp, everything) == 127).all()
     mask[..., :, 2:] = True
-    found = filled(ramp, mask)
+    found = fill_masked_pixels(ramp, mask)
     assert torch.equal(found[..., :2], ramp[..., :2])
     assert (found[..., 2:] <= 10).all()
 
@@ -135,8 +135,8 @@ def test_a_hole_is_filled_with_the_mean_of_what_is_nearest() -> None:
 @pytest.mark.parametrize("strength", [0.25, 0.75])
 def test_strength_is_the_share_of_codes_that_are_drawn(make: Any, strength: float) -> None:
     pipeline = make()
-    edit = Edit.of(pipeline.tokenizer, pictures(2), None)
-    known = edit.known(strength, pipeline.prior.supports_any_order, [seeded(0), seeded(1)])
+    edit = Edit.from_images(pipeline.tokenizer, pictures(2), None)
+    known = edit.select_known_codes(strength, pipeline.prior.supports_any_order, [seeded(0), seeded(1)])
     assert (~known.known_mask).flatten(1).sum(1).tolist() == [16 * strength] * 2
     if pipeline.prior.supports_any_order:
         assert not torch.equal(known.known_mask[0], known.known_mask[1])
@@ -150,7 +150,7 @@ def test_a_variation_of_full_strength_is_a_sample_and_a_weak_one_is_near_the_pic
     assert np.array_equal(
         pipeline("dog", image=image, strength=1.0, generator=seeded(3), output_type="np").images, plain
     )
-    rebuilt = pipeline.decode(Edit.of(pipeline.tokenizer, image, None).codes)
+    rebuilt = pipeline.decode(Edit.from_images(pipeline.tokenizer, image, None).codes)
     weak = pipeline("dog", image=image, strength=0.05, generator=seeded(3), output_type="pt").images
     assert (weak - rebuilt).abs().mean() < (torch.from_numpy(plain).permute(0, 3, 1, 2) - rebuilt).abs().mean()
 
@@ -173,12 +173,12 @@ def test_a_photograph_stored_on_its_side_is_edited_as_it_is_seen() -> None:
     mask = np.zeros((14, 10), dtype=np.uint8)
     mask[:7] = 255
     tokenizer = tiny_tokenizer()
-    turned = Edit.of(tokenizer, Image.open(file), Image.fromarray(mask))
-    plain = Edit.of(tokenizer, Image.fromarray(upright), Image.fromarray(mask))
+    turned = Edit.from_images(tokenizer, Image.open(file), Image.fromarray(mask))
+    plain = Edit.from_images(tokenizer, Image.fromarray(upright), Image.fromarray(mask))
     assert torch.equal(turned.originals, plain.originals)
     assert torch.equal(turned.mask, plain.mask)
     with pytest.raises(UserError, match="the mask is 10×14 and its image 14×10"):
-        Edit.of(tokenizer, Image.open(file), Image.fromarray(mask.T))
+        Edit.from_images(tokenizer, Image.open(file), Image.fromarray(mask.T))
 
 
 def test_pictures_are_encoded_in_batches_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_pictures_are_encoded_in_batches_of_the_size_asked_for(monkeypatch: pyte
     monkeypatch.setattr(VQGAN, "encode_indices", lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
     pipeline("cat", image=pictures(5), batch_size=2, generator=seeded(0))
     assert sizes == [2, 2, 1]
-    with pytest.raises(UserError, match="image is empty; expected a picture"):
+    with pytest.raises(UserError, match="image is empty; expected one image"):
         pipeline("cat", image=[])
 
 
@@ -217,14 +217,14 @@ def test_pictures_come_as_pil_arrays_or_tensors_alike() -> None:
     tokenizer, picture = tiny_tokenizer(), pictures(1)[0]
     array = np.asarray(picture)
     ways = [picture, array, array / 255, torch.from_numpy(array.copy())[None], array[None, :, :, None]]
-    found = [Edit.of(tokenizer, way, None).originals for way in ways]
+    found = [Edit.from_images(tokenizer, way, None).originals for way in ways]
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_a_picture_of_another_size_is_fitted_with_its_mask() -> None:
     mask = np.zeros((28, 28), dtype=np.uint8)
     mask[:, :14] = 255
-    edit = Edit.of(tiny_tokenizer(), pictures(1, 28)[0], mask)
+    edit = Edit.from_images(tiny_tokenizer(), pictures(1, 28)[0], mask)
     assert edit.originals.shape == (1, 1, 14, 14)
     assert edit.mask[0, 0].all(0).tolist() == [True] * 7 + [False] * 7
 
@@ -241,7 +241,7 @@ def test_a_picture_of_another_size_is_fitted_with_its_mask() -> None:
             "the mask is 7×14 and its image 14×14; expected the same size",
         ),
         ({"image": pictures(3), "mask_image": [LEFT, LEFT]}, "2 masks were given for 3 images"),
-        ({"image": np.full((14, 14), 3.0)}, r"values from 3 to 3; expected \[0, 1\], or uint8"),
+        ({"image": np.full((14, 14), 3.0)}, r"values from 3 to 3; expected values in \[0, 1\], or dtype uint8"),
     ],
 )
 def test_what_does_not_fit_is_one_line(given: dict, message: str) -> None:

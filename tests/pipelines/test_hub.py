@@ -135,7 +135,7 @@ def test_what_its_owner_wrote_into_a_card_on_the_hub_stays_when_the_pipeline_is_
 def test_a_private_repository_is_private(story: Story) -> None:
     assert story.hub.repos["stand-in/secret"].private
     assert not story.hub.repos["stand-in/tiny"].private
-    assert "stand-in/secret is neither a folder here nor a pipeline on the Hub" in story.pulled["secret"]
+    assert "stand-in/secret is neither a local folder nor a pipeline on the Hub" in story.pulled["secret"]
 
 
 @pytest.mark.parametrize("case", ["missing", "secret", "revision"])
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_one_line_with_what_to_do(story: Story, case: str
     message = story.pulled[case]
     assert message is not None
     assert "\n" not in message
-    assert "expected a folder or a repository that you can read; for a private one run `hf auth login`" in message
+    assert "expected a folder or a repository that you can read; run `hf auth login` if it is private" in message
 
 
 @pytest.mark.parametrize("case", ["bad name", "refused", "no token"])
@@ -172,6 +172,6 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(UserError, match="could not push to me/tiny") as pushing:
         tiny_pipeline().push_to_hub("me/tiny", token="hf_x")
-    with pytest.raises(UserError, match="me/tiny is neither a folder here nor a pipeline on the Hub") as pulling:
+    with pytest.raises(UserError, match="me/tiny is neither a local folder nor a pipeline on the Hub") as pulling:
         LatentGenerationPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
     assert "\n" not in f"{pushing.value}{pulling.value}"

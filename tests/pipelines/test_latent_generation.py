@@ -74,7 +74,9 @@ def test_the_same_seed_repeats_the_images_another_or_none_does_not(pipeline: Lat
 
 
 def test_another_number_of_generators_than_images_is_an_error(pipeline: LatentGenerationPipeline) -> None:
-    with pytest.raises(UserError, match="3 generators were given for 4 images; expected one, or one an image"):
+    with pytest.raises(
+        UserError, match="3 generators were given for 4 images; expected one generator, or one for each image"
+    ):
         pipeline([0, 1], 2, generator=[seeded(i) for i in range(3)])
 
 
@@ -135,7 +137,7 @@ def test_without_names_or_without_classes_the_error_says_so() -> None:
         tiny_pipeline(label_names=None)("cat")
     tokenizer = tiny_tokenizer()
     unlabelled = LatentGenerationPipeline(tokenizer, tiny_prior(num_classes=0, tokenizer_id=tokenizer.compute_id()))
-    with pytest.raises(UserError, match="trained without classes; give none"):
+    with pytest.raises(UserError, match="trained without classes; leave it out"):
         unlabelled(0)
     assert len(unlabelled(num_images_per_label=3).images) == 3
 

@@ -176,9 +176,9 @@ def test_a_part_that_is_missing_altogether_is_never_looked_for_on_the_hub(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[]", "not that of a pipeline"),
-        (b"\xff\xfe", "not that of a pipeline"),
-        (b'{"tokenizer": "VQGAN", "prior": "os.system"}', "not that of a pipeline.*KeyError: 'os.system'"),
+        (b"[]", "not the index of a pipeline"),
+        (b"\xff\xfe", "not the index of a pipeline"),
+        (b'{"tokenizer": "VQGAN", "prior": "os.system"}', "not the index of a pipeline.*KeyError: 'os.system'"),
         (b'{"tokenizer": "VQGAN", "prior": "AutoregressivePrior", "sampling": {"topk": 3}}', "unknown.*'top_k'"),
         (b'{"tokenizer": "VQGAN", "prior": "AutoregressivePrior", "label_names": ["a"]}', "1 label names"),
     ],

@@ -84,13 +84,13 @@ def test_a_user_s_small_picture_has_the_latents_that_the_prior_was_trained_on(co
     tokenizer, source = tiny_tokenizer(), tiny_source()
     originals = ImageLoader(source.train, tokenizer.config.image_processor)[range(5)]
     small = [shrunk(picture, 2) for picture in originals]
-    given = Edit.of(tokenizer, small, None, latents=True).codes
+    given = Edit.from_images(tokenizer, small, None, latents=True).codes
     first_batch = len(source.train)  # smaller than one, whose originals come before its mirror images
     kept = codes.train.latents(np.arange(5), "degraded")
     torch.testing.assert_close(kept, given, rtol=1e-3, atol=1e-3)  # float16
     assert (kept - codes.train.latents(np.arange(5))).abs().max() > 0.1
     mirrored = [shrunk(picture.flip(-1), 2) for picture in originals]
-    flipped = Edit.of(tokenizer, mirrored, None, latents=True).codes
+    flipped = Edit.from_images(tokenizer, mirrored, None, latents=True).codes
     torch.testing.assert_close(
         codes.train.latents(np.arange(5) + first_batch, "degraded"), flipped, rtol=1e-3, atol=1e-3
     )
@@ -127,7 +127,7 @@ def test_a_pipeline_restores_the_pictures_it_is_given() -> None:
     images = pipeline(image=small, generator=seeded(0), output_type="pt").images
     assert isinstance(images, Tensor)
     assert images.shape == (3, 1, 14, 14)
-    edit = Edit.of(pipeline.tokenizer, small, None, latents=True)
+    edit = Edit.from_images(pipeline.tokenizer, small, None, latents=True)
     again = pipeline.sample_pixels(torch.tensor([-1] * 3), seeded(0), known=KnownCodes.for_restoration(edit.codes))
     torch.testing.assert_close(images, again)
     for given in (small, small[::-1]):  # a codebook hides small changes of latents
