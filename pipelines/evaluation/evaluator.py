@@ -19,7 +19,13 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import FeatureFile, iterate_slices, random_positions, read_features, write_features
+from pipelines.evaluation.feature_files import (
+    FeatureFile,
+    iterate_slices,
+    random_positions,
+    read_features,
+    write_features,
+)
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
 from pipelines.evaluation.frechet import Gaussian, bootstrap_interval, distance_between, fit_gaussian, frechet_distance
 from pipelines.evaluation.inception_score import inception_score
@@ -58,7 +64,9 @@ class MeasuredImages(NamedTuple):
         return self.files["features"]
 
     def select(self, positions: Tensor) -> MeasuredImages:
-        return MeasuredImages({name: file.select(positions) for name, file in self.files.items()}, self.labels[positions])
+        return MeasuredImages(
+            {name: file.select(positions) for name, file in self.files.items()}, self.labels[positions]
+        )
 
 
 class Evaluator:
@@ -172,7 +180,9 @@ class Evaluator:
             if not len(in_samples):
                 continue
             row = self._distances(samples.select(in_samples), real.select(in_real), interval=False)
-            row["class_agreement"] = label_agreement(predictions and predictions[0][in_samples], samples.select(in_samples))
+            row["class_agreement"] = label_agreement(
+                predictions and predictions[0][in_samples], samples.select(in_samples)
+            )
             if nearest is not None and len(in_real):
                 row["memorisation"] = memorisation_metrics(nearest[0][in_samples], nearest[1][in_real])
             metrics["by_class"][name] = row | {"num_images": len(in_samples)}

@@ -92,7 +92,7 @@ def write_features(folder: Path, batches: Iterable[ImageFeatures]) -> dict[str, 
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for batch in batches:
-            for name, rows in batch.present().items():
+            for name, rows in batch.to_dict().items():
                 check_finite(rows)
                 array = rows.detach().to("cpu", torch.float32).numpy()
                 if name not in files:

@@ -11,9 +11,9 @@ import torch
 from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
 from torch import Tensor
 
-from pipelines.evaluation.evaluator import Evaluator, Measured, memorisation
+from pipelines.evaluation.evaluator import Evaluator, MeasuredImages, memorisation_metrics
 from pipelines.evaluation.features import POOLED_PIXELS, FeatureExtractor, ImageFeatures
-from pipelines.evaluation.frechet import frechet_distance, gaussian_of_moments
+from pipelines.evaluation.frechet import frechet_distance, gaussian_from_moments
 from pipelines.evaluation.kernel_distance import kernel_distance
 from pipelines.evaluation.manifolds import density_coverage, precision_recall
 from pipelines.evaluation.pipeline_metrics import (
@@ -74,7 +74,7 @@ def evaluator(tmp_path: Path) -> Iterator[Evaluator]:
         yield evaluator
 
 
-def measured(evaluator: Evaluator, images: Tensor, labels: list[int] | None = None) -> Measured:
+def measured(evaluator: Evaluator, images: Tensor, labels: list[int] | None = None) -> MeasuredImages:
     return evaluator.measure(Pictures(images, labels), "images")
 
 
@@ -255,9 +255,9 @@ def test_real_images_in_the_samples_place_have_no_distance_and_are_seen_as_copie
 
 
 def test_memorisation_compares_medians() -> None:
-    found = memorisation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([2.0, 4.0, 5.0]))
+    found = memorisation_metrics(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([2.0, 4.0, 5.0]))
     assert (found["nearest_training_image"], found["the_same_for_held_out"], found["ratio"]) == (2, 4, 0.5)
-    assert memorisation(torch.ones(3), torch.zeros(3))["ratio"] is None
+    assert memorisation_metrics(torch.ones(3), torch.zeros(3))["ratio"] is None
 
 
 def test_a_judges_verdicts_give_the_agreement_overall_and_by_class(tmp_path: Path) -> None:
@@ -327,8 +327,8 @@ def test_moments_are_compared_by_inceptions_features_alone(tmp_path: Path) -> No
         return ImageFeatures(corners(batch), imagenet_logits=first_pixels(batch), spatial=corners(batch)[:, :2])
 
     features = corners(images).double()
-    moments = {"features": gaussian_of_moments(features.mean(0), features.T.cov())}
-    moments["spatial"] = gaussian_of_moments(features[:, :2].mean(0) + 1, features[:, :2].T.cov())
+    moments = {"features": gaussian_from_moments(features.mean(0), features.T.cov())}
+    moments["spatial"] = gaussian_from_moments(features[:, :2].mean(0) + 1, features[:, :2].T.cov())
     with Evaluator(FeatureExtractor("inception", extract), tmp_path) as evaluator:
         figures = evaluator.moments_metrics(measured(evaluator, images), moments)
         compared = evaluator.sample_metrics(*(measured(evaluator, pictures(30, seed)) for seed in (1, 2)))
@@ -337,7 +337,7 @@ def test_moments_are_compared_by_inceptions_features_alone(tmp_path: Path) -> No
     assert figures["inception_score"] >= 1
     assert compared["fid"] == compared["frechet"] > 0
     assert compared["sfid"] != compared["fid"]
-    with Evaluator(CORNERS, tmp_path) as evaluator, pytest.raises(UserError, match="to be measured by corners"):
+    with Evaluator(CORNERS, tmp_path) as evaluator, pytest.raises(UserError, match="would be measured by corners"):
         evaluator.moments_metrics(measured(evaluator, images), moments)
 
 

@@ -17,9 +17,9 @@ from pipelines.evaluation.feature_files import (
     SLICE,
     FeatureFile,
     check_pair,
-    chosen,
     iterate_slices,
     read_features,
+    select_rows,
     write_features,
 )
 from pipelines.evaluation.features import FeatureExtractor, ImageFeatures
@@ -78,11 +78,11 @@ def test_a_selection_has_the_rows_of_its_positions_in_their_order(
 ):
     index = torch.tensor(positions, dtype=torch.int64)
     expected = rows[index]
-    for found in (file.select(index), file.select(index.numpy()), chosen(file, index)):
+    for found in (file.select(index), file.select(index.numpy()), select_rows(file, index)):
         assert (len(found), found.shape) == (len(positions), expected.shape)
         assert torch.equal(found.read(0, len(positions)), expected)
         assert torch.equal(torch.cat([found.read(i, i + 1) for i in range(len(positions))] or [expected]), expected)
-    assert torch.equal(chosen(rows, index), expected)
+    assert torch.equal(select_rows(rows, index), expected)
 
 
 def test_a_selection_of_a_selection_counts_within_the_first(rows: Tensor, file: FeatureFile):
@@ -155,11 +155,11 @@ def test_one_number_that_is_not_finite_in_any_file_is_refused(rows: Tensor, tmp_
 
 
 def test_a_pair_of_sets_is_checked_for_its_widths_and_its_numbers(rows: Tensor, file: FeatureFile):
-    check_pair(rows, file, at_least=50, needed_for="a test")
+    check_pair(rows, file, min_rows=50, metric="a test")
     with pytest.raises(UserError, match=r"50 images; a test needs 51 or more") as error:
-        check_pair(rows, file, at_least=51, needed_for="a test")
+        check_pair(rows, file, min_rows=51, metric="a test")
     with pytest.raises(UserError, match=r"\(50, 6\) and \(50, 7\)") as error:
-        check_pair(rows[:, 1:], file, at_least=1, needed_for="a test")
+        check_pair(rows[:, 1:], file, min_rows=1, metric="a test")
     one_line(error)
     with pytest.raises(UserError, match="1 of 50 rows"):
-        check_pair(file, rows.index_fill(0, torch.tensor([2]), math.nan), at_least=1, needed_for="a test")
+        check_pair(file, rows.index_fill(0, torch.tensor([2]), math.nan), min_rows=1, metric="a test")

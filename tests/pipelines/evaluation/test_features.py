@@ -24,9 +24,9 @@ from pipelines.evaluation.features import (
     classifier_features,
     efficientnet_features,
     feature_extractor,
-    hash_of,
+    hash_weights,
     inception_features,
-    pooled_pixels,
+    pool_pixels,
 )
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.reference_classifier import ReferenceClassifier, ReferenceClassifierConfig
@@ -57,8 +57,8 @@ def test_pooled_pixels_have_the_mean_of_each_of_64_cells(channels: int, size: in
         for c in range(channels)
     ]
     expected = np.concatenate([np.stack(row, 1) for row in cells], 1)
-    found = pooled_pixels(torch.from_numpy(images))
-    assert list(found.present()) == ["features"]
+    found = pool_pixels(torch.from_numpy(images))
+    assert list(found.to_dict()) == ["features"]
     assert found.features.shape == (2, channels * 64)
     assert np.allclose(found.features.numpy(), expected, atol=1e-6)
 
@@ -73,11 +73,11 @@ def test_the_judges_features_come_with_its_logits():
     images = pictures(5, channels=1, size=8)
     extractor = classifier_features(classifier)
     found, expected = extractor.extract(images), classifier.classify_images(images)
-    assert list(found.present()) == ["features", "class_logits"]
+    assert list(found.to_dict()) == ["features", "class_logits"]
     assert torch.equal(found.features, expected.features)
     assert found.class_logits is not None
     assert torch.equal(found.class_logits, expected.logits)
-    assert extractor.weights == hash_of(classifier)
+    assert extractor.weights == hash_weights(classifier)
 
 
 def test_a_name_gives_the_extractor_of_that_name_and_no_judge_is_an_error(tmp_path: Path):
@@ -99,7 +99,7 @@ def efficientnet() -> FeatureExtractor:
 def test_efficientnet_sees_each_image_by_itself(efficientnet: FeatureExtractor):
     images = pictures(3)
     found = efficientnet.extract(images)
-    assert list(found.present()) == ["features"]
+    assert list(found.to_dict()) == ["features"]
     assert found.features.shape == (3, 1280)
     for i in range(3):
         assert_near(efficientnet.extract(images[i : i + 1]).features, found.features[i : i + 1])
@@ -147,7 +147,7 @@ def test_inceptions_features_and_logits_are_the_librarys(inception: Inception):
     features_, logits = inception.network(images)
     handle.remove()
     found = inception.extractor.extract(images)
-    assert list(found.present()) == ["features", "imagenet_logits", "spatial"]
+    assert list(found.to_dict()) == ["features", "imagenet_logits", "spatial"]
     assert found.imagenet_logits is not None
     assert found.spatial is not None
     assert torch.equal(found.features, features_)
@@ -156,7 +156,7 @@ def test_inceptions_features_and_logits_are_the_librarys(inception: Inception):
     # Of the block's concatenated channels the first are those of its 1 × 1 branch; places come first, then channels.
     assert found.spatial.shape == (2, 17 * 17 * 7)
     assert torch.equal(found.spatial.view(2, 17, 17, 7), mixed[0][:, :7].permute(0, 2, 3, 1))
-    for rows in (*found.present().values(),):
+    for rows in (*found.to_dict().values(),):
         assert not torch.allclose(rows[0], rows[1], rtol=0.01)
     again = inception.extractor.extract(images[1:])  # and of a second call, not of the first
     assert again.spatial is not None
@@ -270,19 +270,19 @@ def small_network() -> nn.Sequential:
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.running_var"])
 def test_the_hash_changes_with_any_weight_or_buffer_and_with_nothing_else(name: str):
     network, same = small_network(), small_network().eval().requires_grad_(False)
-    assert hash_of(network) == hash_of(same)
-    assert len(hash_of(network)) == 16
+    assert hash_weights(network) == hash_weights(same)
+    assert len(hash_weights(network)) == 16
     with torch.no_grad():
         same.state_dict()[name].view(-1)[1] += 1e-3
-    assert hash_of(network) != hash_of(same)
+    assert hash_weights(network) != hash_weights(same)
 
 
 def test_the_hash_does_not_confuse_layers_of_equal_shapes():
     one, other = nn.ModuleDict(), nn.ModuleDict()
     one["a"], other["b"] = (nn.Linear(2, 2) for _ in range(2))
     other["b"].load_state_dict(one["a"].state_dict())
-    assert hash_of(one) != hash_of(other)
+    assert hash_weights(one) != hash_weights(other)
 
 
 def test_inceptions_hash_is_that_of_its_weights(inception: Inception):
-    assert inception.extractor.weights == hash_of(inception.network)
+    assert inception.extractor.weights == hash_weights(inception.network)

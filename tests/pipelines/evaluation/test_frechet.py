@@ -20,7 +20,7 @@ from pipelines.evaluation.frechet import (
     distance_between,
     fit_gaussian,
     frechet_distance,
-    gaussian_of_moments,
+    gaussian_from_moments,
 )
 from training_harness.errors import UserError
 
@@ -159,10 +159,10 @@ def test_stored_moments_are_as_good_as_the_features_they_came_from():
     a, b = correlated(50, 10, 1), correlated(40, 10, 2) + 1
     few = normal(4, 10, seed=3)  # a covariance of rank 3
     for reference in (a, few):
-        moments = gaussian_of_moments(reference.mean(0), reference.T.cov())
+        moments = gaussian_from_moments(reference.mean(0), reference.T.cov())
         assert distance_between(moments, fit_gaussian(b)) == pytest.approx(frechet_distance(reference, b), rel=1e-6)
         torch.testing.assert_close(covariance_of(moments), reference.T.cov())
-    single = gaussian_of_moments(a.mean(0).float(), a.T.cov().float())  # as some files hold them
+    single = gaussian_from_moments(a.mean(0).float(), a.T.cov().float())  # as some files hold them
     assert distance_between(single, fit_gaussian(b)) == pytest.approx(frechet_distance(a, b), rel=1e-4)
 
 
@@ -185,13 +185,15 @@ NOT_FINITE = torch.tensor([1.0, math.nan, 0.0, 0.0])
 )
 def test_moments_that_are_none_are_an_error_that_says_what_was_found(mean: Tensor, covariance: Tensor, found: str):
     with pytest.raises(UserError) as error:
-        gaussian_of_moments(mean, covariance)
+        gaussian_from_moments(mean, covariance)
     assert found in one_line(error)
 
 
 def test_an_eigenvalue_below_zero_by_rounding_is_taken_for_zero():
     turn = torch.linalg.qr(normal(4, 4)).Q
-    moments = gaussian_of_moments(torch.zeros(4), turn @ torch.tensor([4.0, 3.0, 2.0, -3e-3]).double().diag() @ turn.T)
+    moments = gaussian_from_moments(
+        torch.zeros(4), turn @ torch.tensor([4.0, 3.0, 2.0, -3e-3]).double().diag() @ turn.T
+    )
     assert torch.linalg.eigvalsh(covariance_of(moments)) == pytest.approx([0, 2, 3, 4], abs=1e-9)
 
 

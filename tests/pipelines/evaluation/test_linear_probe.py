@@ -90,7 +90,7 @@ def test_a_class_without_an_image_is_seen_in_none():
 
 
 def test_it_is_fitted_to_no_more_images_than_the_limit_drawn_by_its_seed(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(linear_probe, "MOST_IMAGES", 15)
+    monkeypatch.setattr(linear_probe, "MAX_IMAGES", 15)
     features, labels = torch.eye(40), torch.arange(40) % CLASSES
     used = fit_probe(features, labels, CLASSES, seed=1).mean > 0  # each image has a feature of its own
     assert used.sum() == 15
@@ -104,7 +104,7 @@ def test_it_is_fitted_to_no_more_images_than_the_limit_drawn_by_its_seed(tmp_pat
 def test_a_set_within_the_limit_is_used_whole():
     features, labels = clouds(300, apart=1, seed=1)
     torch.testing.assert_close(fit_probe(features, labels, CLASSES, seed=5).mean, features.mean(0).float())
-    assert linear_probe.MOST_IMAGES == 10_000
+    assert linear_probe.MAX_IMAGES == 10_000
 
 
 # -- class agreement --------------------------------------------------------------------------------------------------
