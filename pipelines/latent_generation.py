@@ -190,9 +190,8 @@ class LatentGenerationPipeline:
         with progress_bar(**bar_config) as bar:
 
             def on_step(step: int, codes: Tensor) -> None:
-                bar.update(
-                    len(pixels) * num_steps + step + 1 - bar.n
-                )  # known codes take no step, so steps can be skipped
+                # known codes take no step, so the bar moves to the step number
+                bar.update(len(pixels) * num_steps + step + 1 - bar.n)
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, step, {self.prior.output_kind: codes})
 

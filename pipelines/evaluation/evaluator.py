@@ -38,7 +38,7 @@ from training_harness.progress import progress_bar
 
 BATCH = 250
 MIN_IMAGES = DENSITY_NEIGHBOURS + 1  # images in each set, for all metrics to exist
-NEAR_QUANTILE = 0.05  # share of the held-out images that are as near to a training image as a "near" sample
+NEAR_QUANTILE = 0.05  # a sample is near if at most this share of held-out images is as near to a training image
 
 
 class ImageSet(Protocol):
@@ -102,7 +102,7 @@ class Evaluator:
             digest.update(str(tuple(batch.shape)).encode() + batch.contiguous().numpy().tobytes())
             positions += batch_positions
         images_hash = digest.hexdigest()[:16]
-        # without a hash of its weights, a network cannot be told apart from another one
+        # without a hash of its weights, a network cannot be distinguished from another one
         parent = self.cache if self.extractor.weights else Path(self._temporary.name)
         folder = parent / f"{self.extractor.name}-{self.extractor.weights}-{images_hash}"
         if not folder.exists():
@@ -155,19 +155,19 @@ class Evaluator:
 
         Args:
             train: training images, for the noise floor, the linear probe and the memorisation.
-            label_names: names of the classes. Pass none if the labels of samples and real images have different meanings:
-                then there are no metrics by class.
+            label_names: names of the classes, for the metrics by class. Leave it empty if the labels of samples and real images
+                have different meanings.
         """
         names = list(label_names)
         predictions = self._predict_classes(samples, real, train, len(names)) if names else None
-        metrics = self._distances(samples, real) | {
+        metrics = self._compare_sets(samples, real) | {
             "class_agreement": label_agreement(predictions and predictions[0], samples)
         }
         metrics["floor"] = metrics["memorisation"] = None
         nearest: tuple[Tensor, Tensor] | None = None
         if train is not None:
             floor = self.noise_floor(train, samples.labels if names else torch.full_like(samples.labels, -1))
-            metrics["floor"] = self._distances(floor, real) | {"num_images": len(floor)}
+            metrics["floor"] = self._compare_sets(floor, real) | {"num_images": len(floor)}
             metrics["floor"]["class_agreement"] = label_agreement(predictions and predictions[1], real)
             nearest = (
                 nearest_distances(samples.features, train.features),
@@ -179,7 +179,7 @@ class Evaluator:
             in_samples, in_real = ((images.labels == label).nonzero().flatten() for images in (samples, real))
             if not len(in_samples):
                 continue
-            row = self._distances(samples.select(in_samples), real.select(in_real), interval=False)
+            row = self._compare_sets(samples.select(in_samples), real.select(in_real), interval=False)
             row["class_agreement"] = label_agreement(
                 predictions and predictions[0][in_samples], samples.select(in_samples)
             )
@@ -201,8 +201,8 @@ class Evaluator:
             metrics["sfid"] = distance_between(fit_gaussian(samples.files["spatial"]), moments["spatial"])
         return metrics | inception_score(samples.files["imagenet_logits"], self.seed)
 
-    def _distances(self, generated: MeasuredImages, real: MeasuredImages, interval: bool = True) -> dict[str, Any]:
-        """Compute the distances between two sets; all are None if a set has too few images."""
+    def _compare_sets(self, generated: MeasuredImages, real: MeasuredImages, interval: bool = True) -> dict[str, Any]:
+        """Compute the metrics of two sets; all are None if a set has too few images."""
         a, b = generated.features, real.features
         metrics: dict[str, Any] = dict.fromkeys(
             ("frechet", "frechet_interval", "kid", "kid_std", "precision", "recall", "density", "coverage")
@@ -261,24 +261,24 @@ def argmax_of_rows(logits: FeatureFile) -> Tensor:
 
 
 def label_agreement(predictions: Tensor | None, images: MeasuredImages) -> float | None:
-    """Return the share of images whose predicted class is their label; None without predictions or labels."""
+    """Return the share of images with a correct prediction; None without predictions or labels."""
     if predictions is None or (images.labels < 0).any():
         return None
     return (predictions == images.labels).double().mean().item()
 
 
 def memorisation_metrics(sample_distances: Tensor, held_out_distances: Tensor) -> dict[str, float | None]:
-    """Compare distances to the nearest training image: of samples and of held-out images, each (N,).
+    """Compare the distances of samples and of held-out images, each (N,), to the nearest training image.
 
     If `closer_than_held_out_5_percent` is well above 0.05, then the model repeats training images.
     """
     sample_median, held_out_median = sample_distances.median().item(), held_out_distances.median().item()
-    near = held_out_distances.quantile(NEAR_QUANTILE)
+    near_distance = held_out_distances.quantile(NEAR_QUANTILE)
     return {
         "nearest_training_image": sample_median,
         "the_same_for_held_out": held_out_median,
         "ratio": sample_median / held_out_median if held_out_median else None,
-        "closer_than_held_out_5_percent": (sample_distances < near).double().mean().item(),
+        "closer_than_held_out_5_percent": (sample_distances < near_distance).double().mean().item(),
     }
 
 

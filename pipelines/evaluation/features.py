@@ -152,9 +152,8 @@ def inception_features(device: torch.device | str = "cpu", weights: Path | None 
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=path.stem.rpartition("-")[2])
-        torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # fails for pickled objects, which torch-fidelity would load
+        # torch-fidelity would unpickle any object, so check first that the file holds only tensors
+        torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         ).to(device)

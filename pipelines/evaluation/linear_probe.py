@@ -61,7 +61,7 @@ def fit_probe(features: Rows, labels: Tensor, num_classes: int, seed: int = 0) -
 
 
 def class_agreement(logits: Tensor, labels: Tensor) -> float:
-    """Compute the share of images whose predicted class is their label.
+    """Compute the share of images with the largest logit at their label.
 
     Args:
         logits: (N, classes) float.

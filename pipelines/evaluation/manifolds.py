@@ -84,9 +84,8 @@ def nearest_distances(points: Rows, support: Rows) -> Tensor:
 
 def _squared_radii(features: Rows, k: int, centre: Tensor) -> Tensor:
     """Compute the squared distance (N,) from each row to its k-th nearest neighbour."""
-    nearest = torch.full(
-        (len(features), k + 1), torch.inf, dtype=torch.float64
-    )  # k + 1, as each row is its own nearest
+    # k + 1, because each row is its own nearest neighbour
+    nearest = torch.full((len(features), k + 1), torch.inf, dtype=torch.float64)
     for rows, columns, distances in _squared_distances(features, features, centre, symmetric=True):
         updates = [(rows, distances)] + ([(columns, distances.T)] if rows != columns else [])
         for positions, new_distances in updates:

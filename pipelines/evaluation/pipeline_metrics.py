@@ -113,7 +113,7 @@ def sample_size_warnings(num_images: int, num_reference_images: int) -> list[str
     if smaller >= PUBLISHED_NUM_IMAGES:
         return []
     return [
-        f"{smaller:,} images: distances increase as N decreases, and published distances use {PUBLISHED_NUM_IMAGES:,}; "
+        f"{smaller:,} images: distances grow as N falls, and published distances use {PUBLISHED_NUM_IMAGES:,}; "
         "compare with the noise floor, and only with distances of equal N"
     ]
 

@@ -1,4 +1,4 @@
-"""The reference classifier: a small classifier of real images, whose predictions and features measure generated images.
+"""The reference classifier: a small classifier of real images. Its logits and features measure generated images.
 
     pixels in [0, 1] → convolution → (half size → two convolutions) for each further width → mean over positions → logits
 

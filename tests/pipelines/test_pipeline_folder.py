@@ -231,12 +231,12 @@ def test_files_of_the_user_stay_when_a_pipeline_is_saved_in_their_folder(
     user_files = {".git/HEAD": "ref: refs/heads/main", "notes.txt": "mine", "prior.txt": "also mine"}
     for name, text in user_files.items():
         (clone / name).write_text(text)
-    (clone / "README.md").write_text("---\nlicense: mit\n---\n\nWords of user_files.\n")
+    (clone / "README.md").write_text("---\nlicense: mit\n---\n\nMy own text.\n")
     monkeypatch.chdir(clone)
     for _ in range(2):
         tiny_pipeline().save_pretrained(".")
         card = (clone / "README.md").read_text()
-        assert card.startswith("---\nlicense: mit\n---\n\nWords of user_files.\n")
+        assert card.startswith("---\nlicense: mit\n---\n\nMy own text.\n")
         assert card.count("# Image generator") == 1
         (clone / "README.md").write_text(
             card.replace("<!-- latentloom: end -->", "<!-- latentloom: end -->\n\nAfter it.")

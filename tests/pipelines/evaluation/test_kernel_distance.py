@@ -43,9 +43,9 @@ def test_the_distance_of_whole_sets_equals_torch_fidelity(width: int):
 def test_the_mean_over_subsets_equals_the_distance_of_whole_sets_up_to_noise():
     # The mean over all subsets equals the distance of the whole sets. The standard error over 100 subsets is std / 10.
     a, b = normal(300, 6, seed=1), normal(300, 6, seed=2) + 0.3
-    whole, subsets = kernel_distance(a, b), kernel_distance(a, b, subset_size=60)
-    assert subsets.std > 0 == whole.std
-    assert abs(subsets.mean - whole.mean) < 4 * subsets.std / 10
+    full, subsets = kernel_distance(a, b), kernel_distance(a, b, subset_size=60)
+    assert subsets.std > 0 == full.std
+    assert abs(subsets.mean - full.mean) < 4 * subsets.std / 10
     # a subset of a quarter of the size has more than 1.5 times the std: it is the std of subsets, not of their mean
     assert kernel_distance(a, b, subset_size=15).std > 1.5 * subsets.std
 

@@ -94,7 +94,7 @@ def test_a_class_without_images_is_never_predicted():
 def test_it_is_fitted_to_a_random_selection_of_images_up_to_the_limit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(linear_probe, "MAX_IMAGES", 15)
     features, labels = torch.eye(40), torch.arange(40) % CLASSES
-    is_used = fit_probe(features, labels, CLASSES, seed=1).mean > 0  # each image has a feature of its own
+    is_used = fit_probe(features, labels, CLASSES, seed=1).mean > 0  # each image has its own feature
     assert is_used.sum() == 15
     expected = fit_probe(features[is_used], labels[is_used], CLASSES)
     from_file = fit_probe(stored(tmp_path / "a", features), labels, CLASSES, seed=1)
