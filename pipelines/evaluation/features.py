@@ -75,7 +75,7 @@ def feature_extractor(
     if name == "classifier":
         if classifier is None:
             raise UserError(
-                "there is no reference classifier for these images; expected efficientnet-lite0, inception or pixels-8x8"
+                "there is no classifier for these images; expected efficientnet-lite0, inception or pixels-8x8"
             )
         return classifier_features(ReferenceClassifier.from_pretrained(classifier).to(device))
     if name == "efficientnet-lite0":

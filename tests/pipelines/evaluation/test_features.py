@@ -83,7 +83,7 @@ def test_the_features_of_the_classifier_include_its_logits():
 def test_an_extractor_is_created_by_its_name_and_a_missing_classifier_is_an_error(tmp_path: Path):
     assert feature_extractor("pixels-8x8") is POOLED_PIXELS
     assert feature_extractor("efficientnet-lite0").name == "efficientnet-lite0"
-    with pytest.raises(UserError, match="no reference classifier") as error:
+    with pytest.raises(UserError, match="no classifier") as error:
         feature_extractor("classifier")
     one_line(error)
 
