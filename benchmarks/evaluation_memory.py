@@ -15,7 +15,7 @@ import torch
 from frame import Report, table
 
 from latentloom.data.embedded import FASHION_MNIST
-from pipelines.evaluation.image_arrays import written
+from pipelines.evaluation.image_arrays import write_and_yield
 
 COUNTS = (2_000, 50_000)
 PEAK = "import resource, sys; from latentloom.cli import main; status = main(sys.argv[1:]); " + (
@@ -29,7 +29,7 @@ def peak_mib(count: int, folder: Path) -> float:
         torch.randint(256, (size, 1, 28, 28), dtype=torch.uint8, generator=generator)
         for size in [1000] * (count // 1000)
     )
-    for _ in written(path, batches, count):
+    for _ in write_and_yield(path, batches, count):
         pass
     command = ["evaluate", "--samples", path, "--reference", FASHION_MNIST]
     done = subprocess.run(

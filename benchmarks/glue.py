@@ -24,7 +24,7 @@ from pipelines.evaluation.features import FeatureExtractor, classifier_features
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.linear_probe import class_agreement
 from pipelines.evaluation.manifolds import precision_recall
-from pipelines.evaluation.pipeline_metrics import balanced_labels, sampled_batches
+from pipelines.evaluation.pipeline_metrics import balanced_labels, sample_batches
 from pipelines.evaluation.reference_classifier import ReferenceClassifier
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -102,7 +102,7 @@ def ours(bench: Bench, shares: tuple[float, float], samples: int, seed: int) -> 
         labels, taken, tried = balanced_labels(pipeline, samples), list[float](), list[dict[str, float]]()
         for scale in OUR_GUIDANCE:
             begin = time.perf_counter()
-            images = torch.cat(list(sampled_batches(pipeline, labels, seed, guidance_scale=scale)))
+            images = torch.cat(list(sample_batches(pipeline, labels, seed, guidance_scale=scale)))
             taken.append(time.perf_counter() - begin)
             tried.append({"guidance_scale": scale} | bench.sample_metrics(images, labels))
         sampling = sum(taken) / len(taken)

@@ -1,4 +1,4 @@
-"""Both stages as one object: sampling, saving, loading, the Hub, and figures of whole sets."""
+"""Both stages as one object: sampling, saving, loading, the Hub, and metrics of sets of images."""
 
 from training_harness.lazy import lazy_names
 

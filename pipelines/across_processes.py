@@ -1,4 +1,7 @@
-"""Sampling on every process that `accelerate launch` started: each draws its share, and all have all images."""
+"""Sampling on every process that `accelerate launch` started.
+
+Each process generates its share of the images. All processes then exchange them, so that each process has all images.
+"""
 
 from typing import Any
 
@@ -17,18 +20,26 @@ def sample_across_processes(
     batch_size: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """One image for each class id of (N,), uint8 (N, C, h, w) on the CPU; image i is the same on any number of processes.
+    """Sample one image for each class id; image i is the same on any number of processes.
 
-    Every process calls it with the same arguments, `generator` of the same state among them.
+    Every process must call this function with equal arguments. Its `generator` must have the same state on every process.
+
+    Args:
+        labels: (N,) int64 class ids, −1 for no class.
+        options: sampling options of the prior.
+
+    Returns:
+        (N, C, h, w) uint8 on the CPU.
     """
     state = joined()
     generators = image_generators(generator, len(labels))
-    count, processes = len(labels), state.num_processes
-    share = -(-count // processes)
-    # whose share ends early draws the last image again: what is gathered must be of one size
-    mine = [min(state.process_index + i * processes, count - 1) for i in range(share)]
-    images = to_uint8(pipeline.sample_pixels(labels[mine], [generators[i] for i in mine], batch_size, **options))
-    if processes == 1:
+    count, num_processes = len(labels), state.num_processes
+    share = -(-count // num_processes)
+    # `gather` needs tensors of one size, so a process with a smaller share samples the last image again
+    positions = [min(state.process_index + i * num_processes, count - 1) for i in range(share)]
+    pixels = pipeline.sample_pixels(labels[positions], [generators[i] for i in positions], batch_size, **options)
+    images = to_uint8(pixels)
+    if num_processes == 1:
         return images
-    gathered = gather(images.to(state.device)).cpu()  # process after process
-    return gathered.unflatten(0, (processes, share)).transpose(0, 1).flatten(0, 1)[:count]
+    gathered_images = gather(images.to(state.device)).cpu()  # ordered by process
+    return gathered_images.unflatten(0, (num_processes, share)).transpose(0, 1).flatten(0, 1)[:count]

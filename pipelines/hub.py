@@ -1,4 +1,7 @@
-"""To the Hugging Face Hub and back. A name that is a folder here is that folder; any other is a repository."""
+"""Upload to the Hugging Face Hub and download from it.
+
+A name is a local folder if that folder exists. Any other name is a Hub repository.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -18,9 +21,15 @@ def local_folder(
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder with the file `marker` in it: `source` itself, its `pipeline/` or `model/`, or a downloaded snapshot.
+    """Return the folder that contains the file `marker`, downloading it from the Hub if needed.
 
-    Raises UserError when there is none; `kind` names what was looked for.
+    Args:
+        source: a folder, a run folder with a folder `kind` or `model` in it, or a Hub repository.
+        marker: name of a file that every such folder contains.
+        kind: "pipeline", "tokenizer" …, for the messages.
+
+    Raises:
+        UserError: if there is no such folder and no such repository.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -46,16 +55,16 @@ def local_folder(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = constants.is_offline_mode()
-        remedy = "unset HF_HUB_OFFLINE to download it" if offline else "for a private one run `hf auth login`"
+        action = "unset HF_HUB_OFFLINE to download it" if offline else "run `hf auth login` if it is private"
         raise UserError(
-            f"{name} is neither a folder here nor a {kind} {'in the cache' if offline else 'on the Hub'} "
-            f"({type(error).__name__}); expected a folder or a repository that you can read; {remedy}"
+            f"{name} is neither a local folder nor a {kind} {'in the cache' if offline else 'on the Hub'} "
+            f"({type(error).__name__}); expected a folder or a repository that you can read; {action}"
         ) from error
     return local_folder(snapshot, marker, kind)
 
 
 def create_repository(repo_id: str, *, private: bool | None, token: str | None) -> str:
-    """Creates a model repository when there is none; returns its whole name, owner/name."""
+    """Create a model repository if it does not exist; return its full name, owner/name."""
     from huggingface_hub import HfApi
 
     with _push_errors(repo_id):
@@ -63,7 +72,7 @@ def create_repository(repo_id: str, *, private: bool | None, token: str | None) 
 
 
 def fetch_card(repo_id: str, folder: Path, *, token: str | None) -> None:
-    """Puts the repository's README.md into a new folder, so that what its owner wrote there stays; nothing where there is none."""
+    """Download the repository's README.md, if it has one, into a new folder, so that the owner's text in it is kept."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -74,7 +83,7 @@ def fetch_card(repo_id: str, folder: Path, *, token: str | None) -> None:
 
 
 def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:
-    """Uploads a folder's files as one commit to a repository that exists; returns the commit's address."""
+    """Upload the files of a folder as one commit to an existing repository; return the URL of the commit."""
     from huggingface_hub import HfApi
 
     with _push_errors(repo_id):
@@ -84,7 +93,7 @@ def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_messa
 
 @contextmanager
 def _push_errors(repo_id: str) -> Iterator[None]:
-    """Turns what the Hub and the way to it refuse into one line."""
+    """Convert errors of the Hub and of the connection to it to a `UserError`."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
@@ -95,7 +104,7 @@ def _push_errors(repo_id: str) -> Iterator[None]:
         )
     try:
         yield
-    except (HTTPError, HFValidationError, LocalTokenNotFoundError) as error:  # HTTPError: no connection too
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError) as error:  # HTTPError includes a missing connection
         raise UserError(
             f"could not push to {repo_id} ({' '.join(str(error).split())[:200]}); expected a repository that you may "
             "write to, such as me/my-generator; log in with `hf auth login` or set HF_TOKEN"

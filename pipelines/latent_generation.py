@@ -1,9 +1,9 @@
-"""The pipeline: a tokenizer and a prior as one object that samples images, with the habits of diffusers' pipelines.
+"""The pipeline: a tokenizer and a prior as one object that samples images, with the interface of diffusers' pipelines.
 
     class labels → prior.sample → indices or latents → tokenizer.decode_… → pixels
 
-With a picture given, a part of its codes is kept and the rest drawn (`editing`). One generator yields one seed an image, drawn
-up front, so that image i has the same draws at any batch size.
+If the user passes an image, a part of its codes is kept and the rest is generated (`editing`). Each image has a generator
+of its own. The seeds of these generators are drawn before sampling starts, so image i is the same at any batch size.
 """
 
 import dataclasses
@@ -42,13 +42,18 @@ class ImagePipelineOutput(NamedTuple):
 
 
 class LatentGenerationPipeline:
-    """Samples images.
+    """Sample images with a tokenizer and a prior.
 
     Args:
-        tokenizer, prior: trained on one another's codes; SpecMismatchError if not.
-        label_names: names of the classes by id, or none.
-        sampling: what `__call__` uses for the options it is not given, an instance of the prior's `options_class`.
-        trained_classes: ids of the classes that had training images, which are sampled where no class is named; by default all.
+        tokenizer: decodes what the prior samples.
+        prior: trained on the codes of this tokenizer.
+        label_names: names of the classes by id, or None.
+        sampling: defaults for the sampling options of `__call__`, an instance of the prior's `options_class`.
+        trained_classes: ids of the classes that had training images; by default all classes. Commands sample these classes
+            if the user names none.
+
+    Raises:
+        SpecMismatchError: if the prior was trained on codes of another tokenizer.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class LatentGenerationPipeline:
         if label_names is not None and len(label_names) != prior.config.num_classes:
             raise SpecMismatchError(
                 f"{len(label_names)} label names were given for a prior of {prior.config.num_classes} classes; "
-                "expected one name a class"
+                "expected one name for each class"
             )
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.label_names = tuple(label_names) if label_names is not None else None
@@ -89,27 +94,29 @@ class LatentGenerationPipeline:
         return_dict: bool = True,
         **options: Any,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """Samples `num_images_per_label` images of each label, label after label.
+        """Sample `num_images_per_label` images of each label, label after label.
 
         Args:
-            class_labels: one or several ids or names; none samples without a class.
-            batch_size: images a forward pass; the images do not depend on it.
-            generator: one, from which each image's seed is drawn; or one an image; none is random.
-            image: what to go on from: PIL pictures, arrays (h, w, C) or tensors (C, h, w), of uint8 or in [0, 1]; one, or one a
-                label. A picture of another size is cropped and resized as in training. To a prior that restores, what it restores.
-            mask_image: white where to draw, black where the picture stays exactly as it is; of the picture's size.
-            strength: share in (0, 1] of the codes that are drawn anew, or for a diffusion prior how much noise is laid on the
-                picture; by default 1 under a mask, and 0.8 without one.
-            latents: (N, c, rows, columns) ~ N(0, I), the noise that a prior of latents makes the N images of; by default drawn.
-            callback_on_step_end: called as f(pipeline, step, step, {"tokens": the grid so far (B, h, w), −1 where there is no
-                code yet}), or with "latents"; `decode` makes a picture of either.
-            options: those of the prior; for an autoregressive one the fields of `SamplingOptions`, for a diffusion prior those of
-                `DiffusionOptions`, for a standard normal one temperature.
+            class_labels: one or several ids or names; None samples without a class.
+            batch_size: images in one forward pass; the images do not depend on it.
+            generator: one generator, which yields a seed for each image, or one generator for each image; None is random.
+            image: images to edit or to restore: one, or one for each label. PIL images, arrays (h, w, C) or tensors (C, h, w);
+                uint8, or float in [0, 1]. An image of another size is cropped and resized as in training.
+            mask_image: white where to generate, black where the image stays exactly as it is; of the image's size.
+            strength: share in (0, 1] of the codes to generate again; for a diffusion prior, the amount of noise added to the
+                image. By default 1 with a mask and 0.8 without one.
+            latents: (N, c, rows, columns) ~ N(0, I), the noise from which a prior of latents starts; by default random.
+            callback_on_step_end: called as f(pipeline, step, step, {"tokens": codes}) with codes (B, h, w), −1 at positions
+                without a code yet, or with {"latents": latents}. Pass either to `decode` to see the image.
+            options: sampling options of the prior: the fields of `SamplingOptions` for an autoregressive prior, the fields of
+                `DiffusionOptions` for a diffusion prior, `temperature` for a standard normal prior.
+
         Returns:
             ImagePipelineOutput(images), or (images,) with return_dict=False.
+
         Raises:
-            UserError for a class that does not exist, a count below 1, an option that the prior does not take, or a picture or
-            mask that do not fit.
+            UserError: for a class that does not exist, a count below 1, an option that the prior does not have, or an image or
+                mask of a wrong shape or size.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'")
@@ -120,30 +127,30 @@ class LatentGenerationPipeline:
         check_edit(image, mask_image, strength)
         if self.prior.is_restoration and (mask_image is not None or strength is not None):
             raise UserError(
-                "mask_image or strength was given to a prior that restores whole pictures; expected image alone"
+                "mask_image or strength was given to a prior that restores whole images; expected image alone; leave both out"
             )
         labels = torch.tensor(self.label_ids(class_labels))
-        of_latents = self.prior.output_kind == "latents"
+        samples_latents = self.prior.output_kind == "latents"
         edit = None
         if image is not None:
-            edit = Edit.of(self.tokenizer, image, mask_image, of_latents, batch_size)
+            edit = Edit.from_images(self.tokenizer, image, mask_image, samples_latents, batch_size)
         if edit is not None and len(edit.originals) != len(labels):
-            labels, edit = matched(labels, edit)
+            labels, edit = match_labels_and_images(labels, edit)
         labels = labels.repeat_interleave(num_images_per_label)
         generators, known = image_generators(generator, len(labels)), None
         if edit is not None:
-            edit = edit.repeated(num_images_per_label)
-            whole = mask_image is not None or self.prior.is_restoration
-            strength = strength or (1.0 if whole else DEFAULT_STRENGTH)
+            edit = edit.repeat(num_images_per_label)
+            regenerates_all = mask_image is not None or self.prior.is_restoration
+            strength = strength or (1.0 if regenerates_all else DEFAULT_STRENGTH)
             known = (
                 KnownCodes(edit.codes, ~edit.masked_region, strength)
-                if of_latents
-                else edit.known(strength, self.prior.supports_any_order, generators)
+                if samples_latents
+                else edit.select_known_codes(strength, self.prior.supports_any_order, generators)
             )
-        pictures = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, latents, **options)
+        pixels = self.sample_pixels(labels, generators, batch_size, callback_on_step_end, known, latents, **options)
         if edit is not None:
-            pictures = edit.composited(pictures)
-        images = self._as(output_type, pictures)
+            pixels = edit.composite(pixels)
+        images = self._convert_output(output_type, pixels)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def sample_pixels(
@@ -156,35 +163,49 @@ class LatentGenerationPipeline:
         noise: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """One image for each class id of (N,) int64, −1 for no class: float32 (N, C, h, w) in [0, 1], on the CPU."""
+        """Sample one image for each label.
+
+        Args:
+            labels: (N,) int64 class ids, −1 for no class.
+            known: codes of the N images that stay as they are.
+            noise: (N, c, rows, columns) ~ N(0, I), the noise from which a prior of latents starts.
+            options: sampling options of the prior.
+
+        Returns:
+            (N, C, h, w) float32 in [0, 1] on the CPU.
+        """
         generators = image_generators(generator, len(labels))
-        chosen = self.sampling_options(options)
+        sampling = self.sampling_options(options)
         spec = self.tokenizer.latent_spec()
-        if noise is not None and noise.shape != (wanted := (len(labels), spec.channels, spec.height, spec.width)):
+        noise_shape = (len(labels), spec.channels, spec.height, spec.width)
+        if noise is not None and noise.shape != noise_shape:
             raise UserError(
-                f"latents are {tuple(noise.shape)}; expected {wanted}, for each image the noise that it is made of"
+                f"latents are {tuple(noise.shape)}; expected {noise_shape}, the initial noise of each image"
             )
         size = batch_size or DEFAULT_BATCH_SIZE
         starts = range(0, len(labels), size)
-        pictures = list[Tensor]()
-        steps = self.prior.num_steps(spec, chosen)
-        shown = {"total": len(starts) * steps, "desc": "sample", "unit": "step"} | self._progress_bar_config
-        with progress_bar(**shown) as bar:
+        pixels = list[Tensor]()
+        num_steps = self.prior.num_steps(spec, sampling)
+        bar_config = {"total": len(starts) * num_steps, "desc": "sample", "unit": "step"} | self._progress_bar_config
+        with progress_bar(**bar_config) as bar:
 
             def on_step(step: int, codes: Tensor) -> None:
-                bar.update(len(pictures) * steps + step + 1 - bar.n)  # what is known takes no step
+                # known codes take no step, so the bar moves to the step number
+                bar.update(len(pixels) * num_steps + step + 1 - bar.n)
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, step, {self.prior.output_kind: codes})
 
             for start in starts:
-                part = slice(start, start + size)
-                given = known and KnownCodes(
-                    known.codes[part].to(self.device), known.known_mask[part].to(self.device), known.strength
+                batch = slice(start, start + size)
+                known_batch = known and KnownCodes(
+                    known.codes[batch].to(self.device), known.known_mask[batch].to(self.device), known.strength
                 )
-                classes, begun = labels[part].to(self.device), None if noise is None else noise[part]
-                codes = self.prior.sample(spec, classes, chosen, generators[part], on_step, given, begun)
-                pictures.append(self.decode(codes))
-        return torch.cat(pictures)
+                noise_batch = None if noise is None else noise[batch]
+                codes = self.prior.sample(
+                    spec, labels[batch].to(self.device), sampling, generators[batch], on_step, known_batch, noise_batch
+                )
+                pixels.append(self.decode(codes))
+        return torch.cat(pixels)
 
     def interpolate(
         self,
@@ -194,52 +215,58 @@ class LatentGenerationPipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         **arguments: Any,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """`num_images` of each label on the way from the noise of one seed to that of another.
+        """Sample images while the noise moves from the noise of one seed to the noise of another.
 
             ε_s = cos(π s / 2) ε_0 + sin(π s / 2) ε_1,    s from 0 to 1; for every s this is ~ N(0, I)
 
-        The first is what the label gives with `generator=torch.Generator().manual_seed(seed)`.
+        The first image equals the image that `__call__` samples with `generator=torch.Generator().manual_seed(seed)`.
 
         Args:
-            arguments: of `__call__`.
+            num_images: images for each label, at least 2.
+            arguments: further arguments of `__call__`.
         """
         spec, count = self.tokenizer.latent_spec(), len(self.label_ids(class_labels)) * num_images
         if num_images < 2:
-            raise UserError(f"num_images is {num_images}; expected at least 2, the ends of the way")
+            raise UserError(f"num_images is {num_images}; expected at least 2, one for each seed")
         generators = [image_generators(torch.Generator().manual_seed(s), 1)[0] for s in (seed, other_seed)]
         first, last = randn_per_image((spec.channels, spec.height, spec.width), generators)
         angles = torch.linspace(0, math.pi / 2, num_images).view(-1, 1, 1, 1)
         noise = (angles.cos() * first + angles.sin() * last).repeat(count // num_images, 1, 1, 1)
-        own = [generators[0].clone_state() for _ in range(count)]
-        return self(class_labels, num_images, generator=own, latents=noise, **arguments)
+        image_states = [generators[0].clone_state() for _ in range(count)]
+        return self(class_labels, num_images, generator=image_states, latents=noise, **arguments)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Indices (B, h, w) int64 or latents (B, c, h, w) → float32 (B, C, H, W) in [0, 1] on the CPU, without padding.
+        """Decode indices or latents to pixels, without padding.
 
-        Where a grid has no code yet, −1, the mean latent stands.
+        Args:
+            codes: indices (B, h, w) int64, or latents (B, c, h, w). A position without a code yet, −1, is decoded from the mean
+                latent.
+
+        Returns:
+            (B, C, H, W) float32 in [0, 1] on the CPU.
         """
         size = inference_batch_size(self.tokenizer.config.image_size)
-        return torch.cat([self._decoded(part.to(self.tokenizer.device)) for part in codes.split(size)])
+        return torch.cat([self._decode_batch(batch.to(self.tokenizer.device)) for batch in codes.split(size)])
 
-    def _decoded(self, codes: Tensor) -> Tensor:
+    def _decode_batch(self, codes: Tensor) -> Tensor:
         tokenizer = self.tokenizer
         if codes.is_floating_point():
             pixels = tokenizer.decode_latents(codes.to(tokenizer.dtype))
         else:
-            known = (codes != UNKNOWN).view(len(codes), -1, *codes.shape[-2:]).all(1)
-            pixels = tokenizer.decode_indices(codes, None if known.all() else known)
+            known_mask = (codes != UNKNOWN).view(len(codes), -1, *codes.shape[-2:]).all(1)
+            pixels = tokenizer.decode_indices(codes, None if known_mask.all() else known_mask)
         return tokenizer.config.image_processor.to_unit_range(pixels).cpu()
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | None) -> list[int]:
-        """Ids of one or several classes given by id or name; −1, no class, for none."""
+        """Convert one or several class ids or names to a list of ids; None becomes [−1], no class."""
         if class_labels is None:
             return [-1]
         if isinstance(class_labels, int | str):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise UserError(
-                "class_labels is empty; expected ids or names of classes, or none to sample without a class"
+                "class_labels is empty; expected ids or names of classes, or None to sample without a class"
             )
         return [self._label_id(label) for label in class_labels]
 
@@ -249,42 +276,42 @@ class LatentGenerationPipeline:
         if label in names:
             return names.index(label)
         if count == 0:
-            raise UserError(f"class {label!r} was asked for, and this pipeline was trained without classes; give none")
-        number = int(label) if isinstance(label, int) or label.isdecimal() else None
-        if number is not None and 0 <= number < count:
-            return number
-        known = (
-            nearest(str(label), list(names)) if names and number is None else f"expected an id from 0 to {count - 1}"
+            raise UserError(f"class {label!r} was given, but this pipeline was trained without classes; leave it out")
+        class_id = int(label) if isinstance(label, int) or label.isdecimal() else None
+        if class_id is not None and 0 <= class_id < count:
+            return class_id
+        expected = (
+            nearest(str(label), list(names)) if names and class_id is None else f"expected an id from 0 to {count - 1}"
         )
-        raise UserError(f"no class {label!r}; {known}")
+        raise UserError(f"no class {label!r}; {expected}")
 
     def sampling_options(self, options: dict[str, Any]) -> Any:
-        """The defaults with `options` over them; those that are none are as good as not given."""
-        given = {name: value for name, value in options.items() if value is not None}
-        taken = [field.name for field in dataclasses.fields(self.prior.options_class)]
-        for name in given:
-            if name not in taken:
+        """Return the default sampling options, replaced by those of `options` that are not None."""
+        changes = {name: value for name, value in options.items() if value is not None}
+        valid_names = [field.name for field in dataclasses.fields(self.prior.options_class)]
+        for name in changes:
+            if name not in valid_names:
                 raise UserError(
-                    f"{name} is no option of a {type(self.prior).__name__}; expected any of: {', '.join(taken)}"
+                    f"{name} is no option of a {type(self.prior).__name__}; expected any of: {', '.join(valid_names)}"
                 )
-        return dataclasses.replace(self.sampling, **given)
+        return dataclasses.replace(self.sampling, **changes)
 
     @staticmethod
-    def _as(output_type: str, pictures: Tensor) -> Images:
+    def _convert_output(output_type: str, pixels: Tensor) -> Images:
         if output_type == "pt":
-            return pictures
+            return pixels
         if output_type == "np":
-            return pictures.permute(0, 2, 3, 1).numpy()
-        return to_pil(to_uint8(pictures))
+            return pixels.permute(0, 2, 3, 1).numpy()
+        return to_pil(to_uint8(pixels))
 
     def set_progress_bar_config(self, **config: Any) -> None:
-        """Arguments of tqdm, such as `disable=True`."""
+        """Set arguments of tqdm, such as `disable=True`."""
         self._progress_bar_config = config
 
     # -- devices --------------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves both models to a device, and to a dtype for both; returns itself."""
+        """Move both models to a device and a dtype; return this pipeline."""
         for model in (self.tokenizer, self.prior):
             model.to(device=device, dtype=dtype)
         return self
@@ -303,10 +330,17 @@ class LatentGenerationPipeline:
         samples: Image.Image | None = None,
         repo_id: str | None = None,
     ) -> None:
-        """Writes model_index.json, tokenizer/, prior/ and README.md, with metrics and a sample grid in the card if given.
+        """Write model_index.json, tokenizer/, prior/ and README.md, the model card.
 
-        An earlier pipeline in the folder is replaced, other files stay. In the card, what stands outside our markers stays.
-        Raises UserError when one of these names is taken by something that no pipeline wrote.
+        An earlier pipeline in the folder is replaced. Other files stay, and so does the user's own text in the model card.
+
+        Args:
+            metrics: metrics to list in the model card.
+            samples: grid of samples to show in the model card.
+            repo_id: Hub repository that the example code in the model card loads.
+
+        Raises:
+            UserError: if a file with one of these names exists and no pipeline wrote it.
         """
         parts = PipelineParts(self.tokenizer, self.prior, self.label_names, self.sampling, self.trained_classes)
         save_parts(Path(save_directory), parts, type(self).__name__, metrics, samples, repo_id)
@@ -322,22 +356,23 @@ class LatentGenerationPipeline:
         token: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Self:
-        """Loads a pipeline folder, a run folder that holds one, or a Hub repository.
+        """Load a pipeline from a pipeline folder, a run folder or a Hub repository.
 
         Args:
-            device_map: "auto" for the device that Accelerate finds, a device such as "cuda:0", or one for each part,
+            device_map: "auto" for the device that Accelerate selects, a device such as "cuda:0", or a device for each part,
                 such as {"tokenizer": "cpu", "prior": "cuda:0"}.
+
         Raises:
-            UserError when a file is missing, cut short or does not fit the others.
+            UserError: if a file is missing, is incomplete, or does not match the other files.
         """
         folder = local_folder(source, INDEX, "pipeline", revision=revision, token=token, cache_dir=cache_dir)
         pipeline = cls(*load_parts(folder, dtype))
         if device_map is not None:
-            places = device_map if isinstance(device_map, dict) else dict.fromkeys(PARTS, device_map)
-            for name, place in places.items():
+            devices = device_map if isinstance(device_map, dict) else dict.fromkeys(PARTS, device_map)
+            for name, device in devices.items():
                 if name not in PARTS:
                     raise UserError(f"device_map names {name!r}; expected 'tokenizer' or 'prior'")
-                getattr(pipeline, name).to(accelerated_device() if place == "auto" else place)
+                getattr(pipeline, name).to(accelerated_device() if device == "auto" else device)
         return pipeline
 
     def push_to_hub(
@@ -350,7 +385,7 @@ class LatentGenerationPipeline:
         metrics: dict[str, Any] | None = None,
         samples: Image.Image | None = None,
     ) -> str:
-        """Creates the repository when there is none and uploads the pipeline; returns the commit's address."""
+        """Upload the pipeline to a Hub repository, creating it if needed; return the URL of the commit."""
         repo_id = create_repository(repo_id, private=private, token=token)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pipeline"
@@ -359,21 +394,25 @@ class LatentGenerationPipeline:
             return upload_folder(folder, repo_id, token=token, commit_message=commit_message)
 
 
-def matched(labels: Tensor, edit: Edit) -> tuple[Tensor, Edit]:
-    """One label for several pictures, or one picture for several labels."""
+def match_labels_and_images(labels: Tensor, edit: Edit) -> tuple[Tensor, Edit]:
+    """Repeat a single label for all images, or a single image for all labels."""
     if len(labels) == 1:
         return labels.expand(len(edit.originals)), edit
     if len(edit.originals) == 1:
-        return labels, edit.repeated(len(labels))
+        return labels, edit.repeat(len(labels))
     raise UserError(
-        f"{len(edit.originals)} images were given for {len(labels)} class labels; expected one, or one a label"
+        f"{len(edit.originals)} images were given for {len(labels)} class labels; expected one image, or one image for each "
+        "label"
     )
 
 
 def image_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> Sequence[torch.Generator]:
-    """One generator an image: those given, or new ones whose seeds the one given yields up front."""
+    """Return one generator for each image.
+
+    A sequence of generators is returned as it is. A single generator yields the seeds of `count` new generators.
+    """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -381,10 +420,12 @@ def image_generators(
         seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=generator.device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     if len(generator) != count:
-        raise UserError(f"{len(generator)} generators were given for {count} images; expected one, or one an image")
+        raise UserError(
+            f"{len(generator)} generators were given for {count} images; expected one generator, or one for each image"
+        )
     return generator
 
 
-def to_uint8(pictures: Tensor) -> Tensor:
-    """[0, 1] → 0 … 255, rounded."""
-    return (pictures * 255).round().to(torch.uint8)
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Convert floats in [0, 1] to rounded integers in 0 … 255."""
+    return (pixels * 255).round().to(torch.uint8)

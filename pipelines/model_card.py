@@ -1,4 +1,4 @@
-"""The README.md that a pipeline's folder carries to the Hub."""
+"""The model card of a pipeline: the README.md in its folder and on the Hub."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import Prior
 from training_harness.pretrained import count_parameters
 
-SHOWN_METRICS = {
+CARD_METRICS = {  # key in metrics.json → text and number format in the card
     "psnr": ("reconstruction PSNR on held-out images, dB", ".2f"),
     "codes_used": ("codes used", ".0f"),
     "perplexity": ("codebook perplexity", ".0f"),
-    "class_agreement": ("samples given their own class by a classifier", ".1%"),
-    "frechet": ("Fréchet distance of samples to held-out images", ".2f"),
+    "class_agreement": ("share of samples that a classifier assigns to their own class", ".1%"),
+    "frechet": ("Fréchet distance between samples and held-out images", ".2f"),
     "recall": ("recall", ".3f"),
     "precision": ("precision", ".3f"),
 }
@@ -30,7 +30,7 @@ def pipeline_card(
     has_samples: bool,
     repo_id: str | None,
 ) -> str:
-    """The YAML header and the text of a pipeline's card."""
+    """Return the YAML header and the text of a pipeline's model card."""
     height, width = tokenizer.config.image_processor.content_size
     example = repr(label_names[(*trained_classes, 0)[0]]) if label_names else "None"
     ids = f"ids 0 to {prior.config.num_classes - 1}" if prior.config.num_classes else "none"
@@ -63,10 +63,10 @@ Classes: {classes}. Defaults: {", ".join(f"{k} {v}" for k, v in vars(sampling).i
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """A section with the metrics of `SHOWN_METRICS` that there are, or nothing."""
+    """Return a section with the metrics of `CARD_METRICS` that have a value, or an empty string."""
     rows = [
-        f"| {words} | {metrics[name]:{form}} |"
-        for name, (words, form) in SHOWN_METRICS.items()
+        f"| {description} | {metrics[name]:{number_format}} |"
+        for name, (description, number_format) in CARD_METRICS.items()
         if metrics.get(name) is not None
     ]
     if not rows:

@@ -1,9 +1,9 @@
-"""A pipeline's folder: written file by file into whatever the user keeps there, and read back.
+"""Save a pipeline to a folder, file by file, and load it from there.
 
     model_index.json   tokenizer/   prior/   README.md   samples.png   metrics.json
 
-The index is written last and lists the other files with their sizes, so that a folder whose writing was cut short is recognised.
-Files that are not listed belong to the user: they are neither moved nor deleted.
+The index is written last and lists the other files with their sizes. It shows whether a folder is complete. Files that the
+index does not list belong to the user: they are neither moved nor deleted.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ TOKENIZER_CLASSES = {kind.__name__: kind for kind in TOKENIZERS.values()}
 
 
 class PipelineParts(NamedTuple):
+    """The arguments of a pipeline's constructor."""
+
     tokenizer: Tokenizer
     prior: Prior
     label_names: tuple[str, ...] | None
@@ -48,20 +50,20 @@ def save_parts(
     samples: Image.Image | None,
     repo_id: str | None,
 ) -> None:
-    """Writes a pipeline into a folder, in the place of an earlier one; other files of the folder stay.
+    """Write a pipeline into a folder and replace an earlier pipeline there; other files stay.
 
     Raises:
-        UserError when one of its names is taken by something that no pipeline wrote.
+        UserError: if a file with one of the pipeline's names exists and no pipeline wrote it.
     """
     check_pipeline_folder(folder)
-    with files_into(folder, last=INDEX) as beside:
-        parts.tokenizer.save_pretrained(beside / "tokenizer")
-        parts.prior.save_pretrained(beside / "prior")
+    with files_into(folder, last=INDEX) as temporary:
+        parts.tokenizer.save_pretrained(temporary / "tokenizer")
+        parts.prior.save_pretrained(temporary / "prior")
         if samples is not None:
-            save_image(samples, beside / SAMPLES)
+            save_image(samples, temporary / SAMPLES)
         if metrics is not None:
-            write_json(beside / METRICS, metrics)
-        write_card(folder, beside, pipeline_card(*parts, metrics, samples is not None, repo_id))
+            write_json(temporary / METRICS, metrics)
+        write_card(folder, temporary, pipeline_card(*parts, metrics, samples is not None, repo_id))
         index: dict[str, Any] = {
             "_class_name": class_name,
             "tokenizer": type(parts.tokenizer).__name__,
@@ -70,34 +72,38 @@ def save_parts(
             "sampling": dataclasses.asdict(parts.sampling),
         }
         if len(parts.trained_classes) < parts.prior.config.num_classes:
-            index["trained_classes"] = list(parts.trained_classes)  # absent: all of them
-        _remove_stale(folder.expanduser(), beside)
-        # An earlier index must not vouch for files of two pipelines, should this be cut short.
+            index["trained_classes"] = list(parts.trained_classes)  # without this key: all classes
+        _remove_stale_files(folder.expanduser(), temporary)
+        # If writing stops here, an earlier index must not describe a mixture of two pipelines.
         write_json(folder.expanduser() / INDEX, index | {"incomplete": True})
-        write_json(beside / INDEX, index | {"files": _sizes(beside)})
+        write_json(temporary / INDEX, index | {"files": _file_sizes(temporary)})
 
 
-def _remove_stale(folder: Path, beside: Path) -> None:
-    """Removes the metrics and the samples of an earlier pipeline, where this one has none. A file of the user's own stays."""
+def _remove_stale_files(folder: Path, new_folder: Path) -> None:
+    """Remove the metrics and samples of an earlier pipeline that the new pipeline lacks; keep the user's own files."""
     if not (folder / INDEX).exists():
         return
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     for name in (SAMPLES, METRICS):
         path = folder / name
-        if path.is_file() and not (beside / name).exists():
-            size = index.get("files", {}).get(name, path.stat().st_size)  # earlier versions list none
+        if path.is_file() and not (new_folder / name).exists():
+            size = index.get("files", {}).get(name, path.stat().st_size)  # earlier versions list no files
             if size == path.stat().st_size:
                 path.unlink()
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file but the card, which users edit."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file except the model card, which users edit."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raises UserError when a pipeline cannot be written there without harm to what the user keeps."""
+    """Check that a pipeline can be written into a folder without overwriting the user's files.
+
+    Raises:
+        UserError: if it cannot.
+    """
     folder = folder.expanduser()
     if folder.is_file():
         raise UserError(f"{folder} is a file; expected a folder; choose another one")
@@ -111,13 +117,17 @@ def check_pipeline_folder(folder: Path) -> None:
 
 
 def load_parts(folder: Path, dtype: torch.dtype | None) -> PipelineParts:
-    """Reads what `save_parts` wrote. Raises UserError when a file is missing, cut short or does not fit the others."""
+    """Load what `save_parts` wrote.
+
+    Raises:
+        UserError: if a file is missing, is incomplete, or does not match the other files.
+    """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         tokenizer_class, prior_class = TOKENIZER_CLASSES[index["tokenizer"]], PRIORS[index["prior"]]
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{folder / INDEX} is not that of a pipeline ({type(error).__name__}: {error}); expected one written by "
+            f"{folder / INDEX} is not the index of a pipeline ({type(error).__name__}: {error}); expected a file written by "
             "save_pretrained; copy or save the folder again"
         ) from None
     _check_complete(folder, index)
@@ -125,23 +135,23 @@ def load_parts(folder: Path, dtype: torch.dtype | None) -> PipelineParts:
     prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
     names = index.get("label_names")
     sampling = from_mapping(prior.options_class, SAMPLING.present(index.get("sampling") or {}), "sampling.")
-    trained = tuple(index.get("trained_classes") or range(prior.config.num_classes))
-    return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling, trained)
+    trained_classes = tuple(index.get("trained_classes") or range(prior.config.num_classes))
+    return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling, trained_classes)
 
 
 def _check_complete(folder: Path, index: Mapping[str, Any]) -> None:
     if index.get("incomplete"):
-        raise UserError(f"{folder} holds a pipeline whose saving was cut short; expected a whole one; save it again")
+        raise UserError(
+            f"{folder} holds an incomplete pipeline: saving was cut short; expected a complete one; save it again"
+        )
     for part in PARTS:
-        if not (folder / part / "config.json").is_file():  # or transformers would look for it on the Hub
+        if not (folder / part / "config.json").is_file():  # otherwise transformers looks for it on the Hub
             raise UserError(
                 f"{folder / part} holds no config.json; expected a pipeline written by save_pretrained; copy or save "
                 "the folder again"
             )
     for name, size in index.get("files", {}).items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size and name.endswith(".safetensors"):  # a config.json may be edited
-            raise UserError(
-                f"{folder / name} {'is missing' if found is None else f'has {found} bytes'}; expected {size} bytes; copy or save "
-                "the folder again"
-            )
+        actual_size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual_size != size and name.endswith(".safetensors"):  # users may edit a config.json
+            problem = "is missing" if actual_size is None else f"has {actual_size} bytes"
+            raise UserError(f"{folder / name} {problem}; expected {size} bytes; copy or save the folder again")

@@ -1,4 +1,4 @@
-"""Sets of features for the tests of `pipelines.evaluation`: drawn at random, kept in files, read in slices of any size."""
+"""Sets of features for the tests of `pipelines.evaluation`: random, stored in files, or read in slices of any size."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from tiny_models import seeded
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import FeatureFile, slices, write_features
+from pipelines.evaluation.feature_files import FeatureFile, iterate_slices, write_features
 from pipelines.evaluation.features import ImageFeatures
 
 
@@ -18,11 +18,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stored(folder: Path, features: Tensor) -> FeatureFile:
-    """The features as a file in a new folder, which rounds them to float32."""
+    """Store features in a new folder, which rounds them to float32."""
     folder.mkdir()
     return write_features(folder, [ImageFeatures(features)])["features"]
 
 
 def read_by(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """From here on `module` holds that many rows in memory at once."""
-    patch.setattr(module, "slices", partial(slices, size=rows))
+    """Let `module` read slices of at most `rows` rows from now on."""
+    patch.setattr(module, "iterate_slices", partial(iterate_slices, size=rows))

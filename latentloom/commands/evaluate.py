@@ -21,14 +21,14 @@ from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, check_inception
 from pipelines.evaluation.feature_files import random_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
-from pipelines.evaluation.image_arrays import ImageArray, read_reference, written
+from pipelines.evaluation.image_arrays import ImageArray, read_reference, write_and_yield
 from pipelines.evaluation.pipeline_metrics import (
     balanced_labels,
-    check_enough,
-    keeping_first,
+    check_image_count,
+    collect_grid_images,
     pipeline_metrics,
-    sampled_batches,
-    warnings_for,
+    sample_batches,
+    sample_size_warnings,
 )
 from pipelines.evaluation.restoration import Restorations
 from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
@@ -136,14 +136,14 @@ def measure_tokenizer(a: Arguments) -> dict[str, Any]:
         figures
         | {"num_reference_images": len(real), "reference": source.name, "reference_hash": real.hash}
         | settings_of(extractor, processor, None, a.seed)
-        | {"notes": warnings_for(len(real), len(real))}
+        | {"notes": sample_size_warnings(len(real), len(real))}
     )
 
 
 def measure_image_samples(a: Arguments) -> dict[str, Any]:
     """Figures of samples on a source's held-out images, with its training images for what needs them."""
     source = load_source(a.reference)
-    check_enough(len(source.held_out), f"held-out images in {a.reference}")
+    check_image_count(len(source.held_out), f"held-out images in {a.reference}")
     pipeline, samples = load_samples(a)
     if pipeline is None:
         check_size(source, a.reference, samples.processor)
@@ -157,7 +157,7 @@ def measure_image_samples(a: Arguments) -> dict[str, Any]:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         if pipeline is not None:
             figures = pipeline_metrics(evaluator, pipeline, measured, held_out, train, names or ())
-            figures |= {} if samples.restorations is None else samples.restorations.figures()
+            figures |= {} if samples.restorations is None else samples.restorations.metrics()
         else:
             real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
             figures = evaluator.sample_metrics(measured, real, trained, names or ())
@@ -166,7 +166,7 @@ def measure_image_samples(a: Arguments) -> dict[str, Any]:
         figures
         | {"reference": source.name}
         | settings_of(extractor, samples.processor, pipeline, a.seed)
-        | {"notes": warnings_for(figures["num_images"], figures["num_reference_images"])}
+        | {"notes": sample_size_warnings(figures["num_images"], figures["num_reference_images"])}
     )
 
 
@@ -176,7 +176,7 @@ def measure_array_samples(a: Arguments) -> dict[str, Any]:
     pipeline, samples = load_samples(a)
     processor = samples.processor
     if reference.images is not None:
-        check_enough(len(reference.images), f"images in {a.reference}")
+        check_image_count(len(reference.images), f"images in {a.reference}")
         if reference.images.image_shape[1:] != processor.content_size:
             raise other_size(a.reference, reference.images.image_shape[1:], processor)
     features = a.features or ("inception" if reference.moments else None)
@@ -197,7 +197,7 @@ def measure_array_samples(a: Arguments) -> dict[str, Any]:
         figures
         | {"reference": Path(a.reference).name}
         | settings_of(extractor, processor, pipeline, a.seed)
-        | {"notes": warnings_for(len(measured), figures["num_reference_images"] or len(measured))}
+        | {"notes": sample_size_warnings(len(measured), figures["num_reference_images"] or len(measured))}
     )
 
 
@@ -220,10 +220,10 @@ def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples
             samples = Samples(batches, restorations.labels, names, processor, restorations)
         else:
             labels = balanced_labels(pipeline, a.num_images)
-            samples = Samples(sampled_batches(pipeline, labels, a.seed), labels, names, processor)
+            samples = Samples(sample_batches(pipeline, labels, a.seed), labels, names, processor)
     else:
         samples = read_samples(a.samples or "", a.reference)
-    check_enough(len(samples.labels), "samples")
+    check_image_count(len(samples.labels), "samples")
     return pipeline, samples._replace(batches=passed_on(a, samples)) if is_main_process() else samples
 
 
@@ -268,12 +268,12 @@ def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
     """The samples, written and drawn on their way as `--save-samples` and `--output` ask."""
     batches = samples.batches
     if a.save_samples is not None:
-        batches = written(a.save_samples, batches, len(samples.labels))
+        batches = write_and_yield(a.save_samples, batches, len(samples.labels))
     if a.output is None:
         yield from batches
         return
     kept: dict[int, list[Tensor]] = {}
-    yield from keeping_first(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
+    yield from collect_grid_images(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
     save_image(sheet(kept, samples.label_names), a.output.with_suffix(".samples.png"))
 
 

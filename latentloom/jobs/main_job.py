@@ -23,7 +23,7 @@ from latentloom.jobs.stages import load_tokenizer, run_prior, run_tokenize, run_
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.evaluation.evaluator import Evaluator
 from pipelines.evaluation.features import FeatureExtractor
-from pipelines.evaluation.pipeline_metrics import balanced_labels, keeping_first, pipeline_metrics, sampled_batches
+from pipelines.evaluation.pipeline_metrics import balanced_labels, collect_grid_images, pipeline_metrics, sample_batches
 from pipelines.evaluation.restoration import Restorations
 from pipelines.evaluation.tokenizer_metrics import reconstruct
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -125,7 +125,7 @@ def _run_main_job(
     images = inputs.images.with_label_order(pipeline.label_names)
     if not is_main_process():  # which measures, and is helped to sample
         if not pipeline.prior.is_restoration:
-            for _ in sampled_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
+            for _ in sample_batches(pipeline, balanced_labels(pipeline, num_images), prior.seed):
                 pass
         wait_for_everyone()
         return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
@@ -205,8 +205,8 @@ def write_results(
     kept = dict[int, list[Tensor]]()
     restorations = Restorations(pipeline, held_out, num_images, seed) if pipeline.prior.is_restoration else None
     labels = balanced_labels(pipeline, num_images) if restorations is None else restorations.labels
-    drawn = sampled_batches(pipeline, labels, seed) if restorations is None else restorations.batches()
-    batches = keeping_first(drawn, labels, kept, GRID_ROWS, GRID_COLUMNS)
+    drawn = sample_batches(pipeline, labels, seed) if restorations is None else restorations.batches()
+    batches = collect_grid_images(drawn, labels, kept, GRID_ROWS, GRID_COLUMNS)
     with Evaluator(extractor, features_folder(), seed) as evaluator:
         with timed(phases, "sample") as phase:
             samples = evaluator.measure_stream(batches, labels, "sample")
@@ -215,7 +215,7 @@ def write_results(
             figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, names)
             phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
     if restorations is not None:
-        figures |= restorations.figures()
+        figures |= restorations.metrics()
     shown = held_out[range(min(20, len(held_out)))]
     save_image(reconstruction_grid(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
     picture = sheet(kept, pipeline.label_names)

@@ -1,4 +1,4 @@
-"""Figures of whole sets of images: features → files of them → distances between two sets → one report."""
+"""Metrics of sets of images: features → feature files → distances between two sets → one report."""
 
 from training_harness.lazy import lazy_names
 

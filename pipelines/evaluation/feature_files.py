@@ -1,7 +1,8 @@
-"""Features of a set of images as a file of rows, so that a set of any size takes as much memory as one slice of it.
+"""Features of a set of images in files, so that only one slice of them is in memory at a time.
 
-A file is the number of columns F as 8 bytes, little-endian, then float32 rows. A set is a folder with one file for each
-thing that its extractor gives. Every metric of this package takes a `Rows`: such a file, or a tensor (N, F).
+A file starts with the number of columns F as 8 bytes, little-endian. The rows follow as float32. A folder holds the features
+of one set of images, with one file for each field of `ImageFeatures`. Every metric of this package takes `Rows`: such a
+file, or a tensor (N, F).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ SLICE = 1_000  # rows in memory at once
 
 
 class FeatureFile:
-    """(N, F) float32 rows on disk, or those of them at `positions`; read without mapping, whose pages would count as memory."""
+    """(N, F) float32 rows on disk, or a selection of them.
+
+    The file is read and not memory-mapped, because mapped pages count as memory of the process.
+    """
 
     def __init__(self, path: Path, positions: np.ndarray | None = None) -> None:
         self.path = path
@@ -37,57 +41,58 @@ class FeatureFile:
         return self.shape[0]
 
     def select(self, positions: Tensor | np.ndarray) -> FeatureFile:
-        """The rows at `positions`, in that order."""
-        chosen = np.asarray(positions)
-        return FeatureFile(self.path, chosen if self._positions is None else self._positions[chosen])
+        """Select the rows at `positions`, in that order."""
+        selected = np.asarray(positions)
+        return FeatureFile(self.path, selected if self._positions is None else self._positions[selected])
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` as float32."""
+        """Read rows `start` to `stop` as float32."""
         stop, columns = min(stop, len(self)), self.shape[1]
         rows = np.empty((stop - start, columns), np.float32)
         positions = np.arange(start, stop) if self._positions is None else self._positions[start:stop]
-        # neighbours in the file are read in one go
+        # adjacent rows are read with one call
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         with self.path.open("rb") as file:
-            for block in np.split(np.arange(stop - start), breaks):
-                if len(block):
-                    file.seek(HEADER.itemsize + 4 * columns * int(positions[block[0]]))
-                    file.readinto(rows[block[0] : block[-1] + 1].data.cast("B"))
+            for adjacent in np.split(np.arange(stop - start), breaks):
+                if len(adjacent):
+                    file.seek(HEADER.itemsize + 4 * columns * int(positions[adjacent[0]]))
+                    file.readinto(rows[adjacent[0] : adjacent[-1] + 1].data.cast("B"))
         return torch.from_numpy(rows)
 
 
 Rows = Tensor | FeatureFile
 
 
-def slices(rows: Rows, size: int = SLICE, first: int = 0) -> Iterator[Tensor]:
-    """The rows from `first` on in order as float64 (n, F) on the CPU, n ≤ size."""
+def iterate_slices(rows: Rows, size: int = SLICE, first: int = 0) -> Iterator[Tensor]:
+    """Yield the rows from position `first` on, in order, as float64 (n, F) on the CPU with n ≤ size."""
     for start in range(first, len(rows), size):
-        yield block(rows, start, start + size).double()
+        yield read_rows(rows, start, start + size).double()
 
 
-def block(rows: Rows, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` on the CPU."""
+def read_rows(rows: Rows, start: int, stop: int) -> Tensor:
+    """Return rows `start` to `stop` on the CPU."""
     return rows[start:stop].detach().cpu() if isinstance(rows, Tensor) else rows.read(start, stop)
 
 
-def chosen(rows: Rows, positions: Tensor) -> Rows:
+def select_rows(rows: Rows, positions: Tensor) -> Rows:
     return rows[positions] if isinstance(rows, Tensor) else rows.select(positions)
 
 
-def random_positions(count: int, most: int, seed: int) -> Tensor:
-    """At most `most` positions out of `count`, drawn at random, in rising order."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+def random_positions(count: int, limit: int, seed: int) -> Tensor:
+    """Select at most `limit` of `count` positions at random; return them in ascending order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
 def write_features(folder: Path, batches: Iterable[ImageFeatures]) -> dict[str, FeatureFile]:
-    """Writes what an extractor gives, batch after batch, into an existing folder; returns the files by name.
+    """Write features, batch after batch, into an existing folder; return the files by name.
 
-    Raises:   UserError at the first batch with a number that is not finite.
+    Raises:
+        UserError: at the first batch with a number that is not finite.
     """
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for batch in batches:
-            for name, rows in batch.present().items():
+            for name, rows in batch.to_dict().items():
                 check_finite(rows)
                 array = rows.detach().to("cpu", torch.float32).numpy()
                 if name not in files:
@@ -102,21 +107,26 @@ def read_features(folder: Path) -> dict[str, FeatureFile]:
 
 
 def check_finite(rows: Tensor) -> None:
-    if broken := int((~rows.isfinite().all(dim=1)).sum()):
+    """Raise UserError if a row holds NaN or inf."""
+    if count := int((~rows.isfinite().all(dim=1)).sum()):
         raise UserError(
-            f"{broken} of {len(rows)} rows of features hold NaN or inf; expected finite numbers. "
-            "Look at the images and the network that they come from"
+            f"{count} of {len(rows)} rows of features hold NaN or inf; expected finite numbers. "
+            "Check the images and the network that computed the features"
         )
 
 
-def check_pair(a: Rows, b: Rows, at_least: int, needed_for: str) -> None:
-    """Raises UserError unless both are (N, F) with equal F, finite, and have `at_least` rows."""
+def check_pair(a: Rows, b: Rows, min_rows: int, metric: str) -> None:
+    """Check that two sets are finite, (N, F) with equal F, and have at least `min_rows` rows each.
+
+    Raises:
+        UserError: if they do not; the message names the metric.
+    """
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
         raise UserError(
-            f"two sets have features of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (N, F), F equal"
+            f"two sets have features of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (N, F) with equal F"
         )
     for rows in (a, b):
-        if len(rows) < at_least:
-            raise UserError(f"a set has {len(rows)} images; {needed_for} needs {at_least} or more. Give more images")
-        if isinstance(rows, Tensor):  # a file was looked at when it was written
+        if len(rows) < min_rows:
+            raise UserError(f"a set has {len(rows)} images; {metric} needs {min_rows} or more. Pass more images")
+        if isinstance(rows, Tensor):  # a file was checked when it was written
             check_finite(rows)

@@ -1,8 +1,8 @@
-"""Images as `.npz`, the exchange format of published evaluators, read and written in batches.
+"""Read and write images in `.npz` files, the exchange format of published evaluators, in batches.
 
-A file of ADM (Dhariwal, Nichol 2021, arXiv 2105.05233) holds `arr_0`, (N, h, w, 3) uint8. A reference file holds also, or
-instead, the moments of Inception's features over a whole data set: `mu`, `sigma`, and `mu_s`, `sigma_s` of the spatial ones.
-Those evaluators know RGB alone, so grey is written with equal channels.
+A file of ADM (Dhariwal, Nichol 2021, arXiv 2105.05233) holds `arr_0`, (N, h, w, 3) uint8. A reference file also holds, or
+only holds, moments of Inception features over a whole data set: `mu` and `sigma` of the pooled features, `mu_s` and
+`sigma_s` of the spatial features. Published evaluators read RGB only, so grey images are written with equal channels.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.frechet import Gaussian, gaussian_of_moments
+from pipelines.evaluation.frechet import Gaussian, gaussian_from_moments
 from stage1_tokenizer.data.image_processor import as_rgb
 from training_harness.errors import UserError
 from training_harness.files import atomic_file
@@ -27,13 +27,17 @@ MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class ImageArray:
-    """`arr_0` of an `.npz` file: N images of one size, in order."""
+    """The images of an `.npz` file: its array `arr_0`, N images of one size.
+
+    Raises:
+        UserError: if the file cannot be read, or if `arr_0` is not uint8 (N, h, w, C).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive, archive.open(IMAGES) as member:
-                shape, dtype = _header(cast(BinaryIO, member))
+                shape, dtype = _read_header(cast(BinaryIO, member))
         except UNREADABLE as error:
             raise UserError(
                 f"{path} holds no images ({error}); expected an .npz with arr_0, uint8 (N, h, w, C)"
@@ -49,10 +53,10 @@ class ImageArray:
         return self._shape[0]
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """(positions, uint8 (B, C, h, w)) in order."""
+        """Yield (positions, images) in order; images are (B, C, h, w) uint8."""
         size = math.prod(self._shape[1:])
         with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as member:
-            _header(cast(BinaryIO, member))
+            _read_header(cast(BinaryIO, member))
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
                 try:
@@ -71,14 +75,17 @@ class ImageArray:
 
 
 class ReferenceArrays(NamedTuple):
+    """Images and moments of a reference file."""
+
     images: ImageArray | None
-    moments: dict[str, Gaussian]  # of Inception's "features" and "spatial", where the file has them
+    moments: dict[str, Gaussian]  # of the Inception features "features" and "spatial", if the file has them
 
 
 def read_reference(path: Path) -> ReferenceArrays:
-    """What an `.npz` holds to compare with.
+    """Read the images and moments of a reference `.npz`.
 
-    Raises:   UserError when it is none, or holds neither images nor moments.
+    Raises:
+        UserError: if the file is no `.npz`, or holds neither images nor moments.
     """
     try:
         file = np.load(path, allow_pickle=False)
@@ -87,45 +94,54 @@ def read_reference(path: Path) -> ReferenceArrays:
         with file:
             names = set(file.files)
             moments = {
-                what: gaussian_of_moments(*(torch.from_numpy(np.atleast_1d(file[name])) for name in pair))
-                for what, pair in MOMENTS.items()
+                field: gaussian_from_moments(*(torch.from_numpy(np.atleast_1d(file[name])) for name in pair))
+                for field, pair in MOMENTS.items()
                 if names.issuperset(pair)
             }
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}); expected an .npz of images or of moments") from None
     if "arr_0" not in names and not moments:
-        found = ", ".join(sorted(names)) or "nothing"
-        raise UserError(f"{path} holds {found}; expected arr_0 (images) or mu and sigma (moments)")
+        contents = ", ".join(sorted(names)) or "nothing"
+        raise UserError(f"{path} holds {contents}; expected arr_0 (images) or mu and sigma (moments)")
     return ReferenceArrays(ImageArray(path) if "arr_0" in names else None, moments)
 
 
-def written(path: Path, batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Passes batches of uint8 (B, C, h, w) on, `count` images in all, and writes them as `arr_0` (count, h, w, 3).
+def write_and_yield(path: Path, batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """Write batches of images to an `.npz` file and yield each batch unchanged.
 
-    Raises:   UserError when another number of images came; there is no file then.
+    The file holds `arr_0`, (count, h, w, 3) uint8. It exists only after the last batch.
+
+    Args:
+        batches: (B, C, h, w) uint8, `count` images in total.
+
+    Raises:
+        UserError: if the batches hold another number of images; no file is written then.
     """
-    seen = 0
+    num_written = 0
     with (
-        atomic_file(path) as beside,
-        zipfile.ZipFile(beside, "w") as archive,
+        atomic_file(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
         archive.open(IMAGES, "w", force_zip64=True) as member,
     ):
         for batch in batches:
             array = np.ascontiguousarray(as_rgb(batch).permute(0, 2, 3, 1).cpu().numpy())
-            if seen == 0:
+            if num_written == 0:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *array.shape[1:])}
                 np.lib.format.write_array_header_1_0(cast(BinaryIO, member), header)
             member.write(array.tobytes())
-            seen += len(batch)
+            num_written += len(batch)
             yield batch
-        if seen != count:
-            raise UserError(f"{seen} images came for {path}; expected {count}; look for images that cannot be read")
+        if num_written != count:
+            raise UserError(
+                f"{num_written} images were available for {path}; expected {count}; look for images that cannot be read"
+            )
 
 
-def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and dtype of a `.npy` member; the position moves to its data."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
-    if fortran:
+    shape, is_fortran_order, dtype = read(member)
+    if is_fortran_order:
         raise UserError("arr_0 is in Fortran order; expected C order; write it with numpy.ascontiguousarray")
     return shape, dtype

@@ -1,9 +1,10 @@
-"""The kernel distance: squared maximum mean discrepancy under a cubic kernel, without bias. On Inception's features, the KID.
+"""The kernel distance: unbiased squared maximum mean discrepancy with a cubic kernel. On Inception features it is the KID.
 
     k(x, y) = (x·y / F + 1)³,     MMD² = mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) − 2 mean_{i,j} k(x_i, y_j)
 
-Averaged over random subsets, whose spread says how sure the figure is. Unlike the Fréchet distance it does not depend on N
-but for noise, and can be negative. Bińkowski et al. 2018, arXiv 1801.01401.
+The distance is the mean over random subsets, and their standard deviation measures its uncertainty. Unlike the expected
+Fréchet distance, the expected kernel distance does not depend on N. It can be negative. Bińkowski et al. 2018,
+arXiv 1801.01401.
 """
 
 import statistics
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, block, check_pair, chosen
+from pipelines.evaluation.feature_files import Rows, check_pair, read_rows, select_rows
 
-BLOCK = 500  # rows multiplied at once
+BLOCK = 500  # rows in one matrix product
 
 
 class KernelDistance(NamedTuple):
@@ -25,42 +26,52 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     features_a: Rows, features_b: Rows, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Mean and standard deviation over `subsets` draws of `subset_size` images from each set, fewer where a set is smaller.
+    """Compute the kernel distance between two sets of features, (N_a, F) and (N_b, F).
 
-    Raises:   UserError for fewer than two images, non-finite features, or another F.
+    Args:
+        subsets: number of random subsets.
+        subset_size: images of each set in a subset; fewer if a set is smaller.
+
+    Raises:
+        UserError: for fewer than two images, non-finite features, or different F.
     """
-    check_pair(features_a, features_b, at_least=2, needed_for="a kernel distance")
+    check_pair(features_a, features_b, min_rows=2, metric="a kernel distance")
     size = min(subset_size, len(features_a), len(features_b))
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        a, b = (_subset(features, size, generator) for features in (features_a, features_b))
-        values.append(_within(a) + _within(b) - 2 * _sum(a, b) / size**2)
-        if size == len(features_a) == len(features_b):  # every draw is the whole of both
+        a, b = (_random_subset(features, size, generator) for features in (features_a, features_b))
+        values.append(_mean_kernel(a) + _mean_kernel(b) - 2 * _sum_kernel(a, b) / size**2)
+        if size == len(features_a) == len(features_b):  # every subset would be the whole set
             break
     return KernelDistance(statistics.fmean(values), statistics.pstdev(values))
 
 
-def _subset(features: Rows, size: int, generator: torch.Generator) -> Tensor:
+def _random_subset(features: Rows, size: int, generator: torch.Generator) -> Tensor:
     positions = torch.randperm(len(features), generator=generator)[:size].sort().values
-    return block(chosen(features, positions), 0, size).float()
+    return read_rows(select_rows(features, positions), 0, size).float()
 
 
-def _within(rows: Tensor) -> float:
-    """Mean kernel over the pairs of different rows (n, F), each pair multiplied once."""
+def _mean_kernel(rows: Tensor) -> float:
+    """Average the kernel over all pairs of different rows (n, F); each pair is multiplied once."""
     total = 0.0
     for start in range(0, len(rows), BLOCK):
-        part = rows[start : start + BLOCK]
-        total += _sum(part, part) - _power(part.square().sum(1) / part.shape[1]).sum(dtype=torch.float64).item()
-        total += 2 * _sum(part, rows[start + BLOCK :])
+        block = rows[start : start + BLOCK]
+        diagonal = _kernel_of_products(block.square().sum(1) / block.shape[1]).sum(dtype=torch.float64).item()
+        total += _sum_kernel(block, block) - diagonal
+        total += 2 * _sum_kernel(block, rows[start + BLOCK :])
     return total / (len(rows) * (len(rows) - 1))
 
 
-def _sum(a: Tensor, b: Tensor) -> float:
-    """Σ k(a_i, b_j): float32 products, whose rounding is far below the kernel's 1, summed in float64."""
-    parts = (_power(part @ b.T / a.shape[1]) for part in a.split(BLOCK))
-    return sum(part.sum(dtype=torch.float64).item() for part in parts)
+def _sum_kernel(a: Tensor, b: Tensor) -> float:
+    """Compute Σ k(a_i, b_j).
+
+    The products are float32, and their rounding errors are far below the 1 in the kernel. The sum is float64.
+    """
+    kernels = (_kernel_of_products(block @ b.T / a.shape[1]) for block in a.split(BLOCK))
+    return sum(kernel.sum(dtype=torch.float64).item() for kernel in kernels)
 
 
-def _power(products: Tensor) -> Tensor:
+def _kernel_of_products(products: Tensor) -> Tensor:
+    """Compute (x·y / F + 1)³ from x·y / F, in place."""
     return products.add_(1).pow_(3)

@@ -1,9 +1,9 @@
-r"""What a prior needs to write down the codes of images: its surprise at each code, and how near codes are to those it has seen.
+r"""Negative log-likelihood of codes under a prior, and the nearest training grid of a grid of codes.
 
-    s_i = −log₂ p(k_i | y, k_1 … k_{i−1})  bits,     log₂ K  of a prior that has learnt nothing
+    s_i = −log₂ p(k_i | y, k_1 … k_{i−1})  bits,     log₂ K  for a uniform prior
 
-Bits a pixel divide an image's sum by the pixels of its content; with the reconstruction's error they are what a lossy coder
-would pay. Two grids are near when few of their codes differ (Hamming distance).
+Bits per pixel are the sum over an image divided by the pixels of its content. Together with the reconstruction error, they
+are the rate of a lossy coder. The distance between two grids is the number of differing codes (Hamming distance).
 """
 
 import math
@@ -21,53 +21,68 @@ BATCH, LOGITS_AT_ONCE = 100, 1 << 24
 
 @torch.no_grad()
 def negative_log_likelihood(prior: AutoregressivePrior, codes: Tensor, conditioning: Tensor) -> Tensor:
-    """Bits of each code, float64 of the shape of `codes` (N, h, w) or (N, levels, h, w), given class ids (N,), on the CPU."""
-    found, grid = [], codes[0].numel() * prior.config.codebook_size
-    size = max(1, min(BATCH, LOGITS_AT_ONCE // grid))
-    for part, labels in zip(codes.split(size), conditioning.split(size), strict=True):
-        tokens = prior.tokens_of(part.long().to(prior.device))
+    """Compute the negative log-likelihood of each code in bits.
+
+    Args:
+        codes: (N, h, w) or (N, levels, h, w).
+        conditioning: (N,) class ids.
+
+    Returns:
+        float64 of the shape of `codes`, on the CPU.
+    """
+    bits, logits_per_image = [], codes[0].numel() * prior.config.codebook_size
+    size = max(1, min(BATCH, LOGITS_AT_ONCE // logits_per_image))
+    for batch, labels in zip(codes.split(size), conditioning.split(size), strict=True):
+        tokens = prior.tokens_of(batch.long().to(prior.device))
         logits = prior.logits(tokens, labels.to(prior.device)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        found.append(prior.codes_of(nats.double() / math.log(2)).cpu())
-    return torch.cat(found)
+        bits.append(prior.codes_of(nats.double() / math.log(2)).cpu())
+    return torch.cat(bits)
 
 
 def likelihood_metrics(
     bits: Tensor, conditioning: Tensor, names: tuple[str, ...], codebook_size: int, pixels: int
 ) -> dict[str, Any]:
-    """Means over codes of `surprise`: overall, by pixel, by class and by position.
+    """Average the output of `negative_log_likelihood`: per token, image and pixel, by class and by position.
 
     Args:
-        bits: (N, h, w) or (N, levels, h, w); conditioning: (N,) class ids.
-        pixels: of an image's content.
+        bits: (N, h, w) or (N, levels, h, w).
+        conditioning: (N,) class ids.
+        names: names of the classes by id.
+        pixels: number of pixels of an image's content.
     """
     by_image = bits.flatten(1)
-    of_class = {name: by_image[conditioning == i] for i, name in enumerate(names)}
+    by_class = {name: by_image[conditioning == i] for i, name in enumerate(names)}
     return {
         "bits_per_token": by_image.mean().item(),
         "bits_per_token_uniform": math.log2(codebook_size),
         "prior_bits_per_image": by_image.sum(1).mean().item(),
         "prior_bits_per_pixel": by_image.sum(1).mean().item() / pixels,
-        "bits_per_token_by_class": {name: rows.mean().item() for name, rows in of_class.items() if len(rows)},
+        "bits_per_token_by_class": {name: rows.mean().item() for name, rows in by_class.items() if len(rows)},
         "bits_per_token_by_position": bits.mean(0).tolist(),
     }
 
 
 def nearest_grids(codes: Tensor, training: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """For each grid the training grid that shares the most codes with it at the same places.
+    """Find the training grid that shares the most codes with each grid at equal positions.
 
-    Args:     codes (N, …); training yields (M, …) of the same shape, batch after batch.
-    Returns:  shares in [0, 1] (N,) and positions (N,) among all training grids.
+    Args:
+        codes: (N, …).
+        training: batches (M, …) of training grids of the same shape.
+
+    Returns:
+        The shares of equal codes in [0, 1], (N,), and the positions among all training grids, (N,) int64.
     """
-    own = codes.flatten(1)
-    best, where, start = torch.zeros(len(own)), torch.zeros(len(own), dtype=torch.int64), 0
+    tokens = codes.flatten(1)
+    best_shares, best_positions = torch.zeros(len(tokens)), torch.zeros(len(tokens), dtype=torch.int64)
+    start = 0
     for batch in training:
-        other = batch.flatten(1)
-        for rows in torch.arange(len(own)).split(BATCH):
-            shares = (own[rows, None] == other[None]).float().mean(2)  # (rows, M)
+        training_tokens = batch.flatten(1)
+        for rows in torch.arange(len(tokens)).split(BATCH):
+            shares = (tokens[rows, None] == training_tokens[None]).float().mean(2)  # (rows, M)
             share, position = shares.max(1)
-            better = share > best[rows]
-            where[rows[better]] = start + position[better]
-            best[rows] = torch.maximum(best[rows], share)
-        start += len(other)
-    return best, where
+            is_better = share > best_shares[rows]
+            best_positions[rows[is_better]] = start + position[is_better]
+            best_shares[rows] = torch.maximum(best_shares[rows], share)
+        start += len(training_tokens)
+    return best_shares, best_positions

@@ -1,9 +1,9 @@
-"""A linear probe: multinomial logistic regression from features to classes, trained on real images alone.
+"""A linear probe: multinomial logistic regression from features to classes, trained on real images only.
 
-    p(y | x) = softmax(W z + b),   z = (x − mean) / std,   minimising the mean negative log likelihood + λ/2 ‖W‖²
+    p(y | x) = softmax(W z + b),   z = (x − mean) / std,   loss = mean negative log-likelihood + λ/2 ‖W‖²
 
-by L-BFGS from zero, so that it depends on nothing but the features. Its accuracy on held-out real images says how far its
-verdicts on samples can be trusted. Alain, Bengio 2016, arXiv 1610.01644.
+L-BFGS minimises the loss from W = 0, b = 0, so the probe depends only on the features. Its accuracy on held-out real images
+shows how reliable its predictions for samples are. Alain, Bengio 2016, arXiv 1610.01644.
 """
 
 from typing import NamedTuple
@@ -12,31 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import Rows, check_finite, chosen, random_positions, slices
+from pipelines.evaluation.feature_files import Rows, check_finite, iterate_slices, random_positions, select_rows
 from training_harness.errors import UserError
 
-MOST_IMAGES = 10_000
-PENALTY = 1e-2  # λ; features are standardised, so that one value serves networks of any scale
+MAX_IMAGES = 10_000
+PENALTY = 1e-2  # λ; features are standardised, so one value works for features of any scale
 ITERATIONS = 100
 
 
 class LinearProbe(NamedTuple):
+    """Statistics for standardisation, and the weights of the logistic regression."""
+
     mean: Tensor  # (F,)
     std: Tensor  # (F,)
     weight: Tensor  # (classes, F)
     bias: Tensor  # (classes,)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, F) → (N, classes)."""
+        """Compute the logits (N, classes) of features (N, F)."""
         return (features.float() - self.mean) / self.std @ self.weight.T + self.bias
 
 
 def fit_probe(features: Rows, labels: Tensor, num_classes: int, seed: int = 0) -> LinearProbe:
-    """A probe trained on at most 10,000 of (N, F) features with labels (N,) int64, drawn at random by `seed`."""
-    rows = random_positions(len(features), MOST_IMAGES, seed)
-    x, y = torch.cat(list(slices(chosen(features, rows)))).float(), labels[rows]
+    """Train a probe on at most 10,000 random images.
+
+    Args:
+        features: (N, F).
+        labels: (N,) int64.
+        seed: of the random selection.
+    """
+    positions = random_positions(len(features), MAX_IMAGES, seed)
+    x, y = torch.cat(list(iterate_slices(select_rows(features, positions)))).float(), labels[positions]
     mean, std = x.mean(0), x.std(0)
-    std = std.clamp(min=1e-6 * std.max().item() or 1.0)  # columns that never change tell nothing
+    std = std.clamp(min=1e-6 * std.max().item() or 1.0)  # constant columns carry no information
     x = (x - mean) / std
     weight = torch.zeros(num_classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
@@ -53,12 +61,18 @@ def fit_probe(features: Rows, labels: Tensor, num_classes: int, seed: int = 0) -
 
 
 def class_agreement(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is that of their label.
+    """Compute the share of images with the largest logit at their label.
 
-    Args:     logits: (N, number of classes) float; labels: (N,) int64.
-    Raises:   UserError for no images, another number of labels, or non-finite logits.
+    Args:
+        logits: (N, classes) float.
+        labels: (N,) int64.
+
+    Raises:
+        UserError: if there are no images, if the number of labels differs, or if a logit is not finite.
     """
     if len(logits) == 0 or len(logits) != len(labels):
-        raise UserError(f"class agreement was given {len(logits)} images and {len(labels)} labels; expected one each")
+        raise UserError(
+            f"class agreement was computed for {len(logits)} images and {len(labels)} labels; expected one label for each image"
+        )
     check_finite(logits)
     return (logits.argmax(dim=1).cpu() == labels.cpu()).double().mean().item()

@@ -1,14 +1,15 @@
-"""How two sets lie in one another: precision, recall, density, coverage, and the nearest real image of each.
+"""Metrics of nearest neighbours between two sets: precision, recall, density, coverage, and nearest distances.
 
-A set's manifold is the union of balls around its images, each reaching to the image's k-th nearest neighbour in the set.
+The manifold of a set is the union of balls around its images. The radius of a ball is the distance from its image to the
+k-th nearest neighbour in the set.
 
-    precision   share of generated images inside a real image's ball                 fidelity
-    recall      share of real images inside a generated image's ball                 variety
-    density     mean number of real balls around a generated image, over k           fidelity, not swayed by one outlier
-    coverage    share of real balls with a generated image inside                    variety, not swayed by one outlier
+    precision   share of generated images inside a ball of a real image              fidelity
+    recall      share of real images inside a ball of a generated image              variety
+    density     mean number of real balls around a generated image, divided by k     fidelity, robust to outliers
+    coverage    share of real balls that contain a generated image                   variety, robust to outliers
 
 Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2 (k = 3); Naeem et al. 2020, arXiv 2002.09797, eq. 5 and 6 (k = 5).
-Distances come from matrix products in float64 of centred features, in blocks: memory does not grow with N.
+Distances come from float64 matrix products of centred features, in blocks: memory does not grow with N.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_files import SLICE, Rows, check_pair, slices
+from pipelines.evaluation.feature_files import SLICE, Rows, check_pair, iterate_slices
 from training_harness.errors import UserError
 
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-SAME = 1e-12  # of the squared norms: what rounding of the products may leave of a distance of 0
+ZERO_TOLERANCE = 1e-12  # relative to the squared norms: smaller squared distances are rounding errors of 0
 
 
 class PrecisionRecall(NamedTuple):
@@ -30,88 +31,105 @@ class PrecisionRecall(NamedTuple):
 
 
 class DensityCoverage(NamedTuple):
-    density: float  # ≥ 0; 1 is expected of a second draw of the real images
+    density: float  # ≥ 0; the expected value is 1 for a second sample of real images
     coverage: float  # in [0, 1]
 
 
 def precision_recall(real: Rows, generated: Rows, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Share of generated images inside the real ones' manifold, and the reverse.
+    """Compute precision and recall of generated images.
 
-    Raises:   UserError for k < 1, for no more than k images in a set, non-finite features, or another F.
+    Raises:
+        UserError: for k < 1, k or fewer images in a set, non-finite features, or different F.
     """
     _check(real, generated, k, "precision and recall")
     centre = _centre(real)
-    real_radii, radii = _radii(real, k, centre), _radii(generated, k, centre)
+    real_radii, generated_radii = _squared_radii(real, k, centre), _squared_radii(generated, k, centre)
     inside_real = torch.zeros(len(generated), dtype=torch.bool)
     inside_generated = torch.zeros(len(real), dtype=torch.bool)
-    for rows, columns, distances in _pairs(generated, real, centre):
+    for rows, columns, distances in _squared_distances(generated, real, centre):
         inside_real[rows] |= (distances <= real_radii[columns]).any(1)
-        inside_generated[columns] |= (distances <= radii[rows, None]).any(0)
+        inside_generated[columns] |= (distances <= generated_radii[rows, None]).any(0)
     return PrecisionRecall(inside_real.double().mean().item(), inside_generated.double().mean().item())
 
 
 def density_coverage(real: Rows, generated: Rows, k: int = DENSITY_NEIGHBOURS) -> DensityCoverage:
-    """Raises UserError as `precision_recall` does."""
+    """Compute density and coverage of generated images.
+
+    Raises:
+        UserError: for k < 1, k or fewer images in a set, non-finite features, or different F.
+    """
     _check(real, generated, k, "density and coverage")
     centre = _centre(real)
-    radii = _radii(real, k, centre)
-    balls, covered = 0, torch.zeros(len(real), dtype=torch.bool)
-    for _, columns, distances in _pairs(generated, real, centre):
+    radii = _squared_radii(real, k, centre)
+    num_inside, is_covered = 0, torch.zeros(len(real), dtype=torch.bool)
+    for _, columns, distances in _squared_distances(generated, real, centre):
         inside = distances <= radii[columns]
-        balls += int(inside.sum())
-        covered[columns] |= inside.any(0)
-    return DensityCoverage(balls / (k * len(generated)), covered.double().mean().item())
+        num_inside += int(inside.sum())
+        is_covered[columns] |= inside.any(0)
+    return DensityCoverage(num_inside / (k * len(generated)), is_covered.double().mean().item())
 
 
 def nearest_distances(points: Rows, support: Rows) -> Tensor:
-    """(N,) float64 distance of each point to the nearest of `support`; 0 where it is among them."""
-    check_pair(points, support, at_least=1, needed_for="a nearest distance")
+    """Compute the distance from each point to the nearest row of `support`.
+
+    Returns:
+        (N,) float64; 0 if the point is a row of `support`.
+    """
+    check_pair(points, support, min_rows=1, metric="a nearest distance")
     nearest = torch.full((len(points),), torch.inf, dtype=torch.float64)
-    for rows, _, distances in _pairs(points, support, _centre(support)):
+    for rows, _, distances in _squared_distances(points, support, _centre(support)):
         nearest[rows] = torch.minimum(nearest[rows], distances.min(1).values)
     return nearest.sqrt()
 
 
-def _radii(features: Rows, k: int, centre: Tensor) -> Tensor:
-    """(N,) squared distance of each row to its k-th nearest other row."""
-    best = torch.full((len(features), k + 1), torch.inf, dtype=torch.float64)  # k + 1: each row is its own nearest
-    for rows, columns, distances in _pairs(features, features, centre, half=True):
-        for mine, theirs in [(rows, distances)] + ([(columns, distances.T)] if rows != columns else []):
-            near = theirs.topk(min(k + 1, theirs.shape[1]), dim=1, largest=False).values
-            best[mine] = torch.cat([best[mine], near], 1).topk(k + 1, dim=1, largest=False).values
-    return best[:, k]
+def _squared_radii(features: Rows, k: int, centre: Tensor) -> Tensor:
+    """Compute the squared distance (N,) from each row to its k-th nearest neighbour."""
+    # k + 1, because each row is its own nearest neighbour
+    nearest = torch.full((len(features), k + 1), torch.inf, dtype=torch.float64)
+    for rows, columns, distances in _squared_distances(features, features, centre, symmetric=True):
+        updates = [(rows, distances)] + ([(columns, distances.T)] if rows != columns else [])
+        for positions, new_distances in updates:
+            new_nearest = new_distances.topk(min(k + 1, new_distances.shape[1]), dim=1, largest=False).values
+            candidates = torch.cat([nearest[positions], new_nearest], 1)
+            nearest[positions] = candidates.topk(k + 1, dim=1, largest=False).values
+    return nearest[:, k]
 
 
-def _pairs(points: Rows, support: Rows, centre: Tensor, half: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows of points, rows of support, their squared distances), one slice of each after another.
+def _squared_distances(
+    points: Rows, support: Rows, centre: Tensor, symmetric: bool = False
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows of points, rows of support, their squared distances) for each pair of slices.
 
-    `half`: of a set with itself, each two slices meet once. The distances are written over by the next ones: large blocks
-    that come and go scatter the heap.
+    The memory of the distances is used again for the next pair: allocating large blocks again and again fragments the heap.
+
+    Args:
+        centre: (F,) subtracted from all rows.
+        symmetric: `points` and `support` are one set; yield each pair of slices only once.
     """
-    room = torch.empty(2, SLICE * SLICE, dtype=torch.float64)
+    buffers = torch.empty(2, SLICE * SLICE, dtype=torch.float64)
     row = 0
-    for part in slices(points):
-        part = part - centre
-        norms = part.square().sum(1, keepdim=True)
-        column = row if half else 0
-        for other in slices(support, first=column):
-            other = other - centre
-            shape = len(part), len(other)
-            both, distances = (block[: shape[0] * shape[1]].view(shape) for block in room)
-            torch.add(norms, other.square().sum(1), out=both)
-            torch.addmm(both, part, other.T, alpha=-2, out=distances)
-            distances.masked_fill_(distances < both.mul_(SAME), 0.0)
-            yield slice(row, row + len(part)), slice(column, column + len(other)), distances
-            column += len(other)
-        row += len(part)
+    for point_rows in iterate_slices(points):
+        point_rows = point_rows - centre
+        point_norms = point_rows.square().sum(1, keepdim=True)
+        column = row if symmetric else 0
+        for support_rows in iterate_slices(support, first=column):
+            support_rows = support_rows - centre
+            shape = len(point_rows), len(support_rows)
+            norms, distances = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+            torch.add(point_norms, support_rows.square().sum(1), out=norms)
+            torch.addmm(norms, point_rows, support_rows.T, alpha=-2, out=distances)
+            distances.masked_fill_(distances < norms.mul_(ZERO_TOLERANCE), 0.0)
+            yield slice(row, row + len(point_rows)), slice(column, column + len(support_rows)), distances
+            column += len(support_rows)
+        row += len(point_rows)
 
 
 def _centre(rows: Rows) -> Tensor:
-    """A point among the rows: products of what is far from the origin would lose the small distances."""
-    return next(slices(rows)).mean(0)
+    """Return a point near the rows; without centring, products of large features lose small distances to rounding."""
+    return next(iterate_slices(rows)).mean(0)
 
 
-def _check(real: Rows, generated: Rows, k: int, needed_for: str) -> None:
+def _check(real: Rows, generated: Rows, k: int, metric: str) -> None:
     if k < 1:
         raise UserError(f"k is {k}; expected the number of a neighbour, 1 or more")
-    check_pair(real, generated, at_least=k + 1, needed_for=f"{needed_for} with k = {k}")
+    check_pair(real, generated, min_rows=k + 1, metric=f"{metric} with k = {k}")

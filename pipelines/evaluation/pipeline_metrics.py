@@ -1,4 +1,4 @@
-"""Metrics of a pipeline on held-out images: its tokenizer's, its prior's, and those of its samples."""
+"""Metrics of a pipeline on held-out images: metrics of its tokenizer, of its prior and of its samples."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.across_processes import sample_across_processes
-from pipelines.evaluation.evaluator import FEWEST, Evaluator, ImageSet, Measured
+from pipelines.evaluation.evaluator import MIN_IMAGES, Evaluator, ImageSet, MeasuredImages
 from pipelines.evaluation.likelihood import likelihood_metrics, negative_log_likelihood
 from pipelines.evaluation.tokenizer_metrics import tokenizer_metrics
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -17,33 +17,35 @@ from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.errors import UserError
 from training_harness.processes import number_of_processes
 
-PUBLISHED = 50_000  # images that published distances use
+PUBLISHED_NUM_IMAGES = 50_000  # images in published distances
 
 
 def pipeline_metrics(
     evaluator: Evaluator,
     pipeline: LatentGenerationPipeline,
-    samples: Measured,
+    samples: MeasuredImages,
     held_out: ImageSet,
     train: ImageSet,
     label_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Every figure of a pipeline: its tokenizer's, its prior's, and those of its samples.
+    """Compute every metric of a pipeline: of its tokenizer, of its prior and of its samples.
 
-    `label_names` are the classes' when the pipeline's ids mean the same as the images'; empty otherwise.
+    Args:
+        label_names: names of the classes; empty if the class ids of the pipeline and of the images have different meanings.
     """
-    real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
+    real = evaluator.measure(held_out, "held-out images")
+    training_images = evaluator.measure(train, "training images")
     return (
-        tokenizer_metrics(evaluator, pipeline.tokenizer, held_out, real, trained)
-        | evaluator.sample_metrics(samples, real, trained, label_names)
+        tokenizer_metrics(evaluator, pipeline.tokenizer, held_out, real, training_images)
+        | evaluator.sample_metrics(samples, real, training_images, label_names)
         | bits_per_token(pipeline, held_out)
-        | {"num_images": len(samples), "num_reference_images": len(real), "num_training_images": len(trained)}
-        | {"reference_hash": real.hash, "training_hash": trained.hash}
+        | {"num_images": len(samples), "num_reference_images": len(real), "num_training_images": len(training_images)}
+        | {"reference_hash": real.hash, "training_hash": training_images.hash}
     )
 
 
 def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict[str, Any]:
-    """Figures of `likelihood_metrics` on images; none where the prior gives codes no probability."""
+    """Compute the metrics of `likelihood_metrics` on images; None for a prior without likelihoods."""
     prior, processor = pipeline.prior, pipeline.tokenizer.config.image_processor
     if not isinstance(prior, AutoregressivePrior):
         return {"bits_per_token": None, "bits_per_token_uniform": None, "bits_per_token_by_class": {}}
@@ -63,52 +65,62 @@ def bits_per_token(pipeline: LatentGenerationPipeline, images: ImageSet) -> dict
 
 
 def balanced_labels(pipeline: LatentGenerationPipeline, count: int) -> Tensor:
-    """About `count` class ids, as many of each class with training images; −1 for a pipeline without classes."""
+    """Return about `count` class ids: equally many of each class with training images, or −1 without classes."""
     classes = list(pipeline.trained_classes) or None
     per_class = max(1, count // len(classes)) if classes else count
     return torch.tensor(classes or [-1]).repeat_interleave(per_class)
 
 
-def sampled_batches(
+def sample_batches(
     pipeline: LatentGenerationPipeline, labels: Tensor, seed: int, batch_size: int = 200, **options: Any
 ) -> Iterator[Tensor]:
-    """One sample for each label as uint8 (B, C, h, w), batch after batch; image i does not depend on the batch size.
+    """Sample one image for each label, batch after batch; image i does not depend on the batch size.
 
-    Several processes share the work and must all go through it; each gets all samples.
+    If there are several processes, each of them must iterate over all batches. Each process gets all samples.
+
+    Yields:
+        (B, C, h, w) uint8.
     """
     generator = torch.Generator().manual_seed(seed)
-    for part in labels.split(batch_size * number_of_processes()):
-        yield sample_across_processes(pipeline, part, generator, batch_size, **options)
+    for batch_labels in labels.split(batch_size * number_of_processes()):
+        yield sample_across_processes(pipeline, batch_labels, generator, batch_size, **options)
 
 
-def keeping_first(
-    batches: Iterable[Tensor], labels: Tensor, kept: dict[int, list[Tensor]], rows: int, columns: int
+def collect_grid_images(
+    batches: Iterable[Tensor], labels: Tensor, grid_images: dict[int, list[Tensor]], rows: int, columns: int
 ) -> Iterator[Tensor]:
-    """Passes batches on, and puts the first `columns` images (C, h, w) of the first `rows` classes into `kept`.
+    """Yield batches unchanged, and collect the images of a sample grid from them.
 
-    Of images without a class it keeps `rows` × `columns`.
+    Args:
+        batches: (B, C, h, w).
+        labels: (N,) class ids of the images in all batches, −1 for no class.
+        grid_images: receives the first `columns` images (C, h, w) of the first `rows` classes by class id. It receives
+            `rows` × `columns` images without a class.
     """
     start = 0
     for batch in batches:
         for image, label in zip(batch, labels[start : start + len(batch)].tolist(), strict=True):
-            row = kept.setdefault(label, []) if len(kept) < rows else kept.get(label, [])
+            row = grid_images.setdefault(label, []) if len(grid_images) < rows else grid_images.get(label, [])
             if len(row) < (columns if label >= 0 else rows * columns):
-                row.append(image.clone())  # or the whole batch would stay in memory
+                row.append(image.clone())  # a view would keep the whole batch in memory
         start += len(batch)
         yield batch
 
 
-def warnings_for(num_images: int, num_reference_images: int) -> list[str]:
-    """What a reader of the figures must know."""
-    found = []
-    if (fewest := min(num_images, num_reference_images)) < PUBLISHED:
-        found.append(
-            f"{fewest:,} images: distances grow as N falls, and published ones use {PUBLISHED:,}; compare with the floor, "
-            "and with figures of the same N alone"
+def sample_size_warnings(num_images: int, num_reference_images: int) -> list[str]:
+    """Return warnings for the reader of metrics of so many images."""
+    smaller = min(num_images, num_reference_images)
+    if smaller >= PUBLISHED_NUM_IMAGES:
+        return []
+    return [
+        f"{smaller:,} images: distances grow as N falls, and published distances use {PUBLISHED_NUM_IMAGES:,}; "
+        "compare with the noise floor, and only with distances of equal N"
+    ]
+
+
+def check_image_count(count: int, description: str) -> None:
+    """Raise UserError if there are too few images for all metrics."""
+    if count < MIN_IMAGES:
+        raise UserError(
+            f"{description}: {count}; expected at least {MIN_IMAGES}, the minimum for all metrics; pass more images"
         )
-    return found
-
-
-def check_enough(count: int, what: str) -> None:
-    if count < FEWEST:
-        raise UserError(f"{what}: {count}; expected at least {FEWEST}, or the figures do not exist; give more images")

@@ -1,4 +1,4 @@
-"""A pipeline that restores pictures, measured on held-out ones that are made worse as its training images were."""
+"""Metrics of a pipeline that restores images, on held-out images degraded like its training images."""
 
 from collections.abc import Iterator
 
@@ -16,35 +16,40 @@ BATCH = 200
 
 
 class Restorations:
-    """At most `count` held-out pictures, restored: `labels` of them, `batches` of uint8 (B, C, h, w), then `figures`."""
+    """Degrade at most `count` held-out images and restore them.
+
+    Iterate over `batches` first; `metrics` covers the images of the batches so far. `labels` are the class ids of the images.
+    """
 
     def __init__(self, pipeline: LatentGenerationPipeline, images: ImageSet, count: int, seed: int) -> None:
         self.pipeline, self.images, self.count = pipeline, images, min(count, len(images))
         self.seed, self._psnr = seed, dict[str, list[Tensor]](degraded_psnr=[], restored_psnr=[])
         labels = images.labels()
-        known = labels is not None and pipeline.prior.config.num_classes > 0
-        self.labels = torch.tensor(labels if known else [-1] * len(images))[: self.count]
+        has_classes = labels is not None and pipeline.prior.config.num_classes > 0
+        self.labels = torch.tensor(labels if has_classes else [-1] * len(images))[: self.count]
 
     def batches(self) -> Iterator[Tensor]:
+        """Yield restored images (B, C, h, w) uint8."""
         pipeline, processor = self.pipeline, self.pipeline.tokenizer.config.image_processor
         assert isinstance(pipeline.prior, DiffusionPrior)
         generators = image_generators(torch.Generator().manual_seed(self.seed), self.count)
-        begin = 0
+        start = 0
         for positions, originals in self.images.batches(BATCH):
-            worse = degrade_images(originals, pipeline.prior.config.degradation, processor, positions)
-            part = slice(begin, min(begin + len(originals), self.count))
-            originals, worse = (x[: part.stop - begin] for x in (originals, worse))
+            degraded_images = degrade_images(originals, pipeline.prior.config.degradation, processor, positions)
+            batch = slice(start, min(start + len(originals), self.count))
+            originals, degraded_images = (x[: batch.stop - start] for x in (originals, degraded_images))
             with torch.inference_mode():
-                given = pipeline.tokenizer.encode_latents(processor.preprocess(worse.to(pipeline.tokenizer.device)))
-            known = KnownCodes.for_restoration(given)
-            restored = to_uint8(pipeline.sample_pixels(self.labels[part], generators[part], known=known))
-            self._psnr["degraded_psnr"].append(psnr(worse, originals))
+                pixel_values = processor.preprocess(degraded_images.to(pipeline.tokenizer.device))
+                latents = pipeline.tokenizer.encode_latents(pixel_values)
+            known = KnownCodes.for_restoration(latents)
+            restored = to_uint8(pipeline.sample_pixels(self.labels[batch], generators[batch], known=known))
+            self._psnr["degraded_psnr"].append(psnr(degraded_images, originals))
             self._psnr["restored_psnr"].append(psnr(restored, originals))
             yield restored
-            begin = part.stop
-            if begin == self.count:
+            start = batch.stop
+            if start == self.count:
                 return
 
-    def figures(self) -> dict[str, float]:
-        """Means over images, in dB, once all batches were drawn: of what was given and of what was made of it."""
+    def metrics(self) -> dict[str, float]:
+        """Return the mean PSNR in dB of the degraded and of the restored images."""
         return {name: float(torch.cat(values).mean()) for name, values in self._psnr.items()}

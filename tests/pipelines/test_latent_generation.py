@@ -1,4 +1,4 @@
-"""The pipeline as one calls it: classes, generators, batches, outputs, devices."""
+"""Calls of the pipeline: classes, generators, batches, outputs, devices."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ def pipeline() -> LatentGenerationPipeline:
     return tiny_pipeline()
 
 
-def sampled(pipeline: LatentGenerationPipeline, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in [0, 1] and the codes (N, h, w) they were decoded from."""
+def sample_with_codes(pipeline: LatentGenerationPipeline, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Sample images (N, C, H, W) in [0, 1]; return them with their codes (N, h, w)."""
     codes: list[Tensor] = []
 
-    def keep(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
+    def record_codes(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
         if step == pipe.tokenizer.latent_spec().tokens - 1:
             codes.append(values["tokens"].clone())
 
-    images = pipeline(*arguments, output_type="pt", callback_on_step_end=keep, **options).images
+    images = pipeline(*arguments, output_type="pt", callback_on_step_end=record_codes, **options).images
     return images, torch.cat(codes)
 
 
@@ -37,44 +37,52 @@ def sampled(pipeline: LatentGenerationPipeline, *arguments: Any, **options: Any)
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.8])
 def test_the_images_do_not_depend_on_the_batch_size(pipeline: LatentGenerationPipeline, guidance_scale: float) -> None:
-    # Codes are equal; a convolution's rounding may differ by batch, so pixels are equal to 1e-5.
+    # The codes are equal. Rounding in a convolution can depend on the batch, so the pixels are equal to 1e-5.
     runs = [
-        sampled(pipeline, [0, 1, 2, 0], 2, batch_size=size, generator=seeded(3), guidance_scale=guidance_scale)
+        sample_with_codes(
+            pipeline, [0, 1, 2, 0], 2, batch_size=size, generator=seeded(3), guidance_scale=guidance_scale
+        )
         for size in (None, 1, 3, 8)
     ]
     images, codes = runs[0]
     assert images.shape == (8, 1, 14, 14)
     assert len({tuple(row.flatten().tolist()) for row in codes}) == 8
-    for others, other_codes in runs[1:]:
-        assert torch.equal(other_codes, codes)
-        assert_close(others, images, rtol=0, atol=1e-5)
+    for run_images, run_codes in runs[1:]:
+        assert torch.equal(run_codes, codes)
+        assert_close(run_images, images, rtol=0, atol=1e-5)
 
 
-def test_one_generator_is_one_seed_an_image_drawn_up_front(pipeline: LatentGenerationPipeline) -> None:
+def test_one_generator_yields_the_seeds_of_all_images_before_sampling(pipeline: LatentGenerationPipeline) -> None:
     seeds = torch.randint(2**63 - 1, (4,), generator=seeded(5)).tolist()
-    images, codes = sampled(pipeline, [0, 1], 2, generator=seeded(5))
-    listed, listed_codes = sampled(pipeline, [0, 1], 2, generator=[seeded(seed) for seed in seeds], batch_size=3)
-    assert torch.equal(codes, listed_codes)
-    assert_close(images, listed, rtol=0, atol=1e-5)
-    _, more = sampled(pipeline, [0, 0, 1, 1, 2], generator=seeded(5))
-    assert torch.equal(more[:4], codes), "further images changed the first ones"
-    _, alone = sampled(pipeline, 1, generator=[seeded(seeds[2])])
-    assert torch.equal(alone[0], codes[2])
+    images, codes = sample_with_codes(pipeline, [0, 1], 2, generator=seeded(5))
+    expected_images, expected_codes = sample_with_codes(
+        pipeline, [0, 1], 2, generator=[seeded(seed) for seed in seeds], batch_size=3
+    )
+    assert torch.equal(codes, expected_codes)
+    assert_close(images, expected_images, rtol=0, atol=1e-5)
+    _, codes_of_five = sample_with_codes(pipeline, [0, 0, 1, 1, 2], generator=seeded(5))
+    assert torch.equal(codes_of_five[:4], codes), "another image changed the first ones"
+    _, single_code = sample_with_codes(pipeline, 1, generator=[seeded(seeds[2])])
+    assert torch.equal(single_code[0], codes[2])
 
 
-def test_the_same_seed_repeats_the_images_another_or_none_does_not(pipeline: LatentGenerationPipeline) -> None:
-    images, codes = sampled(pipeline, [0, 1], generator=seeded(0))
-    again, _ = sampled(pipeline, [0, 1], generator=seeded(0))
-    assert torch.equal(images, again)
-    assert not torch.equal(codes, sampled(pipeline, [0, 1], generator=seeded(1))[1])
+def test_the_same_seed_repeats_the_images_and_another_or_no_seed_does_not(pipeline: LatentGenerationPipeline) -> None:
+    images, codes = sample_with_codes(pipeline, [0, 1], generator=seeded(0))
+    repeated_images, _ = sample_with_codes(pipeline, [0, 1], generator=seeded(0))
+    assert torch.equal(images, repeated_images)
+    assert not torch.equal(codes, sample_with_codes(pipeline, [0, 1], generator=seeded(1))[1])
     torch.manual_seed(0)
-    first = sampled(pipeline, [0, 1])[1]
+    first = sample_with_codes(pipeline, [0, 1])[1]
     torch.manual_seed(0)
-    assert not torch.equal(first, sampled(pipeline, [0, 1])[1]), "without a generator the global seed was used"
+    assert not torch.equal(first, sample_with_codes(pipeline, [0, 1])[1]), (
+        "without a generator the global seed was used"
+    )
 
 
-def test_another_number_of_generators_than_images_is_an_error(pipeline: LatentGenerationPipeline) -> None:
-    with pytest.raises(UserError, match="3 generators were given for 4 images; expected one, or one an image"):
+def test_a_wrong_number_of_generators_is_an_error(pipeline: LatentGenerationPipeline) -> None:
+    with pytest.raises(
+        UserError, match="3 generators were given for 4 images; expected one generator, or one for each image"
+    ):
         pipeline([0, 1], 2, generator=[seeded(i) for i in range(3)])
 
 
@@ -82,13 +90,13 @@ def test_another_number_of_generators_than_images_is_an_error(pipeline: LatentGe
 
 
 @pytest.mark.parametrize(
-    ("given", "ids"),
+    ("class_labels", "ids"),
     [
         (None, [-1]),
         (1, [1]),
         ("dog", [1]),
         ("1", [1]),
-        ("7", [2]),  # a name that looks like an id is a name
+        ("7", [2]),  # a name of digits is a name, not an id
         (7 - 5, [2]),
         (["cat", 1, "2"], [0, 1, 2]),
         (("dog", "dog"), [1, 1]),
@@ -97,18 +105,18 @@ def test_another_number_of_generators_than_images_is_an_error(pipeline: LatentGe
         (torch.tensor([2, 0]), [2, 0]),
     ],
 )
-def test_classes_are_given_by_id_name_or_digits_one_or_several(
-    pipeline: LatentGenerationPipeline, given: Any, ids: list[int]
+def test_one_or_several_classes_are_selected_by_id_name_or_digits(
+    pipeline: LatentGenerationPipeline, class_labels: Any, ids: list[int]
 ) -> None:
-    assert pipeline.label_ids(given) == ids
+    assert pipeline.label_ids(class_labels) == ids
 
 
-def test_the_same_class_by_any_way_gives_the_same_images_label_after_label(
+def test_names_and_ids_give_the_same_images_label_after_label(
     pipeline: LatentGenerationPipeline,
 ) -> None:
-    images, codes = sampled(pipeline, ["dog", "cat"], 2, generator=seeded(0))
-    assert torch.equal(images, sampled(pipeline, [1, 1, 0, 0], generator=seeded(0))[0])
-    assert not torch.equal(codes, sampled(pipeline, ["cat", "dog"], 2, generator=seeded(0))[1])
+    images, codes = sample_with_codes(pipeline, ["dog", "cat"], 2, generator=seeded(0))
+    assert torch.equal(images, sample_with_codes(pipeline, [1, 1, 0, 0], generator=seeded(0))[0])
+    assert not torch.equal(codes, sample_with_codes(pipeline, ["cat", "dog"], 2, generator=seeded(0))[1])
 
 
 @pytest.mark.parametrize(
@@ -123,19 +131,19 @@ def test_the_same_class_by_any_way_gives_the_same_images_label_after_label(
         ([], "class_labels is empty"),
     ],
 )
-def test_a_class_that_does_not_exist_is_named_with_what_does(
+def test_the_error_for_an_unknown_class_names_it_and_the_valid_classes(
     pipeline: LatentGenerationPipeline, label: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(label)
 
 
-def test_without_names_or_without_classes_the_error_says_so() -> None:
+def test_the_error_for_a_pipeline_without_names_or_classes_says_so() -> None:
     with pytest.raises(UserError, match="no class 'cat'; expected an id from 0 to 2"):
         tiny_pipeline(label_names=None)("cat")
     tokenizer = tiny_tokenizer()
     unlabelled = LatentGenerationPipeline(tokenizer, tiny_prior(num_classes=0, tokenizer_id=tokenizer.compute_id()))
-    with pytest.raises(UserError, match="trained without classes; give none"):
+    with pytest.raises(UserError, match="trained without classes; leave it out"):
         unlabelled(0)
     assert len(unlabelled(num_images_per_label=3).images) == 3
 
@@ -143,7 +151,7 @@ def test_without_names_or_without_classes_the_error_says_so() -> None:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_option_of_another_prior_is_an_error_naming_those_this_one_takes(
+def test_an_option_of_another_prior_is_an_error_with_the_valid_options(
     pipeline: LatentGenerationPipeline,
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -164,17 +172,17 @@ def test_an_option_of_another_prior_is_an_error_naming_those_this_one_takes(
         ({"top_p": 0}, "top_p is 0"),
     ],
 )
-def test_an_argument_out_of_its_range_is_named(
+def test_the_error_for_an_argument_out_of_range_names_it(
     pipeline: LatentGenerationPipeline, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(0, **arguments)
 
 
-def test_options_reach_the_prior_and_none_means_the_pipelines_own(pipeline: LatentGenerationPipeline) -> None:
-    default = sampled(pipeline, 0, 4, generator=seeded(0))[1]
-    assert torch.equal(sampled(pipeline, 0, 4, generator=seeded(0), top_k=None)[1], default)
-    greedy = sampled(pipeline, 0, 4, generator=seeded(0), top_k=1)[1]
+def test_options_reach_the_prior_and_none_means_the_default_of_the_pipeline(pipeline: LatentGenerationPipeline) -> None:
+    default = sample_with_codes(pipeline, 0, 4, generator=seeded(0))[1]
+    assert torch.equal(sample_with_codes(pipeline, 0, 4, generator=seeded(0), top_k=None)[1], default)
+    greedy = sample_with_codes(pipeline, 0, 4, generator=seeded(0), top_k=1)[1]
     assert (greedy == greedy[:1]).all()
     assert not torch.equal(greedy, default)
 
@@ -182,7 +190,7 @@ def test_options_reach_the_prior_and_none_means_the_pipelines_own(pipeline: Late
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_three_output_types_are_the_same_images(pipeline: LatentGenerationPipeline) -> None:
+def test_the_three_output_types_contain_the_same_images(pipeline: LatentGenerationPipeline) -> None:
     def images(output_type: Any) -> Any:
         output = pipeline([0, 1], 2, generator=seeded(0), output_type=output_type)
         assert isinstance(output, ImagePipelineOutput)
@@ -193,59 +201,59 @@ def test_the_three_output_types_are_the_same_images(pipeline: LatentGenerationPi
     assert (array.shape, array.dtype) == ((4, 14, 14, 1), np.float32)
     assert pt.min() >= 0
     assert pt.max() <= 1
-    assert pt.std() > 0.01, "an empty picture would agree with itself"
+    assert pt.std() > 0.01, "constant images would always be equal"
     assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
-    assert all(isinstance(picture, Image.Image) and picture.mode == "L" for picture in pil)
-    pixels = np.stack([np.asarray(picture) for picture in pil])
+    assert all(isinstance(image, Image.Image) and image.mode == "L" for image in pil)
+    pixels = np.stack([np.asarray(image) for image in pil])
     assert np.array_equal(pixels, np.round(array[..., 0] * 255).astype(np.uint8))
 
 
-def test_colour_pictures_keep_their_channels_in_order() -> None:
-    colour = tiny_pipeline(image_channels=3)
-    array = colour(0, generator=seeded(0), output_type="np").images
-    (picture,) = colour(0, generator=seeded(0)).images
-    assert picture.mode == "RGB"
-    assert np.array_equal(np.asarray(picture), np.round(array[0] * 255).astype(np.uint8))
+def test_colour_images_keep_the_order_of_their_channels() -> None:
+    pipeline = tiny_pipeline(image_channels=3)
+    array = pipeline(0, generator=seeded(0), output_type="np").images
+    (image,) = pipeline(0, generator=seeded(0)).images
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.round(array[0] * 255).astype(np.uint8))
     assert not np.array_equal(array[..., 0], array[..., 2])
 
 
-def test_without_return_dict_a_tuple_of_one_comes_back(pipeline: LatentGenerationPipeline) -> None:
-    returned = pipeline(0, generator=seeded(0), output_type="pt", return_dict=False)
-    assert type(returned) is tuple
-    assert torch.equal(returned[0], pipeline(0, generator=seeded(0), output_type="pt")[0])
-    assert len(returned) == 1
+def test_without_return_dict_the_output_is_a_tuple_of_one(pipeline: LatentGenerationPipeline) -> None:
+    output = pipeline(0, generator=seeded(0), output_type="pt", return_dict=False)
+    assert type(output) is tuple
+    assert torch.equal(output[0], pipeline(0, generator=seeded(0), output_type="pt")[0])
+    assert len(output) == 1
 
 
-def test_padding_is_cropped_off_evenly() -> None:
-    # 28×28 in 32×32: two pixels a side.
+def test_padding_is_cropped_evenly_from_all_sides() -> None:
+    # 28×28 in 32×32: two pixels on each side
     padded = tiny_pipeline(image_size=(32, 32), content_size=(28, 28))
-    images, codes = sampled(padded, 0, generator=seeded(0))
+    images, codes = sample_with_codes(padded, 0, generator=seeded(0))
     assert images.shape == (1, 1, 28, 28)
     with torch.no_grad():
-        whole = padded.tokenizer.decode_indices(codes.view(1, 8, 8))
-    assert_close(images, ((whole + 1) / 2).clamp(0, 1)[:, :, 2:30, 2:30], rtol=0, atol=1e-6)
+        padded_pixels = padded.tokenizer.decode_indices(codes.view(1, 8, 8))
+    assert_close(images, ((padded_pixels + 1) / 2).clamp(0, 1)[:, :, 2:30, 2:30], rtol=0, atol=1e-6)
 
 
-def test_pictures_that_are_not_square_keep_height_and_width() -> None:
+def test_rectangular_images_keep_height_and_width() -> None:
     wide = tiny_pipeline(image_size=(8, 24), content_size=(8, 24))
     assert wide(0, generator=seeded(0), output_type="pt").images.shape == (1, 1, 8, 24)
     assert wide(0, generator=seeded(0)).images[0].size == (24, 8)
 
 
-def test_the_callback_is_called_once_a_token_with_the_codes_so_far(pipeline: LatentGenerationPipeline) -> None:
+def test_the_callback_is_called_once_for_each_token_with_the_codes_so_far(pipeline: LatentGenerationPipeline) -> None:
     calls: list[tuple[int, int, tuple[int, ...], int]] = []
 
-    def note(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
+    def record_call(pipe: LatentGenerationPipeline, step: int, timestep: int, values: dict[str, Any]) -> None:
         assert pipe is pipeline
         known = (values["tokens"] != UNKNOWN).flatten(1)
         assert known[:, : step + 1].all()
         calls.append((step, timestep, tuple(values["tokens"].shape), int(known.sum(1).unique())))
 
-    pipeline([0, 1], 2, batch_size=3, callback_on_step_end=note)
+    pipeline([0, 1], 2, batch_size=3, callback_on_step_end=record_call)
     assert calls == [(i, i, (batch, 4, 4), i + 1) for batch in (3, 1) for i in range(16)]
 
 
-def test_a_grid_that_is_not_whole_yet_decodes_with_the_mean_latent_where_a_code_is_missing(
+def test_positions_without_a_code_are_decoded_from_the_mean_latent(
     pipeline: LatentGenerationPipeline,
 ) -> None:
     codes = torch.randint(16, (2, 4, 4), generator=seeded(0))
@@ -255,12 +263,12 @@ def test_a_grid_that_is_not_whole_yet_decodes_with_the_mean_latent_where_a_code_
     mean = torch.tensor(tokenizer.config.latent_mean).view(-1, 1, 1)
     vectors = tokenizer.quantizer.lookup(codes)
     vectors[:, :, 2:] = mean
-    wanted = tokenizer.config.image_processor.to_unit_range(tokenizer.decoder(vectors))
-    assert_close(pipeline.decode(partial), wanted)
+    expected = tokenizer.config.image_processor.to_unit_range(tokenizer.decoder(vectors))
+    assert_close(pipeline.decode(partial), expected)
     assert not torch.equal(pipeline.decode(partial), pipeline.decode(codes))
 
 
-def test_the_images_can_be_changed_in_place_and_enter_a_gradient(pipeline: LatentGenerationPipeline) -> None:
+def test_images_can_be_changed_in_place_and_take_part_in_autograd(pipeline: LatentGenerationPipeline) -> None:
     images = pipeline(0, output_type="pt").images
     images += 1
     scale = torch.ones(1, requires_grad=True)
@@ -273,9 +281,9 @@ def test_the_progress_bar_counts_every_token_and_can_be_turned_off(
 ) -> None:
     pipeline.set_progress_bar_config(disable=False, desc="sampling")
     pipeline([0, 1, 2], batch_size=2)
-    shown = capsys.readouterr().err
-    assert "sampling" in shown
-    assert "32/32" in shown
+    output = capsys.readouterr().err
+    assert "sampling" in output
+    assert "32/32" in output
     pipeline.set_progress_bar_config(disable=True)
     pipeline(0)
     assert capsys.readouterr().err == ""
@@ -285,7 +293,7 @@ def test_the_progress_bar_counts_every_token_and_can_be_turned_off(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_samples_finite_float32_images_of_other_rounding(dtype: torch.dtype) -> None:
+def test_half_precision_samples_finite_float32_images_with_other_rounding(dtype: torch.dtype) -> None:
     pipeline = tiny_pipeline()
     full = pipeline(0, 4, generator=seeded(0), output_type="pt").images
     assert pipeline.to(dtype=dtype) is pipeline
@@ -294,11 +302,11 @@ def test_half_precision_samples_finite_float32_images_of_other_rounding(dtype: t
     assert half.isfinite().all()
     assert not torch.equal(half, full)
     codes = torch.arange(16).view(1, 4, 4)
-    near = pipeline.decode(codes)
-    assert_close(near, pipeline.to("cpu", torch.float32).decode(codes), rtol=0, atol=0.05)
+    half_pixels = pipeline.decode(codes)
+    assert_close(half_pixels, pipeline.to("cpu", torch.float32).decode(codes), rtol=0, atol=0.05)
 
 
-def test_parts_that_do_not_belong_together_are_refused() -> None:
+def test_a_tokenizer_and_a_prior_that_do_not_match_are_an_error() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(SpecMismatchError, match=r"tokenizer_id .* ≠"):
         LatentGenerationPipeline(tiny_tokenizer(seed=1), tiny_prior(tokenizer_id=tokenizer.compute_id()))

@@ -1,4 +1,4 @@
-"""The pipeline's folder: what is saved comes back, what is broken is refused in one line, and nothing is lost."""
+"""Pipeline folders: saved pipelines are loaded unchanged, broken folders are one-line errors, and user files stay."""
 
 import json
 import os
@@ -44,7 +44,7 @@ METRICS = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pipeline"
 
 
-def images(pipeline: LatentGenerationPipeline, **options: Any) -> torch.Tensor:
+def sample_images(pipeline: LatentGenerationPipeline, **options: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(["dog", 0], 2, generator=seeded(0), output_type="pt", **options).images
 
@@ -63,17 +63,20 @@ def images(pipeline: LatentGenerationPipeline, **options: Any) -> torch.Tensor:
 
 
 def test_classes_without_training_images_are_sampled_only_when_named(folder: Path, tmp_path: Path) -> None:
-    whole = LatentGenerationPipeline.from_pretrained(folder)
-    assert whole.trained_classes == (0, 1, 2)
+    pipeline = LatentGenerationPipeline.from_pretrained(folder)
+    assert pipeline.trained_classes == (0, 1, 2)
     assert "trained_classes" not in json.loads((folder / "model_index.json").read_text())
-    part = LatentGenerationPipeline(whole.tokenizer, whole.prior, NAMES, trained_classes=[2, 0])
-    part.save_pretrained(tmp_path / "part")
-    again = LatentGenerationPipeline.from_pretrained(tmp_path / "part")
-    assert again.trained_classes == (0, 2)
-    assert balanced_labels(again, 4).tolist() == [0, 0, 2, 2]
-    assert again.label_ids(NAMES[1]) == [1]
+    two_classes = LatentGenerationPipeline(pipeline.tokenizer, pipeline.prior, NAMES, trained_classes=[2, 0])
+    two_classes.save_pretrained(tmp_path / "two classes")
+    loaded = LatentGenerationPipeline.from_pretrained(tmp_path / "two classes")
+    assert loaded.trained_classes == (0, 2)
+    assert balanced_labels(loaded, 4).tolist() == [0, 0, 2, 2]
+    assert loaded.label_ids(NAMES[1]) == [1]
     assert (
-        latentloom("sample", "--pipeline", tmp_path / "part", "--num-images", 4, "--output", tmp_path / "samples") == 0
+        latentloom(
+            "sample", "--pipeline", tmp_path / "two classes", "--num-images", 4, "--output", tmp_path / "samples"
+        )
+        == 0
     )
     names = {path.stem.split("-")[1] for path in (tmp_path / "samples").glob("0*.png")}
     assert names == {NAMES[0], NAMES[2]}
@@ -88,51 +91,54 @@ pipeline = LatentGenerationPipeline.from_pretrained({str(folder)!r})
 generator = torch.Generator().manual_seed(0)
 torch.save(pipeline(["dog", 0], 2, generator=generator, output_type="pt").images, {str(tmp_path / "images.pt")!r})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    there = torch.load(tmp_path / "images.pt", weights_only=True)
-    assert torch.equal(there, images(tiny_pipeline()))
-    assert not torch.equal(there, images(tiny_pipeline(), top_k=1))
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    loaded_images = torch.load(tmp_path / "images.pt", weights_only=True)
+    assert torch.equal(loaded_images, sample_images(tiny_pipeline()))
+    assert not torch.equal(loaded_images, sample_images(tiny_pipeline(), top_k=1))
 
 
-def test_names_options_and_every_weight_come_back(tmp_path: Path) -> None:
+def test_names_options_and_all_weights_are_loaded(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prior = tiny_prior(tokenizer_id=tokenizer.compute_id())
     sampling = SamplingOptions(guidance_scale=1.75, temperature=0.9, top_k=12, top_p=0.95)
     LatentGenerationPipeline(tokenizer, prior, NAMES, sampling).save_pretrained(tmp_path / "pipeline")
-    assert set(contents(tmp_path / "pipeline")) == {*PARTS, "README.md"}
-    again = LatentGenerationPipeline.from_pretrained(tmp_path / "pipeline")
-    assert again.label_names == NAMES
-    assert again.sampling == sampling
-    for ours, theirs in ((tokenizer, again.tokenizer), (prior, again.prior)):
-        assert ours.config.to_diff_dict() == theirs.config.to_diff_dict()
-        assert all(torch.equal(theirs.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+    assert set(read_files(tmp_path / "pipeline")) == {*PARTS, "README.md"}
+    loaded = LatentGenerationPipeline.from_pretrained(tmp_path / "pipeline")
+    assert loaded.label_names == NAMES
+    assert loaded.sampling == sampling
+    for saved_model, loaded_model in ((tokenizer, loaded.tokenizer), (prior, loaded.prior)):
+        assert saved_model.config.to_diff_dict() == loaded_model.config.to_diff_dict()
+        loaded_state = loaded_model.state_dict()
+        assert all(torch.equal(loaded_state[name], tensor) for name, tensor in saved_model.state_dict().items())
 
 
-def test_a_run_folder_is_as_good_as_the_pipeline_in_it(folder: Path) -> None:
-    assert torch.equal(images(LatentGenerationPipeline.from_pretrained(folder.parent)), images(tiny_pipeline()))
+def test_a_run_folder_loads_the_pipeline_in_it(folder: Path) -> None:
+    assert torch.equal(
+        sample_images(LatentGenerationPipeline.from_pretrained(folder.parent)), sample_images(tiny_pipeline())
+    )
 
 
-def test_half_precision_is_loaded_saved_and_still_fits_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_pipeline_can_be_loaded_and_saved_in_half_precision(folder: Path, tmp_path: Path) -> None:
     half = LatentGenerationPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.tokenizer.dtype == half.prior.dtype == torch.bfloat16
     half.save_pretrained(tmp_path / "half")
-    again = LatentGenerationPipeline.from_pretrained(tmp_path / "half")
-    assert again.prior.dtype == torch.bfloat16
-    assert torch.equal(images(again), images(half))
+    loaded = LatentGenerationPipeline.from_pretrained(tmp_path / "half")
+    assert loaded.prior.dtype == torch.bfloat16
+    assert torch.equal(sample_images(loaded), sample_images(half))
     size = (tmp_path / "half/prior/model.safetensors").stat().st_size
     assert size < 0.65 * (folder / "prior/model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"tokenizer": "cpu", "prior": "auto"}])
-def test_a_device_map_places_the_parts(folder: Path, device_map: Any) -> None:
-    placed = LatentGenerationPipeline.from_pretrained(folder, device_map=device_map)
+def test_a_device_map_moves_the_parts_to_their_devices(folder: Path, device_map: Any) -> None:
+    pipeline = LatentGenerationPipeline.from_pretrained(folder, device_map=device_map)
     if not torch.cuda.is_available():
-        assert placed.device.type == placed.tokenizer.device.type == "cpu"
-    assert images(placed).shape == (4, 1, 14, 14)
+        assert pipeline.device.type == pipeline.tokenizer.device.type == "cpu"
+    assert sample_images(pipeline).shape == (4, 1, 14, 14)
 
 
-def test_a_device_map_that_names_another_part_is_refused(folder: Path) -> None:
+def test_a_device_map_with_an_unknown_part_is_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match="device_map names 'decoder'; expected 'tokenizer' or 'prior'"):
         LatentGenerationPipeline.from_pretrained(folder, device_map={"decoder": "cpu"})
 
@@ -140,17 +146,17 @@ def test_a_device_map_that_names_another_part_is_refused(folder: Path) -> None:
 # -- broken folders ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 @pytest.mark.parametrize("file", PARTS)
-def test_a_file_missing_or_cut_short_is_one_line_and_the_folder_is_left_as_it_was(
+def test_a_missing_or_truncated_file_is_a_one_line_error_and_the_folder_stays_unchanged(
     folder: Path, file: str, damage: str
 ) -> None:
-    whole = (folder / file).read_bytes()
+    content = (folder / file).read_bytes()
     if damage == "missing":
         (folder / file).unlink()
     else:
-        (folder / file).write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
-    before = contents(folder)
+        (folder / file).write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    before = read_files(folder)
     with pytest.raises(UserError) as caught:
         LatentGenerationPipeline.from_pretrained(folder)
     message = str(caught.value)
@@ -158,15 +164,13 @@ def test_a_file_missing_or_cut_short_is_one_line_and_the_folder_is_left_as_it_wa
     assert "expected" in message
     assert str(folder) in message
     if file.count("/"):
-        assert str(folder / file.split("/")[0]) in message, "which part is broken"
-    assert contents(folder) == before
+        assert str(folder / file.split("/")[0]) in message, "the message must name the broken part"
+    assert read_files(folder) == before
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
-def test_a_part_that_is_missing_altogether_is_never_looked_for_on_the_hub(
-    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # `pipeline/prior`, relative, has the form of a repository's name.
+def test_a_missing_part_is_never_searched_on_the_hub(folder: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the relative path `pipeline/prior` looks like the name of a repository
     (folder / part).rename(folder.parent / "elsewhere")
     monkeypatch.chdir(folder.parent)
     with pytest.raises(UserError, match=f"pipeline/{part} holds no config.json"):
@@ -176,21 +180,21 @@ def test_a_part_that_is_missing_altogether_is_never_looked_for_on_the_hub(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[]", "not that of a pipeline"),
-        (b"\xff\xfe", "not that of a pipeline"),
-        (b'{"tokenizer": "VQGAN", "prior": "os.system"}', "not that of a pipeline.*KeyError: 'os.system'"),
+        (b"[]", "not the index of a pipeline"),
+        (b"\xff\xfe", "not the index of a pipeline"),
+        (b'{"tokenizer": "VQGAN", "prior": "os.system"}', "not the index of a pipeline.*KeyError: 'os.system'"),
         (b'{"tokenizer": "VQGAN", "prior": "AutoregressivePrior", "sampling": {"topk": 3}}', "unknown.*'top_k'"),
         (b'{"tokenizer": "VQGAN", "prior": "AutoregressivePrior", "label_names": ["a"]}', "1 label names"),
     ],
 )
-def test_an_index_that_does_not_fit_is_one_line(folder: Path, content: bytes, message: str) -> None:
+def test_an_invalid_index_is_a_one_line_error(folder: Path, content: bytes, message: str) -> None:
     (folder / "model_index.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         LatentGenerationPipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_prior_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_prior_of_another_tokenizer_is_an_error(folder: Path, tmp_path: Path) -> None:
     tiny_pipeline(codebook_size=16, latent_mean=[0.0] * 4).save_pretrained(tmp_path / "other")
     (folder / "prior").rename(tmp_path / "unused")
     (tmp_path / "other" / "prior").rename(folder / "prior")
@@ -199,83 +203,85 @@ def test_a_prior_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("source", ["", "nowhere", "./no/such", "/no/such/folder", "a/b/c", "../me/model"])
-def test_a_source_that_is_no_folder_and_no_repository_is_one_line(source: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_source_that_is_no_folder_and_no_repository_is_a_one_line_error(
+    source: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"expected a folder with model_index\.json") as caught:
         LatentGenerationPipeline.from_pretrained(source)
     assert "\n" not in str(caught.value)
 
 
-# -- saving over something --------------------------------------------------------------------------------------------
+# -- saving over existing files ---------------------------------------------------------------------------------------
 
 
-def test_saving_over_an_earlier_pipeline_takes_its_place(folder: Path) -> None:
+def test_saving_over_an_earlier_pipeline_replaces_it(folder: Path) -> None:
     tiny_pipeline().save_pretrained(folder, metrics=METRICS, samples=Image.new("L", (8, 8)))
-    LatentGenerationPipeline.from_pretrained(folder).save_pretrained(folder)  # over the one that it was loaded from
-    assert set(contents(folder)) == {*PARTS, "README.md"}, "figures of another pipeline stayed"
-    assert torch.equal(images(LatentGenerationPipeline.from_pretrained(folder)), images(tiny_pipeline()))
+    LatentGenerationPipeline.from_pretrained(folder).save_pretrained(folder)  # over the pipeline that was loaded
+    assert set(read_files(folder)) == {*PARTS, "README.md"}, "metrics of the earlier pipeline stayed"
+    assert torch.equal(sample_images(LatentGenerationPipeline.from_pretrained(folder)), sample_images(tiny_pipeline()))
     assert [path.name for path in folder.parent.iterdir()] == ["pipeline"]
 
 
-def test_files_of_the_user_stay_when_a_pipeline_is_saved_among_them(
+def test_files_of_the_user_stay_when_a_pipeline_is_saved_in_their_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone = tmp_path / "clone"
     (clone / ".git").mkdir(parents=True)
-    mine = {".git/HEAD": "ref: refs/heads/main", "notes.txt": "mine", "prior.txt": "also mine"}
-    for name, text in mine.items():
+    user_files = {".git/HEAD": "ref: refs/heads/main", "notes.txt": "mine", "prior.txt": "also mine"}
+    for name, text in user_files.items():
         (clone / name).write_text(text)
-    (clone / "README.md").write_text("---\nlicense: mit\n---\n\nWords of mine.\n")
+    (clone / "README.md").write_text("---\nlicense: mit\n---\n\nMy own text.\n")
     monkeypatch.chdir(clone)
     for _ in range(2):
         tiny_pipeline().save_pretrained(".")
         card = (clone / "README.md").read_text()
-        assert card.startswith("---\nlicense: mit\n---\n\nWords of mine.\n")
+        assert card.startswith("---\nlicense: mit\n---\n\nMy own text.\n")
         assert card.count("# Image generator") == 1
         (clone / "README.md").write_text(
             card.replace("<!-- latentloom: end -->", "<!-- latentloom: end -->\n\nAfter it.")
         )
     assert card.count("After it.") == 1
-    assert {name: (clone / name).read_text() for name in mine} == mine
-    assert set(contents(clone)) == {*mine, *PARTS, "README.md"}
+    assert {name: (clone / name).read_text() for name in user_files} == user_files
+    assert set(read_files(clone)) == {*user_files, *PARTS, "README.md"}
     LatentGenerationPipeline.from_pretrained(".")
 
 
-def test_a_card_of_an_earlier_version_is_replaced_as_long_as_nothing_was_added_to_it(folder: Path) -> None:
-    earlier = (FIXTURES / "pipelines" / "diffusion-unet" / "README.md").read_text()
-    for added, titles in (("", 1), ("\nA sentence of mine.\n", 2)):
-        (folder / "README.md").write_text(earlier + added)
+def test_a_card_of_an_earlier_version_is_replaced_unless_the_user_added_text(folder: Path) -> None:
+    earlier_card = (FIXTURES / "pipelines" / "diffusion-unet" / "README.md").read_text()
+    for added_text, num_titles in (("", 1), ("\nA sentence of mine.\n", 2)):
+        (folder / "README.md").write_text(earlier_card + added_text)
         tiny_pipeline().save_pretrained(folder)
         card = (folder / "README.md").read_text()
-        assert card.count("# Image generator") == titles
-        assert added.strip() in card
+        assert card.count("# Image generator") == num_titles
+        assert added_text.strip() in card
 
 
-def test_a_name_that_no_pipeline_wrote_is_refused_and_left_as_it_was(folder: Path, tmp_path: Path) -> None:
-    foreign = tmp_path / "thesis"
-    (foreign / "prior").mkdir(parents=True)
-    (foreign / "prior" / "one.txt").write_text("irreplaceable", encoding="utf-8")
+def test_saving_over_files_that_no_pipeline_wrote_is_an_error_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    user_folder = tmp_path / "thesis"
+    (user_folder / "prior").mkdir(parents=True)
+    (user_folder / "prior" / "one.txt").write_text("irreplaceable", encoding="utf-8")
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    for target, named in ((foreign, "holds prior"), (folder / "notes.txt", "is a file")):
-        before = contents(tmp_path)
-        with pytest.raises(UserError, match=named) as caught:
+    for target, message in ((user_folder, "holds prior"), (folder / "notes.txt", "is a file")):
+        before = read_files(tmp_path)
+        with pytest.raises(UserError, match=message) as caught:
             tiny_pipeline().save_pretrained(target)
         one_line(caught)
-        assert contents(tmp_path) == before
+        assert read_files(tmp_path) == before
 
 
-def test_a_save_that_was_cut_short_is_recognised_and_saving_again_mends_it(
+def test_an_interrupted_save_is_detected_and_saving_again_repairs_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moves, move = iter(range(10)), files._move
 
-    def killed_at_the_third(source: Path, target: Path) -> None:
+    def interrupt_third_move(source: Path, target: Path) -> None:
         if target.parent.parent == folder and next(moves) == 2:
             raise KeyboardInterrupt
         move(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_move", killed_at_the_third)
+        patch.setattr(files, "_move", interrupt_third_move)
         with pytest.raises(KeyboardInterrupt):
             tiny_pipeline().save_pretrained(folder)
     with pytest.raises(UserError, match="cut short") as caught:
@@ -285,31 +291,33 @@ def test_a_save_that_was_cut_short_is_recognised_and_saving_again_mends_it(
     LatentGenerationPipeline.from_pretrained(folder)
 
 
-def test_a_save_that_fails_leaves_the_earlier_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, pipeline = contents(folder), tiny_pipeline()
+def test_a_failed_save_leaves_the_earlier_pipeline_unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, pipeline = read_files(folder), tiny_pipeline()
     monkeypatch.setattr(pipeline.prior, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         pipeline.save_pretrained(folder)
-    assert contents(folder.parent) == {f"pipeline/{name}": content for name, content in before.items()}
+    assert read_files(folder.parent) == {f"pipeline/{name}": content for name, content in before.items()}
 
 
-# -- the card ---------------------------------------------------------------------------------------------------------
+# -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def test_the_cards_front_matter_is_yaml_and_its_snippet_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_of_the_card_is_yaml_and_its_example_code_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     header = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])  # type: ignore[index]
     assert header["library_name"] == "latentloom"
     assert header["pipeline_tag"] == "unconditional-image-generation"
     assert "class-conditional" in header["tags"]
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (example_code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(folder.parent)
-    exec(snippet.replace("path/or/repo-id", os.fspath(folder)), {})
+    exec(example_code.replace("path/or/repo-id", os.fspath(folder)), {})
     assert Image.open(folder.parent / "sample.png").size == (14, 14)
     assert "cat, dog, 7" in card
 
 
-def test_the_card_and_the_folder_carry_the_figures_and_the_grid(tmp_path: Path) -> None:
+def test_the_card_and_the_folder_contain_the_metrics_and_the_grid(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "p", metrics=METRICS, samples=Image.new("L", (8, 8), 7))
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
     for row in ("dB | 25.06 |", "used | 15 |", "perplexity | 12 |", "| 87.3% |", "| 10.26 |", "recall | 0.512 |"):
@@ -320,12 +328,12 @@ def test_the_card_and_the_folder_carry_the_figures_and_the_grid(tmp_path: Path) 
     assert Image.open(tmp_path / "p" / "samples.png").getpixel((0, 0)) == 7
 
 
-def test_a_card_without_figures_grid_or_classes_mentions_none(tmp_path: Path) -> None:
+def test_a_card_without_metrics_grid_and_classes_mentions_none_of_them(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prior = tiny_prior(num_classes=0, tokenizer_id=tokenizer.compute_id())
     LatentGenerationPipeline(tokenizer, prior).save_pretrained(tmp_path / "p")
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
-    assert "Figures" not in card
+    assert "## Metrics" not in card
     assert "samples.png" not in card
     assert "class-conditional" not in card
     assert "Classes: none" in card

@@ -1,4 +1,4 @@
-"""Restoring pictures: what a prior is trained on is what a user's picture becomes, and what does not fit is refused."""
+"""Image restoration: a user's image is encoded like the training images, and invalid arguments are errors."""
 
 from pathlib import Path
 from typing import Any
@@ -52,51 +52,51 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeCache:
     return CodeCache(cache)
 
 
-def pictures(count: int, channels: int = 1) -> Tensor:
+def random_images(count: int, channels: int = 1) -> Tensor:
     return torch.randint(256, (count, channels, 14, 14), generator=seeded(0), dtype=torch.uint8)
 
 
-def test_noise_is_that_of_the_seed_and_of_the_strengths_that_are_stated() -> None:
+def test_the_noise_depends_on_the_seed_and_has_the_documented_strengths() -> None:
     grey = torch.full((200, 1, 14, 14), 127, dtype=torch.uint8)
-    worse = degrade_images(grey, "noise", PROCESSOR, range(200))
-    assert torch.equal(degrade_images(grey[50:60], "noise", PROCESSOR, range(50, 60)), worse[50:60])
-    deviations = worse.float().flatten(1).std(1)
-    assert 8 < deviations.min() < 20  # of 196 pixels, a deviation is known to 5 %
+    noisy = degrade_images(grey, "noise", PROCESSOR, range(200))
+    assert torch.equal(degrade_images(grey[50:60], "noise", PROCESSOR, range(50, 60)), noisy[50:60])
+    deviations = noisy.float().flatten(1).std(1)
+    assert 8 < deviations.min() < 20  # the std of 196 pixels is precise to 5 %
     assert 60 < deviations.max() < 90
-    assert worse.float().mean().item() == pytest.approx(127, abs=1)
+    assert noisy.float().mean().item() == pytest.approx(127, abs=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_a_shrunk_picture_has_lost_what_is_finer_than_its_pixels_and_nothing_else(channels: int) -> None:
+def test_a_downscaled_image_loses_only_detail_finer_than_its_pixels(channels: int) -> None:
     processor = ImageProcessor(channels=channels, content_size=(16, 16), image_size=(16, 16))
     rows = torch.arange(16)
-    board = ((rows[:, None] + rows) % 2 * 255).to(torch.uint8).expand(1, channels, 16, 16)
-    slope = (rows * 15).to(torch.uint8).expand(1, channels, 16, 16)
+    checkerboard = ((rows[:, None] + rows) % 2 * 255).to(torch.uint8).expand(1, channels, 16, 16)
+    gradient = (rows * 15).to(torch.uint8).expand(1, channels, 16, 16)
     kinds: list[Degradation] = ["downscale-2x", "downscale-4x"]
     for kind in kinds:
-        inside = (..., slice(6, 10), slice(6, 10))  # edges are repeated
-        assert (degrade_images(board, kind, processor, [0]).float()[inside] - 127.5).abs().max() < 20
-        assert (degrade_images(slope, kind, processor, [0]).float() - slope.float())[inside].abs().max() <= 4
-    assert downscale_image(slope[0], 4) is not None
+        centre = (..., slice(6, 10), slice(6, 10))  # the edges are padded
+        assert (degrade_images(checkerboard, kind, processor, [0]).float()[centre] - 127.5).abs().max() < 20
+        assert (degrade_images(gradient, kind, processor, [0]).float() - gradient.float())[centre].abs().max() <= 4
+    assert downscale_image(gradient[0], 4) is not None
 
 
-def test_a_user_s_small_picture_has_the_latents_that_the_prior_was_trained_on(codes: CodeCache) -> None:
+def test_a_small_image_of_the_user_has_the_latents_of_the_training_images(codes: CodeCache) -> None:
     tokenizer, source = tiny_tokenizer(), tiny_source()
     originals = ImageLoader(source.train, tokenizer.config.image_processor)[range(5)]
-    small = [downscale_image(picture, 2) for picture in originals]
-    given = Edit.of(tokenizer, small, None, latents=True).codes
-    first_batch = len(source.train)  # smaller than one, whose originals come before its mirror images
-    kept = codes.train.latents(np.arange(5), "degraded")
-    torch.testing.assert_close(kept, given, rtol=1e-3, atol=1e-3)  # float16
-    assert (kept - codes.train.latents(np.arange(5))).abs().max() > 0.1
-    mirrored = [downscale_image(picture.flip(-1), 2) for picture in originals]
-    flipped = Edit.of(tokenizer, mirrored, None, latents=True).codes
+    small_images = [downscale_image(image, 2) for image in originals]
+    user_latents = Edit.from_images(tokenizer, small_images, None, latents=True).codes
+    first_batch = len(source.train)  # all images fit into one batch; its mirror images follow
+    cached_latents = codes.train.latents(np.arange(5), "degraded")
+    torch.testing.assert_close(cached_latents, user_latents, rtol=1e-3, atol=1e-3)  # float16
+    assert (cached_latents - codes.train.latents(np.arange(5))).abs().max() > 0.1
+    small_mirror_images = [downscale_image(image.flip(-1), 2) for image in originals]
+    mirror_latents = Edit.from_images(tokenizer, small_mirror_images, None, latents=True).codes
     torch.testing.assert_close(
-        codes.train.latents(np.arange(5) + first_batch, "degraded"), flipped, rtol=1e-3, atol=1e-3
+        codes.train.latents(np.arange(5) + first_batch, "degraded"), mirror_latents, rtol=1e-3, atol=1e-3
     )
 
 
-def test_the_network_sees_what_it_restores_and_learns_from_it(codes: CodeCache, tmp_path: Path) -> None:
+def test_the_network_receives_the_degraded_latents(codes: CodeCache, tmp_path: Path) -> None:
     config = DiffusionTraining(
         output=tmp_path / "run", codes=codes.path, model=MODEL, degradation="downscale-2x", batch_size=8
     )
@@ -111,56 +111,57 @@ def test_the_network_sees_what_it_restores_and_learns_from_it(codes: CodeCache, 
     assert objective.validation(prior.eval())["validation_squared_error"] > 0
 
 
-def test_codes_of_another_degradation_are_refused(codes: CodeCache, tmp_path: Path) -> None:
+def test_codes_of_another_degradation_are_an_error(codes: CodeCache, tmp_path: Path) -> None:
     config = DiffusionTraining(output=tmp_path / "run", codes=codes.path, model=MODEL, degradation="noise")
     with pytest.raises(UserError, match="has the degradation downscale-2x and the prior is to undo noise"):
         DiffusionObjective(config, codes)
 
 
-def test_a_pipeline_restores_the_pictures_it_is_given() -> None:
-    pipeline, originals, latents = restoring_pipeline(), pictures(3), list[Tensor]()
+def test_a_pipeline_restores_the_images_of_the_user() -> None:
+    pipeline, originals, latents = restoring_pipeline(), random_images(3), list[Tensor]()
 
-    def note(pipeline: LatentGenerationPipeline, step: int, time: int, values: dict[str, Any]) -> None:
+    def record_latents(pipeline: LatentGenerationPipeline, step: int, time: int, values: dict[str, Any]) -> None:
         latents.append(values["latents"])
 
-    small = [downscale_image(picture, 2) for picture in originals]
-    images = pipeline(image=small, generator=seeded(0), output_type="pt").images
+    small_images = [downscale_image(image, 2) for image in originals]
+    images = pipeline(image=small_images, generator=seeded(0), output_type="pt").images
     assert isinstance(images, Tensor)
     assert images.shape == (3, 1, 14, 14)
-    edit = Edit.of(pipeline.tokenizer, small, None, latents=True)
-    again = pipeline.sample_pixels(torch.tensor([-1] * 3), seeded(0), known=KnownCodes.for_restoration(edit.codes))
-    torch.testing.assert_close(images, again)
-    for given in (small, small[::-1]):  # a codebook hides small changes of latents
-        pipeline(image=given, generator=seeded(0), callback_on_step_end=note)
+    edit = Edit.from_images(pipeline.tokenizer, small_images, None, latents=True)
+    expected = pipeline.sample_pixels(torch.tensor([-1] * 3), seeded(0), known=KnownCodes.for_restoration(edit.codes))
+    torch.testing.assert_close(images, expected)
+    # compare latents, because a codebook hides small changes of latents
+    for input_images in (small_images, small_images[::-1]):
+        pipeline(image=input_images, generator=seeded(0), callback_on_step_end=record_latents)
     torch.testing.assert_close(latents[3][1], latents[7][1], rtol=0, atol=1e-4)
     assert (latents[3][0] - latents[7][0]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("arguments", "message"),
     [
         ({}, "was given none; expected image="),
         ({"image": 0, "mask_image": 0}, "expected image alone"),
         ({"image": 0, "strength": 0.5}, "expected image alone"),
     ],
 )
-def test_what_a_restoring_pipeline_cannot_do_is_refused(given: dict[str, Any], words: str) -> None:
-    picture = np.zeros((14, 14), np.uint8)
-    with pytest.raises(UserError, match=words):
-        restoring_pipeline()("cat", **{name: picture if value == 0 else value for name, value in given.items()})
+def test_invalid_arguments_of_a_restoring_pipeline_are_errors(arguments: dict[str, Any], message: str) -> None:
+    image = np.zeros((14, 14), np.uint8)
+    with pytest.raises(UserError, match=message):
+        restoring_pipeline()("cat", **{name: image if value == 0 else value for name, value in arguments.items()})
 
 
-def test_restorations_are_measured_beside_what_was_given() -> None:
+def test_restoration_metrics_are_the_psnr_of_degraded_and_restored_images() -> None:
     pipeline, source = restoring_pipeline("noise"), tiny_source()
     images = ImageLoader(source.validation, pipeline.tokenizer.config.image_processor)
     assert isinstance(pipeline.prior, DiffusionPrior)
-    found = Restorations(pipeline, images, 7, seed=0)
-    restored = torch.cat(list(found.batches()))
-    assert len(restored) == len(found.labels) == 7
+    restorations = Restorations(pipeline, images, 7, seed=0)
+    restored = torch.cat(list(restorations.batches()))
+    assert len(restored) == len(restorations.labels) == 7
     labels = images.labels()
     assert labels is not None
-    assert found.labels.tolist() == labels[:7]
-    worse = degrade_images(images[range(7)], "noise", pipeline.tokenizer.config.image_processor, range(7))
-    errors = [(x.float() - images[range(7)].float()).square().flatten(1).mean(1) for x in (worse, restored)]
+    assert restorations.labels.tolist() == labels[:7]
+    degraded_images = degrade_images(images[range(7)], "noise", pipeline.tokenizer.config.image_processor, range(7))
+    errors = [(x.float() - images[range(7)].float()).square().flatten(1).mean(1) for x in (degraded_images, restored)]
     expected = [float((10 * (255**2 / error).log10()).mean()) for error in errors]
-    assert list(found.figures().values()) == pytest.approx(expected, rel=1e-4)
+    assert list(restorations.metrics().values()) == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""What images are compared by, against the libraries whose networks they go through and against means computed directly."""
+"""Feature extractors equal the networks of the reference libraries, and pooled pixels equal means computed directly."""
 
 import io
 import os
@@ -24,63 +24,63 @@ from pipelines.evaluation.features import (
     classifier_features,
     efficientnet_features,
     feature_extractor,
-    hash_of,
+    hash_weights,
     inception_features,
-    pooled_pixels,
+    pool_pixels,
 )
 from pipelines.evaluation.frechet import frechet_distance
 from pipelines.evaluation.reference_classifier import ReferenceClassifier, ReferenceClassifierConfig
 from training_harness.errors import UserError
 
 
-def pictures(count: int, seed: int = 0, channels: int = 3, size: int = 20) -> Tensor:
-    """Noise on grounds of many levels, so that no two are alike."""
-    ground = torch.randint(200, (count, channels, 1, 1), generator=seeded(100 + seed))
+def random_images(count: int, seed: int = 0, channels: int = 3, size: int = 20) -> Tensor:
+    """Create different images: noise on a random level for each channel."""
+    level = torch.randint(200, (count, channels, 1, 1), generator=seeded(100 + seed))
     noise = torch.randint(56, (count, channels, size, size), generator=seeded(seed))
-    return (ground + noise).to(torch.uint8)
+    return (level + noise).to(torch.uint8)
 
 
-def assert_near(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
-    """Equal but for the order of sums, which batch sizes change; measured by the largest entry."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=rtol * expected.abs().max().item())
+def assert_near(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
+    """Check equality relative to the largest entry: the order of sums depends on the batch size."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
-# -- pixels and the judge ---------------------------------------------------------------------------------------------
+# -- pixels and the reference classifier -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 16), (3, 13)])
-def test_pooled_pixels_have_the_mean_of_each_of_64_cells(channels: int, size: int):
-    images = pictures(2, 0, channels, size).numpy()
+def test_pooled_pixels_are_the_means_of_64_cells(channels: int, size: int):
+    images = random_images(2, 0, channels, size).numpy()
     bounds = [(i * size // 8, -(-(i + 1) * size // 8)) for i in range(8)]
     cells = [
         [images[:, c, top:bottom, left:right].mean((1, 2)) / 255 for top, bottom in bounds for left, right in bounds]
         for c in range(channels)
     ]
     expected = np.concatenate([np.stack(row, 1) for row in cells], 1)
-    found = pooled_pixels(torch.from_numpy(images))
-    assert list(found.present()) == ["features"]
-    assert found.features.shape == (2, channels * 64)
-    assert np.allclose(found.features.numpy(), expected, atol=1e-6)
+    output = pool_pixels(torch.from_numpy(images))
+    assert list(output.to_dict()) == ["features"]
+    assert output.features.shape == (2, channels * 64)
+    assert np.allclose(output.features.numpy(), expected, atol=1e-6)
 
 
-def test_the_judges_features_come_with_its_logits():
+def test_the_features_of_the_classifier_include_its_logits():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = ReferenceClassifierConfig(
             image_height=8, image_width=8, widths=(4, 6), id2label={0: "cat", 1: "dog", 2: "7"}
         )
         classifier = ReferenceClassifier(config).eval()
-    images = pictures(5, channels=1, size=8)
+    images = random_images(5, channels=1, size=8)
     extractor = classifier_features(classifier)
-    found, expected = extractor.extract(images), classifier.classify_images(images)
-    assert list(found.present()) == ["features", "class_logits"]
-    assert torch.equal(found.features, expected.features)
-    assert found.class_logits is not None
-    assert torch.equal(found.class_logits, expected.logits)
-    assert extractor.weights == hash_of(classifier)
+    output, expected = extractor.extract(images), classifier.classify_images(images)
+    assert list(output.to_dict()) == ["features", "class_logits"]
+    assert torch.equal(output.features, expected.features)
+    assert output.class_logits is not None
+    assert torch.equal(output.class_logits, expected.logits)
+    assert extractor.weights == hash_weights(classifier)
 
 
-def test_a_name_gives_the_extractor_of_that_name_and_no_judge_is_an_error(tmp_path: Path):
+def test_an_extractor_is_created_by_its_name_and_a_missing_classifier_is_an_error(tmp_path: Path):
     assert feature_extractor("pixels-8x8") is POOLED_PIXELS
     assert feature_extractor("efficientnet-lite0").name == "efficientnet-lite0"
     with pytest.raises(UserError, match="no classifier") as error:
@@ -96,18 +96,18 @@ def efficientnet() -> FeatureExtractor:
     return efficientnet_features()
 
 
-def test_efficientnet_sees_each_image_by_itself(efficientnet: FeatureExtractor):
-    images = pictures(3)
-    found = efficientnet.extract(images)
-    assert list(found.present()) == ["features"]
-    assert found.features.shape == (3, 1280)
+def test_efficientnet_processes_each_image_independently(efficientnet: FeatureExtractor):
+    images = random_images(3)
+    output = efficientnet.extract(images)
+    assert list(output.to_dict()) == ["features"]
+    assert output.features.shape == (3, 1280)
     for i in range(3):
-        assert_near(efficientnet.extract(images[i : i + 1]).features, found.features[i : i + 1])
-    assert (found.features[0] - found.features[1]).abs().max() > 0.1 * found.features.abs().max()
+        assert_near(efficientnet.extract(images[i : i + 1]).features, output.features[i : i + 1])
+    assert (output.features[0] - output.features[1]).abs().max() > 0.1 * output.features.abs().max()
 
 
-def test_efficientnet_sees_grey_as_three_equal_channels_and_no_alpha(efficientnet: FeatureExtractor):
-    grey, colour = pictures(1, channels=1), pictures(1, 1, channels=4)
+def test_efficientnet_treats_grey_as_three_equal_channels_and_ignores_alpha(efficientnet: FeatureExtractor):
+    grey, colour = random_images(1, channels=1), random_images(1, 1, channels=4)
     assert_near(efficientnet.extract(grey).features, efficientnet.extract(grey.repeat(1, 3, 1, 1)).features, 1e-6)
     assert_near(efficientnet.extract(colour).features, efficientnet.extract(colour[:, :3]).features, 1e-6)
     assert efficientnet.weights == efficientnet_features().weights
@@ -118,13 +118,13 @@ def test_efficientnet_sees_grey_as_three_equal_channels_and_no_alpha(efficientne
 
 class Inception(NamedTuple):
     weights: Path
-    network: library.FeatureExtractorInceptionV3  # with those weights, as the library runs it
+    network: library.FeatureExtractorInceptionV3  # the library's network with these weights
     extractor: FeatureExtractor
 
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory) -> Inception:
-    """The reference network's shape with random weights, which need no download; scaled to keep activations near 1."""
+    """Create the reference network with random weights, which need no download and keep activations near 1."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         torch.manual_seed(0)
         patch.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
@@ -140,67 +140,69 @@ def inception(tmp_path_factory) -> Inception:
     return Inception(weights, network, inception_features(weights=weights))
 
 
-def test_inceptions_features_and_logits_are_the_librarys(inception: Inception):
-    mixed: list[Tensor] = []
-    handle = inception.network.Mixed_6d.register_forward_hook(lambda *given: mixed.append(given[2]))
-    images = pictures(2)
-    features_, logits = inception.network(images)
+def test_inception_features_and_logits_equal_those_of_torch_fidelity(inception: Inception):
+    block_outputs: list[Tensor] = []
+    handle = inception.network.Mixed_6d.register_forward_hook(
+        lambda module, inputs, output: block_outputs.append(output)
+    )
+    images = random_images(2)
+    expected_features, expected_logits = inception.network(images)
     handle.remove()
-    found = inception.extractor.extract(images)
-    assert list(found.present()) == ["features", "imagenet_logits", "spatial"]
-    assert found.imagenet_logits is not None
-    assert found.spatial is not None
-    assert torch.equal(found.features, features_)
-    assert torch.equal(found.imagenet_logits, logits)
-    assert (found.features.shape, found.imagenet_logits.shape) == ((2, 2048), (2, 1008))
-    # Of the block's concatenated channels the first are those of its 1 × 1 branch; places come first, then channels.
-    assert found.spatial.shape == (2, 17 * 17 * 7)
-    assert torch.equal(found.spatial.view(2, 17, 17, 7), mixed[0][:, :7].permute(0, 2, 3, 1))
-    for rows in (*found.present().values(),):
+    output = inception.extractor.extract(images)
+    assert list(output.to_dict()) == ["features", "imagenet_logits", "spatial"]
+    assert output.imagenet_logits is not None
+    assert output.spatial is not None
+    assert torch.equal(output.features, expected_features)
+    assert torch.equal(output.imagenet_logits, expected_logits)
+    assert (output.features.shape, output.imagenet_logits.shape) == ((2, 2048), (2, 1008))
+    # The first channels of the block's output come from its 1 × 1 branch. Positions come first, then channels.
+    assert output.spatial.shape == (2, 17 * 17 * 7)
+    assert torch.equal(output.spatial.view(2, 17, 17, 7), block_outputs[0][:, :7].permute(0, 2, 3, 1))
+    for rows in (*output.to_dict().values(),):
         assert not torch.allclose(rows[0], rows[1], rtol=0.01)
-    again = inception.extractor.extract(images[1:])  # and of a second call, not of the first
-    assert again.spatial is not None
-    assert_near(again.spatial, found.spatial[1:])
+    second_output = inception.extractor.extract(images[1:])  # not the spatial activations of the first call
+    assert second_output.spatial is not None
+    assert_near(second_output.spatial, output.spatial[1:])
 
 
-def test_inception_sees_grey_as_three_equal_channels(inception: Inception):
-    grey = pictures(1, channels=1)
+def test_inception_treats_grey_as_three_equal_channels(inception: Inception):
+    grey = random_images(1, channels=1)
     assert torch.equal(
         inception.extractor.extract(grey).features, inception.extractor.extract(grey.repeat(1, 3, 1, 1)).features
     )
 
 
-def test_the_distance_of_inceptions_features_is_the_librarys_fid(inception: Inception):
-    # Five images in three features: the library's eigenvalues of a singular product would be noise.
-    a, b = (inception.extractor.extract(pictures(5, seed)).features[:, :3] for seed in (1, 2))
-    statistics = (fid_features_to_statistics(part.double()) for part in (a, b))
+def test_the_distance_of_inception_features_equals_the_fid_of_torch_fidelity(inception: Inception):
+    # Five images and three features: with a singular product, the library's eigenvalues would be noise.
+    a, b = (inception.extractor.extract(random_images(5, seed)).features[:, :3] for seed in (1, 2))
+    statistics = (fid_features_to_statistics(features.double()) for features in (a, b))
     expected = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     assert expected > 0
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture
-def fetched(tmp_path: Path, monkeypatch) -> Path:
-    """Where the weights are looked for when none are named; nothing lies there."""
+def default_path(tmp_path: Path, monkeypatch) -> Path:
+    """The default path of the weights, without a file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints" / library.URL_INCEPTION_V3.rpartition("/")[2]
 
 
-def test_inceptions_weights_are_fetched_once_and_checked_by_their_hash(
-    inception: Inception, fetched: Path, monkeypatch
+def test_inception_weights_are_downloaded_once_and_checked_by_their_hash(
+    inception: Inception, default_path: Path, monkeypatch
 ):
     calls = []
 
-    def download(url: str, place: str, hash_prefix: str) -> None:
-        calls.append((url, place, hash_prefix))
-        Path(place).symlink_to(inception.weights)
+    def download(url: str, path: str, hash_prefix: str) -> None:
+        calls.append((url, path, hash_prefix))
+        Path(path).symlink_to(inception.weights)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert [inception_features().weights for _ in range(2)] == [inception.extractor.weights] * 2
-    assert calls == [(library.URL_INCEPTION_V3, str(fetched), "6726825d")]
+    assert calls == [(library.URL_INCEPTION_V3, str(default_path), "6726825d")]
 
 
-def test_missing_weights_are_one_line_that_names_their_place_and_their_source(fetched: Path, monkeypatch):
+def test_missing_weights_are_a_one_line_error_with_path_and_url(default_path: Path, monkeypatch):
     def no_network(*_: object, **__: object) -> None:
         raise urllib.error.URLError("no route to host")
 
@@ -208,42 +210,50 @@ def test_missing_weights_are_one_line_that_names_their_place_and_their_source(fe
     with pytest.raises(UserError) as error:
         feature_extractor("inception")
     message = one_line(error)
-    assert str(fetched) in message
+    assert str(default_path) in message
     assert library.URL_INCEPTION_V3 in message
-    assert not fetched.exists()
+    assert not default_path.exists()
 
 
 class Harmful:
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    """An object that creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.place),)
+        return os.mkdir, (str(self.folder),)
 
 
-def saved(value: object) -> bytes:
+def torch_saved(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("form", [saved, partial(pickle.dumps, protocol=2)])
-def test_code_in_a_weights_file_is_refused_and_not_run(form, tmp_path: Path):
-    weights, made = tmp_path / "weights.pth", tmp_path / "made"
-    weights.write_bytes(form({"fc.weight": Harmful(made)}))
+@pytest.mark.parametrize("serialize", [torch_saved, partial(pickle.dumps, protocol=2)])
+def test_code_in_a_weights_file_is_an_error_and_is_not_run(serialize, tmp_path: Path):
+    weights, folder = tmp_path / "weights.pth", tmp_path / "made"
+    weights.write_bytes(serialize({"fc.weight": Harmful(folder)}))
     with pytest.raises(UserError) as error:
         inception_features(weights=weights)
     assert str(weights) in one_line(error)
-    assert not made.exists()
-    pickle.loads(pickle.dumps(Harmful(made)))  # or there was nothing to run
-    assert made.exists()
+    assert not folder.exists()
+    pickle.loads(pickle.dumps(Harmful(folder)))  # the object does run code if it is unpickled
+    assert folder.exists()
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"<html>not found</html>", saved({"fc.weight": torch.zeros(2)}), saved(torch.zeros(2))[:-30], saved([1])],
+    [
+        b"",
+        b"<html>not output</html>",
+        torch_saved({"fc.weight": torch.zeros(2)}),
+        torch_saved(torch.zeros(2))[:-30],
+        torch_saved([1]),
+    ],
 )
-def test_a_file_that_holds_no_weights_of_inception_is_one_line_that_names_it(content: bytes, tmp_path: Path):
+def test_a_file_without_inception_weights_is_a_one_line_error_with_its_path(content: bytes, tmp_path: Path):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -251,7 +261,7 @@ def test_a_file_that_holds_no_weights_of_inception_is_one_line_that_names_it(con
     assert str(weights) in one_line(error)
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'run: pip install "latentloom\[eval\]"'):
         feature_extractor("inception")
@@ -268,21 +278,21 @@ def small_network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.running_var"])
-def test_the_hash_changes_with_any_weight_or_buffer_and_with_nothing_else(name: str):
-    network, same = small_network(), small_network().eval().requires_grad_(False)
-    assert hash_of(network) == hash_of(same)
-    assert len(hash_of(network)) == 16
+def test_the_hash_depends_only_on_weights_and_buffers(name: str):
+    network, copy = small_network(), small_network().eval().requires_grad_(False)
+    assert hash_weights(network) == hash_weights(copy)
+    assert len(hash_weights(network)) == 16
     with torch.no_grad():
-        same.state_dict()[name].view(-1)[1] += 1e-3
-    assert hash_of(network) != hash_of(same)
+        copy.state_dict()[name].view(-1)[1] += 1e-3
+    assert hash_weights(network) != hash_weights(copy)
 
 
-def test_the_hash_does_not_confuse_layers_of_equal_shapes():
-    one, other = nn.ModuleDict(), nn.ModuleDict()
-    one["a"], other["b"] = (nn.Linear(2, 2) for _ in range(2))
-    other["b"].load_state_dict(one["a"].state_dict())
-    assert hash_of(one) != hash_of(other)
+def test_the_hash_depends_on_the_names_of_layers():
+    first_network, second_network = nn.ModuleDict(), nn.ModuleDict()
+    first_network["a"], second_network["b"] = (nn.Linear(2, 2) for _ in range(2))
+    second_network["b"].load_state_dict(first_network["a"].state_dict())
+    assert hash_weights(first_network) != hash_weights(second_network)
 
 
-def test_inceptions_hash_is_that_of_its_weights(inception: Inception):
-    assert inception.extractor.weights == hash_of(inception.network)
+def test_the_hash_of_inception_is_the_hash_of_its_weights(inception: Inception):
+    assert inception.extractor.weights == hash_weights(inception.network)

@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms, scipy and torch-fidelity; its interval against the theory of large samples."""
+"""The Fréchet distance equals closed forms, scipy and torch-fidelity; its interval equals the theory of large samples."""
 
 import math
 from pathlib import Path
@@ -20,19 +20,19 @@ from pipelines.evaluation.frechet import (
     distance_between,
     fit_gaussian,
     frechet_distance,
-    gaussian_of_moments,
+    gaussian_from_moments,
 )
 from training_harness.errors import UserError
 
 
-def with_moments(mean: Tensor, covariance: Tensor, seed: int = 0, count: int = 50) -> Tensor:
-    """(count, F) points whose mean and unbiased covariance are exactly those given."""
+def points_with_moments(mean: Tensor, covariance: Tensor, seed: int = 0, count: int = 50) -> Tensor:
+    """Create (count, F) points with exactly this mean and this unbiased covariance."""
     centred = normal(count, len(mean), seed=seed)
     orthonormal = torch.linalg.qr(centred - centred.mean(dim=0)).Q * (count - 1) ** 0.5
     return mean + orthonormal @ torch.linalg.cholesky(covariance).T
 
 
-def correlated(count: int, width: int, seed: int) -> Tensor:
+def correlated_points(count: int, width: int, seed: int) -> Tensor:
     return normal(count, width, seed=seed) @ normal(width, width, seed=100 + seed)
 
 
@@ -42,7 +42,7 @@ def scipy_frechet(a: Tensor, b: Tensor) -> float:
     return means + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
 
 
-def torch_fidelitys(a: Tensor, b: Tensor) -> float:
+def torch_fidelity_frechet(a: Tensor, b: Tensor) -> float:
     statistics = fid_features_to_statistics(a), fid_features_to_statistics(b)
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -54,49 +54,49 @@ def covariance_of(gaussian: Gaussian) -> Tensor:
 # -- the distance -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", [scipy_frechet, torch_fidelitys])
-def test_the_distance_equals_the_matrix_root_of_scipy_and_the_eigenvalues_of_torch_fidelity(reference):
+@pytest.mark.parametrize("other_frechet", [scipy_frechet, torch_fidelity_frechet])
+def test_the_distance_equals_the_distances_of_scipy_and_torch_fidelity(other_frechet):
     for seed in range(3):
-        a, b = correlated(300, 24, seed), correlated(200, 24, 10 + seed) + 0.5
-        assert frechet_distance(a, b) == pytest.approx(reference(a, b), rel=1e-8)
+        a, b = correlated_points(300, 24, seed), correlated_points(200, 24, 10 + seed) + 0.5
+        assert frechet_distance(a, b) == pytest.approx(other_frechet(a, b), rel=1e-8)
 
 
-def test_the_distance_of_axis_aligned_gaussians_is_that_of_their_means_and_widths():
+def test_the_distance_of_axis_aligned_gaussians_is_the_distance_of_means_and_standard_deviations():
     mean_a, mean_b = torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([3.0, 1.0, -2.0]).double()
-    widths_a, widths_b = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([4.0, 2.0, 1.5]).double()
-    a = with_moments(mean_a, widths_a.square().diag(), seed=1, count=40)
-    b = with_moments(mean_b, widths_b.square().diag(), seed=2, count=60)
+    stds_a, stds_b = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([4.0, 2.0, 1.5]).double()
+    a = points_with_moments(mean_a, stds_a.square().diag(), seed=1, count=40)
+    b = points_with_moments(mean_b, stds_b.square().diag(), seed=2, count=60)
     assert frechet_distance(a, b) == pytest.approx(25 + 10, rel=1e-10)  # Σ (μ_a − μ_b)² + Σ (σ_a − σ_b)²
 
 
-def test_the_distance_of_gaussians_whose_axes_differ_has_the_closed_form_of_two_dimensions():
+def test_the_distance_of_gaussians_with_different_axes_equals_the_closed_form_in_two_dimensions():
     cov_a, cov_b = torch.tensor([[2.0, 1.2], [1.2, 1.0]]).double(), torch.tensor([[1.0, -0.8], [-0.8, 3.0]]).double()
     zero = torch.zeros(2, dtype=torch.float64)
     root_trace = ((cov_a @ cov_b).trace() + 2 * (cov_a.det() * cov_b.det()).sqrt()).sqrt()  # tr √M of a 2 × 2 matrix
     expected = (cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
-    a, b = with_moments(zero, cov_a, seed=1), with_moments(zero, cov_b, seed=2)
+    a, b = points_with_moments(zero, cov_a, seed=1), points_with_moments(zero, cov_b, seed=2)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("count", [2, 10, 500])  # fewer images than features, and more
-def test_a_set_is_at_distance_zero_from_itself_and_not_from_another(count: int, tmp_path: Path):
+def test_the_distance_is_zero_between_equal_sets_and_positive_between_different_sets(count: int, tmp_path: Path):
     features = 100 * normal(count, 64).relu().float()
-    file, backwards = stored(tmp_path / "a", features), stored(tmp_path / "b", features.flip(0))
+    file, reversed_file = stored(tmp_path / "a", features), stored(tmp_path / "b", features.flip(0))
     assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(file, file) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(file, backwards) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(file, features + 1) == pytest.approx(64, abs=1e-3)  # the float32 sum rounds
+    assert frechet_distance(file, reversed_file) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(file, features + 1) == pytest.approx(64, abs=1e-3)  # float32 sums are rounded
 
 
 def test_the_distance_of_rank_deficient_sets_on_orthogonal_axes_is_exact():
-    # Two images each, F = 50: Σ_a and Σ_b share no direction, so that the root's trace is 0.
+    # Two images in each set, F = 50: Σ_a and Σ_b share no direction, so the trace of the root is 0.
     a, b = torch.zeros(2, 50), torch.zeros(2, 50)
     a[0, 3], a[1, 3], b[0, 7], b[1, 7] = 1, -1, 2, -2
     assert frechet_distance(a, b) == pytest.approx(2 + 8, rel=1e-12)
 
 
-def test_the_distance_of_two_pairs_of_images_is_that_of_two_lines():
+def test_the_distance_of_two_pairs_of_images_is_the_distance_of_two_lines():
     # Σ = v vᵀ with v = (x₀ − x₁) / √2, and the trace of the root of Σ_a Σ_b is |v_a · v_b|.
     a, b = normal(2, 40, seed=1), normal(2, 40, seed=2) + 1
     v_a, v_b = (a[0] - a[1]) / 2**0.5, (b[0] - b[1]) / 2**0.5
@@ -105,10 +105,10 @@ def test_the_distance_of_two_pairs_of_images_is_that_of_two_lines():
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_fewer_images_than_features_give_the_distance_in_the_subspace_that_they_span():
-    # 9 and 7 points in 6 of 200 dimensions: turning them into those 6 leaves every distance as it was.
+def test_the_distance_of_fewer_images_than_features_is_the_distance_in_their_subspace():
+    # 9 and 7 points in a subspace of 6 of 200 dimensions: a rotation into these 6 dimensions changes no distance.
     axes = torch.linalg.qr(normal(200, 6, seed=5)).Q
-    a, b = correlated(9, 6, 1), correlated(7, 6, 2) + 1
+    a, b = correlated_points(9, 6, 1), correlated_points(7, 6, 2) + 1
     assert frechet_distance(a @ axes.T, b @ axes.T) == pytest.approx(scipy_frechet(a, b), rel=1e-9)
 
 
@@ -116,8 +116,8 @@ def test_fewer_images_than_features_give_the_distance_in_the_subspace_that_they_
 
 
 @pytest.mark.parametrize("rows", [1, 7, 44, 1000])
-def test_the_distance_does_not_depend_on_the_rows_in_memory_at_once(rows: int, tmp_path: Path, monkeypatch):
-    a, b = correlated(61, 12, 1).float(), (correlated(45, 12, 2) + 1).float()
+def test_the_distance_does_not_depend_on_the_size_of_the_slices(rows: int, tmp_path: Path, monkeypatch):
+    a, b = correlated_points(61, 12, 1).float(), (correlated_points(45, 12, 2) + 1).float()
     files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
     read_by(rows, frechet, monkeypatch)
     expected = scipy_frechet(a.double(), b.double())
@@ -125,19 +125,19 @@ def test_the_distance_does_not_depend_on_the_rows_in_memory_at_once(rows: int, t
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
-def test_a_file_of_more_rows_than_two_slices_has_the_moments_of_the_whole(tmp_path: Path):
+def test_a_file_of_more_than_two_slices_has_the_moments_of_all_rows(tmp_path: Path):
     features = (
-        correlated(2 * SLICE + 37, 5, 1) + torch.arange(2 * SLICE + 37)[:, None] / 500
+        correlated_points(2 * SLICE + 37, 5, 1) + torch.arange(2 * SLICE + 37)[:, None] / 500
     ).float()  # drifting means
-    fitted, whole = fit_gaussian(stored(tmp_path / "a", features)), features.double()
-    torch.testing.assert_close(fitted.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(covariance_of(fitted), whole.T.cov(), rtol=1e-11, atol=1e-11)
-    assert not torch.allclose(fitted.mean, whole[:SLICE].mean(0), rtol=0.1)  # or the first slice alone would pass
+    fitted, all_rows = fit_gaussian(stored(tmp_path / "a", features)), features.double()
+    torch.testing.assert_close(fitted.mean, all_rows.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(covariance_of(fitted), all_rows.T.cov(), rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(fitted.mean, all_rows[:SLICE].mean(0), rtol=0.1)  # the first slice has another mean
 
 
 @pytest.mark.parametrize(("count", "width"), [(30, 8), (5, 8), (2, 8)])
 def test_the_root_has_the_unbiased_covariance_and_no_more_rows_than_features(count: int, width: int):
-    features = correlated(count, width, 3) + 10
+    features = correlated_points(count, width, 3) + 10
     fitted = fit_gaussian(features)
     torch.testing.assert_close(fitted.mean, features.mean(0))
     torch.testing.assert_close(covariance_of(fitted), features.T.cov())
@@ -146,8 +146,11 @@ def test_the_root_has_the_unbiased_covariance_and_no_more_rows_than_features(cou
 
 
 @pytest.mark.parametrize("rows", [3, 1000])
-def test_a_weight_counts_an_image_as_often_as_it_says(rows: int, monkeypatch):
-    features, weights = correlated(12, 4, 1), torch.tensor([0, 0, 0, 2, 1, 0, 5, 1, 1, 0, 3, 1])  # a slice without any
+def test_a_weight_is_the_number_of_times_an_image_counts(rows: int, monkeypatch):
+    features, weights = (
+        correlated_points(12, 4, 1),
+        torch.tensor([0, 0, 0, 2, 1, 0, 5, 1, 1, 0, 3, 1]),
+    )  # one slice has only zero weights
     read_by(rows, frechet, monkeypatch)
     weighted, repeated = fit_gaussian(features, weights), fit_gaussian(features.repeat_interleave(weights, 0))
     torch.testing.assert_close(weighted.mean, repeated.mean)
@@ -155,15 +158,15 @@ def test_a_weight_counts_an_image_as_often_as_it_says(rows: int, monkeypatch):
     assert not torch.allclose(weighted.mean, fit_gaussian(features).mean)
 
 
-def test_stored_moments_are_as_good_as_the_features_they_came_from():
-    a, b = correlated(50, 10, 1), correlated(40, 10, 2) + 1
-    few = normal(4, 10, seed=3)  # a covariance of rank 3
-    for reference in (a, few):
-        moments = gaussian_of_moments(reference.mean(0), reference.T.cov())
+def test_stored_moments_give_the_distance_of_the_features_they_were_computed_from():
+    a, b = correlated_points(50, 10, 1), correlated_points(40, 10, 2) + 1
+    four_images = normal(4, 10, seed=3)  # a covariance of rank 3
+    for reference in (a, four_images):
+        moments = gaussian_from_moments(reference.mean(0), reference.T.cov())
         assert distance_between(moments, fit_gaussian(b)) == pytest.approx(frechet_distance(reference, b), rel=1e-6)
         torch.testing.assert_close(covariance_of(moments), reference.T.cov())
-    single = gaussian_of_moments(a.mean(0).float(), a.T.cov().float())  # as some files hold them
-    assert distance_between(single, fit_gaussian(b)) == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    float32_moments = gaussian_from_moments(a.mean(0).float(), a.T.cov().float())  # as in some files
+    assert distance_between(float32_moments, fit_gaussian(b)) == pytest.approx(frechet_distance(a, b), rel=1e-4)
 
 
 UNIT = torch.eye(4, dtype=torch.float64)
@@ -171,7 +174,7 @@ NOT_FINITE = torch.tensor([1.0, math.nan, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(
-    ("mean", "covariance", "found"),
+    ("mean", "covariance", "message"),
     [
         (NOT_FINITE, UNIT, "(4,) and (4, 4)"),
         (torch.zeros(4), UNIT * math.inf, "(4,) and (4, 4)"),
@@ -179,31 +182,33 @@ NOT_FINITE = torch.tensor([1.0, math.nan, 0.0, 0.0])
         (torch.zeros(4), UNIT[:3], "(4,) and (3, 4)"),
         (torch.zeros(4), UNIT[0], "(4,) and (4,)"),
         (torch.zeros(4, 1), UNIT, "(4, 1) and (4, 4)"),
-        (torch.zeros(4), torch.tensor([4.0, 3.0, 2.0, -1.0]).diag(), "eigenvalue -1 beside 4"),
-        (torch.zeros(4), -UNIT, "eigenvalue -1 beside -1"),
+        (torch.zeros(4), torch.tensor([4.0, 3.0, 2.0, -1.0]).diag(), "eigenvalues from -1 to 4"),
+        (torch.zeros(4), -UNIT, "eigenvalues from -1 to -1"),
     ],
 )
-def test_moments_that_are_none_are_an_error_that_says_what_was_found(mean: Tensor, covariance: Tensor, found: str):
+def test_invalid_moments_are_an_error_that_describes_them(mean: Tensor, covariance: Tensor, message: str):
     with pytest.raises(UserError) as error:
-        gaussian_of_moments(mean, covariance)
-    assert found in one_line(error)
+        gaussian_from_moments(mean, covariance)
+    assert message in one_line(error)
 
 
-def test_an_eigenvalue_below_zero_by_rounding_is_taken_for_zero():
-    turn = torch.linalg.qr(normal(4, 4)).Q
-    moments = gaussian_of_moments(torch.zeros(4), turn @ torch.tensor([4.0, 3.0, 2.0, -3e-3]).double().diag() @ turn.T)
+def test_an_eigenvalue_that_is_negative_by_rounding_counts_as_zero():
+    rotation = torch.linalg.qr(normal(4, 4)).Q
+    moments = gaussian_from_moments(
+        torch.zeros(4), rotation @ torch.tensor([4.0, 3.0, 2.0, -3e-3]).double().diag() @ rotation.T
+    )
     assert torch.linalg.eigvalsh(covariance_of(moments)) == pytest.approx([0, 2, 3, 4], abs=1e-9)
 
 
 # -- the interval -----------------------------------------------------------------------------------------------------
 
 
-def width_of(interval: tuple[float, float], distance: float) -> float:
-    return interval[1] - distance  # the lower side may be cut off at 0
+def half_width(interval: tuple[float, float], distance: float) -> float:
+    return interval[1] - distance  # the lower limit can be 0
 
 
-def test_the_interval_contains_the_distance_and_repeats_with_its_seed(tmp_path: Path):
-    a, b = correlated(80, 3, 1).float(), (correlated(70, 3, 2) + 1).float()
+def test_the_interval_contains_the_distance_and_depends_on_the_seed(tmp_path: Path):
+    a, b = correlated_points(80, 3, 1).float(), (correlated_points(70, 3, 2) + 1).float()
     low, high = bootstrap_interval(a, b, seed=4)
     assert 0 < low < frechet_distance(a, b) < high
     files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
@@ -211,53 +216,56 @@ def test_the_interval_contains_the_distance_and_repeats_with_its_seed(tmp_path: 
     assert bootstrap_interval(a, b, seed=5) != (low, high)
 
 
-def test_the_interval_of_two_draws_of_one_distribution_ends_at_zero():
+def test_the_interval_of_two_samples_of_one_distribution_starts_at_zero():
     low, high = bootstrap_interval(normal(40, 3, seed=1), normal(40, 3, seed=2))
     assert low == 0 < high
 
 
-def test_the_interval_is_that_of_large_samples_and_shrinks_with_the_root_of_their_size():
-    # One feature: d = δ² + (σ_a − σ_b)² with δ = 3, so its standard deviation is 2 δ √(2 / N) in the first order. 200
-    # resamples know theirs to 5 %.
+def test_the_interval_equals_the_theory_of_large_samples_and_shrinks_with_the_root_of_their_size():
+    # One feature: d = δ² + (σ_a − σ_b)² with δ = 3, so its standard deviation is 2 δ √(2 / N) to first order. The standard
+    # deviation over 200 resamples is precise to 5 %.
     widths = []
     for count in (100, 1600):
         a, b = normal(count, 1, seed=1), normal(count, 1, seed=2) + 3
-        widths.append(width_of(bootstrap_interval(a, b, resamples=200), frechet_distance(a, b)))
+        widths.append(half_width(bootstrap_interval(a, b, resamples=200), frechet_distance(a, b)))
         assert widths[-1] == pytest.approx(1.96 * 2 * 3 * (2 / count) ** 0.5, rel=0.25)
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.25)
 
 
-def test_pairs_drawn_together_have_a_narrower_interval_when_they_are_alike_and_only_then():
+def test_pairs_resampled_together_have_a_narrower_interval_only_if_they_are_similar():
     a = normal(200, 3, seed=1)
-    for b, narrower in ((a + 0.05 * normal(200, 3, seed=2), True), (normal(200, 3, seed=3) + 1, False)):
+    for b, is_narrower in ((a + 0.05 * normal(200, 3, seed=2), True), (normal(200, 3, seed=3) + 1, False)):
         distance = frechet_distance(a, b)
-        together, apart = (
-            width_of(bootstrap_interval(a, b, paired=paired, resamples=100), distance) for paired in (True, False)
+        paired_width, unpaired_width = (
+            half_width(bootstrap_interval(a, b, paired=paired, resamples=100), distance) for paired in (True, False)
         )
-        assert (together < 0.2 * apart) if narrower else (0.6 < together / apart < 1.6), (together, apart)
+        widths = (paired_width, unpaired_width)
+        assert (paired_width < 0.2 * unpaired_width) if is_narrower else (0.6 < paired_width / unpaired_width < 1.6), (
+            widths
+        )
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", [frechet_distance, bootstrap_interval])
-def test_one_image_is_too_few_and_two_are_enough(metric):
+def test_each_set_needs_two_images(metric):
     for sets in ((normal(1, 4), normal(5, 4)), (normal(5, 4), normal(1, 4))):
         with pytest.raises(UserError, match=r"1 images.* 2 or more"):
             metric(*sets)
     assert np.isfinite(metric(normal(2, 4, seed=1), normal(2, 4, seed=2))).all()
 
 
-def test_rows_that_are_not_finite_are_counted_in_the_error():
-    broken = normal(10, 4)
-    broken[2, 1], broken[5], broken[7, 0] = math.nan, math.inf, -math.inf
-    for sets in ((broken, normal(10, 4)), (normal(10, 4), broken)):
+def test_the_error_for_non_finite_rows_has_their_count():
+    non_finite = normal(10, 4)
+    non_finite[2, 1], non_finite[5], non_finite[7, 0] = math.nan, math.inf, -math.inf
+    for sets in ((non_finite, normal(10, 4)), (normal(10, 4), non_finite)):
         with pytest.raises(UserError, match="3 of 10 rows") as error:
             frechet_distance(*sets)
         one_line(error)
 
 
-def test_sets_of_different_features_are_an_error_that_names_both():
+def test_sets_with_different_features_are_an_error_with_both_shapes():
     with pytest.raises(UserError, match=r"\(5, 4\) and \(5, 3\)") as error:
         frechet_distance(normal(5, 4), normal(5, 3))
     one_line(error)

@@ -1,4 +1,4 @@
-"""The kernel distance against torch-fidelity's, and against what is known of an estimate without bias."""
+"""The kernel distance equals the distance of torch-fidelity, and has the properties of an unbiased estimate."""
 
 import math
 from itertools import combinations
@@ -18,64 +18,64 @@ def slow_mmd2(a: Tensor, b: Tensor) -> float:
     def kernel(x: Tensor, y: Tensor) -> float:
         return (float(x @ y) / len(x) + 1) ** 3
 
-    def within(points: Tensor) -> float:
+    def mean_kernel(points: Tensor) -> float:
         count = len(points)
         pairs = [kernel(points[i], points[j]) for i in range(count) for j in range(count) if i != j]
         return sum(pairs) / len(pairs)
 
-    return within(a) + within(b) - 2 * float(np.mean([[kernel(x, y) for y in b] for x in a]))
+    return mean_kernel(a) + mean_kernel(b) - 2 * float(np.mean([[kernel(x, y) for y in b] for x in a]))
 
 
-def test_the_distance_of_whole_sets_is_the_mean_over_pairs():
+def test_the_distance_of_whole_sets_is_the_mean_over_all_pairs():
     a, b = normal(12, 3, seed=1), normal(12, 3, seed=2) + 0.5
     assert kernel_distance(a, b) == (pytest.approx(slow_mmd2(a, b), rel=1e-6), 0)
 
 
 @pytest.mark.parametrize("width", [5, 40])
-def test_the_distance_of_whole_sets_equals_torch_fidelitys(width: int):
+def test_the_distance_of_whole_sets_equals_torch_fidelity(width: int):
     a, b = normal(80, width, seed=1), 1.1 * normal(80, width, seed=2) + 0.1
-    found = kernel_distance(a, b)
-    assert found.mean == pytest.approx(kernel_mmd(a.numpy(), b.numpy()), rel=1e-6)  # float32 products
-    theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=80, verbose=False)
-    assert found.mean == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-6)  # float32 products
+    distance = kernel_distance(a, b)
+    assert distance.mean == pytest.approx(kernel_mmd(a.numpy(), b.numpy()), rel=1e-6)  # float32 products
+    reference = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=80, verbose=False)
+    assert distance.mean == pytest.approx(reference[KEY_METRIC_KID_MEAN], rel=1e-6)  # float32 products
 
 
-def test_the_mean_over_subsets_is_that_of_the_whole_but_for_noise():
-    # The mean over all subsets is exactly that of the whole; over 100 of them it is off by a tenth of their spread.
+def test_the_mean_over_subsets_equals_the_distance_of_whole_sets_up_to_noise():
+    # The mean over all subsets equals the distance of the whole sets. The standard error over 100 subsets is std / 10.
     a, b = normal(300, 6, seed=1), normal(300, 6, seed=2) + 0.3
-    whole, subsets = kernel_distance(a, b), kernel_distance(a, b, subset_size=60)
-    assert subsets.std > 0 == whole.std
-    assert abs(subsets.mean - whole.mean) < 4 * subsets.std / 10
-    # 1.5 times the spread a subset four times as small: the spread is of the subsets, not of their mean
+    full, subsets = kernel_distance(a, b), kernel_distance(a, b, subset_size=60)
+    assert subsets.std > 0 == full.std
+    assert abs(subsets.mean - full.mean) < 4 * subsets.std / 10
+    # a subset of a quarter of the size has more than 1.5 times the std: it is the std of subsets, not of their mean
     assert kernel_distance(a, b, subset_size=15).std > 1.5 * subsets.std
 
 
-def test_the_mean_and_the_spread_are_those_of_subsets_of_the_stated_size():
-    # Of three images each there are nine pairs of subsets of two, drawn alike often: 2,000 draws know both to a few percent.
+def test_mean_and_std_are_over_subsets_of_the_requested_size():
+    # Three images in each set give nine equally likely pairs of subsets of two: 2,000 subsets are precise to a few percent.
     a, b = normal(3, 2, seed=1), normal(3, 2, seed=2) + 1
-    twos = list(combinations(range(3), 2))
-    every = [slow_mmd2(a[list(i)], b[list(j)]) for i in twos for j in twos]
-    found = kernel_distance(a, b, subsets=2000, subset_size=2)
-    assert found == pytest.approx((np.mean(every), np.std(every)), rel=0.1)
-    assert kernel_distance(a, b, subsets=1, subset_size=2).mean in [pytest.approx(value) for value in every]
+    pairs = list(combinations(range(3), 2))
+    all_distances = [slow_mmd2(a[list(i)], b[list(j)]) for i in pairs for j in pairs]
+    distance = kernel_distance(a, b, subsets=2000, subset_size=2)
+    assert distance == pytest.approx((np.mean(all_distances), np.std(all_distances)), rel=0.1)
+    assert kernel_distance(a, b, subsets=1, subset_size=2).mean in [pytest.approx(value) for value in all_distances]
 
 
-def test_sets_of_other_sizes_are_compared_by_subsets_of_the_smaller(tmp_path: Path):
+def test_sets_of_different_sizes_are_compared_by_subsets_of_the_smaller_size(tmp_path: Path):
     a, b = normal(30, 4, seed=1), normal(200, 4, seed=2)
-    found = kernel_distance(a, b, seed=3)
-    assert found == kernel_distance(a, b, subset_size=30, seed=3)
-    assert found.std > 0  # the larger set's subsets differ
+    distance = kernel_distance(a, b, seed=3)
+    assert distance == kernel_distance(a, b, subset_size=30, seed=3)
+    assert distance.std > 0  # the subsets of the larger set differ
 
 
-def test_two_draws_of_one_distribution_are_at_distance_zero_on_average_and_below_it_as_often_as_not():
+def test_two_samples_of_one_distribution_have_mean_distance_zero_and_often_a_negative_distance():
     values = np.array([kernel_distance(normal(50, 8, seed=i), normal(50, 8, seed=100 + i)).mean for i in range(40)])
-    assert abs(values.mean()) < 4 * values.std() / math.sqrt(40)  # a false alarm in 16,000 seeds
+    assert abs(values.mean()) < 4 * values.std() / math.sqrt(40)  # one false alarm in 16,000 seeds
     assert 8 < (values < 0).sum() < 36
     shifted = kernel_distance(normal(50, 8, seed=1), normal(50, 8, seed=2) + 1).mean
     assert shifted > 5 * values.max()
 
 
-def test_the_distance_repeats_with_its_seed_and_is_the_same_from_files(tmp_path: Path):
+def test_the_distance_depends_on_the_seed_and_is_the_same_for_files(tmp_path: Path):
     a, b = normal(60, 4, seed=1).float(), normal(60, 4, seed=2).float()
     first = kernel_distance(a, b, subset_size=20, seed=1)
     files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
@@ -83,12 +83,12 @@ def test_the_distance_repeats_with_its_seed_and_is_the_same_from_files(tmp_path:
     assert kernel_distance(a, b, subset_size=20, seed=2) != first
 
 
-def test_one_image_rows_that_are_not_finite_and_other_features_are_errors():
+def test_one_image_non_finite_rows_and_different_features_are_errors():
     with pytest.raises(UserError, match=r"1 images.* 2 or more"):
         kernel_distance(normal(5, 4), normal(1, 4))
-    broken = normal(5, 4)
-    broken[3, 2] = math.nan
+    non_finite = normal(5, 4)
+    non_finite[3, 2] = math.nan
     with pytest.raises(UserError, match="1 of 5 rows"):
-        kernel_distance(broken, normal(5, 4))
+        kernel_distance(non_finite, normal(5, 4))
     with pytest.raises(UserError, match=r"\(5, 4\) and \(5, 3\)"):
         kernel_distance(normal(5, 4), normal(5, 3))
