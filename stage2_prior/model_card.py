@@ -14,7 +14,7 @@ def prior_card(prior: Prior, metrics: Path) -> str:
     config, model, last = prior.config, prior.config.model, dict[str, float]()
     for row in read_metrics(metrics):
         last |= {name: value for name, value in row.items() if name.startswith("validation_")}
-    kind, what, loss = _described(prior, last)
+    kind, what, loss = _describe_prior(prior, last)
     sizes = {"layers": model.num_layers, "width": model.hidden_size}
     if not isinstance(model, UNetModel):
         sizes["heads"] = model.num_heads
@@ -37,7 +37,7 @@ tags: [image-generation, {kind.lower()}]
 """
 
 
-def _described(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
+def _describe_prior(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
     """The kind, what it is, and its last validation loss."""
     config, nothing = prior.config, float("nan")
     if isinstance(prior, AutoregressivePrior):

@@ -13,7 +13,7 @@ PRIORS: dict[str, type[Prior]] = {
 }
 
 
-def saved_prior(folder: Path) -> Prior:
+def load_saved_prior(folder: Path) -> Prior:
     """The prior of a model folder that a run has written, whatever its kind."""
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     found = {kind.config_class.model_type: kind for kind in PRIORS.values()}[model_type]

@@ -26,7 +26,7 @@ Preview = Callable[[Prior, Path], None]
 """Decodes samples of a prior and saves them at a path, all processes together: this stage knows no pixels."""
 
 
-class TrainedOn:
+class TokenizerIdState:
     """Goes into each checkpoint, so that no run goes on with another tokenizer's codes."""
 
     def __init__(self, codes: CodeCache) -> None:
@@ -53,7 +53,7 @@ def train_prior(
 
     `on_validation` is called with each step that is validated and its first figure; what it raises ends the run.
     """
-    objective = objective_of(config, codes)  # refused before a folder is made
+    objective = build_objective(config, codes)  # refused before a folder is made
     run = Run(config, codes.fingerprint)
     run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
@@ -64,22 +64,24 @@ def train_prior(
     ema = EMA(prior, config.ema)  # before the model is sharded
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema.follow(run.unwrap(model))
-    run.track(model=model, ema=ema, optimizer=optimizer, codes=TrainedOn(codes))
+    run.track(model=model, ema=ema, optimizer=optimizer, codes=TokenizerIdState(codes))
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
     run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
 
     if run.step == 0:
-        for finding in objective.warnings():
+        for finding in objective.list_warnings():
             run.warn(0, "codes", finding)
     warned = False
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
         for number in order.numbers(step, config.accumulation_steps):
             rows = order.batch(number)
-            draws = torch.from_numpy(order.draws(number, objective.draws))
-            inputs = [x if x is None else x.to(accelerator.device) for x in objective.inputs(rows, draws, step)]
+            uniform = torch.from_numpy(order.draws(number, objective.num_random))
+            inputs = [
+                x if x is None else x.to(accelerator.device) for x in objective.prepare_inputs(rows, uniform, step)
+            ]
             with accelerator.accumulate(model):
                 loss = model(*inputs)  # through forward: DDP hooks nothing else
                 accelerator.backward(loss.total)
@@ -88,7 +90,7 @@ def train_prior(
         run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
             averaged = ema.collect()
-            figures = objective.validation(averaged)
+            figures = objective.validate(averaged)
             judged = next(iter(figures.values()))
             run.log_row(step, figures)
             run.record_validation(step, judged)
@@ -114,7 +116,7 @@ def train_prior(
     return folder
 
 
-def objective_of(config: PriorTraining, codes: CodeCache) -> Objective:
+def build_objective(config: PriorTraining, codes: CodeCache) -> Objective:
     if isinstance(config, DiffusionTraining):
         return DiffusionObjective(config, codes)
     return AutoregressiveObjective(config, codes)

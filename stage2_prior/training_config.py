@@ -58,7 +58,7 @@ class AutoregressiveTraining(StageTwoTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order.ever_random and not self.model.learned_positions:
+        if self.order.uses_random_orders and not self.model.learned_positions:
             raise ConfigError(
                 "order.random or order.final is above 0 and model.learned_positions is false, so the prior could not tell which "
                 "place it predicts; expected model.learned_positions to be true"
@@ -111,16 +111,19 @@ class DiffusionTraining(StageTwoTraining):
 
 
 PriorTraining = AutoregressiveTraining | DiffusionTraining
-KINDS: dict[str, type[PriorTraining]] = {"autoregressive": AutoregressiveTraining, "diffusion": DiffusionTraining}
+TRAINING_CLASSES: dict[str, type[PriorTraining]] = {
+    "autoregressive": AutoregressiveTraining,
+    "diffusion": DiffusionTraining,
+}
 
 
-def training_class(values: Mapping[str, object]) -> type[PriorTraining]:
+def select_training_class(values: Mapping[str, object]) -> type[PriorTraining]:
     """The configuration that a mapping's `prior` names; without one it is an autoregressive one."""
     kind = str(values.get("prior", "autoregressive"))
-    if kind not in KINDS:
-        raise ConfigError(f"prior is {kind!r}; expected one of: {', '.join(KINDS)}")
-    return KINDS[kind]
+    if kind not in TRAINING_CLASSES:
+        raise ConfigError(f"prior is {kind!r}; expected one of: {', '.join(TRAINING_CLASSES)}")
+    return TRAINING_CLASSES[kind]
 
 
-def prior_training(values: Mapping[str, object]) -> PriorTraining:
-    return from_mapping(training_class(values), values)
+def parse_prior_training(values: Mapping[str, object]) -> PriorTraining:
+    return from_mapping(select_training_class(values), values)

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.autoregressive.config import AutoregressiveModel
 from stage2_prior.autoregressive.kv_cache import Cache
-from stage2_prior.layers.attention import plain_attention, plain_products_pay
+from stage2_prior.layers.attention import plain_attention, prefers_plain_attention
 from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.layers.normalization import RMSNorm
 from stage2_prior.layers.rotary import RotaryFactors, rotate
@@ -31,19 +31,19 @@ class Attention(nn.Module):
             RMSNorm(model.head_dim, eps=model.rms_norm_eps) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turned: RotaryFactors, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryFactors, cache: Cache | None) -> Tensor:
         query, key, value = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, tokens, head_dim)
             for project in (self.query, self.key, self.value)
         )
-        query, key = rotate(self.query_norm(query), *turned), rotate(self.key_norm(key), *turned)
+        query, key = rotate(self.query_norm(query), *rotary), rotate(self.key_norm(key), *rotary)
         mask = None
         if cache is not None:
             key, value, mask = cache.append(key, value)
         new = query.shape[2]
         causal = mask is None and 1 < new == key.shape[2]  # one new token sees everything
         dropout = self.dropout if self.training else 0.0
-        if causal and plain_products_pay(new, x.device):
+        if causal and prefers_plain_attention(new, x.device):
             key, value = (
                 shared.repeat_interleave(self.groups, 1) if self.groups > 1 else shared for shared in (key, value)
             )
@@ -64,6 +64,6 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, turned: RotaryFactors, cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), turned, cache))
+    def forward(self, x: Tensor, rotary: RotaryFactors, cache: Cache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage2_prior.autoregressive.kv_cache import KVCache
 
-FEW = 4  # rows below which torch's kernel is as fast
+MIN_ROWS = 4  # rows below which torch's kernel is as fast
 
 
 class CachedAttention:
@@ -30,8 +30,8 @@ class CachedAttention:
 
     def __call__(self, query: Tensor, cache: KVCache) -> Tensor:
         """query (rows, heads, head_dim), scaled → (rows, heads · head_dim)."""
-        if self.rows < FEW:
-            keys, values = cache.seen()
+        if self.rows < MIN_ROWS:
+            keys, values = cache.keys_and_values()
             grouped = self.heads > self.shared
             attended = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=1.0, enable_gqa=grouped)
             return attended.flatten(1)
@@ -39,9 +39,9 @@ class CachedAttention:
             self._tokens = cache.tokens
             self._bags = self._values[:, : self._tokens].flatten()
             self._begins = torch.arange(0, len(self._bags), self._tokens, dtype=torch.int32)
-        keys = cache.held[0].flatten(0, 1).narrow(1, 0, self._tokens)
+        keys = cache.data[0].flatten(0, 1).narrow(1, 0, self._tokens)
         weights = torch.bmm(query.reshape(len(keys), -1, query.shape[-1]), keys.mT).softmax(-1)
-        rows = cache.held.view(-1, query.shape[-1])
+        rows = cache.data.view(-1, query.shape[-1])
         return torch.embedding_bag(rows, self._bags, self._begins, False, 0, False, weights.flatten())[0].view(
             self.rows, -1
         )

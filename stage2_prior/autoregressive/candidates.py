@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stage2_prior.prior import rand_per_image
 
-ENOUGH = 0.5  # share of effective candidates, 1 / Σ w², below which they are drawn anew
+MIN_EFFECTIVE_SHARE = 0.5  # share of effective candidates, 1 / Σ w², below which they are drawn anew
 
 
 class Candidates:
@@ -28,18 +28,18 @@ class Candidates:
         self,
         batch: int,
         count: int,
-        places: int,
+        num_positions: int,
         levels: int,
         generators: Sequence[torch.Generator],
         device: torch.device,
     ) -> None:
         self.count = count
-        drawn = rand_per_image(count * places * levels, generators)
-        self.uniform = drawn.view(batch * count, places, levels).to(device)
-        self._again = rand_per_image(places + 1 if count > 1 else 0, generators)
+        drawn = rand_per_image(count * num_positions * levels, generators)
+        self.uniform = drawn.view(batch * count, num_positions, levels).to(device)
+        self._again = rand_per_image(num_positions + 1 if count > 1 else 0, generators)
         self._log_weights = torch.zeros(batch, count, dtype=torch.float64)  # on the CPU, which decides who goes on
 
-    def weigh(self, place: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
+    def reweight(self, position: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
         """Rows (batch · count,) that go on in each row's stead, or none when all go on as they are.
 
         Args:
@@ -50,14 +50,14 @@ class Candidates:
         likelihood = torch.cat(of_levels, 1).sum(1).cpu().view_as(self._log_weights)
         self._log_weights += torch.where(known.cpu()[:, None], likelihood, 0.0)
         weights = self._log_weights.softmax(1)
-        uneven = 1 / weights.square().sum(1) < ENOUGH * self.count  # (batch,)
+        uneven = 1 / weights.square().sum(1) < MIN_EFFECTIVE_SHARE * self.count  # (batch,)
         if not uneven.any():
             return None
         self._log_weights[uneven] = 0.0
-        chosen = torch.where(uneven[:, None], self._systematic(weights, self._again[:, place]), self._each())
+        chosen = torch.where(uneven[:, None], self._systematic(weights, self._again[:, position]), self._each())
         return self._rows(chosen)
 
-    def best(self, weighed: Tensor) -> Tensor:
+    def choose_rows(self, weighed: Tensor) -> Tensor:
         """Row (batch,) of one candidate of each image, drawn by weight; of an image not `weighed` (batch,) bool, the first."""
         if self.count == 1:
             return self._rows(self._each())

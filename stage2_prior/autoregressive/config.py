@@ -97,5 +97,5 @@ class AutoregressivePriorConfig(StrictConfig):
         self.model.check()
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return self.height * self.width

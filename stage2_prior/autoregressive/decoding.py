@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from stage2_prior.autoregressive.candidates import Candidates
-from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
-from stage2_prior.autoregressive.stepping import Stepper, stepper_for
+from stage2_prior.autoregressive.sampling import SamplingOptions, sample_codes, truncate_logits
+from stage2_prior.autoregressive.stepping import Stepper, build_stepper
 from stage2_prior.autoregressive.transformer import CodeTransformer
-from stage2_prior.conditioning.classes import guided, has_class
+from stage2_prior.conditioning.classes import apply_guidance, has_class
 from stage2_prior.prior import UNKNOWN, KnownCodes
 
 
@@ -47,14 +47,14 @@ def decode(
     Args:
         orders: (B, h·w) int64, the place that is drawn i-th; none is raster order.
     """
-    batch, places, levels = len(conditioning), prior.config.places, prior.levels
+    batch, num_positions, levels = len(conditioning), prior.config.num_positions, prior.levels
     forced, tokens = known_tokens(prior, conditioning, known, orders)
     start = int(forced.all(0).int().cumprod(0).sum())  # places that need no draw in any image
-    if start == places:
-        return prior.codes_of(tokens.flatten(1), orders)
+    if start == num_positions:
+        return prior.tokens_to_codes(tokens.flatten(1), orders)
     late = (forced & (~forced).cumsum(1).bool()).any(1)  # (B,): something known comes after something drawn
     count = options.num_candidates if late.any() else 1
-    candidates = Candidates(batch, count, places, levels, generators, conditioning.device)
+    candidates = Candidates(batch, count, num_positions, levels, generators, conditioning.device)
     uniform = candidates.uniform
     if orders is not None:
         orders = orders.repeat_interleave(count, 0)
@@ -70,43 +70,43 @@ def decode(
     caches = prior.new_caches(len(conditioning))
     prefix = prior.class_embedding(conditioning)[:, None]
     inputs = torch.cat([prefix, prior.embed_codes(duplicate_for_guidance(tokens[:, :start], guidance))], dim=1)
-    stepper = stepper_for(prior, caches, both, len(conditioning), options.weights == "int8")
+    stepper = build_stepper(prior, caches, both, len(conditioning), options.weights == "int8")
     hidden = prior.hidden_states(inputs, both, caches)[:, -1]
 
-    def codes_of_best() -> Tensor:
-        best = candidates.best(late)
-        return prior.codes_of(tokens[best].flatten(1), None if orders is None else orders[best])
+    def choose_codes() -> Tensor:
+        best = candidates.choose_rows(late)
+        return prior.tokens_to_codes(tokens[best].flatten(1), None if orders is None else orders[best])
 
-    for i in range(start, places):
+    for i in range(start, num_positions):
         if i > start:
-            hidden = stepper.hidden(prior.embed_codes(duplicate_for_guidance(tokens[:, i - 1 : i], guidance)))
-        place = sample_position(
-            prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.scale_at(i, places)
+            hidden = stepper.step(prior.embed_codes(duplicate_for_guidance(tokens[:, i - 1 : i], guidance)))
+        position = sample_position(
+            prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.guidance_scale_at(i, num_positions)
         )
-        tokens[:, i] = place.codes
-        chosen = candidates.weigh(i, place.codes, place.logits, forced[:, i]) if count > 1 else None
+        tokens[:, i] = position.codes
+        chosen = candidates.reweight(i, position.codes, position.logits, forced[:, i]) if count > 1 else None
         if chosen is not None:
             tokens = tokens[chosen]
             rows = torch.cat([chosen, chosen + len(chosen)]) if guidance else chosen
             for cache in caches:
-                cache.select(rows)
+                cache.select_rows(rows)
         if on_step is not None:
-            on_step(i, codes_of_best())
-    return codes_of_best()
+            on_step(i, choose_codes())
+    return choose_codes()
 
 
 def known_tokens(
     prior: CodeTransformer, conditioning: Tensor, known: KnownCodes | None, orders: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What is known, in the order of drawing: whether (B, places), and the codes (B, places, levels) or `UNKNOWN`."""
-    batch, places = len(conditioning), prior.config.places
-    nothing = torch.full((batch, places, prior.levels), UNKNOWN, device=conditioning.device)
+    batch, num_positions = len(conditioning), prior.config.num_positions
+    nothing = torch.full((batch, num_positions, prior.levels), UNKNOWN, device=conditioning.device)
     if known is None:
-        return torch.zeros(batch, places, dtype=torch.bool, device=conditioning.device), nothing
+        return torch.zeros(batch, num_positions, dtype=torch.bool, device=conditioning.device), nothing
     forced = known.known_mask.flatten(1)
     if orders is not None:
         forced = forced.gather(1, orders)
-    return forced, torch.where(forced[:, :, None], prior.tokens_of(known.codes, orders).view_as(nothing), nothing)
+    return forced, torch.where(forced[:, :, None], prior.codes_to_tokens(known.codes, orders).view_as(nothing), nothing)
 
 
 def sample_position(
@@ -129,13 +129,13 @@ def sample_position(
     caches = prior.new_level_caches(len(hidden))
     inputs = hidden[:, None]
     for level in range(prior.levels):
-        states = inputs if prior.depth is None else prior.depth.states(inputs, caches)
+        states = inputs if prior.depth is None else prior.depth.hidden_states(inputs, caches)
         logits = stepper.logits(states[:, -1], level).float()
         if guidance:
             conditional, without = logits.chunk(2)
-            logits = guided(conditional, without, scale)
+            logits = apply_guidance(conditional, without, scale)
         logits = logits / options.temperature
-        drawn = draw(truncated(logits, options.top_k, options.top_p, options.min_p), uniform[:, level])
+        drawn = sample_codes(truncate_logits(logits, options.top_k, options.top_p, options.min_p), uniform[:, level])
         codes[:, level] = torch.where(known[:, level] == UNKNOWN, drawn, known[:, level])
         seen.append(logits)
         if level + 1 < prior.levels:

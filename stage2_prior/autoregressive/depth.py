@@ -28,14 +28,14 @@ class DepthTransformer(nn.Module):
 
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Hidden states of places (N, hidden) and vectors of their first codes (N, levels − 1, hidden) → (N, levels, hidden)."""
-        return self.states(torch.cat([hidden[:, None], codes.cumsum(1)], dim=1))
+        return self.hidden_states(torch.cat([hidden[:, None], codes.cumsum(1)], dim=1))
 
-    def states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def hidden_states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
         """(N, n, hidden) inputs of as many levels → the same shape; with caches they follow the levels these hold."""
         first = caches[0].tokens if caches else 0
         levels = slice(first, first + inputs.shape[1])
-        turned = rotary_factors(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
+        rotary = rotary_factors(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
         inputs = inputs + self.level_embedding.weight[levels]
         for i, block in enumerate(self.blocks):
-            inputs = block(inputs, turned, caches[i] if caches else None)
+            inputs = block(inputs, rotary, caches[i] if caches else None)
         return self.norm(inputs)

@@ -23,13 +23,13 @@ class SlotCache:
     """A cache written at the slot that a tensor (1,) int64 names, and read in full."""
 
     def __init__(self, cache: KVCache, slot: Tensor) -> None:
-        self.held, self.slot = cache.held, slot
-        self.held.zero_()  # a masked value still meets its weight of 0, so it must be finite
+        self.data, self.slot = cache.data, slot
+        self.data.zero_()  # a masked value still meets its weight of 0, so it must be finite
         self.slots = torch.arange(cache.max_tokens, device=slot.device)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.held.index_copy_(3, self.slot, torch.stack([keys, values]))
-        return self.held[0], self.held[1], (self.slots <= self.slot)[None]
+        self.data.index_copy_(3, self.slot, torch.stack([keys, values]))
+        return self.data[0], self.data[1], (self.slots <= self.slot)[None]
 
 
 class GraphStepper:
@@ -41,28 +41,28 @@ class GraphStepper:
 
     def __init__(self, prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None) -> None:
         self.prior, self.caches = prior, caches
-        like = caches[0].held
+        like = caches[0].data
         self.inputs = like.new_zeros(like.shape[1], 1, prior.config.model.hidden_size)
         self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.slot_caches = [SlotCache(cache, self.slot) for cache in caches]
-        angles = prior.angles(like.device)  # (1 + places, head_dim / 2)
+        angles = prior.position_angles(like.device)  # (1 + places, head_dim / 2)
         self.rotary_factors = rotary_factors(angles if orders is None else angles[F.pad(orders + 1, (1, 0))][:, None])
         self.positions = None
         if prior.position_embedding is not None:
-            order = torch.arange(prior.config.places, device=like.device) if orders is None else orders
+            order = torch.arange(prior.config.num_positions, device=like.device) if orders is None else orders
             self.positions = prior.position_embedding(order)  # (places, hidden), or (rows, places, hidden)
         self._run: Callable[[], Tensor] | None = None
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor) -> Tensor:
         self.inputs.copy_(inputs)
         self.slot.fill_(self.caches[0].tokens)
         for cache in self.caches:
-            cache.make_room(1)
+            cache.reserve_slots(1)
         if self._run is None:
-            self._run = recorded(self.step) if self.slot.is_cuda else self.step
+            self._run = record_cuda_graph(self.compute_step) if self.slot.is_cuda else self.compute_step
         return self._run()
 
-    def step(self) -> Tensor:
+    def compute_step(self) -> Tensor:
         """From `inputs` at `slot` to what the head is given (rows, hidden); asks the device for nothing."""
         x = self.inputs
         if self.positions is not None:
@@ -76,7 +76,7 @@ class GraphStepper:
         return self.prior.level_logits(states, level)
 
 
-def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def record_cuda_graph(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same step, played back from a CUDA graph; its result is overwritten by the next one."""
     try:
         stream = torch.cuda.Stream()

@@ -21,34 +21,34 @@ class KVCache:
 
     def __init__(self, batch: int, heads: int, max_tokens: int, head_dim: int, like: Tensor) -> None:
         shape = (2, batch, heads, max_tokens, head_dim)
-        self.held = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.data = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.max_tokens, self.tokens = max_tokens, 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         new = keys.shape[2]
-        begin = self.make_room(new)
-        self.held[0, :, :, begin : self.tokens] = keys
-        self.held[1, :, :, begin : self.tokens] = values
+        begin = self.reserve_slots(new)
+        self.data[0, :, :, begin : self.tokens] = keys
+        self.data[1, :, :, begin : self.tokens] = values
         mask = None
         if begin > 0 and new > 1:  # torch's `is_causal` would count from the first key, which is the oldest
             mask = torch.ones(new, self.tokens, dtype=torch.bool, device=keys.device).tril(begin)
-        return *self.seen(), mask
+        return *self.keys_and_values(), mask
 
     def append_one(self, joined: Tensor) -> None:
         """`append` of one token, its keys and then its values: (B, 2 · heads, head_dim)."""
-        slot = self.make_room(1)
-        self.held.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
+        slot = self.reserve_slots(1)
+        self.data.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
 
-    def seen(self) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """All keys and all values so far (B, heads, tokens, head_dim), as views."""
-        keys, values = self.held.narrow(3, 0, self.tokens).unbind()
+        keys, values = self.data.narrow(3, 0, self.tokens).unbind()
         return keys, values
 
-    def select(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Row i goes on as row `rows[i]`; (B,) int64."""
-        self.held[:, :, :, : self.tokens] = self.held[:, rows, :, : self.tokens]
+        self.data[:, :, :, : self.tokens] = self.data[:, rows, :, : self.tokens]
 
-    def make_room(self, count: int) -> int:
+    def reserve_slots(self, count: int) -> int:
         """Counts as many more tokens, and returns the slot of the first."""
         begin, end = self.tokens, self.tokens + count
         if end > self.max_tokens:

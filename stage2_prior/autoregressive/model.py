@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.orders import known_first
+from stage2_prior.autoregressive.orders import order_known_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.autoregressive.transformer import CodeTransformer
@@ -32,11 +32,11 @@ class AutoregressivePrior(CodeTransformer):
         Args:
             orders: (B, h·w) int64, the place that is predicted i-th; none is raster order.
         """
-        tokens = self.tokens_of(codes, orders)
-        states = self.states(tokens, conditioning, orders)
+        tokens = self.codes_to_tokens(codes, orders)
+        states = self.head_inputs(tokens, conditioning, orders)
         losses = [
             head_cross_entropy(
-                states[:, :, level].flatten(0, 1), self.head_rows(level), tokens[:, level :: self.levels].flatten()
+                states[:, :, level].flatten(0, 1), self.head_weight(level), tokens[:, level :: self.levels].flatten()
             )
             for level in range(self.levels)
         ]
@@ -59,7 +59,9 @@ class AutoregressivePrior(CodeTransformer):
                 "an autoregressive prior draws codes one after another; expected a prior of latents, such as a diffusion prior, to "
                 "begin with given noise; give neither latents nor --interpolate-to"
             )
-        orders = known_first(known.known_mask.flatten(1)) if known is not None and self.supports_any_order else None
+        orders = (
+            order_known_first(known.known_mask.flatten(1)) if known is not None and self.supports_any_order else None
+        )
         return decode(self, conditioning, options, generators, on_step, known, orders)
 
     @property
@@ -67,7 +69,7 @@ class AutoregressivePrior(CodeTransformer):
         return self.config.random_order > 0
 
     def num_steps(self, spec: LatentSpec, options: SamplingOptions) -> int:
-        return self.config.places
+        return self.config.num_positions
 
     def describe(self, spec: LatentSpec) -> str:
         levels = f" with {spec.levels} levels" if spec.levels > 1 else ""

@@ -29,23 +29,23 @@ class AutoregressiveObjective:
         codes.train.require("indices")
         self.config, self.codes = config, codes
         self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
-        self.draws = 2 + self.prior_config.places if config.order.ever_random else 1
+        self.num_random = 2 + self.prior_config.num_positions if config.order.uses_random_orders else 1
 
     def new_prior(self) -> AutoregressivePrior:
         prior = AutoregressivePrior(self.prior_config)
-        prior.start_from_code_vectors(self.codes.code_vectors())
+        prior.initialize_from_code_vectors(self.codes.code_vectors())
         return prior
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         return []
 
-    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare_inputs(self, rows: np.ndarray, uniform: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         config, split = self.config, self.codes.train
-        labels = drop_classes(split.labels(rows), draws[:, 0], config.class_dropout)
-        orders = random_orders(draws[:, 1:], config.order.at(step, config.max_steps))
+        labels = drop_classes(split.labels(rows), uniform[:, 0], config.class_dropout)
+        orders = random_orders(uniform[:, 1:], config.order.random_share_at(step, config.max_steps))
         return split.indices(rows), labels, orders
 
-    def validation(self, prior: AutoregressivePrior) -> dict[str, float]:
+    def validate(self, prior: AutoregressivePrior) -> dict[str, float]:
         nats = validation_loss(prior, self.codes.validation, self.config.validation_images)
         bits = nats / math.log(2) * self.codes.spec.tokens
         return {"validation_nats_per_token": nats, "validation_bits_per_image": bits}

@@ -34,32 +34,32 @@ class OrderConfig:
             )
 
     @property
-    def ever_random(self) -> bool:
+    def uses_random_orders(self) -> bool:
         return max(self.random, self.final) > 0
 
-    def at(self, step: int, max_steps: int) -> float:
+    def random_share_at(self, step: int, max_steps: int) -> float:
         """Share of random orders at optimiser step `step` in [1, max_steps]."""
         begin, end = (share * max_steps for share in self.anneal)
         progress = min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
         return self.random + progress * (self.final - self.random)
 
 
-def random_orders(draws: Tensor, share: float) -> Tensor | None:
+def random_orders(uniform: Tensor, share: float) -> Tensor | None:
     """(B, 1 + places) numbers in [0, 1) → (B, places) int64: random orders where the first number is below `share`.
 
     None, raster order for all, when the share is 0.
     """
     if share == 0:
         return None
-    raster = torch.arange(draws.shape[1] - 1, device=draws.device)
-    return torch.where(draws[:, :1] < share, draws[:, 1:].argsort(1), raster)
+    raster = torch.arange(uniform.shape[1] - 1, device=uniform.device)
+    return torch.where(uniform[:, :1] < share, uniform[:, 1:].argsort(1), raster)
 
 
-def known_first(kept: Tensor) -> Tensor:
+def order_known_first(kept: Tensor) -> Tensor:
     """(B, places) bool → (B, places) int64: the kept places, then the others, each in raster order."""
     return (~kept).int().argsort(dim=1, stable=True)
 
 
-def inverse(order: Tensor) -> Tensor:
+def invert_order(order: Tensor) -> Tensor:
     """When each place is predicted: `inverse(order)[b, order[b, i]] == i`."""
     return order.argsort(dim=-1)

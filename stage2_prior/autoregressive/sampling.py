@@ -52,9 +52,9 @@ class SamplingOptions:
         if self.num_candidates < 1:
             raise UserError(f"num_candidates is {self.num_candidates}; expected at least 1")
 
-    def scale_at(self, place: int, places: int) -> float:
+    def guidance_scale_at(self, position: int, num_positions: int) -> float:
         """Guidance scale for the codes of the `place`-th place, from 0, of `places`."""
-        progress = (place + 1) / places
+        progress = (position + 1) / num_positions
         shape = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
         return 1 + (self.guidance_scale - 1) * shape[self.guidance_schedule]
 
@@ -62,7 +62,7 @@ class SamplingOptions:
 BELOW_ONE = 1 - 2**-24  # the next number of float32: further off than sums of float64 err, so no code left out is drawn
 
 
-def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def truncate_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """(B, K) logits with −∞ where top-k, then top-p, then min-p leave a code out; the most probable code always stays."""
     if 0 < top_k < logits.shape[1]:
         threshold = logits.topk(top_k, dim=1).values[:, -1:]
@@ -77,7 +77,7 @@ def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float =
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_codes(logits: Tensor, uniform: Tensor) -> Tensor:
     """The code (B,) at which the cumulated probabilities of (B, K) logits pass uniform numbers (B,) in [0, 1)."""
     probabilities = logits.softmax(1)
     if logits.device.type == "mps":  # which knows no float64

@@ -23,7 +23,7 @@ from stage2_prior.autoregressive.blocks import Attention, Block
 from stage2_prior.autoregressive.cached_attention import CachedAttention
 from stage2_prior.autoregressive.graph_stepping import GraphStepper
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.packed_product import gated_product, packed_product
+from stage2_prior.autoregressive.packed_linear import pack_gated_linear, pack_linear
 from stage2_prior.autoregressive.transformer import CodeTransformer
 from stage2_prior.layers.rotary import rotary_factors
 from training_harness.errors import UserError
@@ -32,7 +32,7 @@ from training_harness.errors import UserError
 class Stepper(Protocol):
     caches: Sequence[KVCache]
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor) -> Tensor:
         """Embedded inputs (rows, 1, hidden) of the next slot → what the head is given (rows, hidden)."""
 
     def logits(self, states: Tensor, level: int) -> Tensor:
@@ -45,7 +45,7 @@ class ModuleStepper:
     def __init__(self, prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None) -> None:
         self.prior, self.caches, self.orders = prior, caches, orders
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor) -> Tensor:
         return self.prior.hidden_states(inputs, self.orders, self.caches)[:, -1]
 
     def logits(self, states: Tensor, level: int) -> Tensor:
@@ -61,28 +61,28 @@ class PackedStepper:
         caches: Sequence[KVCache],
         orders: Tensor | None,
         rows: int,
-        eight_bits: bool = False,
+        int8: bool = False,
     ) -> None:
-        self.caches, self.length = caches, UnitLength(prior.config.model.hidden_size, prior.config.model.rms_norm_eps)
+        self.caches, self.length = caches, LengthNorm(prior.config.model.hidden_size, prior.config.model.rms_norm_eps)
         self.gain = prior.norm.weight * self.length.root
-        turned = rotary_factors(prior.angles(torch.device("cpu")))  # (1 + places, head_dim) each
+        rotary = rotary_factors(prior.position_angles(torch.device("cpu")))  # (1 + places, head_dim) each
         self.slots = (
             None if orders is None else F.pad(orders + 1, (1, 0))
         )  # (rows, 1 + places): whose turns each slot has
         self.positions = None
         if prior.position_embedding is not None:
-            order = torch.arange(prior.config.places) if orders is None else orders
+            order = torch.arange(prior.config.num_positions) if orders is None else orders
             self.positions = prior.position_embedding(order)  # (places, hidden), or (rows, places, hidden)
         attention = CachedAttention(
-            rows, prior.config.model.num_heads, prior.config.model.key_value_heads, prior.config.places
+            rows, prior.config.model.num_heads, prior.config.model.key_value_heads, prior.config.num_positions
         )
         self.blocks = [
-            PackedBlock(block, attention, turned, rows, prior.config.model.rms_norm_eps, eight_bits)
+            PackedBlock(block, attention, rotary, rows, prior.config.model.rms_norm_eps, int8)
             for block in cast("Iterable[Block]", prior.blocks)
         ]
-        self.heads = [packed_product(prior.head_rows(level), rows) for level in range(prior.levels)]
+        self.heads = [pack_linear(prior.head_weight(level), rows) for level in range(prior.levels)]
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Tensor) -> Tensor:
         slot, x = self.caches[0].tokens, inputs[:, 0]
         if self.positions is not None:
             x = x + self.positions[..., slot, :]
@@ -100,25 +100,25 @@ class PackedBlock:
         self,
         block: Block,
         attend: CachedAttention,
-        turned: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
         rows: int,
         eps: float,
-        eight_bits: bool,
+        int8: bool,
     ) -> None:
         attention, feed_forward = block.attention, block.feed_forward
         self.attend, self.head_dim, self.heads, self.shared = attend, attention.head_dim, attend.heads, attend.shared
-        self.length = UnitLength(attention.query.in_features, eps)
-        self.head_length = None if isinstance(attention.query_norm, nn.Identity) else UnitLength(self.head_dim, eps)
-        self.cos, self.sin = self._rotary_factors(attention, *turned)
+        self.length = LengthNorm(attention.query.in_features, eps)
+        self.head_length = None if isinstance(attention.query_norm, nn.Identity) else LengthNorm(self.head_dim, eps)
+        self.cos, self.sin = self._rotary_factors(attention, *rotary)
         joined = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
         gate, up = (
             project.weight * block.feed_forward_norm.weight * self.length.root
             for project in (feed_forward.gate, feed_forward.up)
         )
-        self.qkv = packed_product(joined * block.attention_norm.weight * self.length.root, rows, eight_bits)
-        self.out = packed_product(attention.out.weight, rows, eight_bits)
-        self.gated = gated_product(gate, up, rows, eight_bits)
-        self.down = packed_product(feed_forward.down.weight, rows, eight_bits)
+        self.qkv = pack_linear(joined * block.attention_norm.weight * self.length.root, rows, int8)
+        self.out = pack_linear(attention.out.weight, rows, int8)
+        self.gated = pack_gated_linear(gate, up, rows, int8)
+        self.down = pack_linear(feed_forward.down.weight, rows, int8)
 
     def _rotary_factors(self, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(1 + places, heads + key heads, head_dim) each, with the gains of queries and keys, and the scale of attention."""
@@ -145,7 +145,7 @@ class PackedBlock:
         return x + self.down(self.gated(self.length.divide(x)))
 
 
-class UnitLength:
+class LengthNorm:
     """√(Σ x² + d ε) over d channels, by which RMSNorm divides but for `root` = √d."""
 
     def __init__(self, channels: int, eps: float) -> None:
@@ -158,13 +158,13 @@ class UnitLength:
         return x / self(x)
 
 
-def stepper_for(
-    prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None, rows: int, eight_bits: bool
+def build_stepper(
+    prior: CodeTransformer, caches: Sequence[KVCache], orders: Tensor | None, rows: int, int8: bool
 ) -> Stepper:
     weight = prior.code_embedding.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return PackedStepper(prior, caches, orders, rows, eight_bits)
-    if eight_bits:
+        return PackedStepper(prior, caches, orders, rows, int8)
+    if int8:
         raise UserError(
             f"weights is int8 and the prior is on {weight.device.type} in {weight.dtype}; expected it on a CPU in float32, where "
             "eight bits are faster; leave it out"

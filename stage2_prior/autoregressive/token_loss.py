@@ -14,8 +14,8 @@ from torch import Tensor
 
 from training_harness.precision import widened
 
-CHUNK = {"cpu": 2**20}  # logits at once: on a CPU, those that stay in its cache
-CHUNK_ELSEWHERE = 2**26
+LOGITS_PER_CHUNK = {"cpu": 2**20}  # logits at once: on a CPU, those that stay in its cache
+DEFAULT_LOGITS_PER_CHUNK = 2**26
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
         hidden: (N, H).
         weight: (K, H).
     """
-    tokens = max(CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(weight), 1)
+    tokens = max(LOGITS_PER_CHUNK.get(hidden.device.type, DEFAULT_LOGITS_PER_CHUNK) // len(weight), 1)
     return _HeadCrossEntropy.apply(hidden, weight, targets, tokens)
 
 

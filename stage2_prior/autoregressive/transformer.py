@@ -18,7 +18,7 @@ from stage2_prior.autoregressive.blocks import Block
 from stage2_prior.autoregressive.config import AutoregressivePriorConfig
 from stage2_prior.autoregressive.depth import DepthTransformer
 from stage2_prior.autoregressive.kv_cache import KVCache
-from stage2_prior.autoregressive.orders import inverse
+from stage2_prior.autoregressive.orders import invert_order
 from stage2_prior.conditioning.classes import ClassEmbedding
 from stage2_prior.layers.normalization import RMSNorm
 from stage2_prior.layers.rotary import rotary_angles, rotary_factors
@@ -26,7 +26,7 @@ from stage2_prior.prior import Prior
 from training_harness.errors import SpecMismatchError
 
 EMBEDDING_STD, HEAD_STD = 0.3, 0.05  # of what the blocks are given, and of a head that starts from the codes' vectors
-FRESH_HEAD_STD = 0.02
+RANDOM_HEAD_STD = 0.02
 
 
 class CodeTransformer(Prior):
@@ -42,12 +42,14 @@ class CodeTransformer(Prior):
         model, codes = config.model, config.levels * config.codebook_size
         self.class_embedding = ClassEmbedding(config.num_classes, model.hidden_size)
         self.code_embedding = nn.Embedding(codes, model.hidden_size)
-        self.position_embedding = nn.Embedding(config.places, model.hidden_size) if model.learned_positions else None
+        self.position_embedding = (
+            nn.Embedding(config.num_positions, model.hidden_size) if model.learned_positions else None
+        )
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
         self.depth = DepthTransformer(config) if config.levels > 1 else None
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, codes, bias=False)
-        self._draw_weights()
+        self._set_initial_weights()
         self.post_init()
 
     @property
@@ -55,46 +57,46 @@ class CodeTransformer(Prior):
         return self.config.levels
 
     @property
-    def grid(self) -> tuple[int, ...]:
+    def grid_shape(self) -> tuple[int, ...]:
         """Shape of an image's codes: (h, w), or (levels, h, w)."""
         levels = (self.levels,) if self.levels > 1 else ()
         return (*levels, self.config.height, self.config.width)
 
-    def tokens_of(self, codes: Tensor, orders: Tensor | None = None) -> Tensor:
+    def codes_to_tokens(self, codes: Tensor, orders: Tensor | None = None) -> Tensor:
         """Codes of a grid as a sequence (B, h·w·levels), place after place in the given order."""
-        if codes.shape[1:] != self.grid:
-            found, expected = ("×".join(map(str, sizes)) for sizes in (codes.shape[1:], self.grid))
+        if codes.shape[1:] != self.grid_shape:
+            found, expected = ("×".join(map(str, sizes)) for sizes in (codes.shape[1:], self.grid_shape))
             raise SpecMismatchError(
                 f"the grid of codes is {found}; expected {expected}, which the prior was trained on; tokenize images of the size "
                 "that it was trained with, or train a prior on these codes"
             )
-        by_place = codes.flatten(-2).view(len(codes), self.levels, -1).mT  # (B, h·w, levels)
+        by_position = codes.flatten(-2).view(len(codes), self.levels, -1).mT  # (B, h·w, levels)
         if orders is not None:
-            by_place = by_place.gather(1, orders[:, :, None].expand_as(by_place))
-        return by_place.flatten(1)
+            by_position = by_position.gather(1, orders[:, :, None].expand_as(by_position))
+        return by_position.flatten(1)
 
-    def codes_of(self, tokens: Tensor, orders: Tensor | None = None) -> Tensor:
+    def tokens_to_codes(self, tokens: Tensor, orders: Tensor | None = None) -> Tensor:
         """What `tokens_of` undoes: (B, h·w·levels) → (B, h, w), or (B, levels, h, w)."""
-        by_place = tokens.unflatten(1, (-1, self.levels))
+        by_position = tokens.unflatten(1, (-1, self.levels))
         if orders is not None:
-            by_place = by_place.gather(1, inverse(orders)[:, :, None].expand_as(by_place))
-        return by_place.mT.reshape(len(tokens), *self.grid)
+            by_position = by_position.gather(1, invert_order(orders)[:, :, None].expand_as(by_position))
+        return by_position.mT.reshape(len(tokens), *self.grid_shape)
 
     def logits(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
         """(B, n) tokens in that order → (B, n, K); logits i depend on the tokens before i alone."""
-        states = self.states(tokens, conditioning, orders)
+        states = self.head_inputs(tokens, conditioning, orders)
         return torch.stack([self.level_logits(states[:, :, n], n) for n in range(self.levels)], dim=2).flatten(1, 2)
 
-    def states(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
+    def head_inputs(self, tokens: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> Tensor:
         """What the head is given for each token: (B, h·w, levels, hidden)."""
-        vectors = self.code_vectors(tokens.unflatten(1, (-1, self.levels)))  # (B, h·w, levels, hidden)
+        vectors = self.embed_levels(tokens.unflatten(1, (-1, self.levels)))  # (B, h·w, levels, hidden)
         prefix = self.class_embedding(conditioning)[:, None]
         hidden = self.hidden_states(torch.cat([prefix, vectors[:, :-1].sum(2)], dim=1), orders)
         if self.depth is None:
             return hidden.unsqueeze(2)
         return self.depth(hidden.flatten(0, 1), vectors[:, :, :-1].flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
-    def code_vectors(self, codes: Tensor) -> Tensor:
+    def embed_levels(self, codes: Tensor) -> Tensor:
         """Embeddings (B, places, n, hidden) of the first n levels' codes (B, places, n)."""
         if self.levels > 1:  # each level has a table of its own
             codes = codes + self.config.codebook_size * torch.arange(codes.shape[2], device=codes.device)
@@ -102,7 +104,7 @@ class CodeTransformer(Prior):
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """What stands for places (B, places, hidden), given their codes (B, places, n): the sum over levels."""
-        return self.code_vectors(codes).sum(2)
+        return self.embed_levels(codes).sum(2)
 
     def hidden_states(
         self, inputs: Tensor, orders: Tensor | None = None, caches: Sequence[KVCache] | None = None
@@ -113,35 +115,35 @@ class CodeTransformer(Prior):
         """
         first = caches[0].tokens if caches else 0
         slots = slice(first, first + inputs.shape[1])
-        order = torch.arange(self.config.places, device=inputs.device) if orders is None else orders
-        angles = self.angles(inputs.device)[
+        order = torch.arange(self.config.num_positions, device=inputs.device) if orders is None else orders
+        angles = self.position_angles(inputs.device)[
             F.pad(order + 1, (1, 0))[..., slots]
         ]  # of the prefix, and of each code's own place
-        turned = rotary_factors(angles if orders is None else angles[:, None])
+        rotary = rotary_factors(angles if orders is None else angles[:, None])
         if self.position_embedding is not None:
             inputs = inputs + self.position_embedding(order[..., slots])
         for i, block in enumerate(self.blocks):
-            inputs = block(inputs, turned, caches[i] if caches else None)
+            inputs = block(inputs, rotary, caches[i] if caches else None)
         return self.norm(inputs)
 
-    def head_rows(self, level: int) -> Tensor:
+    def head_weight(self, level: int) -> Tensor:
         """(K, hidden): whose products with a hidden state are the logits of a level's codes."""
         size = self.config.codebook_size
         own = slice(level * size, (level + 1) * size)
         if self.head is not None:
             return self.head.weight[own]
-        return self.code_embedding.weight[own] * (FRESH_HEAD_STD / EMBEDDING_STD)
+        return self.code_embedding.weight[own] * (RANDOM_HEAD_STD / EMBEDDING_STD)
 
     def level_logits(self, states: Tensor, level: int) -> Tensor:
-        return F.linear(states, self.head_rows(level))
+        return F.linear(states, self.head_weight(level))
 
-    def angles(self, device: torch.device) -> Tensor:
+    def position_angles(self, device: torch.device) -> Tensor:
         config, model = self.config, self.config.model
         found = rotary_angles(config.height, config.width, model.head_dim, model.rotary_axes, model.rope_theta)
         return found.to(device)
 
     def new_caches(self, batch: int) -> list[KVCache]:
-        return self._caches(batch, self.config.places, len(self.blocks))
+        return self._caches(batch, self.config.num_positions, len(self.blocks))
 
     def new_level_caches(self, batch: int) -> list[KVCache]:
         return [] if self.depth is None else self._caches(batch, self.levels, len(self.depth.blocks))
@@ -151,7 +153,7 @@ class CodeTransformer(Prior):
         return [KVCache(batch, model.key_value_heads, tokens, model.head_dim, like) for _ in range(layers)]
 
     @torch.no_grad()
-    def start_from_code_vectors(self, vectors: Tensor) -> None:
+    def initialize_from_code_vectors(self, vectors: Tensor) -> None:
         """Lets codes that look alike start alike: vectors (K, c), or (levels · K, c), near unit variance, are rotated at
         random into embeddings and head.
 
@@ -164,7 +166,7 @@ class CodeTransformer(Prior):
         if self.head is not None:
             self.head.weight.copy_(HEAD_STD * rows)
 
-    def _draw_weights(self) -> None:
+    def _set_initial_weights(self) -> None:
         """Normal: matrices with std 1/√fan-in, the last layer of each residual branch and the head smaller."""
         depth = math.sqrt(2 * self.config.model.num_layers)
         for name, parameter in self.named_parameters():
@@ -172,6 +174,6 @@ class CodeTransformer(Prior):
                 std = parameter.shape[1] ** -0.5
                 small = name.endswith(("out.weight", "down.weight"))
                 head = name == "head.weight"
-                nn.init.normal_(parameter, std=std / depth if small else FRESH_HEAD_STD if head else std)
+                nn.init.normal_(parameter, std=std / depth if small else RANDOM_HEAD_STD if head else std)
             elif "embedding" in name:
                 nn.init.normal_(parameter, std=EMBEDDING_STD)

@@ -28,11 +28,11 @@ def has_class(labels: Tensor, null_class: int) -> Tensor:
     return (labels >= 0) & (labels != null_class)
 
 
-def drop_classes(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
+def drop_classes(labels: Tensor, uniform: Tensor, rate: float) -> Tensor:
     """Labels (B,), −1 where the draw (B,) in [0, 1) is below `rate`."""
-    return torch.where(draws.to(labels.device) < rate, -1, labels)
+    return torch.where(uniform.to(labels.device) < rate, -1, labels)
 
 
-def guided(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+def apply_guidance(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance on logits or predictions; scale 1 is the conditional model, above 1 sharpens."""
     return null + scale * (conditional - null)

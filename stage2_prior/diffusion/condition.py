@@ -16,7 +16,7 @@ from stage2_prior.conditioning.classes import ClassEmbedding
 from stage2_prior.diffusion.config import DiffusionPriorConfig
 from training_harness.precision import widened
 
-FREQUENCIES = 256
+NUM_WAVES = 256
 SCALE, MEAN_FLOW_SCALE = 1000.0, 16.0
 STD = 0.02
 
@@ -48,13 +48,13 @@ class NumberEmbedding(nn.Module):
     def __init__(self, hidden_size: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.first, self.second = nn.Linear(FREQUENCIES, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.first, self.second = nn.Linear(NUM_WAVES, hidden_size), nn.Linear(hidden_size, hidden_size)
         for linear in (self.first, self.second):
             nn.init.normal_(linear.weight, std=STD)
             nn.init.zeros_(linear.bias)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
+        half = NUM_WAVES // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=numbers.device) / half)
         angles = self.scale * widened(numbers)[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)

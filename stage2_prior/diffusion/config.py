@@ -8,7 +8,7 @@ from stage2_prior.checks import check_sizes
 from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.sampling import DiffusionOptions
-from stage2_prior.diffusion.schedule import LEVELS, Schedule
+from stage2_prior.diffusion.schedule import NUM_LEVELS, Schedule
 from stage2_prior.migration import DIFFUSION_MODEL
 from training_harness.errors import ConfigError, UserError
 from training_harness.migration import Migration
@@ -150,10 +150,10 @@ class DiffusionPriorConfig(StrictConfig):
     def check_sampling(self, options: DiffusionOptions) -> None:
         """Raises UserError for what a prior of this kind does not sample with."""
         schedule, mean_flow = self.model.schedule, self.model.mean_flow
-        if schedule != "flow" and options.num_inference_steps > LEVELS:
+        if schedule != "flow" and options.num_inference_steps > NUM_LEVELS:
             raise UserError(
-                f"num_inference_steps is {options.num_inference_steps} and the schedule {schedule} has {LEVELS} levels; "
-                f"expected at most {LEVELS}"
+                f"num_inference_steps is {options.num_inference_steps} and the schedule {schedule} has {NUM_LEVELS} levels; "
+                f"expected at most {NUM_LEVELS}"
             )
         if mean_flow and not 1 <= options.guidance_scale <= mean_flow.max_guidance:
             raise UserError(

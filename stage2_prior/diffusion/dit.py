@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stage2_prior.diffusion.condition import Condition
 from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel
 from stage2_prior.layers.activations import GELU
-from stage2_prior.layers.attention import carries_derivative, plain_attention, plain_products_pay
+from stage2_prior.layers.attention import has_forward_tangent, plain_attention, prefers_plain_attention
 from stage2_prior.layers.feed_forward import SwiGLU
 from stage2_prior.layers.normalization import RMSNorm
 from stage2_prior.layers.rotary import RotaryFactors, rotary_angles, rotary_factors, rotate
@@ -37,7 +37,7 @@ class DiT(nn.Module):
         self.norm = norm_layer(model)
         self.modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, config.channels * size**2)
-        self._draw_weights()
+        self._set_initial_weights()
 
     def forward(
         self,
@@ -49,16 +49,16 @@ class DiT(nn.Module):
     ) -> Tensor:
         """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
         x = self.patch(self.patchify(latents))
-        turned = None
+        rotary = None
         if self.model.positions == "sincos":
             x = x + sincos_positions(*self.grid, x.shape[-1]).to(x)
         else:
             head_dim = self.model.hidden_size // self.model.num_heads
             angles = rotary_angles(*self.grid, head_dim, 2, self.model.rope_theta)
-            turned = rotary_factors(angles[1:].to(x.device))  # the first is that of a class prefix
+            rotary = rotary_factors(angles[1:].to(x.device))  # the first is that of a class prefix
         condition = self.condition(times, classes, ends, guidance)
         for block in self.blocks:
-            x = block(x, condition, turned)
+            x = block(x, condition, rotary)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.unpatchify(self.final(modulate(self.norm(x), shift, scale)))
 
@@ -74,7 +74,7 @@ class DiT(nn.Module):
         x = patchify.view(len(patchify), rows, columns, self.channels, size, size)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(len(patchify), self.channels, rows * size, columns * size)
 
-    def _draw_weights(self) -> None:
+    def _set_initial_weights(self) -> None:
         for module in (self.patch, self.modulation, self.final, *self.blocks.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -98,10 +98,10 @@ class DiTBlock(GradientCheckpointingLayer):
         )
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, turned: RotaryFactors | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotary: RotaryFactors | None) -> Tensor:
         """x (B, tokens, hidden), condition (B, hidden)."""
         shift, scale, gate, shift_after, scale_after, gate_after = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate, self.attention(modulate(self.attention_norm(x), shift, scale), turned))
+        x = torch.addcmul(x, gate, self.attention(modulate(self.attention_norm(x), shift, scale), rotary))
         return torch.addcmul(
             x, gate_after, self.feed_forward(modulate(self.feed_forward_norm(x), shift_after, scale_after))
         )
@@ -119,14 +119,14 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, eps=EPS) if model.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turned: RotaryFactors | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryFactors | None) -> Tensor:
         query, key, value = (
             self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         )  # (B, heads, tokens, d)
         query, key = self.query_norm(query), self.key_norm(key)
-        if turned is not None:
-            query, key = rotate(query, *turned), rotate(key, *turned)
-        plain = plain_products_pay(x.shape[1], x.device) or carries_derivative(x)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        plain = prefers_plain_attention(x.shape[1], x.device) or has_forward_tangent(x)
         attend = plain_attention if plain else F.scaled_dot_product_attention
         return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from stage2_prior.conditioning.classes import guided, has_class
+from stage2_prior.conditioning.classes import apply_guidance, has_class
 from training_harness.errors import ConfigError
 from training_harness.precision import widened
 
@@ -46,7 +46,7 @@ class MeanFlow:
         if not 0 <= self.spans_from < 1:
             raise ConfigError(f"{where}.spans_from is {self.spans_from}; expected a share in [0, 1), such as 0.5")
 
-    def spans(self, times: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    def make_spans(self, times: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Two times of each image, (B,) each → the later and the earlier one.
 
         For the first images, `instant_share` of them, both are the first of the two.
@@ -84,7 +84,7 @@ def mean_flow_errors(
         if len(rows := (guidance > 1).nonzero()[:, 0]):
             null, at = torch.full_like(classes[rows], null_class), times[rows]
             without = widened(network(noisy[rows], at, null, at, torch.ones_like(at)))
-            target[rows] = guided(target[rows], without, guidance[rows].view(-1, 1, 1, 1))
+            target[rows] = apply_guidance(target[rows], without, guidance[rows].view(-1, 1, 1, 1))
         if len(rows := (ends < times).nonzero()[:, 0]):
             change = total_derivative(network, noisy[rows], times[rows], classes[rows], ends[rows], guidance[rows])
             target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * widened(change)

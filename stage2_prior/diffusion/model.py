@@ -17,21 +17,24 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
-from stage2_prior.conditioning.classes import guided, has_class
+from stage2_prior.conditioning.classes import apply_guidance, has_class
 from stage2_prior.diffusion.config import DiffusionPriorConfig, UNetModel
 from stage2_prior.diffusion.dit import DiT
 from stage2_prior.diffusion.mean_flow import mean_flow_errors
-from stage2_prior.diffusion.process import Estimate, Level, estimate, noised, prediction_of
+from stage2_prior.diffusion.process import Estimate, NoiseLevel, add_noise, compute_estimate, compute_prediction
 from stage2_prior.diffusion.samplers.diffusers_scheduler import sample_with_scheduler
-from stage2_prior.diffusion.sampling import DiffusionOptions, rescaled
+from stage2_prior.diffusion.sampling import DiffusionOptions, rescale_guidance
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.unet import UNet
 from stage2_prior.prior import KnownCodes, Prior, PriorLoss, randn_per_image
 from training_harness.errors import UserError
 from training_harness.pretrained import count_parameters
 
-BY_SPANS = ("euler", "adams-bashforth")  # samplers of which a step is one straight line, as a mean flow's is
-STEADY = 0.01  # of a mean flow: squared error far below which examples no longer count alike
+STRAIGHT_STEP_SAMPLERS = (
+    "euler",
+    "adams-bashforth",
+)  # samplers of which a step is one straight line, as a mean flow's is
+LOSS_WEIGHT_EPS = 0.01  # of a mean flow: squared error far below which examples no longer count alike
 
 
 class DiffusionPrior(Prior):
@@ -73,7 +76,7 @@ class DiffusionPrior(Prior):
         errors = self.squared_errors(latents, conditioning, times, noise, degraded, ends, guidance)
         loss = errors.mean()
         if ends is not None:
-            balanced = 1 / (errors.detach() + STEADY)
+            balanced = 1 / (errors.detach() + LOSS_WEIGHT_EPS)
             weights = balanced if weights is None else weights * balanced
         return PriorLoss(loss if weights is None else (weights * errors).mean(), {"squared_error": loss})
 
@@ -89,9 +92,9 @@ class DiffusionPrior(Prior):
     ) -> Tensor:
         """Of the predictions, each image's mean: (B,) float32."""
         level = self.schedule.levels(times)
-        level = Level(*(part[:, None, None, None] for part in level))
-        noisy = noised(latents, noise, level).to(self.dtype)
-        target = prediction_of(latents, noise, level, self.config.model.prediction)
+        level = NoiseLevel(*(part[:, None, None, None] for part in level))
+        noisy = add_noise(latents, noise, level).to(self.dtype)
+        target = compute_prediction(latents, noise, level, self.config.model.prediction)
         if ends is None or guidance is None:
             errors = self.denoiser(concat_condition(noisy, degraded), times, conditioning).float() - target.float()
         else:
@@ -121,7 +124,7 @@ class DiffusionPrior(Prior):
             options = replace(options, guidance_scale=1.0)
         shape = (spec.channels, spec.height, spec.width)
 
-        def draw() -> Tensor:
+        def sample_noise() -> Tensor:
             return randn_per_image(shape, generators).to(conditioning.device)
 
         degraded = None
@@ -133,23 +136,23 @@ class DiffusionPrior(Prior):
                 )
             degraded, known = known.codes.to(self.dtype), None
 
-        def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
+        def denoise(noisy: Tensor, level: NoiseLevel[float]) -> Estimate:
             end = ends.get(level.time)
-            prediction = self.prediction(noisy, level.time, conditioning, options, end, degraded)
-            found = estimate(noisy, prediction, level, self.config.model.prediction)
+            prediction = self.predict(noisy, level.time, conditioning, options, end, degraded)
+            found = compute_estimate(noisy, prediction, level, self.config.model.prediction)
             if known is None:
                 return found
             # A sampler goes straight to what stays.
             sample = torch.where(known.known_mask[:, None], known.codes, found.sample)
-            return estimate(noisy, sample, level, "sample")
+            return compute_estimate(noisy, sample, level, "sample")
 
         steps = options.num_inference_steps
         times = self.schedule.sampling_times(steps, options.timestep_spacing)
         levels = [self.schedule.level(time) for time in times.tolist()]
         ends = dict[float, float]()
-        if self.config.model.mean_flow and options.sampler in BY_SPANS and self.scheduler is None:
+        if self.config.model.mean_flow and options.sampler in STRAIGHT_STEP_SAMPLERS and self.scheduler is None:
             ends = dict(pairwise(times.tolist()))  # a step goes by the mean velocity to its end
-        latents, begin = draw() if noise is None else noise.to(conditioning.device), 0
+        latents, begin = sample_noise() if noise is None else noise.to(conditioning.device), 0
         if known is not None and known.strength < 1:
             if self.scheduler is not None:
                 raise UserError(
@@ -157,9 +160,9 @@ class DiffusionPrior(Prior):
                     "our samplers; set prior.scheduler to None, or give strength=1"
                 )
             begin = steps - max(1, round(known.strength * steps))
-            latents = noised(known.codes, latents, levels[begin])
+            latents = add_noise(known.codes, latents, levels[begin])
         if self.scheduler is None:
-            states = options.chosen_sampler()(denoise, latents, levels[begin:], draw)
+            states = options.make_sampler()(denoise, latents, levels[begin:], sample_noise)
         else:
             states = sample_with_scheduler(self.scheduler, self.schedule, denoise, latents, steps, generators)
         for step, state in enumerate(states, begin):
@@ -168,7 +171,7 @@ class DiffusionPrior(Prior):
                 on_step(step, latents)
         return latents
 
-    def prediction(
+    def predict(
         self,
         noisy: Tensor,
         time: float,
@@ -186,16 +189,18 @@ class DiffusionPrior(Prior):
         times = noisy.new_full((len(noisy),), time, dtype=torch.float32)
         if self.config.model.mean_flow:
             end = time if end is None else end
-            guidance = options.guidance_scale if options.guides_at((time + end) / 2) else 1.0
+            guidance = options.guidance_scale if options.uses_guidance_at((time + end) / 2) else 1.0
             ends = torch.full_like(times, end)
             scales = torch.where(has_class(conditioning, self.null_class), guidance, torch.ones_like(times))
             return self.denoiser(noisy, times, conditioning, ends, scales).float()
-        if not options.guides_at(time):
+        if not options.uses_guidance_at(time):
             return self.denoiser(noisy, times, conditioning).float()
         null = torch.full_like(conditioning, self.null_class)
         both = self.denoiser(torch.cat([noisy, noisy]), times.repeat(2), torch.cat([conditioning, null])).float()
         conditional, without = both.chunk(2)
-        return rescaled(guided(conditional, without, options.guidance_scale), conditional, options.guidance_rescale)
+        return rescale_guidance(
+            apply_guidance(conditional, without, options.guidance_scale), conditional, options.guidance_rescale
+        )
 
     @property
     def is_restoration(self) -> bool:

@@ -14,7 +14,7 @@ from training_harness.errors import UserError
 from training_harness.processes import mean_over_processes, share_of
 
 VALIDATION_BATCH, BANDS = 250, 5
-MEASURED = 2000  # images, evenly spaced, whose latents are looked at before training
+NUM_CHECKED_IMAGES = 2000  # images, evenly spaced, whose latents are looked at before training
 
 
 class DiffusionObjective:
@@ -30,36 +30,45 @@ class DiffusionObjective:
         self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
         self.prior_config.check_sampling(config.sampling)
         # for the label, the time, and the span's other end and its guidance
-        self.draws = 4 if config.model.mean_flow else 2
+        self.num_random = 4 if config.model.mean_flow else 2
         self.schedule = NoiseSchedule(config.model.schedule, config.model.zero_terminal_snr)
 
     def new_prior(self) -> DiffusionPrior:
         return DiffusionPrior(self.prior_config)
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         split = self.codes.train
-        rows = np.linspace(0, len(split) - 1, min(MEASURED, len(split)), dtype=np.int64)
+        rows = np.linspace(0, len(split) - 1, min(NUM_CHECKED_IMAGES, len(split)), dtype=np.int64)
         text = normalization_warning(split.latents(rows))
         return [] if text is None else [text]
 
-    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
+    def prepare_inputs(self, rows: np.ndarray, uniform: Tensor, step: int) -> tuple[Tensor | None, ...]:
         split = self.codes.train
-        labels = drop_classes(split.labels(rows), draws[:, 0], self.config.class_dropout)
+        labels = drop_classes(split.labels(rows), uniform[:, 0], self.config.class_dropout)
         latents = split.latents(rows)
-        times = self.schedule.training_times(self.config.times.shares(draws[:, 1].float()))
+        times = self.schedule.training_times(self.config.times.sample_times(uniform[:, 1].float()))
         ends = guidance = None
         mean_flow = self.config.model.mean_flow
         if mean_flow and step >= mean_flow.spans_from * self.config.max_steps:
-            times, ends = mean_flow.spans(times, self.config.times.shares(draws[:, 2].float()))
-            guidance = 1 + (mean_flow.max_guidance - 1) * draws[:, 3].float()
-        weights = self.config.times.weights(self.schedule.levels(times), self.config.model.prediction)
-        return latents, labels, times, torch.randn(latents.shape), weights, self.degraded(split, rows), ends, guidance
+            times, ends = mean_flow.make_spans(times, self.config.times.sample_times(uniform[:, 2].float()))
+            guidance = 1 + (mean_flow.max_guidance - 1) * uniform[:, 3].float()
+        weights = self.config.times.loss_weights(self.schedule.levels(times), self.config.model.prediction)
+        return (
+            latents,
+            labels,
+            times,
+            torch.randn(latents.shape),
+            weights,
+            self.degraded_latents(split, rows),
+            ends,
+            guidance,
+        )
 
-    def degraded(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
+    def degraded_latents(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
         return None if self.config.degradation == "none" else split.latents(rows, "degraded")
 
     @torch.no_grad()
-    def validation(self, prior: DiffusionPrior) -> dict[str, float]:
+    def validate(self, prior: DiffusionPrior) -> dict[str, float]:
         """Squared errors at evenly spread times, with the same noise whenever it is measured; and in five bands of time."""
         split, limit = self.codes.validation, min(self.config.validation_images, len(self.codes.validation))
         generator = torch.Generator().manual_seed(0)
@@ -70,7 +79,7 @@ class DiffusionObjective:
         for rows in own.split(VALIDATION_BATCH):
             given = split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows]
             latents, labels, at, added = (x.to(prior.device) for x in given)
-            degraded = self.degraded(split, rows.numpy())
+            degraded = self.degraded_latents(split, rows.numpy())
             degraded = degraded if degraded is None else degraded.to(prior.device)
             errors = prior.squared_errors(latents, labels, at, added, degraded).cpu()
             bands = (times[rows] * BANDS).ceil().long().clamp(1, BANDS) - 1

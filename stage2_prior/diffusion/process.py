@@ -23,7 +23,7 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 Number = TypeVar("Number", float, Tensor)
 
 
-class Level(NamedTuple, Generic[Number]):
+class NoiseLevel(NamedTuple, Generic[Number]):
     """A time, what is left of the data there and how much noise: numbers, or tensors that broadcast over latents."""
 
     time: Number
@@ -38,11 +38,11 @@ class Estimate(NamedTuple):
     noise: Tensor  # ε̂
 
 
-def noised(sample: Tensor, noise: Tensor, level: Level[Number]) -> Tensor:
+def add_noise(sample: Tensor, noise: Tensor, level: NoiseLevel[Number]) -> Tensor:
     return level.alpha * sample + level.sigma * noise
 
 
-def prediction_of(sample: Tensor, noise: Tensor, level: Level[Number], kind: Prediction) -> Tensor:
+def compute_prediction(sample: Tensor, noise: Tensor, level: NoiseLevel[Number], kind: Prediction) -> Tensor:
     """What a network that knows both would predict: the target of training."""
     match kind:
         case "sample":
@@ -55,7 +55,7 @@ def prediction_of(sample: Tensor, noise: Tensor, level: Level[Number], kind: Pre
             return noise - sample
 
 
-def estimate(noisy: Tensor, prediction: Tensor, level: Level[Number], kind: Prediction) -> Estimate:
+def compute_estimate(noisy: Tensor, prediction: Tensor, level: NoiseLevel[Number], kind: Prediction) -> Estimate:
     """Of the data and of the noise in `noisy`; of both the one that divides by little is found first."""
     alpha, sigma = level.alpha, level.sigma
     match kind:
@@ -71,7 +71,7 @@ def estimate(noisy: Tensor, prediction: Tensor, level: Level[Number], kind: Pred
             return Estimate(sample, sample + prediction)
 
 
-def error_of_sample(level: Level[Tensor], kind: Prediction) -> Tensor:
+def sample_error_factor(level: NoiseLevel[Tensor], kind: Prediction) -> Tensor:
     """By what x̂ errs where the prediction errs by 1."""
     alpha, sigma = level.alpha, level.sigma
     match kind:

@@ -61,11 +61,11 @@ class DiffusionOptions:
                 f"eta is {self.eta} and the sampler {self.sampler}; expected eta with ddim alone; give eta 0"
             )
 
-    def guides_at(self, time: float) -> bool:
+    def uses_guidance_at(self, time: float) -> bool:
         begin, end = self.guidance_interval
         return self.guidance_scale != 1 and begin <= time <= end
 
-    def chosen_sampler(self) -> Sampler:
+    def make_sampler(self) -> Sampler:
         every: dict[SamplerName, Sampler] = {
             "euler": euler,
             "heun": heun,
@@ -78,7 +78,7 @@ class DiffusionOptions:
         return every[self.sampler]
 
 
-def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
     """Predictions (B, c, h, w), brought back to the conditional one's standard deviation by `share` in [0, 1]."""
     if share == 0:
         return guided

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level, Prediction, error_of_sample
+from stage2_prior.diffusion.process import NoiseLevel, Prediction, sample_error_factor
 from training_harness.errors import ConfigError
 
 BELOW_ONE = 1 - 2**-24  # beyond which the normal number would be infinite in float32
@@ -33,7 +33,7 @@ class TimesConfig:
         if self.min_snr_gamma < 0:
             raise ConfigError(f"times.min_snr_gamma is {self.min_snr_gamma}; expected 0 or more, such as 5.0")
 
-    def shares(self, uniform: Tensor) -> Tensor:
+    def sample_times(self, uniform: Tensor) -> Tensor:
         """Uniform numbers (B,) in [0, 1) → shares (B,) of the noise's time, in (0, 1]."""
         share = 1 - uniform
         if self.distribution == "uniform":
@@ -41,9 +41,9 @@ class TimesConfig:
         normal = math.sqrt(2) * torch.erfinv((2 * share - 1).clamp(-BELOW_ONE, BELOW_ONE))
         return torch.sigmoid(self.logit_mean + self.logit_std * normal)
 
-    def weights(self, level: Level[Tensor], kind: Prediction) -> Tensor | None:
+    def loss_weights(self, level: NoiseLevel[Tensor], kind: Prediction) -> Tensor | None:
         """Of the squared errors of predictions, or none where all count alike."""
         if self.min_snr_gamma == 0:
             return None
         ratio = (level.alpha / level.sigma).square()
-        return ratio.clamp(max=self.min_snr_gamma) * error_of_sample(level, kind).square()
+        return ratio.clamp(max=self.min_snr_gamma) * sample_error_factor(level, kind).square()

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.layers.attention import carries_derivative
+from stage2_prior.layers.attention import has_forward_tangent
 
 SCALE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
-AT_ONCE = 2**18  # numbers, of which all that is computed stays in a core's cache
+CHUNK_SIZE = 2**18  # numbers, of which all that is computed stays in a core's cache
 
 
 class GELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.dtype in (torch.float32, torch.float64)
-        by_hand = wide and x.device.type == "cpu" and not torch.compiler.is_compiling() and not carries_derivative(x)
+        by_hand = wide and x.device.type == "cpu" and not torch.compiler.is_compiling() and not has_forward_tangent(x)
         return _GELU.apply(x) if by_hand else F.gelu(x, approximate="tanh")
 
 
@@ -31,8 +31,8 @@ class _GELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         found, slopes = torch.empty_like(x), torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        for begin in range(0, x.numel(), AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
+        for begin in range(0, x.numel(), CHUNK_SIZE):
+            part = slice(begin, begin + CHUNK_SIZE)
             given, out = x.view(-1)[part], found.view(-1)[part]
             square = given.square()
             sigmoid = torch.addcmul(given, given, square, value=CUBE).mul_(SCALE).sigmoid_()

@@ -13,15 +13,15 @@ from torch.autograd import forward_ad
 
 from training_harness.matmul_precision import matmul_in_bf16
 
-SHORT, SHORT_IF_ROUNDED = 64, 256  # tokens up to which plain products are the quicker ones
+MAX_PLAIN_TOKENS, MAX_PLAIN_TOKENS_BF16 = 64, 256  # tokens up to which plain products are the quicker ones
 
 
-def plain_products_pay(tokens: int, device: torch.device) -> bool:
-    short = SHORT_IF_ROUNDED if matmul_in_bf16(device) else SHORT
+def prefers_plain_attention(tokens: int, device: torch.device) -> bool:
+    short = MAX_PLAIN_TOKENS_BF16 if matmul_in_bf16(device) else MAX_PLAIN_TOKENS
     return tokens <= short and device.type == "cpu" and torch.is_grad_enabled()
 
 
-def carries_derivative(x: Tensor) -> bool:
+def has_forward_tangent(x: Tensor) -> bool:
     """Whether x is differentiated forwards, which torch's fused kernels of attention are not."""
     return forward_ad.unpack_dual(x).tangent is not None
 

@@ -103,12 +103,12 @@ def test_the_network_sees_what_it_restores_and_learns_from_it(codes: CodeCache, 
     objective = DiffusionObjective(config, codes)
     prior = objective.new_prior()
     torch.nn.init.normal_(prior.denoiser.final.weight, std=0.2, generator=seeded(0))
-    inputs = list(objective.inputs(np.arange(8), torch.full((8, 2), 0.5, dtype=torch.float64), 1))
+    inputs = list(objective.prepare_inputs(np.arange(8), torch.full((8, 2), 0.5, dtype=torch.float64), 1))
     assert torch.equal(inputs[5], codes.train.latents(np.arange(8), "degraded"))  # type: ignore[arg-type]
     loss = prior(*inputs).total
     inputs[5] = inputs[5].flip(0)  # type: ignore[union-attr]
     assert prior(*inputs).total != loss
-    assert objective.validation(prior.eval())["validation_squared_error"] > 0
+    assert objective.validate(prior.eval())["validation_squared_error"] > 0
 
 
 def test_codes_of_another_degradation_are_refused(codes: CodeCache, tmp_path: Path) -> None:

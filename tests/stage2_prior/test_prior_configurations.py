@@ -12,8 +12,8 @@ from stage2_prior.autoregressive.config import AutoregressiveModel, Autoregressi
 from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel, UNetModel
 from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.migration import TRAINING
-from stage2_prior.registry import saved_prior
-from stage2_prior.training_config import prior_training
+from stage2_prior.registry import load_saved_prior
+from stage2_prior.training_config import parse_prior_training
 from training_harness.errors import ConfigError
 
 PATHS = {"output": "run", "codes": "codes"}
@@ -52,8 +52,8 @@ def test_a_saved_configuration_has_the_section_of_the_training_configuration_and
     assert stored["latentloom_format"] == 2
     assert "hidden_size" not in stored
     kind = {"latentloom-autoregressive": "autoregressive"}.get(stored["model_type"], "diffusion")
-    training = prior_training(PATHS | {"prior": kind, "model": stored["model"]})
-    assert training.model == prior.config.model == saved_prior(tmp_path).config.model
+    training = parse_prior_training(PATHS | {"prior": kind, "model": stored["model"]})
+    assert training.model == prior.config.model == load_saved_prior(tmp_path).config.model
 
 
 DIT = """denoiser: dit
@@ -81,7 +81,7 @@ TIMES = {"logit_std": 1.2, "instant_share": 0.75, "spans_from": 0.5}
 )
 def test_a_whole_configuration_of_the_first_format_becomes_its_variants(model: str, expected: Any) -> None:
     values = PATHS | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
-    config = prior_training(TRAINING.present(values))
+    config = parse_prior_training(TRAINING.present(values))
     assert config.model == expected
     assert config.class_dropout == 0.2
     assert config.times.logit_std == 1.2

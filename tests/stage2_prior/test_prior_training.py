@@ -89,7 +89,9 @@ def test_a_prior_starts_from_the_vectors_of_the_tokenizers_own_codes(
     codes: CodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[torch.Tensor] = []
-    monkeypatch.setattr(AutoregressivePrior, "start_from_code_vectors", lambda prior, vectors: given.append(vectors))
+    monkeypatch.setattr(
+        AutoregressivePrior, "initialize_from_code_vectors", lambda prior, vectors: given.append(vectors)
+    )
     train_prior(configuration(codes, tmp_path / "run", max_steps=1), codes)
     config, codebook = tiny_tokenizer().config, tiny_tokenizer().quantizer.codebook
     expected = (codebook - torch.tensor(config.latent_mean)) / torch.tensor(config.latent_std)

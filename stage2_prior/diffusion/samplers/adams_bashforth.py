@@ -13,11 +13,13 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Estimate, Level
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import Estimate, NoiseLevel
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def adams_bashforth(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw) -> Iterator[Tensor]:
+def adams_bashforth(
+    denoise: DenoiseFunction, x: Tensor, levels: Sequence[NoiseLevel[float]], sample_noise: SampleNoise
+) -> Iterator[Tensor]:
     last: Estimate | None = None
     step_before = 0.0
     for t, s in pairwise(levels):

@@ -12,16 +12,18 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def ddpm(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw) -> Iterator[Tensor]:
+def ddpm(
+    denoise: DenoiseFunction, x: Tensor, levels: Sequence[NoiseLevel[float]], sample_noise: SampleNoise
+) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
         ratio = t.alpha / s.alpha
         added = max(t.sigma**2 - (ratio * s.sigma) ** 2, 0) / t.sigma**2
         sample = denoise(x, t).sample
         x = (ratio * (s.sigma / t.sigma) ** 2) * x + (s.alpha * added) * sample
         if s.sigma > 0:
-            x = x + math.sqrt(added) * s.sigma * draw()
+            x = x + math.sqrt(added) * s.sigma * sample_noise()
         yield x

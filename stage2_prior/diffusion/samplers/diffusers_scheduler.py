@@ -11,18 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Prediction, prediction_of
-from stage2_prior.diffusion.samplers.protocol import Denoise
-from stage2_prior.diffusion.schedule import LEVELS, NoiseSchedule
+from stage2_prior.diffusion.process import Prediction, compute_prediction
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction
+from stage2_prior.diffusion.schedule import NUM_LEVELS, NoiseSchedule
 from training_harness.errors import UserError
 
-CLOSE = 1e-4  # between ᾱ of the two, which are float32 there
+ALPHAS_TOLERANCE = 1e-4  # between ᾱ of the two, which are float32 there
 
 
 def sample_with_scheduler(
     scheduler: Any,
     schedule: NoiseSchedule,
-    denoise: Denoise,
+    denoise: DenoiseFunction,
     noise: Tensor,
     steps: int,
     generators: Sequence[torch.Generator],
@@ -38,10 +38,10 @@ def sample_with_scheduler(
     draws = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise if flow else noise * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
-        time = float(step) / LEVELS if flow else (float(step) + 1) / LEVELS
+        time = float(step) / NUM_LEVELS if flow else (float(step) + 1) / NUM_LEVELS
         level = schedule.level(time)
         shown = x if flow else scheduler.scale_model_input(x, step)
-        x = scheduler.step(prediction_of(*denoise(shown, level), level, kind), step, x, **draws).prev_sample
+        x = scheduler.step(compute_prediction(*denoise(shown, level), level, kind), step, x, **draws).prev_sample
         yield x
 
 
@@ -56,13 +56,13 @@ def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
         )
     if not schedule.is_flow and (of_flows or theirs is None):
         raise UserError(
-            f"the scheduler is a {name} and the prior was trained with a schedule of {LEVELS} levels; expected a scheduler of "
+            f"the scheduler is a {name} and the prior was trained with a schedule of {NUM_LEVELS} levels; expected a scheduler of "
             "such, as DDIMScheduler is"
         )
     if theirs is not None and not schedule.is_flow:
-        times = torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS
+        times = torch.arange(1, NUM_LEVELS + 1, dtype=torch.float64) / NUM_LEVELS
         own = schedule.levels(times).alpha.square()
-        if len(theirs) != LEVELS or not torch.allclose(theirs.double(), own, rtol=0, atol=CLOSE):
+        if len(theirs) != NUM_LEVELS or not torch.allclose(theirs.double(), own, rtol=0, atol=ALPHAS_TOLERANCE):
             raise UserError(
                 f"the betas of the {name} are not those that the prior was trained with; expected its beta_schedule, beta_start, "
                 "beta_end and rescale_betas_zero_snr"

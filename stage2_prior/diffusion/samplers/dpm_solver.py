@@ -13,12 +13,16 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
 def dpm_solver(
-    denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw, stochastic: bool = False
+    denoise: DenoiseFunction,
+    x: Tensor,
+    levels: Sequence[NoiseLevel[float]],
+    sample_noise: SampleNoise,
+    stochastic: bool = False,
 ) -> Iterator[Tensor]:
     last: Tensor | None = None
     step_before = math.inf
@@ -32,14 +36,14 @@ def dpm_solver(
         if stochastic:
             x = (kept * left) * x + (s.alpha * (1 - left**2)) * direction
             if s.sigma > 0:
-                x = x + s.sigma * math.sqrt(1 - left**2) * draw()
+                x = x + s.sigma * math.sqrt(1 - left**2) * sample_noise()
         else:
             x = kept * x + (s.alpha * (1 - left)) * direction
         last, step_before = sample, step
         yield x
 
 
-def _log_snr(level: Level[float]) -> float:
+def _log_snr(level: NoiseLevel[float]) -> float:
     """λ, −∞ of noise alone and ∞ of data alone."""
     if level.sigma == 0:
         return math.inf

@@ -11,11 +11,13 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level, noised
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel, add_noise
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw) -> Iterator[Tensor]:
+def euler(
+    denoise: DenoiseFunction, x: Tensor, levels: Sequence[NoiseLevel[float]], sample_noise: SampleNoise
+) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
-        x = noised(*denoise(x, t), s)
+        x = add_noise(*denoise(x, t), s)
         yield x

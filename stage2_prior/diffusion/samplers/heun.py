@@ -12,14 +12,16 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level, noised
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel, add_noise
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def heun(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw) -> Iterator[Tensor]:
+def heun(
+    denoise: DenoiseFunction, x: Tensor, levels: Sequence[NoiseLevel[float]], sample_noise: SampleNoise
+) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
         first = denoise(x, t)
-        end = noised(*first, s)
+        end = add_noise(*first, s)
         if s.sigma > 0:
             second = denoise(end, s)
             to_sample, to_noise = (s.alpha - t.alpha) / 2, (s.sigma - t.sigma) / 2

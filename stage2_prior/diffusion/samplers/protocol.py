@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Estimate, Level
+from stage2_prior.diffusion.process import Estimate, NoiseLevel
 
-Denoise = Callable[[Tensor, Level[float]], Estimate]
+DenoiseFunction = Callable[[Tensor, NoiseLevel[float]], Estimate]
 """What the network makes of x (B, c, h, w) at a level."""
-Draw = Callable[[], Tensor]
+SampleNoise = Callable[[], Tensor]
 """New noise (B, c, h, w) ~ N(0, I), each image's from its own generator."""
-Sampler = Callable[[Denoise, Tensor, Sequence[Level[float]], Draw], Iterator[Tensor]]
+Sampler = Callable[[DenoiseFunction, Tensor, Sequence[NoiseLevel[float]], SampleNoise], Iterator[Tensor]]

@@ -106,7 +106,7 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
 def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
     short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "plain_products_pay", lambda *_: short)
+    monkeypatch.setattr(blocks, "prefers_plain_attention", lambda *_: short)
     shared = tiny_prior(num_heads=4, num_key_value_heads=2)
     own = tiny_prior(num_heads=4)
     weights = shared.state_dict()
@@ -172,7 +172,7 @@ def test_a_fresh_prior_guesses_uniformly(codebook_size: int) -> None:
 @pytest.mark.parametrize("channels", [4, 32])
 def test_codes_that_are_near_start_with_near_embeddings_and_near_rows_of_the_head(channels: int) -> None:
     prior, vectors = tiny_prior(), torch.randn(16, channels, generator=seeded(1))
-    prior.start_from_code_vectors(vectors)
+    prior.initialize_from_code_vectors(vectors)
     distances = torch.cdist(vectors, vectors)
     for rows, std in ((prior.code_embedding.weight, 0.3), (prior.head.weight, 0.05)):
         found = torch.cdist(rows, rows).detach()
@@ -184,7 +184,7 @@ def test_codes_that_are_near_start_with_near_embeddings_and_near_rows_of_the_hea
 
 def test_vectors_of_more_channels_than_the_prior_has_are_projected_to_the_same_size() -> None:
     prior, vectors = tiny_prior(), torch.randn(16, 200, generator=seeded(1))
-    prior.start_from_code_vectors(vectors)
+    prior.initialize_from_code_vectors(vectors)
     assert float(prior.code_embedding.weight.detach().square().mean().sqrt()) == pytest.approx(0.3, rel=0.15)
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import seeded, tiny_prior
 
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.orders import known_first
+from stage2_prior.autoregressive.orders import order_known_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.prior import KnownCodes
 
@@ -27,7 +27,7 @@ def exact(prior: torch.nn.Module, orders: torch.Tensor | None = None) -> torch.T
     grids[:, 1:3] = fillings
     labels = torch.zeros(len(fillings), dtype=torch.int64)
     wanted = None if orders is None else orders.expand(len(fillings), -1)
-    tokens = prior.tokens_of(grids.view(-1, 2, 3), wanted)
+    tokens = prior.codes_to_tokens(grids.view(-1, 2, 3), wanted)
     with torch.no_grad():
         log_likelihood = prior.logits(tokens, labels, wanted).log_softmax(2).gather(2, tokens[:, :, None]).sum((1, 2))
     return log_likelihood.double().softmax(0)
@@ -61,7 +61,7 @@ def test_many_candidates_fill_a_hole_as_the_prior_given_all_that_is_known_and_on
 
 def test_a_prior_of_any_order_fills_a_hole_from_its_own_conditional_distribution() -> None:
     prior = small(learned_positions=True, random_order=1.0)
-    orders = known_first(KEPT)
+    orders = order_known_first(KEPT)
     assert distance(found(prior, 8, orders), exact(prior, orders)) < 0.06  # 16 fillings, 2,000 draws
 
 

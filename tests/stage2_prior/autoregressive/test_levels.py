@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.sampling import SamplingOptions, draw
+from stage2_prior.autoregressive.sampling import SamplingOptions, sample_codes
 
 LEVELS = 3
 
@@ -21,11 +21,11 @@ def codes(count: int) -> torch.Tensor:
 
 def test_a_level_sees_the_levels_before_it_at_its_place_and_all_levels_of_earlier_places() -> None:
     prior, labels, grid = tiny_prior(levels=LEVELS), torch.tensor([0]), codes(1)
-    before = prior.logits(prior.tokens_of(grid), labels)
+    before = prior.logits(prior.codes_to_tokens(grid), labels)
     for place, level in ((0, 0), (5, 1), (9, 2), (14, 0)):
         altered = grid.clone().flatten(2)
         altered[0, level, place] = (altered[0, level, place] + 1) % 16
-        after = prior.logits(prior.tokens_of(altered.view_as(grid)), labels)
+        after = prior.logits(prior.codes_to_tokens(altered.view_as(grid)), labels)
         changed = (before != after).any(2)[0]
         first = place * LEVELS + level + 1
         assert not changed[:first].any()
@@ -35,14 +35,14 @@ def test_a_level_sees_the_levels_before_it_at_its_place_and_all_levels_of_earlie
 def test_every_level_has_a_table_of_its_own() -> None:
     prior = tiny_prior(levels=LEVELS)
     assert prior.code_embedding.num_embeddings == LEVELS * 16
-    same = prior.code_vectors(torch.full((1, 1, LEVELS), 5))[0, 0]
+    same = prior.embed_levels(torch.full((1, 1, LEVELS), 5))[0, 0]
     assert torch.equal(same, prior.code_embedding.weight[[5, 21, 37]])
-    assert torch.equal(prior.head_rows(1), prior.head.weight[16:32])
+    assert torch.equal(prior.head_weight(1), prior.head.weight[16:32])
 
 
 def test_the_loss_is_the_mean_over_places_and_levels_and_reaches_every_weight() -> None:
     prior, grid, labels = tiny_prior(levels=LEVELS), codes(2), torch.tensor([0, -1])
-    tokens = prior.tokens_of(grid)
+    tokens = prior.codes_to_tokens(grid)
     by_hand = -prior.logits(tokens, labels).log_softmax(2).gather(2, tokens[:, :, None]).mean()
     loss = prior(grid, labels)
     assert_close(loss.total, by_hand)
@@ -58,9 +58,9 @@ def test_decoding_with_caches_equals_a_slow_loop_without() -> None:
     with torch.no_grad():
         for i in range(tokens.shape[1]):
             without, conditional = (prior.logits(tokens, y)[:, i] for y in (null, labels))
-            tokens[:, i] = draw(without + 2.0 * (conditional - without), uniform[:, i])
+            tokens[:, i] = sample_codes(without + 2.0 * (conditional - without), uniform[:, i])
     options = SamplingOptions(guidance_scale=2.0)
-    assert torch.equal(decode(prior, labels, options, [seeded(5), seeded(6)]), prior.codes_of(tokens))
+    assert torch.equal(decode(prior, labels, options, [seeded(5), seeded(6)]), prior.tokens_to_codes(tokens))
 
 
 def test_a_fresh_prior_of_levels_guesses_uniformly_and_a_saved_one_comes_back(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
+from stage2_prior.autoregressive.sampling import SamplingOptions, sample_codes, truncate_logits
 from stage2_prior.autoregressive.stepping import PackedStepper
 from stage2_prior.prior import UNKNOWN
 from training_harness.errors import SpecMismatchError, UserError
@@ -29,7 +29,7 @@ def decoded(prior: AutoregressivePrior, labels: list[int], seeds: list[int], **o
 
 
 def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
-    return set(truncated(torch.tensor([logits]), top_k, top_p, min_p).isfinite()[0].nonzero().flatten().tolist())
+    return set(truncate_logits(torch.tensor([logits]), top_k, top_p, min_p).isfinite()[0].nonzero().flatten().tolist())
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.05, 0.3, 0.01, 0.24, 0.4])
     count = 20_000
     uniform = torch.rand(count, generator=seeded(0))
-    drawn = torch.bincount(draw(probabilities.log().expand(count, 5), uniform), minlength=5)
+    drawn = torch.bincount(sample_codes(probabilities.log().expand(count, 5), uniform), minlength=5)
 
     def statistic(expected: Tensor) -> float:
         return float(((drawn - count * expected) ** 2 / (count * expected)).sum())
@@ -54,7 +54,7 @@ def test_evenly_spaced_uniform_numbers_draw_each_code_its_share_of_times() -> No
     probabilities /= probabilities.sum()
     count = 5_000
     uniform = (torch.arange(count) + 0.5) / count
-    drawn = torch.bincount(draw(probabilities.log().expand(count, 7), uniform), minlength=7)
+    drawn = torch.bincount(sample_codes(probabilities.log().expand(count, 7), uniform), minlength=7)
     assert (drawn - count * probabilities).abs().max() < 1.01
 
 
@@ -62,7 +62,7 @@ def test_evenly_spaced_uniform_numbers_draw_each_code_its_share_of_times() -> No
 @settings(max_examples=60, deadline=None)
 def test_a_larger_uniform_number_never_draws_an_earlier_code(logits: list[float], uniform: list[float]) -> None:
     ordered = torch.tensor(sorted(uniform))
-    drawn = draw(torch.tensor(logits).expand(len(uniform), -1), ordered).tolist()
+    drawn = sample_codes(torch.tensor(logits).expand(len(uniform), -1), ordered).tolist()
     assert all(a <= b for a, b in pairwise(drawn))
     assert drawn[0] >= 0
     assert drawn[-1] < len(logits)
@@ -75,7 +75,7 @@ def test_a_masked_code_is_never_drawn_whatever_the_uniform_number(allowed: list[
     mask = torch.tensor(allowed)
     logits = (8 * torch.randn(len(allowed), generator=seeded(seed))).masked_fill(~mask, -torch.inf)
     uniform = torch.tensor([0.0, 1e-38, 0.3, 0.5, 1 - 2**-12, ALMOST_ONE, 1.0])  # 1 itself lies outside the contract
-    drawn = draw(logits.expand(len(uniform), -1), uniform)
+    drawn = sample_codes(logits.expand(len(uniform), -1), uniform)
     assert mask[drawn].all()
 
 
@@ -135,11 +135,11 @@ def test_the_guidance_scale_grows_to_its_end_and_a_constant_one_begins_there() -
         name: SamplingOptions(guidance_scale=3.0, guidance_schedule=name) for name in ("constant", "linear", "cosine")
     }  # type: ignore[arg-type]
     for options in ends.values():
-        assert options.scale_at(15, 16) == pytest.approx(3.0)
-    assert ends["constant"].scale_at(0, 16) == 3.0
-    assert ends["linear"].scale_at(7, 16) == pytest.approx(2.0)
-    assert ends["cosine"].scale_at(7, 16) == pytest.approx(2.0)
-    assert 1 < ends["cosine"].scale_at(0, 16) < ends["linear"].scale_at(0, 16) < 1.2
+        assert options.guidance_scale_at(15, 16) == pytest.approx(3.0)
+    assert ends["constant"].guidance_scale_at(0, 16) == 3.0
+    assert ends["linear"].guidance_scale_at(7, 16) == pytest.approx(2.0)
+    assert ends["cosine"].guidance_scale_at(7, 16) == pytest.approx(2.0)
+    assert 1 < ends["cosine"].guidance_scale_at(0, 16) < ends["linear"].guidance_scale_at(0, 16) < 1.2
 
 
 def test_a_schedule_guides_each_place_by_its_own_scale() -> None:
@@ -150,16 +150,16 @@ def test_a_schedule_guides_each_place_by_its_own_scale() -> None:
     with torch.no_grad():
         for i in range(16):
             without, conditional = (prior.logits(tokens, y)[:, i] for y in (torch.full_like(labels, 3), labels))
-            tokens[:, i] = draw(without + (1 + 3 * (i + 1) / 16) * (conditional - without), uniform[:, i])
+            tokens[:, i] = sample_codes(without + (1 + 3 * (i + 1) / 16) * (conditional - without), uniform[:, i])
     assert torch.equal(decode(prior, labels, options, [seeded(5), seeded(6)]).flatten(1), tokens)
 
 
 def test_what_is_kept_keeps_its_logits_and_rows_do_not_mix() -> None:
     logits = torch.randn(4, 16, generator=seeded(0))
-    result = truncated(logits, 5, 0.9)
+    result = truncate_logits(logits, 5, 0.9)
     assert torch.equal(result[result.isfinite()], logits[result.isfinite()])
     for row in range(4):
-        assert torch.equal(truncated(logits[row : row + 1], 5, 0.9), result[row : row + 1])
+        assert torch.equal(truncate_logits(logits[row : row + 1], 5, 0.9), result[row : row + 1])
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def test_the_tokens_are_those_of_a_slow_loop_without_cache() -> None:
     with torch.no_grad():
         for i in range(16):
             without, conditional = (prior.logits(tokens, y)[:, i] for y in (null, labels))
-            logits = truncated((without + 2.0 * (conditional - without)) / 0.8, 9, 0.9)
-            tokens[:, i] = draw(logits, uniform[:, i])
+            logits = truncate_logits((without + 2.0 * (conditional - without)) / 0.8, 9, 0.9)
+            tokens[:, i] = sample_codes(logits, uniform[:, i])
     assert torch.equal(decoded(prior, [0, 1], [5, 6], **options), tokens)
 
 

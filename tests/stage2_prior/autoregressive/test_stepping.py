@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from stage2_prior.autoregressive import decoding
 from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.graph_stepping import GraphStepper
-from stage2_prior.autoregressive.packed_product import gated_product, packed_product
+from stage2_prior.autoregressive.packed_linear import pack_gated_linear, pack_linear
 from stage2_prior.autoregressive.sampling import SamplingOptions
-from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
+from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, build_stepper
 from training_harness.errors import UserError
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bo
         plain = ModuleStepper(prior, prior.new_caches(rows), orders)
         for i in range(16):
             inputs = torch.randn(rows, 1, 32, generator=seeded(i))
-            states = [stepper.hidden(inputs) for stepper in (packed, plain)]
+            states = [stepper.step(inputs) for stepper in (packed, plain)]
             assert_close(*states, rtol=0, atol=2e-5)
             assert_close(packed.logits(states[1], 0), plain.logits(states[1], 0), rtol=0, atol=1e-4)
 
@@ -58,7 +58,7 @@ def test_eight_bits_are_refused_where_there_is_no_such_path(dtype: torch.dtype) 
     with pytest.raises(
         UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected it on a CPU in"
     ):
-        stepper_for(prior, prior.new_caches(1), None, 1, eight_bits=True)
+        build_stepper(prior, prior.new_caches(1), None, 1, int8=True)
 
 
 def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
@@ -68,7 +68,7 @@ def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
         caches = prior.new_caches(2)
         prior.hidden_states(x[:, :7], caches=caches)
         stepper = PackedStepper(prior, caches, None, 2)
-        found = [stepper.hidden(x[:, i : i + 1]) for i in range(7, 16)]
+        found = [stepper.step(x[:, i : i + 1]) for i in range(7, 16)]
         assert_close(torch.stack(found, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
 
 
@@ -81,10 +81,10 @@ def test_steps_that_a_graph_can_repeat_equal_the_modules_at_every_place(setting:
     with torch.no_grad():
         caches = prior.new_caches(3)
         for cache in caches:
-            cache.held.fill_(torch.nan)  # memory as it was found
+            cache.data.fill_(torch.nan)  # memory as it was found
         stepper = GraphStepper(prior, caches, orders)
         prior.hidden_states(x[:, :5], orders, caches)
-        found = [stepper.hidden(x[:, i : i + 1]) for i in range(5, 16)]
+        found = [stepper.step(x[:, i : i + 1]) for i in range(5, 16)]
         assert_close(torch.stack(found, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
 
 
@@ -94,7 +94,7 @@ def test_a_step_to_be_recorded_asks_the_device_for_nothing() -> None:
         prior = tiny_prior(learned_positions=True)
         caches = prior.new_caches(2)
         stepper = GraphStepper(prior, caches, torch.zeros(2, 16, dtype=torch.int64))
-        states = stepper.step()
+        states = stepper.compute_step()
         assert (states.device.type, states.dtype, states.shape) == ("cuda", torch.float32, (2, 32))
 
 
@@ -108,34 +108,36 @@ def test_codes_from_a_recorded_step_are_those_of_the_modules(monkeypatch: pytest
         return decode(prior, labels, options, [seeded(i) for i in range(3)])
 
     recorded = drawn()
-    monkeypatch.setattr(decoding, "stepper_for", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders))
+    monkeypatch.setattr(
+        decoding, "build_stepper", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders)
+    )
     assert torch.equal(recorded, drawn())
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:
     prior = tiny_prior()
-    assert isinstance(stepper_for(prior, [], None, 1, False), PackedStepper)
-    assert isinstance(stepper_for(prior.double(), [], None, 1, False), ModuleStepper)
+    assert isinstance(build_stepper(prior, [], None, 1, False), PackedStepper)
+    assert isinstance(build_stepper(prior.double(), [], None, 1, False), ModuleStepper)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_a_packed_product_is_the_product(rows: int) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(rows, 16, generator=seeded(1))
-    assert_close(packed_product(weight, rows)(x), F.linear(x, weight))
+    assert_close(pack_linear(weight, rows)(x), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 9])
-def test_a_gated_product_is_that_of_swiglu(rows: int, eight_bits: bool) -> None:
+def test_a_gated_product_is_that_of_swiglu(rows: int, int8: bool) -> None:
     gate, up, x = (torch.randn(size, 16, generator=seeded(i)) for i, size in enumerate((24, 24, rows)))
-    found = gated_product(gate, up, rows, eight_bits)(x)
-    rtol, atol = (0.1, 0.2) if eight_bits else (1e-5, 1e-5)
+    found = pack_gated_linear(gate, up, rows, int8)(x)
+    rtol, atol = (0.1, 0.2) if int8 else (1e-5, 1e-5)
     assert_close(found, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
 
 
 def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
-    product, expected = packed_product(weight, 3), F.linear(x, weight)
+    product, expected = pack_linear(weight, 3), F.linear(x, weight)
     calls: list[object] = []
     monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(arguments) or expected)
     assert_close(product(x), expected)
@@ -145,23 +147,21 @@ def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pyte
 def test_eight_bit_weights_err_by_less_than_a_hundredth() -> None:
     weight, x = torch.randn(64, 128, generator=seeded(0)), torch.randn(4, 128, generator=seeded(1))
     exact = F.linear(x, weight)
-    error = (
-        packed_product(weight, 4, eight_bits=True)(x) - exact
-    ).square().mean().sqrt() / exact.square().mean().sqrt()
+    error = (pack_linear(weight, 4, int8=True)(x) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 1e-4 < error < 0.01
 
 
 def test_where_private_operators_are_missing_the_plain_product_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
-    eight = packed_product(weight, 3, eight_bits=True)(x)
+    eight = pack_linear(weight, 3, int8=True)(x)
 
     def missing(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing, raising=False)
     monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
-    assert torch.equal(packed_product(weight, 3)(x), F.linear(x, weight))
-    assert_close(packed_product(weight, 3, eight_bits=True)(x), eight, rtol=0.02, atol=0.05)
+    assert torch.equal(pack_linear(weight, 3)(x), F.linear(x, weight))
+    assert_close(pack_linear(weight, 3, int8=True)(x), eight, rtol=0.02, atol=0.05)
 
 
 def test_eight_bit_weights_draw_nearly_the_same_images() -> None:

@@ -20,7 +20,7 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tenso
 def test_the_chunked_loss_equals_the_plain_one_in_value_and_gradient(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(token_loss.CHUNK, "cpu", at_once)
+    monkeypatch.setitem(token_loss.LOGITS_PER_CHUNK, "cpu", at_once)
     hidden, weight, targets = batch()
     ours, plain = head_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
     assert_close(ours, plain)
@@ -35,7 +35,7 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(token_loss.CHUNK, "cpu", 5 * 20)
+    monkeypatch.setitem(token_loss.LOGITS_PER_CHUNK, "cpu", 5 * 20)
     seen, linear = [], F.linear
 
     def noted(*arguments: torch.Tensor) -> torch.Tensor:

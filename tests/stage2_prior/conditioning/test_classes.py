@@ -5,7 +5,7 @@ import torch
 from tiny_models import seeded, tiny_prior
 from torch.testing import assert_close
 
-from stage2_prior.conditioning.classes import ClassEmbedding, drop_classes, guided
+from stage2_prior.conditioning.classes import ClassEmbedding, apply_guidance, drop_classes
 from training_harness.batch_order import BatchOrder
 
 
@@ -33,6 +33,6 @@ def test_labels_are_left_out_at_their_rate() -> None:
 
 def test_guidance_1_is_the_conditional_prediction_0_the_null_one_and_2_as_far_beyond() -> None:
     conditional, null = torch.randn(2, 5, 16, generator=seeded(0))
-    assert_close(guided(conditional, null, 1.0), conditional)
-    assert torch.equal(guided(conditional, null, 0.0), null)
-    assert_close(guided(conditional, null, 2.0) - conditional, conditional - null)
+    assert_close(apply_guidance(conditional, null, 1.0), conditional)
+    assert torch.equal(apply_guidance(conditional, null, 0.0), null)
+    assert_close(apply_guidance(conditional, null, 2.0) - conditional, conditional - null)

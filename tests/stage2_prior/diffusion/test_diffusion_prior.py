@@ -90,9 +90,9 @@ def test_patches_come_apart_and_together(size: int) -> None:
     )
     denoiser = DiT(config, config.model)
     latents = torch.randn(2, 3, 4, 8, generator=seeded(0))
-    patches = denoiser.patches(latents)
+    patches = denoiser.patchify(latents)
     assert patches.shape == (2, 32 // size**2, 3 * size**2)
-    assert torch.equal(denoiser.whole(patches), latents)
+    assert torch.equal(denoiser.unpatchify(patches), latents)
     assert torch.equal(patches[:, 1].view(2, 3, size, size), latents[:, :, :size, size : 2 * size])
 
 
@@ -142,19 +142,19 @@ def test_guidance_of_one_is_the_conditional_model(schedule: str) -> None:
     prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")
     latents, _, labels = some_latents()
     conditional = prior.denoiser(latents, torch.full((3,), 0.4), labels)
-    assert_close(prior.prediction(latents, 0.4, labels, DiffusionOptions()), conditional)
+    assert_close(prior.predict(latents, 0.4, labels, DiffusionOptions()), conditional)
     without = prior.denoiser(latents, torch.full((3,), 0.4), torch.full((3,), -1))
-    found = prior.prediction(latents, 0.4, labels, DiffusionOptions(guidance_scale=3.0))
+    found = prior.predict(latents, 0.4, labels, DiffusionOptions(guidance_scale=3.0))
     assert_close(found, without + 3 * (conditional - without), rtol=0, atol=1e-5)
     outside = DiffusionOptions(guidance_scale=3.0, guidance_interval=(0.5, 1.0))
-    assert_close(prior.prediction(latents, 0.4, labels, outside), conditional)
+    assert_close(prior.predict(latents, 0.4, labels, outside), conditional)
 
 
 def test_rescaled_guidance_has_the_spread_of_the_conditional_model() -> None:
     prior = tiny_diffusion()
     latents, _, labels = some_latents()
-    conditional = prior.prediction(latents, 0.4, labels, DiffusionOptions())
-    whole = prior.prediction(latents, 0.4, labels, DiffusionOptions(guidance_scale=4.0, guidance_rescale=1.0))
+    conditional = prior.predict(latents, 0.4, labels, DiffusionOptions())
+    whole = prior.predict(latents, 0.4, labels, DiffusionOptions(guidance_scale=4.0, guidance_rescale=1.0))
     assert_close(whole.flatten(1).std(1), conditional.flatten(1).std(1))
 
 

@@ -10,14 +10,14 @@ from tiny_models import seeded, their
 from torch.testing import assert_close
 
 from stage2_prior.diffusion.process import (
-    Level,
+    NoiseLevel,
     Prediction,
-    error_of_sample,
-    estimate,
-    noised,
-    prediction_of,
+    add_noise,
+    compute_estimate,
+    compute_prediction,
+    sample_error_factor,
 )
-from stage2_prior.diffusion.schedule import LEVELS, NoiseSchedule, Schedule, Spacing
+from stage2_prior.diffusion.schedule import NUM_LEVELS, NoiseSchedule, Schedule, Spacing
 
 PREDICTIONS, SCHEDULES = get_args(Prediction), get_args(Schedule)
 TABLES = [name for name in SCHEDULES if name != "flow"]
@@ -32,7 +32,7 @@ def their_schedule(name: str, **fields: Any) -> Any:
 
 def some(
     schedule: Schedule, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor, Level[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, NoiseLevel[torch.Tensor]]:
     sample, noise = (torch.randn(5, 2, 3, 3, dtype=dtype, generator=seeded(i)) for i in range(2))
     times = torch.tensor([0.002, 0.25, 0.5, 0.75, 0.98], dtype=dtype).view(-1, 1, 1, 1)
     return sample, noise, NoiseSchedule(schedule).levels(times)
@@ -42,7 +42,9 @@ def some(
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_data_and_noise_come_back_from_what_is_predicted(kind: Prediction, schedule: Schedule) -> None:
     sample, noise, level = some(schedule)
-    found = estimate(noised(sample, noise, level), prediction_of(sample, noise, level, kind), level, kind)
+    found = compute_estimate(
+        add_noise(sample, noise, level), compute_prediction(sample, noise, level, kind), level, kind
+    )
     assert_close(found.sample, sample)
     assert_close(found.noise, noise)
 
@@ -54,31 +56,31 @@ def test_any_prediction_converts_to_any_other_and_back(
     first: Prediction, second: Prediction, schedule: Schedule
 ) -> None:
     sample, noise, level = some(schedule)
-    noisy, wrong = noised(sample, noise, level), torch.randn(sample.shape, dtype=torch.float64, generator=seeded(2))
-    through = prediction_of(*estimate(noisy, wrong, level, first), level, second)
-    assert_close(prediction_of(*estimate(noisy, through, level, second), level, first), wrong)
+    noisy, wrong = add_noise(sample, noise, level), torch.randn(sample.shape, dtype=torch.float64, generator=seeded(2))
+    through = compute_prediction(*compute_estimate(noisy, wrong, level, first), level, second)
+    assert_close(compute_prediction(*compute_estimate(noisy, through, level, second), level, first), wrong)
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_the_latents_err_by_the_stated_multiple_of_the_prediction(kind: Prediction) -> None:
     sample, noise, level = some("cosine")
-    noisy, right = noised(sample, noise, level), prediction_of(sample, noise, level, kind)
-    error = estimate(noisy, right + 1, level, kind).sample - sample
-    assert_close(error.abs(), error_of_sample(level, kind).expand_as(error))
+    noisy, right = add_noise(sample, noise, level), compute_prediction(sample, noise, level, kind)
+    error = compute_estimate(noisy, right + 1, level, kind).sample - sample
+    assert_close(error.abs(), sample_error_factor(level, kind).expand_as(error))
 
 
 def test_the_flow_is_the_velocity_of_the_straight_path() -> None:
     sample, noise = (torch.randn(3, generator=seeded(i), dtype=torch.float64) for i in range(2))
     schedule = NoiseSchedule("flow")
-    at = [noised(sample, noise, schedule.levels(torch.tensor(t, dtype=torch.float64))) for t in (0.3, 0.4)]
-    assert_close((at[1] - at[0]) / 0.1, prediction_of(sample, noise, Level(0.3, 0.7, 0.3), "flow"))
+    at = [add_noise(sample, noise, schedule.levels(torch.tensor(t, dtype=torch.float64))) for t in (0.3, 0.4)]
+    assert_close((at[1] - at[0]) / 0.1, compute_prediction(sample, noise, NoiseLevel(0.3, 0.7, 0.3), "flow"))
 
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("zero", [False, True])
 def test_schedules_are_those_of_diffusers(name: Schedule, zero: bool) -> None:
     theirs = their_schedule(name, rescale_betas_zero_snr=zero, prediction_type="v_prediction")
-    found = NoiseSchedule(name, zero).levels(torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS)
+    found = NoiseSchedule(name, zero).levels(torch.arange(1, NUM_LEVELS + 1, dtype=torch.float64) / NUM_LEVELS)
     assert_close(found.alpha.float().square(), theirs.alphas_cumprod, rtol=1e-4, atol=2e-6)
 
 
@@ -104,7 +106,7 @@ def test_only_zero_terminal_snr_ends_with_noise_alone(name: Schedule) -> None:
 def test_spacings_are_those_of_diffusers(spacing: Spacing, steps: int) -> None:
     theirs = their_schedule("linear", timestep_spacing=spacing)
     theirs.set_timesteps(steps)
-    found = NoiseSchedule("linear").sampling_times(steps, spacing) * LEVELS
+    found = NoiseSchedule("linear").sampling_times(steps, spacing) * NUM_LEVELS
     assert found[-1] == 0
     assert np.array_equal(found[:-1].numpy() - 1, theirs.timesteps.numpy())
 
@@ -115,7 +117,7 @@ def test_times_to_learn_at_are_all_levels_but_data(name: Schedule) -> None:
     assert times.min() > 0
     assert times.max() <= 1
     if name != "flow":
-        counts = torch.bincount((times * LEVELS).round().long(), minlength=LEVELS + 1)
+        counts = torch.bincount((times * NUM_LEVELS).round().long(), minlength=NUM_LEVELS + 1)
         assert counts[0] == 0
         assert counts[1:].min() > 50  # 100 expected: less by five standard deviations is 3e-4 likely
     assert math.isclose(times.mean(), 0.5, abs_tol=0.01)

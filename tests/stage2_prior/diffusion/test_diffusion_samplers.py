@@ -12,7 +12,7 @@ from tiny_models import seeded, their
 from torch import Tensor
 from torch.testing import assert_close
 
-from stage2_prior.diffusion.process import Estimate, Level, Prediction, estimate, prediction_of
+from stage2_prior.diffusion.process import Estimate, NoiseLevel, Prediction, compute_estimate, compute_prediction
 from stage2_prior.diffusion.samplers.adams_bashforth import adams_bashforth
 from stage2_prior.diffusion.samplers.ddim import ddim
 from stage2_prior.diffusion.samplers.ddpm import ddpm
@@ -20,7 +20,7 @@ from stage2_prior.diffusion.samplers.dpm_solver import dpm_solver
 from stage2_prior.diffusion.samplers.euler import euler
 from stage2_prior.diffusion.samplers.heun import heun
 from stage2_prior.diffusion.samplers.protocol import Sampler
-from stage2_prior.diffusion.schedule import LEVELS, NoiseSchedule, Schedule
+from stage2_prior.diffusion.schedule import NUM_LEVELS, NoiseSchedule, Schedule
 
 MEAN, STD = -2.0, 0.5
 DETERMINISTIC: dict[str, Sampler] = {
@@ -38,27 +38,27 @@ STOCHASTIC: dict[str, Sampler] = {
 EVERY = DETERMINISTIC | STOCHASTIC
 
 
-def levels_of(schedule: Schedule, steps: int) -> list[Level[float]]:
+def levels_of(schedule: Schedule, steps: int) -> list[NoiseLevel[float]]:
     noise = NoiseSchedule(schedule)
     times = noise.sampling_times(steps)
-    return [Level(*level) for level in torch.stack(noise.levels(times), 1).tolist()]
+    return [NoiseLevel(*level) for level in torch.stack(noise.levels(times), 1).tolist()]
 
 
-def gaussian(x: Tensor, level: Level[float]) -> Estimate:
+def gaussian(x: Tensor, level: NoiseLevel[float]) -> Estimate:
     """E[data | x] where the data are N(MEAN, STD²)."""
     gain = level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2)
     sample = MEAN + gain * (x - level.alpha * MEAN)
     return Estimate(sample, (x - level.alpha * sample) / level.sigma)
 
 
-def two_points(x: Tensor, level: Level[float]) -> Estimate:
+def two_points(x: Tensor, level: NoiseLevel[float]) -> Estimate:
     """E[data | x] where the data are 1 three times in four, and −1."""
     weight = torch.sigmoid(2 * level.alpha * x / level.sigma**2 + math.log(3))
     sample = 2 * weight - 1
     return Estimate(sample, (x - level.alpha * sample) / level.sigma)
 
 
-def end(sampler: Sampler, denoise: Callable[..., Estimate], x: Tensor, levels: Sequence[Level[float]]) -> Tensor:
+def end(sampler: Sampler, denoise: Callable[..., Estimate], x: Tensor, levels: Sequence[NoiseLevel[float]]) -> Tensor:
     generator = seeded(7)
 
     def draw() -> Tensor:
@@ -72,7 +72,7 @@ def noise(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, dtype=torch.float64, generator=seeded(seed))
 
 
-def start(count: int, levels: Sequence[Level[float]]) -> Tensor:
+def start(count: int, levels: Sequence[NoiseLevel[float]]) -> Tensor:
     """Draws from the exact distribution at the first level, which a schedule may end short of noise alone."""
     return levels[0].alpha * (MEAN + STD * noise(count, 1)) + levels[0].sigma * noise(count)
 
@@ -91,7 +91,7 @@ def test_the_exact_denoiser_of_a_gaussian_gives_its_mean_and_variance(name: str,
 def test_the_exact_denoiser_of_a_correlated_gaussian_gives_its_covariance(name: str, schedule: Schedule) -> None:
     wanted = torch.tensor([[1.0, -0.6], [-0.6, 0.5]], dtype=torch.float64)
 
-    def denoise(x: Tensor, level: Level[float]) -> Estimate:
+    def denoise(x: Tensor, level: NoiseLevel[float]) -> Estimate:
         spread = level.alpha**2 * wanted + level.sigma**2 * torch.eye(2, dtype=torch.float64)
         sample = MEAN + (x - level.alpha * MEAN) @ (level.alpha * torch.linalg.solve(spread, wanted))
         return Estimate(sample, (x - level.alpha * sample) / level.sigma)
@@ -111,7 +111,7 @@ def error_of_width(sampler: Sampler, steps: int, schedule: Schedule) -> float:
     if schedule == "flow":
         places += 0.3 * (places % 2)
     times = 0.9 - 0.8 * places / steps
-    levels = [Level(*level) for level in torch.stack(NoiseSchedule(schedule).levels(times), 1).tolist()]
+    levels = [NoiseLevel(*level) for level in torch.stack(NoiseSchedule(schedule).levels(times), 1).tolist()]
     low, high = end(sampler, gaussian, torch.tensor([-1.0, 1.0], dtype=torch.float64), levels)
     first, last = (math.hypot(level.alpha * STD, level.sigma) for level in (levels[0], levels[-1]))
     return abs(float(high - low) / 2 - last / first)
@@ -141,9 +141,9 @@ def network(x: Tensor, time: float) -> Tensor:
     return torch.sin(3 * x + time) + 0.3 * x
 
 
-def ours(sampler: Sampler, levels: Sequence[Level[float]], kind: Prediction, x: Tensor) -> list[Tensor]:
-    def denoise(noisy: Tensor, level: Level[float]) -> Estimate:
-        return estimate(noisy, network(noisy, level.time), level, kind)
+def ours(sampler: Sampler, levels: Sequence[NoiseLevel[float]], kind: Prediction, x: Tensor) -> list[Tensor]:
+    def denoise(noisy: Tensor, level: NoiseLevel[float]) -> Estimate:
+        return compute_estimate(noisy, network(noisy, level.time), level, kind)
 
     generator = seeded(3)
     return list(sampler(denoise, x, levels, lambda: torch.randn(x.shape, generator=generator)))
@@ -192,7 +192,7 @@ def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Predic
     scheduler = their("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
     scheduler.set_timesteps(12)
     levels, x = levels_of("scaled-linear", 12), torch.randn(2, 3, generator=seeded(0))
-    assert [round(level.time * LEVELS) - 1 for level in levels[:-1]] == scheduler.timesteps.tolist()
+    assert [round(level.time * NUM_LEVELS) - 1 for level in levels[:-1]] == scheduler.timesteps.tolist()
     found = ours(partial(dpm_solver, stochastic=algorithm.startswith("sde")), levels, kind, x)
     for mine, his in zip(found, steps_of(scheduler, [level.time for level in levels], x), strict=True):
         assert_close(mine, his, rtol=1e-3, atol=1e-3)
@@ -217,6 +217,6 @@ def test_steps_of_euler_are_those_of_diffusers_in_its_own_scale(kind: Prediction
     for t, s, step, mine in zip(levels, levels[1:], scheduler.timesteps, found, strict=False):
         prediction = network(scaled * t.alpha, t.time)
         if kind == "sample":  # what diffusers calls a sample there is in its own scale, as the data are in ours
-            prediction = prediction_of(*estimate(scaled * t.alpha, prediction, t, kind), t, kind)
+            prediction = compute_prediction(*compute_estimate(scaled * t.alpha, prediction, t, kind), t, kind)
         scaled = scheduler.step(prediction, step, scaled).prev_sample
         assert_close(mine, scaled * s.alpha, rtol=1e-3, atol=1e-3)

@@ -24,7 +24,7 @@ from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.diffusion.times import TimesConfig
 from stage2_prior.train import train_prior
-from stage2_prior.training_config import AutoregressiveTraining, DiffusionTraining, prior_training
+from stage2_prior.training_config import AutoregressiveTraining, DiffusionTraining, parse_prior_training
 from training_harness.errors import ConfigError, UserError
 from training_harness.optimization import ScheduleConfig
 
@@ -79,9 +79,9 @@ def test_validation_is_the_same_whenever_it_is_measured_and_its_bands_are_its_pa
     objective = DiffusionObjective(configuration(codes, tmp_path / "run"), codes)
     prior = objective.new_prior().eval()
     torch.nn.init.normal_(prior.denoiser.final.weight, std=0.2, generator=seeded(0))
-    first = objective.validation(prior)
+    first = objective.validate(prior)
     torch.randn(7)
-    assert objective.validation(prior) == first
+    assert objective.validate(prior) == first
     bands = [value for name, value in first.items() if "_t0." in name]
     count = len(codes.validation)
     sizes = [sum(band / 5 < (i + 0.5) / count <= (band + 1) / 5 for i in range(count)) for band in range(5)]
@@ -92,7 +92,7 @@ def test_validation_is_the_same_whenever_it_is_measured_and_its_bands_are_its_pa
 
 def test_what_predicts_nothing_errs_by_the_size_of_its_target(codes: CodeCache, tmp_path: Path) -> None:
     objective = DiffusionObjective(configuration(codes, tmp_path / "run"), codes)
-    found = objective.validation(objective.new_prior())["validation_squared_error"]
+    found = objective.validate(objective.new_prior())["validation_squared_error"]
     size = float(codes.validation.latents(torch.arange(len(codes.validation)).numpy()).square().mean())
     assert found == pytest.approx(1 + size, rel=0.15)  # of ε − x, which are independent
 
@@ -108,11 +108,11 @@ def test_codes_without_latents_are_refused_with_what_to_run(codes: CodeCache, tm
 
 def test_logit_normal_times_have_their_mean_and_spread() -> None:
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    shares = TimesConfig(distribution="logit-normal", logit_mean=0.4, logit_std=0.8).shares(uniform)
+    shares = TimesConfig(distribution="logit-normal", logit_mean=0.4, logit_std=0.8).sample_times(uniform)
     logits = torch.log(shares / (1 - shares))
     assert float(logits.mean()) == pytest.approx(0.4, abs=1e-3)
     assert float(logits.std()) == pytest.approx(0.8, abs=1e-3)
-    assert TimesConfig(distribution="logit-normal").shares(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
+    assert TimesConfig(distribution="logit-normal").sample_times(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
 
 
 CLOSED = {  # of SNR r and γ: Hang et al. 2023, and the same written for v
@@ -125,11 +125,11 @@ CLOSED = {  # of SNR r and γ: Hang et al. 2023, and the same written for v
 @pytest.mark.parametrize("kind", CLOSED)
 def test_min_snr_weights_are_those_of_the_paper(kind: Prediction) -> None:
     level = NoiseSchedule("cosine").levels(torch.tensor([0.05, 0.2, 0.5, 0.9], dtype=torch.float64))
-    found = TimesConfig(min_snr_gamma=5.0).weights(level, kind)
+    found = TimesConfig(min_snr_gamma=5.0).loss_weights(level, kind)
     assert found is not None
     ratios = ((level.alpha / level.sigma) ** 2).tolist()
     assert_close(found, torch.tensor([CLOSED[kind](ratio, 5.0) for ratio in ratios], dtype=torch.float64))
-    assert TimesConfig().weights(level, kind) is None
+    assert TimesConfig().loss_weights(level, kind) is None
 
 
 def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp
     objective, draws = DiffusionObjective(config, codes), torch.rand(8, 4, generator=seeded(0))
     draws[:, 3] = torch.linspace(0, 1, 8)
     for step in range(6):
-        *_, ends, guidance = objective.inputs(rows, draws, step)
+        *_, ends, guidance = objective.prepare_inputs(rows, draws, step)
         assert (ends is None) == (guidance is None) == (step < 3)
     assert guidance is not None
     assert_close(guidance, torch.linspace(1, 4, 8))  # large scales, which are sampled with, as often as small ones
@@ -148,12 +148,12 @@ def test_a_mean_flow_is_a_plain_flow_until_its_spans_begin(codes: CodeCache, tmp
 
 def test_a_configuration_is_that_of_the_prior_it_names() -> None:
     places = {"codes": "codes", "output": "run"}
-    assert isinstance(prior_training(places), AutoregressiveTraining)
-    found = prior_training(places | {"prior": "diffusion", "times": {"min_snr_gamma": 5}})
+    assert isinstance(parse_prior_training(places), AutoregressiveTraining)
+    found = parse_prior_training(places | {"prior": "diffusion", "times": {"min_snr_gamma": 5}})
     assert isinstance(found, DiffusionTraining)
     assert math.isclose(found.times.min_snr_gamma, 5)
     with pytest.raises(ConfigError, match=r"prior is 'gan'; expected one of: autoregressive, diffusion"):
-        prior_training(places | {"prior": "gan"})
+        parse_prior_training(places | {"prior": "gan"})
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.6, 0.0), (0.6, 0.0), (1.0, 0.5)])

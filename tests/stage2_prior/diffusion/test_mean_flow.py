@@ -172,8 +172,8 @@ def test_an_image_without_a_class_is_told_the_guidance_that_it_learnt_which_is_n
 
 def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
     times = torch.rand(40, generator=seeded(0))
-    others = TimesConfig().shares(torch.rand(40, generator=seeded(1)))
-    later, earlier = MeanFlow(instant_share=0.25).spans(times, others)
+    others = TimesConfig().sample_times(torch.rand(40, generator=seeded(1)))
+    later, earlier = MeanFlow(instant_share=0.25).make_spans(times, others)
     assert torch.equal(later[:10], times[:10])
     assert torch.equal(later[:10], earlier[:10])
     assert (earlier[10:] < later[10:]).all()

@@ -12,7 +12,7 @@ from stage2_prior.layers.activations import GELU
 
 
 def test_values_and_gradients_equal_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "AT_ONCE", 64)  # 11 parts, the last one shorter
+    monkeypatch.setattr(activations, "CHUNK_SIZE", 64)  # 11 parts, the last one shorter
     given, gradient = (4 * torch.randn(7, 97, generator=seeded(i)) for i in range(2))
     for x in (given, given.T):  # whatever its layout
         leaves = [x.clone().requires_grad_() for _ in range(2)]

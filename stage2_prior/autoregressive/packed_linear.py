@@ -15,26 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
+LinearFunction = Callable[[Tensor], Tensor]
 # Numbers of a bag at most: its sum stays in registers, of which a CPU without AVX-512 has an eighth.
 BAG = 256 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64
 
 
-def packed_product(weight: Tensor, rows: int, eight_bits: bool = False) -> Product:
+def pack_linear(weight: Tensor, rows: int, int8: bool = False) -> LinearFunction:
     """A function of x (rows, in) that gives x Wᵀ (rows, out) for the weight (out, in) as it is now."""
     weight = weight.detach()
-    if eight_bits:
-        return _eight_bit_product(weight)
+    if int8:
+        return _pack_int8(weight)
     if rows == 1:
-        return _bagged_product(weight)
-    if (blocked := _blocked(weight, rows)) is None:
+        return _pack_single_row(weight)
+    if (blocked := _reorder_for_onednn(weight, rows)) is None:
         return lambda x: F.linear(x, weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
 
 
-def gated_product(gate: Tensor, up: Tensor, rows: int, eight_bits: bool = False) -> Product:
+def pack_gated_linear(gate: Tensor, up: Tensor, rows: int, int8: bool = False) -> LinearFunction:
     """A function of x that gives SiLU(x Gᵀ) · (x Uᵀ); of several rows oneDNN does it as it writes the products."""
-    of_gate, of_up = (None if rows == 1 or eight_bits else _blocked(weight.detach(), rows) for weight in (gate, up))
+    of_gate, of_up = (
+        None if rows == 1 or int8 else _reorder_for_onednn(weight.detach(), rows) for weight in (gate, up)
+    )
     if of_gate is not None and of_up is not None:
         multiply = torch.ops.mkldnn._linear_pointwise
 
@@ -42,7 +44,7 @@ def gated_product(gate: Tensor, up: Tensor, rows: int, eight_bits: bool = False)
             return multiply.binary(x, multiply(x, of_gate, None, "swish", [], ""), of_up, None, "mul")
 
         return fused
-    size, both = len(gate), packed_product(torch.cat([gate, up]), rows, eight_bits)
+    size, both = len(gate), pack_linear(torch.cat([gate, up]), rows, int8)
 
     def product(x: Tensor) -> Tensor:
         y = both(x)
@@ -51,7 +53,7 @@ def gated_product(gate: Tensor, up: Tensor, rows: int, eight_bits: bool = False)
     return product
 
 
-def _bagged_product(weight: Tensor) -> Product:
+def _pack_single_row(weight: Tensor) -> LinearFunction:
     size, inputs = weight.shape
     bags = next(count for count in range(2, size + 1) if size % count == 0 and size // count <= BAG) if size > 1 else 1
     table = weight.new_empty(bags * inputs, size // bags)
@@ -68,7 +70,7 @@ def _bagged_product(weight: Tensor) -> Product:
     return product
 
 
-def _blocked(weight: Tensor, rows: int) -> Tensor | None:
+def _reorder_for_onednn(weight: Tensor, rows: int) -> Tensor | None:
     """The weight in the blocks that oneDNN reads; none where this torch has no such operators."""
     try:
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -80,7 +82,7 @@ def _blocked(weight: Tensor, rows: int) -> Tensor | None:
     return blocked
 
 
-def _eight_bit_product(weight: Tensor) -> Product:
+def _pack_int8(weight: Tensor) -> LinearFunction:
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     quantized, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
     try:
