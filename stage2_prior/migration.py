@@ -1,7 +1,7 @@
-"""Formats of stage two's files: what has another name or place since.
+"""Migrations of stage two's files: fields that were renamed or moved.
 
-Format 1 had one section for all denoisers, `class_dropout` among the options of the network, and what belongs to a mean flow
-in two sections; a config.json had no sections. Format 2 has a dataclass for each denoiser and one for the mean flow.
+Format 1 had one section for all denoisers, `class_dropout` in the section `model`, and the options of a mean flow in two sections.
+Its config.json had no sections. Format 2 has a dataclass for each denoiser and one for the mean flow.
 """
 
 from training_harness.migration import MODEL_KEY, Migration, Step, Values
@@ -37,12 +37,12 @@ MEAN_FLOW_RENAMES = {"model.max_guidance": "model.mean_flow.max_guidance"}
 
 
 def split_denoiser_variants(values: Values) -> Values:
-    """A configuration of format 1, whose section `model` had the options of both denoisers and of the mean flow."""
+    """Convert the section `model` of format 1, which had the options of both denoisers and of the mean flow."""
     model, times = values.get("model"), values.get("times")
     if not isinstance(model, dict):
         return values
     denoiser, mean_flow = model.get("denoiser"), model.get("mean_flow")
-    if denoiser == "unet":  # which ignored what it had no use for
+    if denoiser == "unet":  # a U-Net ignored the options of a DiT
         model = {key: value for key, value in model.items() if key not in DIT_FIELDS}
     elif denoiser == "dit":
         model = {key: value for key, value in model.items() if key not in UNET_FIELDS or value not in ((), [])}
@@ -59,11 +59,12 @@ def split_denoiser_variants(values: Values) -> Values:
 
 
 def nest_autoregressive_options(values: Values) -> Values:
-    """A config.json of format 1, which held the options of the network beside the others."""
+    """Move the network's options of a format 1 config.json to the section `model`."""
     return _nest_model_options(values, AUTOREGRESSIVE_FIELDS)
 
 
 def nest_diffusion_options(values: Values) -> Values:
+    """Move the denoiser's options of a format 1 config.json to the section `model`."""
     values = _nest_model_options(values, DIFFUSION_FIELDS)
     if isinstance(model := values.get("model"), dict) and "name" not in model:
         defaults = {"denoiser": "dit", "mean_flow": False}
@@ -99,4 +100,4 @@ DIFFUSION_MODEL = Migration(
     MODEL_KEY,
 )
 SAMPLING = Migration("sampling options")
-"""Of every kind of prior."""
+"""Sampling options of all priors."""

@@ -1,4 +1,4 @@
-"""Stage two's loop for an autoregressive prior: the next code, in orders that may be random."""
+"""Training objective of an autoregressive prior: predict the next code, in raster order or random orders."""
 
 import math
 
@@ -19,12 +19,16 @@ VALIDATION_BATCH = 250
 
 class AutoregressiveObjective:
     def __init__(self, config: AutoregressiveTraining, codes: CodeCache) -> None:
-        """Raises UserError for codes that the prior could not learn."""
+        """Create the objective for a code cache.
+
+        Raises:
+            UserError: The codes have no codebook or no indices.
+        """
         if codes.spec.codebook_size is None:
             raise UserError(
                 f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
-                "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4, or a prior of latents, "
-                "such as --recipe diffusion-tiny"
+                "autoregressive prior. Train a tokenizer with a codebook, such as `--recipe vqgan-f4`, or a prior of latents, "
+                "such as `--recipe diffusion-tiny`."
             )
         codes.train.require("indices")
         self.config, self.codes = config, codes
@@ -53,10 +57,10 @@ class AutoregressiveObjective:
 
 @torch.no_grad()
 def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
-    """Nats a token on the first `limit` images of a split, of which each process takes its share."""
-    positions, total = np.array(share_of(min(limit, len(split)))), 0.0
-    for start in range(0, len(positions), VALIDATION_BATCH):
-        rows = positions[start : start + VALIDATION_BATCH]
+    """Compute the loss, in nats per token, on the first `limit` images of a split; each process takes its share."""
+    all_rows, total = np.array(share_of(min(limit, len(split)))), 0.0
+    for start in range(0, len(all_rows), VALIDATION_BATCH):
+        rows = all_rows[start : start + VALIDATION_BATCH]
         loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
         total += float(loss.total) * len(rows)
-    return mean_over_processes(total, len(positions))
+    return mean_over_processes(total, len(all_rows))

@@ -56,7 +56,7 @@ def test_given_noise_of_another_size_is_refused() -> None:
 
 
 def test_a_prior_of_codes_begins_with_no_noise() -> None:
-    with pytest.raises(UserError, match="begin with given noise"):
+    with pytest.raises(UserError, match="does not start from noise"):
         tiny_pipeline().interpolate(0, 1)
 
 

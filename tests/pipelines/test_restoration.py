@@ -113,7 +113,7 @@ def test_the_network_sees_what_it_restores_and_learns_from_it(codes: CodeCache, 
 
 def test_codes_of_another_degradation_are_refused(codes: CodeCache, tmp_path: Path) -> None:
     config = DiffusionTraining(output=tmp_path / "run", codes=codes.path, model=MODEL, degradation="noise")
-    with pytest.raises(UserError, match="has the degradation downscale-2x and the prior is to undo noise"):
+    with pytest.raises(UserError, match="has the degradation downscale-2x and the configuration noise"):
         DiffusionObjective(config, codes)
 
 
@@ -139,7 +139,7 @@ def test_a_pipeline_restores_the_pictures_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "was given none; expected image="),
+        ({}, "no image was passed; expected one"),
         ({"image": 0, "mask_image": 0}, "expected image alone"),
         ({"image": 0, "strength": 0.5}, "expected image alone"),
     ],

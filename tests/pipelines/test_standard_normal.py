@@ -80,7 +80,7 @@ def test_it_saves_and_loads_whole(pipeline, tmp_path):
     same = [made(generator=seeded(1), output_type="pt").images for made in (pipeline, loaded)]
     assert torch.equal(*same)
     card = (tmp_path / "pipeline" / "README.md").read_text()
-    assert "8×8 latents of 3 channels are drawn from a standard normal distribution" in card
+    assert "8×8 latents of 3 channels are sampled from a standard normal distribution" in card
 
 
 def test_a_prior_of_another_tokenizer_s_latents_is_refused_with_what_differs():

@@ -24,8 +24,8 @@ def ddim(
 ) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
         estimate = denoise(x, t)
-        fresh = eta * s.sigma * math.sqrt(max(1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2, 0))
-        x = s.alpha * estimate.sample + math.sqrt(max(s.sigma**2 - fresh**2, 0)) * estimate.noise
-        if fresh > 0:
-            x = x + fresh * sample_noise()
+        kappa = eta * s.sigma * math.sqrt(max(1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2, 0))
+        x = s.alpha * estimate.sample + math.sqrt(max(s.sigma**2 - kappa**2, 0)) * estimate.noise
+        if kappa > 0:
+            x = x + kappa * sample_noise()
         yield x

@@ -142,7 +142,7 @@ def test_a_full_cache_refuses_another_token_and_says_how_large_it_should_be() ->
     keys = torch.randn(2, 1, 3, 4, generator=seeded(0))
     held, *_ = cache.append(keys, keys)
     assert torch.equal(held, keys)
-    with pytest.raises(ValueError, match="given token 3 and holds 3; build it with max_tokens=4"):
+    with pytest.raises(ValueError, match="received token 3 but has 3 slots; build it with max_tokens=4"):
         cache.append(keys[:, :, :1], keys[:, :, :1])
     assert cache.tokens == 3
 
@@ -209,7 +209,7 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size is 30 for 4 heads; expected a multiple of 16"),
         ({"hidden_size": 24, "num_heads": 4}, "expected a multiple of 16, for 2d"),  # heads of 6: no two axes of pairs
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
-        ({"positions": "none"}, "no code would have a place"),
+        ({"positions": "none"}, "no code would have a position"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"random_order": -0.5}, "random_order is -0.5"),

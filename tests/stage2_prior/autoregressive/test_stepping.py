@@ -56,7 +56,7 @@ def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bo
 def test_eight_bits_are_refused_where_there_is_no_such_path(dtype: torch.dtype) -> None:
     prior = tiny_prior().to(dtype)
     with pytest.raises(
-        UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected it on a CPU in"
+        UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected a prior on a CPU in"
     ):
         build_stepper(prior, prior.new_caches(1), None, 1, int8=True)
 

@@ -199,8 +199,8 @@ def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"guidance_scale": 5.0}, "learnt guidance from 1 to 4"),
-        ({"guidance_scale": 0.5}, "learnt guidance from 1 to 4"),
+        ({"guidance_scale": 5.0}, "learned guidance from 1 to 4"),
+        ({"guidance_scale": 0.5}, "learned guidance from 1 to 4"),
         ({"guidance_rescale": 0.5}, "guidance_rescale is 0.5"),
     ],
 )
