@@ -40,8 +40,8 @@ def test_a_named_size_has_its_parameters(recipe: str, millions: int) -> None:
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 @pytest.mark.parametrize(("recipe", "millions"), DIT.items())
 def test_a_dit_has_its_parameters_and_tokens_at_every_patch_size(recipe: str, millions: int, patch_size: int) -> None:
-    given = {"codes": "codes", "output": "run", "model": {"patch_size": patch_size}}
-    config = parse_prior_training(training_values("prior", recipe, None, given))
+    values = {"codes": "codes", "output": "run", "model": {"patch_size": patch_size}}
+    config = parse_prior_training(training_values("prior", recipe, None, values))
     spec = LatentSpec(
         codebook_size=None, height=32, width=32, image_height=256, image_width=256, **SPEC | {"channels": 4}
     )

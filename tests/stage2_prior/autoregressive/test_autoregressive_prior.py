@@ -31,11 +31,11 @@ LLAMA_NAMES = {
 }
 
 
-def codes(count: int, seed: int = 0) -> Tensor:
+def random_codes(count: int, seed: int = 0) -> Tensor:
     return torch.randint(16, (count, 16), generator=seeded(seed))
 
 
-def llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_to_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our blocks and last norm under transformers' names; the code embedding stands for Llama's."""
     renamed = {"embed_tokens.weight": state["code_embedding.weight"], "norm.weight": state["norm.weight"]}
     for name, tensor in state.items():
@@ -57,7 +57,7 @@ def test_learnt_positions_alone_are_all_that_a_prior_knows_of_places() -> None:
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 def test_future_tokens_do_not_change_past_logits(positions: str) -> None:
-    prior, tokens, labels = tiny_prior(positions=positions), codes(3), torch.tensor([0, 1, 2])
+    prior, tokens, labels = tiny_prior(positions=positions), random_codes(3), torch.tensor([0, 1, 2])
     for first_altered in (0, 8, 14):
         altered = tokens.clone()
         altered[:, first_altered:] = (altered[:, first_altered:] + 1) % 16
@@ -69,7 +69,7 @@ def test_future_tokens_do_not_change_past_logits(positions: str) -> None:
 
 
 def test_the_last_code_is_no_input_and_the_class_reaches_every_logit() -> None:
-    prior, tokens = tiny_prior(), codes(2)
+    prior, tokens = tiny_prior(), random_codes(2)
     altered = tokens.clone()
     altered[:, -1] = (altered[:, -1] + 1) % 16
     cat, dog = (torch.full((2,), label) for label in (0, 1))
@@ -92,7 +92,7 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
     with torch.no_grad():  # gains of one would hide a norm that is left out or misplaced
         for norm in (module for module in ours.modules() if isinstance(module, torch.nn.RMSNorm)):
             norm.weight.copy_(1 + 0.3 * torch.randn(norm.weight.shape, generator=seeded(5)))
-    theirs.load_state_dict(llama_names(ours.state_dict()), strict=True)
+    theirs.load_state_dict(rename_to_llama(ours.state_dict()), strict=True)
     x = torch.randn(2, 17, 32, generator=seeded(0))
     with torch.no_grad():
         expected = theirs(inputs_embeds=x).last_hidden_state
@@ -102,29 +102,29 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         assert (two_dimensional.hidden_states(x) - expected).abs().max() > 1e-2  # or positions would not matter here
 
 
-@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("use_plain", [True, False])
 def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
-    short: bool, monkeypatch: pytest.MonkeyPatch
+    use_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "prefers_plain_attention", lambda *_: short)
+    monkeypatch.setattr(blocks, "prefers_plain_attention", lambda *_: use_plain)
     shared = tiny_prior(num_heads=4, num_key_value_heads=2)
-    own = tiny_prior(num_heads=4)
+    separate = tiny_prior(num_heads=4)
     weights = shared.state_dict()
     for name in [name for name in weights if name.endswith((".key.weight", ".value.weight"))]:
         weights[name] = (
             weights[name].view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1)
         )  # heads 0 and 1 share the first
-    own.load_state_dict(weights)
-    grid, labels = codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
-    losses = [prior(grid, labels).total for prior in (shared, own)]
+    separate.load_state_dict(weights)
+    grid, labels = random_codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
+    losses = [prior(grid, labels).total for prior in (shared, separate)]
     assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
     for name, parameter in shared.named_parameters():
-        copied = dict(own.named_parameters())[name].grad
+        expected_grad = dict(separate.named_parameters())[name].grad
         if name.endswith((".key.weight", ".value.weight")):
-            copied = copied.view(2, 2, 8, -1).sum(1).flatten(0, 1)
-        assert_close(parameter.grad, copied, rtol=1e-4, atol=1e-6)
+            expected_grad = expected_grad.view(2, 2, 8, -1).sum(1).flatten(0, 1)
+        assert_close(parameter.grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 16, (16,), (1, 3, 5, 7), (10, 6)])
@@ -140,19 +140,19 @@ def test_hidden_states_with_caches_equal_those_without_for_any_cut_of_the_sequen
 def test_a_full_cache_refuses_another_token_and_says_how_large_it_should_be() -> None:
     cache = KVCache(batch=2, heads=1, max_tokens=3, head_dim=4, like=torch.zeros(1))
     keys = torch.randn(2, 1, 3, 4, generator=seeded(0))
-    held, *_ = cache.append(keys, keys)
-    assert torch.equal(held, keys)
+    stored_keys, *_ = cache.append(keys, keys)
+    assert torch.equal(stored_keys, keys)
     with pytest.raises(ValueError, match="received token 3 but has 3 slots; build it with max_tokens=4"):
         cache.append(keys[:, :, :1], keys[:, :, :1])
     assert cache.tokens == 3
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_each_code_and_reaches_every_weight() -> None:
-    prior, grid, labels = tiny_prior(), codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
+    prior, grid, labels = tiny_prior(), random_codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
     loss = prior(grid, labels)
     log_probabilities = prior.logits(grid.flatten(1), labels).log_softmax(2)
-    by_hand = [-log_probabilities[b, i, grid.flatten(1)[b, i]] for b in range(3) for i in range(16)]
-    assert_close(loss.total, torch.stack(by_hand).mean())
+    expected = [-log_probabilities[b, i, grid.flatten(1)[b, i]] for b in range(3) for i in range(16)]
+    assert_close(loss.total, torch.stack(expected).mean())
     assert loss.terms["nats_per_token"] is loss.total
     loss.total.backward()
     without = [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.any()]
@@ -175,8 +175,8 @@ def test_codes_that_are_near_start_with_near_embeddings_and_near_rows_of_the_hea
     prior.initialize_from_code_vectors(vectors)
     distances = torch.cdist(vectors, vectors)
     for rows, std in ((prior.code_embedding.weight, 0.3), (prior.head.weight, 0.05)):
-        found = torch.cdist(rows, rows).detach()
-        torch.testing.assert_close(found / found.max(), distances / distances.max(), rtol=0, atol=1e-5)
+        actual = torch.cdist(rows, rows).detach()
+        torch.testing.assert_close(actual / actual.max(), distances / distances.max(), rtol=0, atol=1e-5)
         assert float(rows.detach().square().mean().sqrt()) == pytest.approx(
             std * float(vectors.square().mean().sqrt()), rel=1e-4
         )
@@ -190,17 +190,17 @@ def test_vectors_of_more_channels_than_the_prior_has_are_projected_to_the_same_s
 
 def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
     tokenizer = tiny_tokenizer()
-    fits = tiny_prior(tokenizer_id=tokenizer.config.tokenizer_id)
-    fits.check_spec(tokenizer.latent_spec())
+    matching = tiny_prior(tokenizer_id=tokenizer.config.tokenizer_id)
+    matching.check_spec(tokenizer.latent_spec())
     other = tiny_prior(codebook_size=32, height=2, tokenizer_id="elsewhere")
     with pytest.raises(SpecMismatchError) as caught:
         other.check_spec(tokenizer.latent_spec())
-    listed = str(caught.value)
-    assert "codebook_size 32 ≠ 16" in listed
-    assert "height 2 ≠ 4" in listed
-    assert f"tokenizer_id elsewhere ≠ {tokenizer.config.tokenizer_id}" in listed
-    assert "width" not in listed
-    assert "\n" not in listed
+    message = str(caught.value)
+    assert "codebook_size 32 ≠ 16" in message
+    assert "height 2 ≠ 4" in message
+    assert f"tokenizer_id elsewhere ≠ {tokenizer.config.tokenizer_id}" in message
+    assert "width" not in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -230,27 +230,27 @@ def test_heads_of_six_channels_are_enough_for_one_axis() -> None:
 def test_a_saved_prior_comes_back_bit_by_bit(tmp_path: Path) -> None:
     prior = tiny_prior(dropout=0.1, tokenizer_id="abc")
     prior.save_pretrained(tmp_path)
-    again = AutoregressivePrior.from_pretrained(tmp_path)
-    assert not again.training
-    assert again.config.to_diff_dict() == prior.config.to_diff_dict()
-    assert again.state_dict().keys() == prior.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in prior.state_dict().items())
+    loaded = AutoregressivePrior.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.config.to_diff_dict() == prior.config.to_diff_dict()
+    assert loaded.state_dict().keys() == prior.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in prior.state_dict().items())
     labels = torch.tensor([0, 1])
-    assert torch.equal(again.logits(codes(2), labels), prior.logits(codes(2), labels))
+    assert torch.equal(loaded.logits(random_codes(2), labels), prior.logits(random_codes(2), labels))
 
 
 def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_size_is_refused(tmp_path: Path) -> None:
     prior = tiny_prior()
     prior.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    whole = config.read_text(encoding="utf-8")
-    config.write_text(whole.replace('"num_layers"', '"num_layer"'), encoding="utf-8")
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"num_layers"', '"num_layer"'), encoding="utf-8")
     with pytest.raises(UserError, match=r"num_layer'.*did you mean 'num_layers'"):
         AutoregressivePrior.from_pretrained(tmp_path)
-    config.write_text(whole.replace('"num_layers": 2', '"num_layers": 3'), encoding="utf-8")
+    config.write_text(text.replace('"num_layers": 2', '"num_layers": 3'), encoding="utf-8")
     with pytest.raises(UserError, match=r"missing keys: blocks\.2"):
         AutoregressivePrior.from_pretrained(tmp_path)
-    config.write_text(whole.replace('"codebook_size": 16', '"codebook_size": 17'), encoding="utf-8")
+    config.write_text(text.replace('"codebook_size": 16', '"codebook_size": 17'), encoding="utf-8")
     with pytest.raises(UserError, match=r"mismatched|size"):
         AutoregressivePrior.from_pretrained(tmp_path)
 
@@ -263,10 +263,10 @@ def test_attention_by_plain_products_equals_torch_s_with_its_gradients(causal: b
     assert_close(ours, theirs)
     weights = torch.randn(ours.shape, generator=seeded(3))
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (ours, theirs)]
-    for own, other in zip(*gradients, strict=True):
-        assert_close(own, other)
+    for separate, other in zip(*gradients, strict=True):
+        assert_close(separate, other)
 
 
 def test_a_grid_that_the_prior_was_not_trained_on_is_refused_though_it_has_as_many_codes() -> None:
     with pytest.raises(SpecMismatchError, match="is 2×8; expected 4×4, which the prior was trained on"):
-        tiny_prior()(codes(2).view(2, 2, 8), torch.zeros(2, dtype=torch.long))
+        tiny_prior()(random_codes(2).view(2, 2, 8), torch.zeros(2, dtype=torch.long))

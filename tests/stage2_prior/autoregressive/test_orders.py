@@ -18,9 +18,9 @@ def any_order_prior(**fields: object) -> torch.nn.Module:
 
 def test_an_order_and_its_inverse_undo_one_another() -> None:
     orders = torch.rand(5, 16, generator=seeded(0)).argsort(1)
-    places = torch.arange(16).expand(5, -1)
-    assert torch.equal(invert_order(orders).gather(1, orders), places)
-    assert torch.equal(orders.gather(1, invert_order(orders)), places)
+    positions = torch.arange(16).expand(5, -1)
+    assert torch.equal(invert_order(orders).gather(1, orders), positions)
+    assert torch.equal(orders.gather(1, invert_order(orders)), positions)
 
 
 @pytest.mark.parametrize("levels", [1, 3])
@@ -38,21 +38,21 @@ def test_codes_come_back_from_a_sequence_in_any_order(levels: int) -> None:
 
 
 def test_kept_places_come_first_and_both_parts_are_in_raster_order() -> None:
-    kept = torch.tensor([[False, True, False, True], [True, True, True, True], [False, False, False, False]])
-    assert order_known_first(kept).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    known_mask = torch.tensor([[False, True, False, True], [True, True, True, True], [False, False, False, False]])
+    assert order_known_first(known_mask).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_a_logit_depends_on_the_codes_before_it_in_the_order_and_on_no_other() -> None:
     prior, labels = any_order_prior(), torch.tensor([1])
     codes, order = torch.randint(16, (1, 4, 4), generator=seeded(0)), torch.rand(1, 16, generator=seeded(3)).argsort(1)
-    before = prior.logits(prior.codes_to_tokens(codes, order), labels, order)
-    for when in (0, 7, 14):
+    logits_before = prior.logits(prior.codes_to_tokens(codes, order), labels, order)
+    for step in (0, 7, 14):
         altered = codes.flatten(1).clone()
-        place = order[0, when]
-        altered[0, place] = (altered[0, place] + 1) % 16
-        after = prior.logits(prior.codes_to_tokens(altered.view(1, 4, 4), order), labels, order)
-        assert torch.equal(before[:, : when + 1], after[:, : when + 1])
-        assert (before[:, when + 1 :] != after[:, when + 1 :]).any(2).all()
+        position = order[0, step]
+        altered[0, position] = (altered[0, position] + 1) % 16
+        logits_after = prior.logits(prior.codes_to_tokens(altered.view(1, 4, 4), order), labels, order)
+        assert torch.equal(logits_before[:, : step + 1], logits_after[:, : step + 1])
+        assert (logits_before[:, step + 1 :] != logits_after[:, step + 1 :]).any(2).all()
 
 
 def test_raster_order_given_or_not_is_the_same() -> None:
@@ -78,8 +78,8 @@ def test_the_share_of_random_orders_goes_from_one_to_the_other() -> None:
 
 
 def test_orders_are_drawn_at_the_rate_that_is_asked_for_and_all_are_permutations() -> None:
-    draws = torch.from_numpy(BatchOrder(4000, 4000, seed=0).draws(0, 17))
-    orders = random_orders(draws, 0.3)
+    uniform = torch.from_numpy(BatchOrder(4000, 4000, seed=0).draws(0, 17))
+    orders = random_orders(uniform, 0.3)
     assert orders is not None
     assert torch.equal(orders.sort(1).values, torch.arange(16).expand(4000, -1))
     raster = (orders == torch.arange(16)).all(1).double().mean().item()
@@ -87,7 +87,7 @@ def test_orders_are_drawn_at_the_rate_that_is_asked_for_and_all_are_permutations
     random = orders[(orders != torch.arange(16)).any(1)]
     first = torch.bincount(random[:, 0], minlength=16) / len(random)
     assert (first - 1 / 16).abs().max() < 6 * math.sqrt(1 / 16 / len(random))
-    assert random_orders(draws, 0.0) is None
+    assert random_orders(uniform, 0.0) is None
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=24, unique=Tr
 ALMOST_ONE = 1 - 2**-24  # the largest float32 below 1
 
 
-def decoded(prior: AutoregressivePrior, labels: list[int], seeds: list[int], **options: float) -> Tensor:
+def decode_tokens(prior: AutoregressivePrior, labels: list[int], seeds: list[int], **options: float) -> Tensor:
     generators = [seeded(seed) for seed in seeds]
     return decode(prior, torch.tensor(labels), SamplingOptions(**options), generators).flatten(1)  # type: ignore[arg-type]
 
 
-def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
+def kept_codes(logits: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
     return set(truncate_logits(torch.tensor([logits]), top_k, top_p, min_p).isfinite()[0].nonzero().flatten().tolist())
 
 
@@ -39,10 +39,10 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.05, 0.3, 0.01, 0.24, 0.4])
     count = 20_000
     uniform = torch.rand(count, generator=seeded(0))
-    drawn = torch.bincount(sample_codes(probabilities.log().expand(count, 5), uniform), minlength=5)
+    sampled = torch.bincount(sample_codes(probabilities.log().expand(count, 5), uniform), minlength=5)
 
     def statistic(expected: Tensor) -> float:
-        return float(((drawn - count * expected) ** 2 / (count * expected)).sum())
+        return float(((sampled - count * expected) ** 2 / (count * expected)).sum())
 
     # By chance above this threshold for one seed in 10⁹.
     assert statistic(probabilities) < chi2.isf(1e-9, df=4)
@@ -54,18 +54,18 @@ def test_evenly_spaced_uniform_numbers_draw_each_code_its_share_of_times() -> No
     probabilities /= probabilities.sum()
     count = 5_000
     uniform = (torch.arange(count) + 0.5) / count
-    drawn = torch.bincount(sample_codes(probabilities.log().expand(count, 7), uniform), minlength=7)
-    assert (drawn - count * probabilities).abs().max() < 1.01
+    sampled = torch.bincount(sample_codes(probabilities.log().expand(count, 7), uniform), minlength=7)
+    assert (sampled - count * probabilities).abs().max() < 1.01
 
 
 @given(LOGITS, st.lists(st.floats(0, ALMOST_ONE, width=32), min_size=2, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_a_larger_uniform_number_never_draws_an_earlier_code(logits: list[float], uniform: list[float]) -> None:
     ordered = torch.tensor(sorted(uniform))
-    drawn = sample_codes(torch.tensor(logits).expand(len(uniform), -1), ordered).tolist()
-    assert all(a <= b for a, b in pairwise(drawn))
-    assert drawn[0] >= 0
-    assert drawn[-1] < len(logits)
+    sampled = sample_codes(torch.tensor(logits).expand(len(uniform), -1), ordered).tolist()
+    assert all(a <= b for a, b in pairwise(sampled))
+    assert sampled[0] >= 0
+    assert sampled[-1] < len(logits)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(0, 2**16))
@@ -75,8 +75,8 @@ def test_a_masked_code_is_never_drawn_whatever_the_uniform_number(allowed: list[
     mask = torch.tensor(allowed)
     logits = (8 * torch.randn(len(allowed), generator=seeded(seed))).masked_fill(~mask, -torch.inf)
     uniform = torch.tensor([0.0, 1e-38, 0.3, 0.5, 1 - 2**-12, ALMOST_ONE, 1.0])  # 1 itself lies outside the contract
-    drawn = sample_codes(logits.expand(len(uniform), -1), uniform)
-    assert mask[drawn].all()
+    sampled = sample_codes(logits.expand(len(uniform), -1), uniform)
+    assert mask[sampled].all()
 
 
 # -- truncation -------------------------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def test_a_masked_code_is_never_drawn_whatever_the_uniform_number(allowed: list[
 @settings(max_examples=100, deadline=None)
 def test_top_k_keeps_the_k_largest(logits: list[float], k: int) -> None:
     by_size = sorted(range(len(logits)), key=lambda i: -logits[i])
-    assert kept(logits, top_k=k) == set(by_size[:k] if k else by_size)
+    assert kept_codes(logits, top_k=k) == set(by_size[:k] if k else by_size)
 
 
 def test_codes_as_probable_as_the_k_th_all_stay() -> None:
-    assert kept([1.0, 3.0, 2.0, 2.0, 0.0], top_k=2) == {1, 2, 3}
+    assert kept_codes([1.0, 3.0, 2.0, 2.0, 0.0], top_k=2) == {1, 2, 3}
 
 
 @given(LOGITS, st.floats(0.01, 0.999))
@@ -104,14 +104,14 @@ def test_top_p_keeps_the_fewest_codes_that_reach_p(logits: list[float], p: float
             break
         expected.add(i)
         reached += math.exp(logits[i]) / total
-    assert kept(logits, top_p=p) == expected
+    assert kept_codes(logits, top_p=p) == expected
 
 
 def test_top_p_looks_at_what_top_k_left() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
-    assert kept(logits, top_p=0.75) == {0, 1, 2}
-    assert kept(logits, top_k=2, top_p=0.55) == {0}  # 4 / 7 of what is left reaches it
-    assert kept(logits, top_k=2, top_p=0.75) == {0, 1}
+    assert kept_codes(logits, top_p=0.75) == {0, 1, 2}
+    assert kept_codes(logits, top_k=2, top_p=0.55) == {0}  # 4 / 7 of what is left reaches it
+    assert kept_codes(logits, top_k=2, top_p=0.75) == {0, 1}
 
 
 @given(LOGITS, st.floats(0.001, 1))
@@ -120,26 +120,26 @@ def test_min_p_keeps_what_is_at_least_that_share_of_the_most_probable(logits: li
     top = max(logits)
     for x in logits:
         assume(abs(x - top - math.log(share)) > 1e-5)  # there float32 may decide otherwise
-    assert kept(logits, min_p=share) == {i for i, x in enumerate(logits) if x - top >= math.log(share)}
+    assert kept_codes(logits, min_p=share) == {i for i, x in enumerate(logits) if x - top >= math.log(share)}
 
 
 def test_min_p_looks_at_the_most_probable_code_whatever_top_p_left() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
-    assert kept(logits, min_p=0.25) == {0, 1, 2}
-    assert kept(logits, top_p=0.7, min_p=0.25) == {0, 1}
-    assert kept(logits, top_p=0.99, min_p=0.35) == {0, 1}
+    assert kept_codes(logits, min_p=0.25) == {0, 1, 2}
+    assert kept_codes(logits, top_p=0.7, min_p=0.25) == {0, 1}
+    assert kept_codes(logits, top_p=0.99, min_p=0.35) == {0, 1}
 
 
 def test_the_guidance_scale_grows_to_its_end_and_a_constant_one_begins_there() -> None:
-    ends = {
+    schedules = {
         name: SamplingOptions(guidance_scale=3.0, guidance_schedule=name) for name in ("constant", "linear", "cosine")
     }  # type: ignore[arg-type]
-    for options in ends.values():
+    for options in schedules.values():
         assert options.guidance_scale_at(15, 16) == pytest.approx(3.0)
-    assert ends["constant"].guidance_scale_at(0, 16) == 3.0
-    assert ends["linear"].guidance_scale_at(7, 16) == pytest.approx(2.0)
-    assert ends["cosine"].guidance_scale_at(7, 16) == pytest.approx(2.0)
-    assert 1 < ends["cosine"].guidance_scale_at(0, 16) < ends["linear"].guidance_scale_at(0, 16) < 1.2
+    assert schedules["constant"].guidance_scale_at(0, 16) == 3.0
+    assert schedules["linear"].guidance_scale_at(7, 16) == pytest.approx(2.0)
+    assert schedules["cosine"].guidance_scale_at(7, 16) == pytest.approx(2.0)
+    assert 1 < schedules["cosine"].guidance_scale_at(0, 16) < schedules["linear"].guidance_scale_at(0, 16) < 1.2
 
 
 def test_a_schedule_guides_each_place_by_its_own_scale() -> None:
@@ -149,8 +149,10 @@ def test_a_schedule_guides_each_place_by_its_own_scale() -> None:
     uniform = torch.stack([torch.rand(16, generator=seeded(seed)) for seed in (5, 6)])
     with torch.no_grad():
         for i in range(16):
-            without, conditional = (prior.logits(tokens, y)[:, i] for y in (torch.full_like(labels, 3), labels))
-            tokens[:, i] = sample_codes(without + (1 + 3 * (i + 1) / 16) * (conditional - without), uniform[:, i])
+            unconditional, conditional = (prior.logits(tokens, y)[:, i] for y in (torch.full_like(labels, 3), labels))
+            tokens[:, i] = sample_codes(
+                unconditional + (1 + 3 * (i + 1) / 16) * (conditional - unconditional), uniform[:, i]
+            )
     assert torch.equal(decode(prior, labels, options, [seeded(5), seeded(6)]).flatten(1), tokens)
 
 
@@ -195,17 +197,17 @@ def test_cached_logits_equal_uncached_ones_at_every_step(scale: float, monkeypat
     steps: list[Tensor] = []
     logits = PackedStepper.logits
 
-    def noted(stepper: PackedStepper, states: Tensor, level: int) -> Tensor:
+    def record_logits(stepper: PackedStepper, states: Tensor, level: int) -> Tensor:
         steps.append(logits(stepper, states, level))
         return steps[-1]
 
-    monkeypatch.setattr(PackedStepper, "logits", noted)
-    tokens = decoded(prior, labels, [1, 2, 3], guidance_scale=scale)
+    monkeypatch.setattr(PackedStepper, "logits", record_logits)
+    tokens = decode_tokens(prior, labels, [1, 2, 3], guidance_scale=scale)
     cached = torch.stack(steps, dim=1)  # (B or 2 B, h·w, K)
     assert cached.shape == (3 if scale == 1 else 6, 16, 16)
     halves = [labels] if scale == 1 else [labels, [3, 3, 3]]
-    for half, own in zip(cached.split(3), halves, strict=True):
-        assert_close(half, prior.logits(tokens, torch.tensor(own)), rtol=0, atol=1e-4)
+    for half, half_labels in zip(cached.split(3), halves, strict=True):
+        assert_close(half, prior.logits(tokens, torch.tensor(half_labels)), rtol=0, atol=1e-4)
 
 
 def test_the_tokens_are_those_of_a_slow_loop_without_cache() -> None:
@@ -216,29 +218,29 @@ def test_the_tokens_are_those_of_a_slow_loop_without_cache() -> None:
     null = torch.full_like(labels, 3)
     with torch.no_grad():
         for i in range(16):
-            without, conditional = (prior.logits(tokens, y)[:, i] for y in (null, labels))
-            logits = truncate_logits((without + 2.0 * (conditional - without)) / 0.8, 9, 0.9)
+            unconditional, conditional = (prior.logits(tokens, y)[:, i] for y in (null, labels))
+            logits = truncate_logits((unconditional + 2.0 * (conditional - unconditional)) / 0.8, 9, 0.9)
             tokens[:, i] = sample_codes(logits, uniform[:, i])
-    assert torch.equal(decoded(prior, [0, 1], [5, 6], **options), tokens)
+    assert torch.equal(decode_tokens(prior, [0, 1], [5, 6], **options), tokens)
 
 
 def test_guidance_1_samples_the_conditional_model_and_0_the_null_one() -> None:
     prior, seeds = tiny_prior(), list(range(8))
-    conditional, null = decoded(prior, [1] * 8, seeds), decoded(prior, [-1] * 8, seeds)
-    assert torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=0.0), null)
+    conditional, null = decode_tokens(prior, [1] * 8, seeds), decode_tokens(prior, [-1] * 8, seeds)
+    assert torch.equal(decode_tokens(prior, [1] * 8, seeds, guidance_scale=0.0), null)
     # Beside 1 the null half is computed, at 1 it is left out: the same tokens.
-    assert torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=1.0 + 1e-7), conditional)
+    assert torch.equal(decode_tokens(prior, [1] * 8, seeds, guidance_scale=1.0 + 1e-7), conditional)
     assert not torch.equal(conditional, null)
-    assert not torch.equal(decoded(prior, [1] * 8, seeds, guidance_scale=3.0), conditional)
+    assert not torch.equal(decode_tokens(prior, [1] * 8, seeds, guidance_scale=3.0), conditional)
 
 
 def test_a_low_temperature_and_top_1_both_take_the_most_probable_code() -> None:
     prior = tiny_prior()
-    best = decoded(prior, [0, 1], [1, 2], top_k=1)
-    assert torch.equal(best, decoded(prior, [0, 1], [3, 4], temperature=1e-6))
+    most_probable = decode_tokens(prior, [0, 1], [1, 2], top_k=1)
+    assert torch.equal(most_probable, decode_tokens(prior, [0, 1], [3, 4], temperature=1e-6))
     with torch.no_grad():
-        assert torch.equal(prior.logits(best, torch.tensor([0, 1])).argmax(2), best)
-    assert not torch.equal(best, decoded(prior, [0, 1], [1, 2]))
+        assert torch.equal(prior.logits(most_probable, torch.tensor([0, 1])).argmax(2), most_probable)
+    assert not torch.equal(most_probable, decode_tokens(prior, [0, 1], [1, 2]))
 
 
 def test_without_a_class_guidance_changes_nothing_and_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,26 +250,28 @@ def test_without_a_class_guidance_changes_nothing_and_costs_nothing(monkeypatch:
         AutoregressivePrior, "hidden_states", lambda self, x, *rest: (rows.append(len(x)), prefix(self, x, *rest))[1]
     )
     for labels in ([-1, -1], [3, -1], [0, -1]):
-        decoded(prior, labels, [1, 2], guidance_scale=3.0)
+        decode_tokens(prior, labels, [1, 2], guidance_scale=3.0)
     assert rows == [2, 2, 4]
-    assert torch.equal(decoded(prior, [-1, -1], [1, 2], guidance_scale=3.0), decoded(prior, [-1, -1], [1, 2]))
+    assert torch.equal(
+        decode_tokens(prior, [-1, -1], [1, 2], guidance_scale=3.0), decode_tokens(prior, [-1, -1], [1, 2])
+    )
 
 
 @pytest.mark.slow
 def test_of_a_thousand_images_at_least_99_percent_of_the_tokens_are_the_same_alone_and_among_eight() -> None:
     prior, labels, seeds = tiny_prior(), [i % 3 for i in range(1000)], list(range(1000))
-    apart = torch.cat([decoded(prior, [label], [seed]) for label, seed in zip(labels, seeds, strict=True)])
-    eights = [decoded(prior, labels[i : i + 8], seeds[i : i + 8]) for i in range(0, 1000, 8)]
-    assert (torch.cat(eights) == apart).float().mean() >= 0.99
+    separate = torch.cat([decode_tokens(prior, [label], [seed]) for label, seed in zip(labels, seeds, strict=True)])
+    eights = [decode_tokens(prior, labels[i : i + 8], seeds[i : i + 8]) for i in range(0, 1000, 8)]
+    assert (torch.cat(eights) == separate).float().mean() >= 0.99
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_image_i_is_the_same_alone_and_among_eight(scale: float) -> None:
     # A product's rounding may differ by batch; that it moves a draw over a code's edge has odds of some 10⁻⁵ here.
     prior, labels = tiny_prior(), [i % 3 for i in range(8)]
-    together = decoded(prior, labels, list(range(8)), guidance_scale=scale)
-    apart = [decoded(prior, [labels[i]], [i], guidance_scale=scale) for i in range(8)]
-    assert torch.equal(together, torch.cat(apart))
+    together = decode_tokens(prior, labels, list(range(8)), guidance_scale=scale)
+    separate = [decode_tokens(prior, [labels[i]], [i], guidance_scale=scale) for i in range(8)]
+    assert torch.equal(together, torch.cat(separate))
     assert len({tuple(row.tolist()) for row in together}) == 8
 
 
@@ -280,14 +284,14 @@ def test_nothing_is_drawn_from_the_global_generator_and_each_image_takes_h_w_num
 
 
 def test_every_step_is_reported_with_the_codes_so_far() -> None:
-    seen: list[tuple[int, Tensor]] = []
+    reported: list[tuple[int, Tensor]] = []
     prior = tiny_prior()
     generators = [seeded(0), seeded(1)]
     tokens = decode(
-        prior, torch.tensor([0, 1]), SamplingOptions(), generators, lambda i, t: seen.append((i, t.clone()))
+        prior, torch.tensor([0, 1]), SamplingOptions(), generators, lambda i, t: reported.append((i, t.clone()))
     )
-    assert [i for i, _ in seen] == list(range(16))
-    for i, grid in seen:
+    assert [i for i, _ in reported] == list(range(16))
+    for i, grid in reported:
         assert torch.equal(grid.flatten(1)[:, : i + 1], tokens.flatten(1)[:, : i + 1])
         assert (grid.flatten(1)[:, i + 1 :] == UNKNOWN).all()
 
@@ -306,5 +310,5 @@ def test_sample_gives_the_grid_in_raster_order_and_refuses_another_spec() -> Non
 def test_sampled_codes_can_enter_a_computation_with_gradients() -> None:
     # Tensors made in inference mode could not: a vector quantizer's codebook is a parameter.
     prior = tiny_prior()
-    prior(decoded(prior, [0], [0]).view(1, 4, 4), torch.tensor([0])).total.backward()
+    prior(decode_tokens(prior, [0], [0]).view(1, 4, 4), torch.tensor([0])).total.backward()
     assert prior.code_embedding.weight.grad is not None

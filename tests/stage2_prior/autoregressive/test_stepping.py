@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_gains(**fields: Any) -> Any:
+def make_prior(**fields: Any) -> Any:
     prior = tiny_prior(**fields)
     with torch.no_grad():  # gains of one would hide a norm that is left out or misplaced
         for norm in (module for module in prior.modules() if isinstance(module, torch.nn.RMSNorm)):
@@ -40,7 +40,7 @@ def with_gains(**fields: Any) -> Any:
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bool, rows: int) -> None:
-    prior = with_gains(**SETTINGS[setting])
+    prior = make_prior(**SETTINGS[setting])
     orders = torch.rand(rows, 16, generator=seeded(2)).argsort(1) if ordered else None
     with torch.no_grad():
         packed = PackedStepper(prior, prior.new_caches(rows), orders, rows)
@@ -62,20 +62,20 @@ def test_eight_bits_are_refused_where_there_is_no_such_path(dtype: torch.dtype) 
 
 
 def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
-    prior = with_gains()
+    prior = make_prior()
     x = torch.randn(2, 16, 32, generator=seeded(0))
     with torch.no_grad():
         caches = prior.new_caches(2)
         prior.hidden_states(x[:, :7], caches=caches)
         stepper = PackedStepper(prior, caches, None, 2)
-        found = [stepper.step(x[:, i : i + 1]) for i in range(7, 16)]
-        assert_close(torch.stack(found, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
+        actual = [stepper.step(x[:, i : i + 1]) for i in range(7, 16)]
+        assert_close(torch.stack(actual, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_steps_that_a_graph_can_repeat_equal_the_modules_at_every_place(setting: str, ordered: bool) -> None:
-    prior = with_gains(**SETTINGS[setting])
+    prior = make_prior(**SETTINGS[setting])
     orders = torch.rand(3, 16, generator=seeded(2)).argsort(1) if ordered else None
     x = torch.randn(3, 16, 32, generator=seeded(0))
     with torch.no_grad():
@@ -84,8 +84,8 @@ def test_steps_that_a_graph_can_repeat_equal_the_modules_at_every_place(setting:
             cache.data.fill_(torch.nan)  # memory as it was found
         stepper = GraphStepper(prior, caches, orders)
         prior.hidden_states(x[:, :5], orders, caches)
-        found = [stepper.step(x[:, i : i + 1]) for i in range(5, 16)]
-        assert_close(torch.stack(found, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
+        actual = [stepper.step(x[:, i : i + 1]) for i in range(5, 16)]
+        assert_close(torch.stack(actual, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
 
 
 def test_a_step_to_be_recorded_asks_the_device_for_nothing() -> None:
@@ -104,14 +104,14 @@ def test_codes_from_a_recorded_step_are_those_of_the_modules(monkeypatch: pytest
     prior = tiny_prior().cuda()
     labels, options = torch.tensor([0, 1, 2], device="cuda"), SamplingOptions(guidance_scale=2.0)
 
-    def drawn() -> torch.Tensor:
+    def sample() -> torch.Tensor:
         return decode(prior, labels, options, [seeded(i) for i in range(3)])
 
-    recorded = drawn()
+    recorded_codes = sample()
     monkeypatch.setattr(
         decoding, "build_stepper", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders)
     )
-    assert torch.equal(recorded, drawn())
+    assert torch.equal(recorded_codes, sample())
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:
@@ -130,18 +130,18 @@ def test_a_packed_product_is_the_product(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_a_gated_product_is_that_of_swiglu(rows: int, int8: bool) -> None:
     gate, up, x = (torch.randn(size, 16, generator=seeded(i)) for i, size in enumerate((24, 24, rows)))
-    found = pack_gated_linear(gate, up, rows, int8)(x)
+    actual = pack_gated_linear(gate, up, rows, int8)(x)
     rtol, atol = (0.1, 0.2) if int8 else (1e-5, 1e-5)
-    assert_close(found, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
+    assert_close(actual, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
 
 
 def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
-    product, expected = pack_linear(weight, 3), F.linear(x, weight)
-    calls: list[object] = []
-    monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(arguments) or expected)
-    assert_close(product(x), expected)
-    assert bool(calls) == (not torch.backends.mkldnn.is_available())
+    packed, expected = pack_linear(weight, 3), F.linear(x, weight)
+    linear_calls: list[object] = []
+    monkeypatch.setattr(F, "linear", lambda *arguments: linear_calls.append(arguments) or expected)
+    assert_close(packed(x), expected)
+    assert bool(linear_calls) == (not torch.backends.mkldnn.is_available())
 
 
 def test_eight_bit_weights_err_by_less_than_a_hundredth() -> None:
@@ -155,11 +155,11 @@ def test_where_private_operators_are_missing_the_plain_product_stands_in(monkeyp
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
     eight = pack_linear(weight, 3, int8=True)(x)
 
-    def missing(*arguments: object) -> None:
+    def raise_missing(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing, raising=False)
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", raise_missing, raising=False)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", raise_missing)
     assert torch.equal(pack_linear(weight, 3)(x), F.linear(x, weight))
     assert_close(pack_linear(weight, 3, int8=True)(x), eight, rtol=0.02, atol=0.05)
 

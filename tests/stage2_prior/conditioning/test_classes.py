@@ -22,13 +22,13 @@ def test_a_missing_label_is_the_null_class_whose_id_follows_from_the_data() -> N
 
 def test_labels_are_left_out_at_their_rate() -> None:
     labels = torch.arange(3).repeat(10_000)
-    draws = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))[:, 0]
-    left_out = drop_classes(labels, draws, 0.2) == -1
+    uniform = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))[:, 0]
+    dropped = drop_classes(labels, uniform, 0.2) == -1
     # 30,000 draws: six standard deviations are 0.014, passed by chance once in 5 · 10⁸ seeds.
-    assert float(left_out.float().mean()) == pytest.approx(0.2, abs=0.014)
-    assert torch.equal(drop_classes(labels, draws, 0.2)[~left_out], labels[~left_out])
-    assert torch.equal(drop_classes(labels, draws, 0.0), labels)
-    assert drop_classes(labels, draws, 1.0).eq(-1).all()
+    assert float(dropped.float().mean()) == pytest.approx(0.2, abs=0.014)
+    assert torch.equal(drop_classes(labels, uniform, 0.2)[~dropped], labels[~dropped])
+    assert torch.equal(drop_classes(labels, uniform, 0.0), labels)
+    assert drop_classes(labels, uniform, 1.0).eq(-1).all()
 
 
 def test_guidance_1_is_the_conditional_prediction_0_the_null_one_and_2_as_far_beyond() -> None:

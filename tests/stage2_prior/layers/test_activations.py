@@ -13,8 +13,8 @@ from stage2_prior.layers.activations import GELU
 
 def test_values_and_gradients_equal_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "CHUNK_SIZE", 64)  # 11 parts, the last one shorter
-    given, gradient = (4 * torch.randn(7, 97, generator=seeded(i)) for i in range(2))
-    for x in (given, given.T):  # whatever its layout
+    inputs, gradient = (4 * torch.randn(7, 97, generator=seeded(i)) for i in range(2))
+    for x in (inputs, inputs.T):  # whatever its layout
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         ours, theirs = GELU()(leaves[0]), F.gelu(leaves[1], approximate="tanh")
         assert_close(ours, theirs)
@@ -36,7 +36,7 @@ def test_half_precision_is_as_exact_as_it_can_be(dtype: torch.dtype) -> None:
 def test_it_is_differentiated_forwards() -> None:
     x, direction = torch.randn(2, 50, generator=seeded(0))
     with forward_ad.dual_level():
-        found = forward_ad.unpack_dual(GELU()(forward_ad.make_dual(x, direction))).tangent
+        actual = forward_ad.unpack_dual(GELU()(forward_ad.make_dual(x, direction))).tangent
     leaf = x.clone().requires_grad_()
     F.gelu(leaf, approximate="tanh").backward(direction)
-    assert_close(found, leaf.grad)
+    assert_close(actual, leaf.grad)

@@ -11,7 +11,7 @@ from stage2_prior.layers.rotary import rotary_angles, rotary_factors, rotate
 HEIGHT, WIDTH, HEAD_DIM = 5, 4, 8
 
 
-def scores(axes: int) -> Tensor:
+def compute_scores(axes: int) -> Tensor:
     """q·k of one query and one key set down at every pair of places: (1 + h·w, 1 + h·w)."""
     angles = rotary_angles(HEIGHT, WIDTH, HEAD_DIM, axes, theta=100.0)
     turned = rotary_factors(angles)
@@ -19,7 +19,7 @@ def scores(axes: int) -> Tensor:
     return (rotate(query, *turned) @ rotate(key, *turned).mT)[0, 0]
 
 
-def places(axes: int) -> list[tuple[int, ...]]:
+def make_positions(axes: int) -> list[tuple[int, ...]]:
     if axes == 1:
         return [(i,) for i in range(1 + HEIGHT * WIDTH)]
     return [(0, 0), *((row + 1, column + 1) for row in range(HEIGHT) for column in range(WIDTH))]
@@ -28,10 +28,10 @@ def places(axes: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("axes", [1, 2])
 def test_scores_depend_on_the_differences_of_places_and_on_nothing_else(axes: int) -> None:
     by_difference: dict[tuple[int, ...], list[Tensor]] = {}
-    table = scores(axes)
-    for i, here in enumerate(places(axes)):
-        for j, there in enumerate(places(axes)):
-            difference = tuple(a - b for a, b in zip(here, there, strict=True))
+    table = compute_scores(axes)
+    for i, query_position in enumerate(make_positions(axes)):
+        for j, key_position in enumerate(make_positions(axes)):
+            difference = tuple(a - b for a, b in zip(query_position, key_position, strict=True))
             by_difference.setdefault(difference, []).append(table[i, j])
     for same in by_difference.values():
         assert_close(torch.stack(same), same[0].expand(len(same)), rtol=0, atol=1e-5)
