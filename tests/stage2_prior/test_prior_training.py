@@ -1,4 +1,4 @@
-"""The stage-two loop: its folder, its loss, and that a stopped run goes on as if it had not been stopped."""
+"""The stage-two loop: run folder, loss, resumed runs, validation and warnings."""
 
 import json
 import shutil
@@ -52,10 +52,10 @@ def read_weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCache, tmp_path: Path) -> None:
+def test_a_run_writes_its_folder_and_a_prior_for_its_codes(codes: CodeCache, tmp_path: Path) -> None:
     def preview(prior: AutoregressivePrior, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"a picture")
+        path.write_bytes(b"an image")
 
     folder = train_prior(make_config(codes, tmp_path / "run"), codes, preview)
     assert folder == tmp_path / "run" / "model"
@@ -82,10 +82,10 @@ def test_a_run_leaves_its_folder_and_a_prior_that_knows_its_codes(codes: CodeCac
     logged = read_rows(tmp_path / "run", "step", "nats_per_token")
     assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
     for _, nats, bits in read_rows(tmp_path / "run", "step", "validation_nats_per_token", "validation_bits_per_image"):
-        assert bits == pytest.approx(16 * nats / np.log(2), rel=1e-4)  # h·w codes an image
+        assert bits == pytest.approx(16 * nats / np.log(2), rel=1e-4)  # h·w codes per image
 
 
-def test_a_prior_starts_from_the_vectors_of_the_tokenizers_own_codes(
+def test_a_prior_starts_from_the_code_vectors_of_the_tokenizer(
     codes: CodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received: list[torch.Tensor] = []
@@ -102,14 +102,14 @@ def test_the_loss_falls_well_below_a_uniform_guess(codes: CodeCache, tmp_path: P
     optimizer = OptimizerConfig(learning_rate=5e-3)
     train_prior(make_config(codes, tmp_path, max_steps=60, sample_every=60, optimizer=optimizer), codes)
     losses = [nats for _, nats in read_rows(tmp_path, "step", "nats_per_token")]
-    assert losses[0] == pytest.approx(np.log(16), abs=0.5)  # the head starts from the codebook, and not at zero
+    assert losses[0] == pytest.approx(np.log(16), abs=0.5)  # the head starts from the codebook, not from 0
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bit_by_bit(codes: CodeCache, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(codes: CodeCache, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_prior(make_config(codes, whole, accumulation_steps=2), codes)
-    # As a kill after step 3 leaves it: one checkpoint, and a log that ran on.
+    # The state after a kill between steps 3 and 6: one checkpoint, and a longer log.
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step_000006")
     shutil.rmtree(stopped / "model")
@@ -117,7 +117,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bit_by_bit(codes: Co
 
     def preview(prior: AutoregressivePrior, path: Path) -> None:
         started.append(path.name)
-        torch.rand(3)  # a preview that draws from the global generator changes nothing either
+        torch.rand(3)  # a preview may use the global generator without effect on training
 
     train_prior(make_config(codes, stopped, accumulation_steps=2), codes, preview)
     assert started == ["step_000006.png"]
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bit_by_bit(codes: Co
     assert read_weights(other) != read_weights(whole)
 
 
-def test_previews_and_the_saved_model_are_the_averaged_weights(codes: CodeCache, tmp_path: Path) -> None:
+def test_previews_and_the_saved_model_use_the_ema_weights(codes: CodeCache, tmp_path: Path) -> None:
     previews: dict[str, dict[str, torch.Tensor]] = {}
 
     def preview(prior: AutoregressivePrior, path: Path) -> None:
@@ -147,7 +147,7 @@ def test_previews_and_the_saved_model_are_the_averaged_weights(codes: CodeCache,
     assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in saved)
 
 
-def test_the_validation_loss_is_the_mean_over_the_images_without_dropout(codes: CodeCache, tmp_path: Path) -> None:
+def test_the_validation_loss_is_the_mean_over_images_without_dropout(codes: CodeCache, tmp_path: Path) -> None:
     prior = AutoregressivePrior.from_pretrained(
         train_prior(make_config(codes, tmp_path, matmul_precision="highest"), codes)
     )
@@ -166,7 +166,7 @@ def test_the_validation_loss_is_the_mean_over_the_images_without_dropout(codes: 
     assert validation_loss(prior, codes.validation, limit=3) == pytest.approx(expected_of_three, rel=1e-5)
 
 
-def test_codes_that_hold_latents_alone_are_refused_with_the_command_to_run(tmp_path: Path) -> None:
+def test_codes_with_latents_only_are_refused_with_the_command_to_run(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     source = tiny_source(8, 2)
@@ -176,12 +176,12 @@ def test_codes_that_hold_latents_alone_are_refused_with_the_command_to_run(tmp_p
         train_prior(make_config(latents, tmp_path / "run"), latents)
 
 
-def test_a_validation_loss_on_no_images_is_refused(codes: CodeCache, tmp_path: Path) -> None:
+def test_zero_validation_images_are_refused(codes: CodeCache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--validation-images is 0"):
         make_config(codes, tmp_path, validation_images=0)
 
 
-def test_a_nan_in_the_loss_is_named_with_the_images_and_reaches_no_weight(
+def test_a_nan_loss_is_reported_with_its_images_and_changes_no_weight(
     codes: CodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, count = AutoregressivePrior.forward, iter(range(1, 100))
@@ -208,7 +208,7 @@ def test_a_nan_in_the_loss_is_named_with_the_images_and_reaches_no_weight(
 @pytest.mark.parametrize(
     ("losses", "warnings"), [([2.0, 1.9, 1.905, 2.1, 2.2], [(4, "validation")]), ([2.0, 1.9, 1.8, 1.81, 1.7], [])]
 )
-def test_a_validation_loss_that_turns_is_said_once_with_the_step_to_go_back_to(
+def test_a_rising_validation_loss_warns_once_with_the_best_step(
     losses: list[float],
     warnings: list[tuple[int, str]],
     codes: CodeCache,

@@ -1,4 +1,4 @@
-"""The autoregressive prior as a model: what it sees, what it equals, what it saves and refuses."""
+"""The autoregressive prior as a model: dependencies, equality with Llama, saving, and errors."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def random_codes(count: int, seed: int = 0) -> Tensor:
 
 
 def rename_to_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our blocks and last norm under transformers' names; the code embedding stands for Llama's."""
+    """Rename our blocks, last norm and code embedding to the names in transformers."""
     renamed = {"embed_tokens.weight": state["code_embedding.weight"], "norm.weight": state["norm.weight"]}
     for name, tensor in state.items():
         if name.startswith("blocks."):
@@ -45,8 +45,10 @@ def rename_to_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def test_learnt_positions_alone_are_all_that_a_prior_knows_of_places() -> None:
-    prior = tiny_prior(positions="none", learned_positions=True, num_layers=1)  # of several the mask tells places too
+def test_a_prior_without_rotary_positions_knows_positions_only_from_learned_ones() -> None:
+    prior = tiny_prior(
+        positions="none", learned_positions=True, num_layers=1
+    )  # with more layers, the causal mask also gives positions
     x = torch.randn(2, 16, 32, generator=seeded(0))
     swapped = x[:, [0, 2, 1, *range(3, 16)]]
     with torch.no_grad():
@@ -68,7 +70,7 @@ def test_future_tokens_do_not_change_past_logits(positions: str) -> None:
         assert later.any(2).all(), "a prior that ignores its input would pass"
 
 
-def test_the_last_code_is_no_input_and_the_class_reaches_every_logit() -> None:
+def test_the_last_code_is_no_input_and_every_logit_depends_on_the_class() -> None:
     prior, tokens = tiny_prior(), random_codes(2)
     altered = tokens.clone()
     altered[:, -1] = (altered[:, -1] + 1) % 16
@@ -89,7 +91,7 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
     theirs = LlamaModel(config).eval()
-    with torch.no_grad():  # gains of one would hide a norm that is left out or misplaced
+    with torch.no_grad():  # gains of 1 would hide a missing or misplaced norm
         for norm in (module for module in ours.modules() if isinstance(module, torch.nn.RMSNorm)):
             norm.weight.copy_(1 + 0.3 * torch.randn(norm.weight.shape, generator=seeded(5)))
     theirs.load_state_dict(rename_to_llama(ours.state_dict()), strict=True)
@@ -99,11 +101,13 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         assert_close(ours.hidden_states(x), expected, rtol=0, atol=1e-5)
         two_dimensional = tiny_prior(positions="2d", qk_norm=False, rope_theta=500.0)
         two_dimensional.load_state_dict(ours.state_dict())
-        assert (two_dimensional.hidden_states(x) - expected).abs().max() > 1e-2  # or positions would not matter here
+        assert (
+            two_dimensional.hidden_states(x) - expected
+        ).abs().max() > 1e-2  # else the test would not depend on positions
 
 
 @pytest.mark.parametrize("use_plain", [True, False])
-def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
+def test_grouped_queries_equal_a_prior_with_a_copy_of_the_keys_for_each_head(
     use_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "prefers_plain_attention", lambda *_: use_plain)
@@ -111,9 +115,8 @@ def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
     separate = tiny_prior(num_heads=4)
     weights = shared.state_dict()
     for name in [name for name in weights if name.endswith((".key.weight", ".value.weight"))]:
-        weights[name] = (
-            weights[name].view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1)
-        )  # heads 0 and 1 share the first
+        # heads 0 and 1 share the first key head
+        weights[name] = weights[name].view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1)
     separate.load_state_dict(weights)
     grid, labels = random_codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
     losses = [prior(grid, labels).total for prior in (shared, separate)]
@@ -128,7 +131,7 @@ def test_shared_keys_are_those_of_a_prior_in_which_each_head_has_a_copy(
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 16, (16,), (1, 3, 5, 7), (10, 6)])
-def test_hidden_states_with_caches_equal_those_without_for_any_cut_of_the_sequence(chunks: tuple[int, ...]) -> None:
+def test_hidden_states_do_not_depend_on_caches_or_on_how_the_sequence_is_split(chunks: tuple[int, ...]) -> None:
     prior = tiny_prior()
     x = torch.randn(2, 16, 32, generator=seeded(1))
     caches = prior.new_caches(2)
@@ -137,7 +140,7 @@ def test_hidden_states_with_caches_equal_those_without_for_any_cut_of_the_sequen
         assert_close(torch.cat(parts, dim=1), prior.hidden_states(x), rtol=0, atol=1e-5)
 
 
-def test_a_full_cache_refuses_another_token_and_says_how_large_it_should_be() -> None:
+def test_a_full_cache_refuses_another_token_and_names_the_size_it_needs() -> None:
     cache = KVCache(batch=2, heads=1, max_tokens=3, head_dim=4, like=torch.zeros(1))
     keys = torch.randn(2, 1, 3, 4, generator=seeded(0))
     stored_keys, *_ = cache.append(keys, keys)
@@ -147,7 +150,7 @@ def test_a_full_cache_refuses_another_token_and_says_how_large_it_should_be() ->
     assert cache.tokens == 3
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_each_code_and_reaches_every_weight() -> None:
+def test_the_loss_is_the_mean_cross_entropy_and_every_weight_has_a_gradient() -> None:
     prior, grid, labels = tiny_prior(), random_codes(3).view(3, 4, 4), torch.tensor([0, 2, -1])
     loss = prior(grid, labels)
     log_probabilities = prior.logits(grid.flatten(1), labels).log_softmax(2)
@@ -160,7 +163,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_each_code_and_reaches_every_weigh
 
 
 @pytest.mark.parametrize("codebook_size", [16, 1000])
-def test_a_fresh_prior_guesses_uniformly(codebook_size: int) -> None:
+def test_an_untrained_prior_predicts_nearly_uniform_probabilities(codebook_size: int) -> None:
     prior = tiny_prior(codebook_size=codebook_size, sharpness=1)
     grid = torch.randint(codebook_size, (64, 4, 4), generator=seeded(0))
     with torch.no_grad():
@@ -170,7 +173,7 @@ def test_a_fresh_prior_guesses_uniformly(codebook_size: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [4, 32])
-def test_codes_that_are_near_start_with_near_embeddings_and_near_rows_of_the_head(channels: int) -> None:
+def test_similar_codes_start_with_similar_embeddings_and_similar_rows_of_the_head(channels: int) -> None:
     prior, vectors = tiny_prior(), torch.randn(16, channels, generator=seeded(1))
     prior.initialize_from_code_vectors(vectors)
     distances = torch.cdist(vectors, vectors)
@@ -182,13 +185,13 @@ def test_codes_that_are_near_start_with_near_embeddings_and_near_rows_of_the_hea
         )
 
 
-def test_vectors_of_more_channels_than_the_prior_has_are_projected_to_the_same_size() -> None:
+def test_code_vectors_with_more_channels_than_the_prior_are_projected_to_the_same_scale() -> None:
     prior, vectors = tiny_prior(), torch.randn(16, 200, generator=seeded(1))
     prior.initialize_from_code_vectors(vectors)
     assert float(prior.code_embedding.weight.detach().square().mean().sqrt()) == pytest.approx(0.3, rel=0.15)
 
 
-def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
+def test_a_different_spec_is_refused_with_a_list_of_all_differences() -> None:
     tokenizer = tiny_tokenizer()
     matching = tiny_prior(tokenizer_id=tokenizer.config.tokenizer_id)
     matching.check_spec(tokenizer.latent_spec())
@@ -207,7 +210,10 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
     ("fields", "message"),
     [
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size is 30 for 4 heads; expected a multiple of 16"),
-        ({"hidden_size": 24, "num_heads": 4}, "expected a multiple of 16, for 2d"),  # heads of 6: no two axes of pairs
+        (
+            {"hidden_size": 24, "num_heads": 4},
+            "expected a multiple of 16, for 2d",
+        ),  # 6 channels cannot be split into pairs for two axes
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
         ({"positions": "none"}, "no code would have a position"),
         ({"num_heads": 0}, "num_heads is 0"),
@@ -217,7 +223,7 @@ def test_a_spec_that_differs_is_refused_and_every_difference_listed() -> None:
         ({"hiden_size": 64}, "hiden_size.*did you mean 'hidden_size'"),
     ],
 )
-def test_a_configuration_that_cannot_be_built_is_one_line(fields: dict, message: str) -> None:
+def test_an_invalid_configuration_raises_an_error_of_one_line(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         AutoregressivePriorConfig(**fields)
     assert "\n" not in str(caught.value)
@@ -227,7 +233,7 @@ def test_heads_of_six_channels_are_enough_for_one_axis() -> None:
     assert AutoregressivePriorConfig(hidden_size=24, num_heads=4, positions="1d").model.head_dim == 6
 
 
-def test_a_saved_prior_comes_back_bit_by_bit(tmp_path: Path) -> None:
+def test_a_saved_prior_loads_with_the_same_bits(tmp_path: Path) -> None:
     prior = tiny_prior(dropout=0.1, tokenizer_id="abc")
     prior.save_pretrained(tmp_path)
     loaded = AutoregressivePrior.from_pretrained(tmp_path)
@@ -239,7 +245,7 @@ def test_a_saved_prior_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.logits(random_codes(2), labels), prior.logits(random_codes(2), labels))
 
 
-def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_shape_is_refused(tmp_path: Path) -> None:
     prior = tiny_prior()
     prior.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -256,7 +262,7 @@ def test_a_saved_prior_with_an_unknown_key_or_weights_of_another_size_is_refused
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_by_plain_products_equals_torch_s_with_its_gradients(causal: bool) -> None:
+def test_plain_attention_equals_torch_s_attention_in_value_and_gradient(causal: bool) -> None:
     query, key, value = (torch.randn(2, 3, 7, 8, generator=seeded(i)).requires_grad_() for i in range(3))
     ours = plain_attention(query, key, value, causal=causal)
     theirs = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
@@ -267,6 +273,6 @@ def test_attention_by_plain_products_equals_torch_s_with_its_gradients(causal: b
         assert_close(separate, other)
 
 
-def test_a_grid_that_the_prior_was_not_trained_on_is_refused_though_it_has_as_many_codes() -> None:
+def test_a_grid_of_another_shape_is_refused_even_with_the_same_number_of_codes() -> None:
     with pytest.raises(SpecMismatchError, match="is 2×8; expected 4×4, which the prior was trained on"):
         tiny_prior()(random_codes(2).view(2, 2, 8), torch.zeros(2, dtype=torch.long))

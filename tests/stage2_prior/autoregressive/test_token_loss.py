@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one."""
+"""The cross-entropy in chunks, compared with `F.cross_entropy`."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def test_the_chunked_loss_equals_the_plain_one_in_value_and_gradient(
         assert_close(our_grad, their_grad)
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
+def test_the_gradient_equals_finite_differences() -> None:
     hidden, weight, targets = make_batch()
     assert torch.autograd.gradcheck(lambda h, w: head_cross_entropy(h, w, targets), (hidden, weight))
 
 
-def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_chunk_of_logits_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(token_loss.LOGITS_PER_CHUNK, "cpu", 5 * 20)
     chunks, linear = [], F.linear
 
@@ -47,8 +47,8 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch: pytest.Mon
     assert [len(logits) for logits in chunks] == [5] * 7 + [2]
 
 
-def test_a_half_precision_loss_loses_no_gradient_to_a_large_batch() -> None:
-    # Divided by N first, probabilities of 1 / K in float16 would be 0 from about N·K = 10⁷ on.
+def test_the_gradient_in_half_precision_does_not_underflow_for_a_large_batch() -> None:
+    # If they were divided by N first, probabilities of 1 / K would underflow to 0 in float16 above about N·K = 10⁷.
     hidden = torch.zeros(4096, 4, dtype=torch.float16).fill_(0.1).requires_grad_()
     weight = torch.randn(4096, 4, generator=seeded(0)).half().requires_grad_()
     targets = torch.arange(4096)
@@ -58,7 +58,7 @@ def test_a_half_precision_loss_loses_no_gradient_to_a_large_batch() -> None:
     assert_close(hidden_grad.float(), expected, rtol=0.02, atol=1e-3)
 
 
-def test_without_gradients_it_is_the_loss_alone() -> None:
+def test_the_loss_is_the_same_without_gradients() -> None:
     hidden, weight, targets = make_batch()
     with torch.no_grad():
         assert_close(head_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets))

@@ -1,4 +1,4 @@
-"""diffusers' schedulers in the place of our samplers."""
+"""Schedulers of diffusers as samplers."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def sample_latents(prior: DiffusionPrior, scheduler: Any = None, on_step: Any = 
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
+def test_schedulers_of_diffusers_sample_the_same_latents_as_our_samplers(kind: str) -> None:
     prior, trailing = tiny_diffusion(schedule="linear", prediction=kind), {"timestep_spacing": "trailing"}
     ddim = their("DDIMScheduler", **LINEAR, **trailing, clip_sample=False)
     assert_close(sample_latents(prior, ddim), sample_latents(prior, sampler="ddim"), rtol=1e-3, atol=1e-3)
@@ -43,7 +43,7 @@ def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
     ],
 )
-def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, Any]) -> None:
+def test_flow_schedulers_of_diffusers_sample_the_same_latents_as_euler(name: str, fields: dict[str, Any]) -> None:
     prior = tiny_diffusion()
     scheduler = their(name, **fields)
     assert_close(
@@ -57,7 +57,7 @@ def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, 
 @pytest.mark.parametrize(
     "name", ["UniPCMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
 )
-def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> None:
+def test_schedulers_without_a_counterpart_here_end_near_the_exact_solution(name: str) -> None:
     prior = tiny_diffusion(schedule="linear", prediction="epsilon")
     exact = sample_latents(prior, sampler="ddim", num_inference_steps=1000)
     scheduler = their(name, **LINEAR, prediction_type="epsilon")
@@ -65,12 +65,12 @@ def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> N
     assert error < 0.05
 
 
-def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
+def test_num_steps_equals_the_number_of_steps_of_a_scheduler() -> None:
     prior, steps = tiny_diffusion(schedule="linear", prediction="epsilon"), list[int]()
     scheduler = their("HeunDiscreteScheduler", **LINEAR, prediction_type="epsilon")
     sample_latents(prior, scheduler, on_step=lambda step, latents: steps.append(step))
     announced = prior.num_steps(tiny_tokenizer().latent_spec(), DiffusionOptions(num_inference_steps=5))
-    assert steps == list(range(announced)) == list(range(9))  # two evaluations of each of the five but for the last
+    assert steps == list(range(announced)) == list(range(9))  # two evaluations in each of five steps, one in the last
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
         ("cosine", ("DDIMScheduler", LINEAR), "betas of the DDIMScheduler"),
     ],
 )
-def test_a_scheduler_of_another_noise_is_refused(
+def test_a_scheduler_with_another_noise_schedule_is_refused(
     schedule: str, scheduler: tuple[str, dict[str, Any]], message: str
 ) -> None:
     prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")

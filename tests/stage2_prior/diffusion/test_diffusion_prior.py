@@ -1,4 +1,4 @@
-"""The diffusion transformer against diffusers' blocks and against what it promises; sampling through the prior's contract."""
+"""The networks of the diffusion prior, compared with diffusers, and sampling with the prior."""
 
 from typing import Any, get_args
 
@@ -28,7 +28,7 @@ def make_batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.linspace(0.1, 0.9, count), torch.arange(count) % len(NAMES)
 
 
-def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
+def test_a_block_equals_the_block_of_diffusers_with_the_same_weights() -> None:
     model = DiTModel(hidden_size=32, num_heads=2, intermediate_size=128, num_layers=1)
     their_attention = pytest.importorskip("diffusers.models.attention", reason=PEER)
     ours = DiTBlock(model).eval()
@@ -65,7 +65,7 @@ def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("variant", TRANSFORMERS)
-def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(variant: str) -> None:
+def test_every_block_starts_as_the_identity_and_the_network_predicts_0(variant: str) -> None:
     prior = tiny_diffusion(trained=False, **VARIANTS[variant])
     latents, times, labels = make_batch()
     x, condition = torch.randn(3, 16, 32, generator=seeded(1)), torch.randn(3, 32, generator=seeded(2))
@@ -73,7 +73,7 @@ def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(var
     assert not prior.denoiser(latents, times, labels).any()
 
 
-def test_a_unet_starts_by_predicting_nothing_and_its_lowest_resolution_sees_the_whole_picture() -> None:
+def test_a_unet_starts_by_predicting_0_and_every_output_depends_on_every_input() -> None:
     latents, times, labels = make_batch()
     assert not tiny_diffusion(trained=False, **UNET).denoiser(latents, times, labels).any()
     denoiser = tiny_diffusion(**UNET).denoiser
@@ -84,7 +84,7 @@ def test_a_unet_starts_by_predicting_nothing_and_its_lowest_resolution_sees_the_
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_patches_come_apart_and_together(size: int) -> None:
+def test_unpatchify_inverts_patchify(size: int) -> None:
     config = DiffusionPriorConfig(
         channels=3, height=4, width=8, patch_size=size, hidden_size=32, num_heads=2, num_layers=1
     )
@@ -97,13 +97,13 @@ def test_patches_come_apart_and_together(size: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_time_class_and_place_all_matter(variant: str) -> None:
+def test_the_prediction_depends_on_time_class_and_position(variant: str) -> None:
     denoiser = tiny_diffusion(**VARIANTS[variant]).denoiser
     latents, times, labels = make_batch()
     actual = denoiser(latents, times, labels)
     for changed in (denoiser(latents, times + 0.05, labels), denoiser(latents, times, (labels + 1) % 3)):
         assert not torch.allclose(actual, changed, atol=1e-3)
-    shifted = denoiser(latents.roll(2, -1), times, labels).roll(-2, -1)  # without places this would be the same
+    shifted = denoiser(latents.roll(2, -1), times, labels).roll(-2, -1)  # equal without positions
     assert not torch.allclose(actual, shifted, atol=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sampler: SamplerName) -> None
     prior = tiny_diffusion()
     alone, together = (sample_latents(prior, 4, batch, sampler=sampler, guidance_scale=2.0) for batch in (1, 4))
     assert_close(alone, together, rtol=0, atol=1e-4)
-    assert not torch.allclose(alone[0], alone[3], atol=0.1)  # of one class: draws of its own
+    assert not torch.allclose(alone[0], alone[3], atol=0.1)  # both of one class, with different noise
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "flow"])
@@ -150,7 +150,7 @@ def test_guidance_of_one_is_the_conditional_model(schedule: str) -> None:
     assert_close(prior.predict(latents, 0.4, labels, outside_interval), conditional)
 
 
-def test_rescaled_guidance_has_the_spread_of_the_conditional_model() -> None:
+def test_rescaled_guidance_has_the_standard_deviation_of_the_conditional_model() -> None:
     prior = tiny_diffusion()
     latents, _, labels = make_batch()
     conditional = prior.predict(latents, 0.4, labels, DiffusionOptions())
@@ -158,7 +158,7 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_model() -> None:
     assert_close(rescaled.flatten(1).std(1), conditional.flatten(1).std(1))
 
 
-def test_sampling_draws_nothing_from_the_global_state() -> None:
+def test_sampling_does_not_use_the_global_random_state() -> None:
     prior = tiny_diffusion()
     before = torch.get_rng_state()
     sample_latents(prior, 2, 2, sampler="ddpm")
@@ -202,7 +202,7 @@ def test_a_pipeline_samples_saves_and_loads_it(tmp_path: Any) -> None:
         ({"denoiser": "unet", "channel_multipliers": (1, 2), "attention": (4,)}, "attention"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], field: str) -> None:
+def test_contradictory_options_are_refused(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{field}\b.*; expected"):
         tiny_diffusion(**fields)
 
@@ -218,12 +218,12 @@ def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any],
         {"eta": 0.5},
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_sampling_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"expected"):
         DiffusionOptions(**options)
 
 
-def test_without_a_class_guidance_costs_nothing() -> None:
+def test_guidance_runs_no_second_half_when_there_are_no_classes() -> None:
     prior, tokenizer, rows = tiny_diffusion(), tiny_tokenizer(), list[int]()
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     forward = prior.denoiser.forward
@@ -234,7 +234,7 @@ def test_without_a_class_guidance_costs_nothing() -> None:
     assert rows == [2, 2, 4]
 
 
-def test_more_steps_than_a_schedule_has_levels_are_refused_and_a_flow_has_no_levels() -> None:
+def test_more_steps_than_levels_are_refused_and_a_flow_has_no_levels() -> None:
     options = DiffusionOptions(num_inference_steps=1001)
     with pytest.raises(
         UserError, match="num_inference_steps is 1001 and the schedule cosine has 1000 levels; expected at"
@@ -244,7 +244,7 @@ def test_more_steps_than_a_schedule_has_levels_are_refused_and_a_flow_has_no_lev
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_samples_through_a_tokenizer_of_continuous_latents(dtype: torch.dtype) -> None:
+def test_a_pipeline_with_continuous_latents_samples_in_half_precision(dtype: torch.dtype) -> None:
     shape = {"image_size": (16, 16), "channels": (8, 8), "blocks": (0, 1), "latent_channels": 4, "image_channels": 1}
     tokenizer = AutoencoderKL(AutoencoderKLConfig(**shape, latent_mean=[0.0] * 4, latent_std=[1.0] * 4))
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
@@ -255,7 +255,7 @@ def test_half_precision_samples_through_a_tokenizer_of_continuous_latents(dtype:
 
 
 @pytest.mark.parametrize("kind", get_args(Prediction))
-def test_every_prediction_samples_finite_latents_from_noise_alone(kind: Prediction) -> None:
+def test_every_prediction_samples_finite_latents_from_pure_noise(kind: Prediction) -> None:
     fields = {"schedule": "linear"} if kind == "epsilon" else {"schedule": "cosine", "zero_terminal_snr": True}
     for sampler in get_args(SamplerName):
         assert sample_latents(tiny_diffusion(prediction=kind, **fields), 2, 2, sampler=sampler).isfinite().all()

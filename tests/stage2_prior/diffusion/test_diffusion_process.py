@@ -1,4 +1,4 @@
-"""Conventions: what is predicted, converted and scheduled, against definitions and diffusers."""
+"""Predictions, conversions and schedules, compared with their definitions and with diffusers."""
 
 import math
 from typing import Any, get_args
@@ -40,7 +40,7 @@ def make_batch(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_data_and_noise_come_back_from_what_is_predicted(kind: Prediction, schedule: Schedule) -> None:
+def test_sample_and_noise_are_recovered_from_the_exact_prediction(kind: Prediction, schedule: Schedule) -> None:
     sample, noise, level = make_batch(schedule)
     actual = compute_estimate(
         add_noise(sample, noise, level), compute_prediction(sample, noise, level, kind), level, kind
@@ -65,7 +65,7 @@ def test_any_prediction_converts_to_any_other_and_back(
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_the_latents_err_by_the_stated_multiple_of_the_prediction(kind: Prediction) -> None:
+def test_the_error_of_the_sample_is_the_error_of_the_prediction_times_its_factor(kind: Prediction) -> None:
     sample, noise, level = make_batch("cosine")
     noisy, exact = add_noise(sample, noise, level), compute_prediction(sample, noise, level, kind)
     error = compute_estimate(noisy, exact + 1, level, kind).sample - sample
@@ -81,14 +81,14 @@ def test_the_flow_is_the_velocity_of_the_straight_path() -> None:
 
 @pytest.mark.parametrize("name", LEVEL_SCHEDULES)
 @pytest.mark.parametrize("zero", [False, True])
-def test_schedules_are_those_of_diffusers(name: Schedule, zero: bool) -> None:
+def test_schedules_equal_the_schedules_of_diffusers(name: Schedule, zero: bool) -> None:
     theirs = diffusers_scheduler(name, rescale_betas_zero_snr=zero, prediction_type="v_prediction")
     actual = NoiseSchedule(name, zero).levels(torch.arange(1, NUM_LEVELS + 1, dtype=torch.float64) / NUM_LEVELS)
     assert_close(actual.alpha.float().square(), theirs.alphas_cumprod, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_first_level_is_data_and_squares_add_up_to_one_but_for_a_flow(name: Schedule) -> None:
+def test_the_first_level_is_data_and_squares_sum_to_one_except_in_a_flow(name: Schedule) -> None:
     _, alpha, sigma = NoiseSchedule(name).levels(torch.linspace(0, 1, 11, dtype=torch.float64))
     assert (float(alpha[0]), float(sigma[0])) == (1, 0)
     assert torch.all(alpha.diff() < 0)
@@ -98,7 +98,7 @@ def test_the_first_level_is_data_and_squares_add_up_to_one_but_for_a_flow(name: 
 
 
 @pytest.mark.parametrize("name", LEVEL_SCHEDULES)
-def test_only_zero_terminal_snr_ends_with_noise_alone(name: Schedule) -> None:
+def test_only_zero_terminal_snr_ends_with_pure_noise(name: Schedule) -> None:
     last = torch.ones(1, dtype=torch.float64)
     assert float(NoiseSchedule(name, zero_terminal_snr=True).levels(last).alpha) == 0
     assert float(NoiseSchedule(name).levels(last).alpha) > 0
@@ -106,7 +106,7 @@ def test_only_zero_terminal_snr_ends_with_noise_alone(name: Schedule) -> None:
 
 @pytest.mark.parametrize("spacing", get_args(Spacing))
 @pytest.mark.parametrize("steps", [1, 7, 50, 1000])
-def test_spacings_are_those_of_diffusers(spacing: Spacing, steps: int) -> None:
+def test_spacings_equal_the_spacings_of_diffusers(spacing: Spacing, steps: int) -> None:
     theirs = diffusers_scheduler("linear", timestep_spacing=spacing)
     theirs.set_timesteps(steps)
     actual = NoiseSchedule("linear").sampling_times(steps, spacing) * NUM_LEVELS
@@ -115,12 +115,12 @@ def test_spacings_are_those_of_diffusers(spacing: Spacing, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_times_to_learn_at_are_all_levels_but_data(name: Schedule) -> None:
+def test_training_times_are_all_levels_except_data(name: Schedule) -> None:
     times = NoiseSchedule(name).training_times(1 - torch.rand(100_000, generator=seeded(0), dtype=torch.float64))
     assert times.min() > 0
     assert times.max() <= 1
     if name != "flow":
         counts = torch.bincount((times * NUM_LEVELS).round().long(), minlength=NUM_LEVELS + 1)
         assert counts[0] == 0
-        assert counts[1:].min() > 50  # 100 expected: less by five standard deviations is 3e-4 likely
+        assert counts[1:].min() > 50  # 100 expected; five standard deviations below has a probability of 3e-4
     assert math.isclose(times.mean(), 0.5, abs_tol=0.01)

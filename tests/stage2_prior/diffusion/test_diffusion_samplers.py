@@ -1,4 +1,4 @@
-"""Samplers against exact denoisers, whose samples are known, and against diffusers' schedulers, step by step."""
+"""Samplers with exact denoisers, and compared step by step with the schedulers of diffusers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,14 +45,14 @@ def make_levels(schedule: Schedule, steps: int) -> list[NoiseLevel[float]]:
 
 
 def denoise_gaussian(x: Tensor, level: NoiseLevel[float]) -> Estimate:
-    """E[data | x] where the data are N(MEAN, STD²)."""
+    """Return the exact estimate E[data | x] for data ~ N(MEAN, STD²)."""
     gain = level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2)
     sample = MEAN + gain * (x - level.alpha * MEAN)
     return Estimate(sample, (x - level.alpha * sample) / level.sigma)
 
 
 def denoise_two_points(x: Tensor, level: NoiseLevel[float]) -> Estimate:
-    """E[data | x] where the data are 1 three times in four, and −1."""
+    """Return the exact estimate E[data | x] for data that are 1 with probability 3 / 4, and else −1."""
     weight = torch.sigmoid(2 * level.alpha * x / level.sigma**2 + math.log(3))
     sample = 2 * weight - 1
     return Estimate(sample, (x - level.alpha * sample) / level.sigma)
@@ -75,7 +75,7 @@ def make_noise(count: int, seed: int = 0) -> Tensor:
 
 
 def make_start(count: int, levels: Sequence[NoiseLevel[float]]) -> Tensor:
-    """Draws from the exact distribution at the first level, which a schedule may end short of noise alone."""
+    """Sample from the exact distribution at the first level, which may not be pure noise."""
     return levels[0].alpha * (MEAN + STD * make_noise(count, 1)) + levels[0].sigma * make_noise(count)
 
 
@@ -104,13 +104,15 @@ def test_the_exact_denoiser_of_a_correlated_gaussian_gives_its_covariance(name: 
         SAMPLERS[name], denoise, levels[0].alpha * data + levels[0].sigma * make_noise(2 * count).view(-1, 2), levels
     )
     assert (actual.mean(0) - MEAN).abs().max() < 0.05
-    assert (actual.T.cov() - covariance).abs().max() < 0.06  # of entries up to 1, whose standard error is 0.01
+    assert (actual.T.cov() - covariance).abs().max() < 0.06  # the standard error is 0.01 for entries up to 1
 
 
 def width_error(sampler: Sampler, steps: int, schedule: Schedule) -> float:
-    """From t = 0.9 to 0.1, where nothing is infinite; of a flow, whose times are no thousandths, in long and short steps by turns.
-    With a linear denoiser a deterministic sampler is affine: two points give by what it widens a distribution, without luck, and
-    the exact flow keeps x in the same place of its distribution."""
+    """Compute the error of the width of a Gaussian after sampling from t = 0.9 to 0.1, where all values are finite.
+
+    A flow takes long and short steps in turn, since its times are not limited to thousandths. A deterministic sampler with a linear
+    denoiser is affine, so two points give the exact width.
+    """
     positions = torch.arange(steps + 1, dtype=torch.float64)
     if schedule == "flow":
         positions += 0.3 * (positions % 2)
@@ -125,7 +127,7 @@ def width_error(sampler: Sampler, steps: int, schedule: Schedule) -> float:
 @pytest.mark.parametrize(
     ("name", "order"), [("euler", 1), ("ddim", 1), ("dpm-solver++", 2), ("heun", 2), ("adams-bashforth", 2)]
 )
-def test_the_error_falls_at_the_order_of_the_solver(name: str, order: int, schedule: Schedule) -> None:
+def test_the_error_falls_with_the_order_of_the_solver(name: str, order: int, schedule: Schedule) -> None:
     errors = [width_error(DETERMINISTIC[name], steps, schedule) for steps in (50, 100, 200)]
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
@@ -133,15 +135,15 @@ def test_the_error_falls_at_the_order_of_the_solver(name: str, order: int, sched
 
 @pytest.mark.parametrize("schedule", ["flow", "cosine"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_mixture_of_two_points_is_hit_in_proportion(name: str, schedule: Schedule) -> None:
+def test_a_mixture_of_two_points_is_sampled_in_proportion(name: str, schedule: Schedule) -> None:
     levels = make_levels(schedule, 200)
     actual = run_sampler(SAMPLERS[name], denoise_two_points, make_noise(20_000), levels)
     assert (actual.abs() - 1).abs().quantile(0.99) < 0.05
-    assert abs((actual > 0).double().mean() - 0.75) < 0.02  # the finest step and six standard errors
+    assert abs((actual > 0).double().mean() - 0.75) < 0.02  # six standard errors and the error of the last step
 
 
 def network(x: Tensor, time: float) -> Tensor:
-    """Some function of x and time, as a network is before it is trained."""
+    """Return an arbitrary function of x and time, as an untrained network does."""
     return torch.sin(3 * x + time) + 0.3 * x
 
 
@@ -167,7 +169,7 @@ SETTINGS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_steps_of_ddim_are_those_of_diffusers(kind: Prediction, eta: float) -> None:
+def test_steps_of_ddim_equal_the_steps_of_diffusers(kind: Prediction, eta: float) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
     scheduler = their("DDIMScheduler", **fields)
     scheduler.set_timesteps(10)
@@ -180,7 +182,7 @@ def test_steps_of_ddim_are_those_of_diffusers(kind: Prediction, eta: float) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
+def test_steps_of_ddpm_equal_the_steps_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
     scheduler = their("DDPMScheduler", **fields)
     scheduler.set_timesteps(20)
@@ -193,7 +195,7 @@ def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
-def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Prediction) -> None:
+def test_steps_of_dpm_solver_equal_the_steps_of_diffusers(algorithm: str, kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "algorithm_type": algorithm}
     scheduler = their("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
     scheduler.set_timesteps(12)
@@ -204,7 +206,7 @@ def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Predic
         assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_steps_of_euler_are_those_of_diffusers_for_a_flow() -> None:
+def test_steps_of_euler_equal_the_steps_of_diffusers_for_a_flow() -> None:
     scheduler = their("FlowMatchEulerDiscreteScheduler")
     levels, x = make_levels("flow", 8), torch.randn(2, 3, generator=seeded(0))
     scheduler.set_timesteps(sigmas=[level.sigma for level in levels[:-1]])
@@ -214,7 +216,7 @@ def test_steps_of_euler_are_those_of_diffusers_for_a_flow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_of_euler_are_those_of_diffusers_in_its_own_scale(kind: Prediction) -> None:
+def test_steps_of_euler_equal_the_steps_of_diffusers_in_the_scale_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "final_sigmas_type": "zero"}
     scheduler = their("EulerDiscreteScheduler", **fields)
     scheduler.set_timesteps(10)
@@ -222,7 +224,7 @@ def test_steps_of_euler_are_those_of_diffusers_in_its_own_scale(kind: Prediction
     actual, scaled = sampler_steps(euler, levels, kind, x), x / levels[0].alpha
     for t, s, step, ours in zip(levels, levels[1:], scheduler.timesteps, actual, strict=False):
         prediction = network(scaled * t.alpha, t.time)
-        if kind == "sample":  # what diffusers calls a sample there is in its own scale, as the data are in ours
+        if kind == "sample":  # diffusers' sample is in the scale of diffusers, ours in the scale of the data
             prediction = compute_prediction(*compute_estimate(scaled * t.alpha, prediction, t, kind), t, kind)
         scaled = scheduler.step(prediction, step, scaled).prev_sample
         assert_close(ours, scaled * s.alpha, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Mean flow: its identity where the velocity is known, its derivative against differences, and a run that samples in few steps."""
+"""Mean flow: exact mean velocities, the derivative compared with finite differences, and sampling in few steps."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def make_examples(count: int = 6) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_the_derivative_is_that_of_differences_along_the_networks_own_velocity(kind: dict[str, Any]) -> None:
+def test_the_derivative_equals_finite_differences_along_the_predicted_velocity(kind: dict[str, Any]) -> None:
     network, x, h = make_prior(**kind).denoiser, make_examples(), 1e-5
     rest = x["classes"], x["ends"], x["guidance"]
     actual = total_derivative(network, x["noisy"], x["times"], *rest)
@@ -62,12 +62,12 @@ def test_the_derivative_is_that_of_differences_along_the_networks_own_velocity(k
 
 
 def predict_point_data(z: Tensor, t: Tensor, classes: Tensor, ends: Tensor, guidance: Tensor) -> Tensor:
-    """The exact mean velocity where all data are one point, 2: every path is straight, v = (z − 2) / t."""
+    """Return the exact mean velocity for data at one point, 2: every path is straight, v = (z − 2) / t."""
     return (z - 2) / t.view(-1, 1, 1, 1)
 
 
 def predict_gaussian_data(z: Tensor, t: Tensor, classes: Tensor, ends: Tensor, guidance: Tensor) -> Tensor:
-    """The exact mean velocity of N(0, 1) data: z_t has the deviation s(t) = √((1 − t)² + t²), and z_r = z_t s(r) / s(t)."""
+    """Return the exact mean velocity for N(0, 1) data: z_t has the std s(t) = √((1 − t)² + t²), and z_r = z_t s(r) / s(t)."""
     t, ends = t.view(-1, 1, 1, 1), ends.view(-1, 1, 1, 1)
     at, after = (((1 - time).square() + time.square()).sqrt() for time in (t, ends))
     span = t - ends
@@ -75,8 +75,8 @@ def predict_gaussian_data(z: Tensor, t: Tensor, classes: Tensor, ends: Tensor, g
     return torch.where(span == 0, velocity, z * (1 - after / at) / torch.where(span == 0, 1, span))
 
 
-def test_the_exact_mean_velocity_has_the_velocity_for_its_target() -> None:
-    # V − ṽ of an exact network is v(z_t, t) − ṽ: nothing is left once ṽ is the velocity that all examples at z_t have on average
+def test_the_exact_mean_velocity_has_no_error() -> None:
+    # For an exact network V − ṽ is v(z_t, t) − ṽ. It is 0 when ṽ is the mean velocity of all examples at z_t.
     x = make_examples()
     ends, ones = x["ends"], torch.ones_like(x["times"])
     for network in (predict_point_data, predict_gaussian_data):
@@ -84,12 +84,11 @@ def test_the_exact_mean_velocity_has_the_velocity_for_its_target() -> None:
         errors = mean_flow_errors(network, x["noisy"], velocity, x["times"], x["classes"], 5, ends, ones)
         assert errors.abs().max() < 1e-5
         zero_end_errors = mean_flow_errors(network, x["noisy"], velocity, x["times"], x["classes"], 5, ends * 0, ones)
-        assert zero_end_errors.abs().max() < 1e-5  # whatever the span
+        assert zero_end_errors.abs().max() < 1e-5  # for any span
 
-    def predict_wrong_spans(z: Tensor, t: Tensor, *told: Tensor) -> Tensor:
-        return predict_gaussian_data(z, t, *told) * (
-            1 + (t - told[1]).view(-1, 1, 1, 1)
-        )  # right at one time, wrong between two
+    def predict_wrong_spans(z: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        factor = 1 + (t - rest[1]).view(-1, 1, 1, 1)  # 1 for spans of length 0
+        return predict_gaussian_data(z, t, *rest) * factor
 
     velocity = predict_gaussian_data(x["noisy"], x["times"], x["classes"], x["times"], ones)
     assert (
@@ -98,20 +97,20 @@ def test_the_exact_mean_velocity_has_the_velocity_for_its_target() -> None:
     )
 
 
-def test_at_one_time_the_target_is_the_guided_velocity() -> None:
+def test_the_target_of_a_span_of_length_0_is_the_guided_velocity() -> None:
     x, network = make_examples(), make_prior().denoiser
     classes = x["classes"].clone()
     classes[:2] = torch.tensor([-1, 5])
     with torch.no_grad():
         errors = mean_flow_errors(network, x["noisy"], x["velocity"], x["times"], classes, 5, x["times"], x["guidance"])
         null = network(x["noisy"], x["times"], torch.full_like(classes, 5))
-        told = torch.where(torch.arange(6) < 2, 1, x["guidance"])  # without a class nothing is guided
-        predicted = network(x["noisy"], x["times"], classes, x["times"], told)
-        scale = told.view(-1, 1, 1, 1)
+        guidance = torch.where(torch.arange(6) < 2, 1, x["guidance"])  # no guidance without a class
+        predicted = network(x["noisy"], x["times"], classes, x["times"], guidance)
+        scale = guidance.view(-1, 1, 1, 1)
     assert_close(errors, (predicted - (scale * x["velocity"] + (1 - scale) * null)))
 
 
-def test_only_the_prediction_is_learnt_from() -> None:
+def test_only_the_prediction_has_a_gradient() -> None:
     prior, x = make_prior(), make_examples()
     errors = mean_flow_errors(
         prior.denoiser, x["noisy"], x["velocity"], x["times"], x["classes"], 5, x["ends"], x["guidance"]
@@ -140,7 +139,7 @@ def test_one_step_with_the_exact_mean_velocity_is_as_good_as_a_thousand() -> Non
     assert (sample_latents(1, "ddim") - exact).abs().max() > 0.1
 
 
-def test_guidance_is_told_to_the_network_and_costs_no_second_evaluation() -> None:
+def test_guidance_is_an_input_of_a_mean_flow_and_needs_no_second_evaluation() -> None:
     prior, batches = make_prior().float(), list[tuple[int, float]]()
     own = prior.denoiser.forward
 
@@ -159,7 +158,7 @@ def test_guidance_is_told_to_the_network_and_costs_no_second_evaluation() -> Non
     assert batches == [(2, 1.0), *[(2, 3.0)] * 3]  # the spans' middles are at 0.875, 0.625, 0.375 and 0.125
 
 
-def test_an_image_without_a_class_is_told_the_guidance_that_it_learnt_which_is_none() -> None:
+def test_an_image_without_a_class_gets_the_guidance_scale_1() -> None:
     prior, scales = make_prior().float(), list[list[float]]()
     own = prior.denoiser.forward
 
@@ -175,7 +174,7 @@ def test_an_image_without_a_class_is_told_the_guidance_that_it_learnt_which_is_n
     assert scales == [[3.0, 1.0], [1.0, 1.0]]
 
 
-def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
+def test_spans_end_at_the_earlier_time_and_a_share_of_them_has_length_0() -> None:
     times = torch.rand(40, generator=seeded(0))
     other_times = TimesConfig().sample_times(torch.rand(40, generator=seeded(1)))
     later, earlier = MeanFlow(instant_share=0.25).make_spans(times, other_times)
@@ -196,7 +195,7 @@ def test_spans_end_before_they_begin_and_a_share_of_them_are_instants() -> None:
         ({"degradation": "noise"}, "expected one of them"),
     ],
 )
-def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_a_mean_flow_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DiffusionPriorConfig(**SMALL | fields)
 
@@ -209,7 +208,7 @@ def test_settings_that_do_not_go_with_a_mean_flow_are_refused(fields: dict[str, 
         ({"guidance_rescale": 0.5}, "guidance_rescale is 0.5"),
     ],
 )
-def test_samplings_that_a_prior_has_not_learnt_are_refused(options: dict[str, Any], message: str) -> None:
+def test_guidance_that_a_mean_flow_has_not_learned_is_refused(options: dict[str, Any], message: str) -> None:
     prior = make_prior()
     with pytest.raises(UserError, match=message):
         prior.sample(SPEC, torch.tensor([0]), DiffusionOptions(**options), [seeded(0)])
