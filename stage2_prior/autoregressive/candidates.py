@@ -19,10 +19,15 @@ MIN_EFFECTIVE_SHARE = 0.5  # candidates are resampled when fewer than this share
 
 
 class Candidates:
-    """`count` candidates for each of `batch` images; the candidates of an image are adjacent rows.
+    """Candidates for the masked regions of a batch; the candidates of an image are adjacent rows.
 
     Args:
+        batch: Number of images.
+        count: Candidates for each image.
+        num_positions: Positions of an image.
+        levels: Codes at each position.
         generators: One generator for each image. Candidate 0 has the random numbers of an image without candidates.
+        device: Device of the prior.
     """
 
     def __init__(
@@ -40,10 +45,11 @@ class Candidates:
         self._resampling_uniform = rand_per_image(num_positions + 1 if count > 1 else 0, generators)
         self._log_weights = torch.zeros(batch, count, dtype=torch.float64)  # on the CPU, where rows are chosen
 
-    def reweight(self, position: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
+    def reweight(self, step: int, codes: Tensor, logits: Sequence[Tensor], known: Tensor) -> Tensor | None:
         """Update the weights with the codes of a position, and resample where few candidates are effective.
 
         Args:
+            step: Step of the decode loop.
             codes: (batch · count, levels) int64.
             logits: (batch · count, K) for each level.
             known: (batch,) bool, true where the codes of the position were known.
@@ -61,7 +67,7 @@ class Candidates:
         if not uneven.any():
             return None
         self._log_weights[uneven] = 0.0
-        resampled = self._resample(weights, self._resampling_uniform[:, position])
+        resampled = self._resample(weights, self._resampling_uniform[:, step])
         return self._to_rows(torch.where(uneven[:, None], resampled, self._candidate_numbers()))
 
     def choose_rows(self, is_weighted: Tensor) -> Tensor:

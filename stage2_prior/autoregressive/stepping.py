@@ -68,7 +68,7 @@ class PackedStepper:
         self.caches, self.norm = caches, LengthNorm(prior.config.model.hidden_size, prior.config.model.rms_norm_eps)
         self.gain = prior.norm.weight * self.norm.root
         rotary = rotary_factors(prior.position_angles(torch.device("cpu")))  # (1 + h·w, head_dim) each
-        # (rows, 1 + h·w) row of the rotary factors for each slot; without orders it is the slot itself
+        # (rows, 1 + h·w): row of the rotary factors for each slot. In raster order it is the slot itself.
         self.factor_rows = None if orders is None else F.pad(orders + 1, (1, 0))
         self.positions = None
         if prior.position_embedding is not None:
@@ -109,12 +109,8 @@ class PackedBlock:
         int8: bool,
     ) -> None:
         attention, feed_forward = block.attention, block.feed_forward
-        self.attend, self.head_dim, self.heads, self.key_heads = (
-            attend,
-            attention.head_dim,
-            attend.heads,
-            attend.key_heads,
-        )
+        self.attend, self.head_dim = attend, attention.head_dim
+        self.heads, self.key_heads = attend.heads, attend.key_heads
         self.norm = LengthNorm(attention.query.in_features, eps)
         self.head_norm = None if isinstance(attention.query_norm, nn.Identity) else LengthNorm(self.head_dim, eps)
         self.cos, self.sin = self._rotary_factors(attention, *rotary)
@@ -151,9 +147,8 @@ class PackedBlock:
             cache: Cache of this layer.
         """
         qk_heads = self.heads + self.key_heads
-        qkv = self.qkv(self.norm.normalize(x)).unflatten(
-            1, (-1, self.head_dim)
-        )  # (rows, heads + 2 key heads, head_dim)
+        # (rows, heads + 2 · key heads, head_dim)
+        qkv = self.qkv(self.norm.normalize(x)).unflatten(1, (-1, self.head_dim))
         qk = qkv.narrow(1, 0, qk_heads)
         rolled = qk.roll(self.head_dim // 2, -1)
         length = None if self.head_norm is None else self.head_norm.length(qk)

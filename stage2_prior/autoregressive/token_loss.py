@@ -46,9 +46,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             total -= log_probabilities.gather(1, codes[:, None]).sum()
             if weight_grad is not None:
                 gradient = log_probabilities.exp_().scatter_add_(1, codes[:, None], -total.new_ones(len(codes), 1))
-                gradient = gradient.to(
-                    logits.dtype
-                )  # divided by N only at the end, since half precision would underflow
+                # Division by N comes last, since half precision would underflow.
+                gradient = gradient.to(logits.dtype)
                 hidden_grads.append(gradient @ weight)
                 weight_grad += gradient.mT @ part
         if weight_grad is not None:

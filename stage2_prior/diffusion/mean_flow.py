@@ -4,7 +4,7 @@ r"""Mean flow: the network predicts the mean velocity from t down to r, so that 
 
 The derivative in t gives v = u + (t − r) du/dt. Training fits the right side to the velocity of the example:
 
-    V = u_θ(z, r, t) + (t − r) sg[du/dt],     du/dt = ∂_z u · u_θ(z, t, t) + ∂_t u         forwards, in one pass
+    V = u_θ(z, r, t) + (t − r) sg[du/dt],     du/dt = ∂_z u · u_θ(z, t, t) + ∂_t u         in forward mode, one pass
     L = E ‖V − ṽ‖²,     ṽ = ω (ε − x) + (1 − ω) sg[u_θ(z, t, t | no class)]
 
 Each example has the weight 1 / (sg[squared error] + c), since guidance and the derivative make some targets much noisier than

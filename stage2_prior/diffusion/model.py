@@ -41,11 +41,8 @@ class DiffusionPrior(Prior):
     spec_fields = ("channels", "height", "width", "tokenizer_id")
     output_kind = "latents"
     _no_split_modules = ["DiTBlock", "ConvolutionBlock"]  # noqa: RUF012 - name and type of transformers; the units of FSDP
-    end_layers = (
-        "denoiser.patch",
-        "denoiser.stem",
-        "denoiser.final",
-    )  # the optimizer treats them as no hidden matrices
+    # These are not hidden matrices, so the optimizer treats them differently.
+    end_layers = ("denoiser.patch", "denoiser.stem", "denoiser.final")
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
         super().__init__(config)

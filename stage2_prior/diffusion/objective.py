@@ -1,4 +1,4 @@
-"""Training objective of a diffusion prior: predict the noise in latents at random times."""
+"""Training objective of a diffusion prior: denoise latents at random times."""
 
 import numpy as np
 import torch
@@ -58,16 +58,8 @@ class DiffusionObjective:
             times, ends = mean_flow.make_spans(times, self.config.times.sample_times(uniform[:, 2].float()))
             guidance = 1 + (mean_flow.max_guidance - 1) * uniform[:, 3].float()
         weights = self.config.times.loss_weights(self.schedule.levels(times), self.config.model.prediction)
-        return (
-            latents,
-            labels,
-            times,
-            torch.randn(latents.shape),
-            weights,
-            self.degraded_latents(split, rows),
-            ends,
-            guidance,
-        )
+        noise, degraded = torch.randn(latents.shape), self.degraded_latents(split, rows)
+        return latents, labels, times, noise, weights, degraded, ends, guidance
 
     def degraded_latents(self, split: CodeSplit, rows: np.ndarray) -> Tensor | None:
         return None if self.config.degradation == "none" else split.latents(rows, "degraded")

@@ -46,9 +46,8 @@ def rename_to_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_prior_without_rotary_positions_knows_positions_only_from_learned_ones() -> None:
-    prior = tiny_prior(
-        positions="none", learned_positions=True, num_layers=1
-    )  # with more layers, the causal mask also gives positions
+    # With more layers, the causal mask also gives positions.
+    prior = tiny_prior(positions="none", learned_positions=True, num_layers=1)
     x = torch.randn(2, 16, 32, generator=seeded(0))
     swapped = x[:, [0, 2, 1, *range(3, 16)]]
     with torch.no_grad():
@@ -101,9 +100,7 @@ def test_the_prior_equals_transformers_llama_with_the_same_weights() -> None:
         assert_close(ours.hidden_states(x), expected, rtol=0, atol=1e-5)
         two_dimensional = tiny_prior(positions="2d", qk_norm=False, rope_theta=500.0)
         two_dimensional.load_state_dict(ours.state_dict())
-        assert (
-            two_dimensional.hidden_states(x) - expected
-        ).abs().max() > 1e-2  # else the test would not depend on positions
+        assert (two_dimensional.hidden_states(x) - expected).abs().max() > 1e-2  # positions matter here
 
 
 @pytest.mark.parametrize("use_plain", [True, False])
@@ -210,10 +207,7 @@ def test_a_different_spec_is_refused_with_a_list_of_all_differences() -> None:
     ("fields", "message"),
     [
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size is 30 for 4 heads; expected a multiple of 16"),
-        (
-            {"hidden_size": 24, "num_heads": 4},
-            "expected a multiple of 16, for 2d",
-        ),  # 6 channels cannot be split into pairs for two axes
+        ({"hidden_size": 24, "num_heads": 4}, "expected a multiple of 16, for 2d"),  # 6 channels: no pairs for two axes
         ({"hidden_size": 20, "num_heads": 4, "positions": "1d"}, "expected a multiple of 8, for 1d"),
         ({"positions": "none"}, "no code would have a position"),
         ({"num_heads": 0}, "num_heads is 0"),
@@ -269,8 +263,8 @@ def test_plain_attention_equals_torch_s_attention_in_value_and_gradient(causal: 
     assert_close(ours, theirs)
     weights = torch.randn(ours.shape, generator=seeded(3))
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (ours, theirs)]
-    for separate, other in zip(*gradients, strict=True):
-        assert_close(separate, other)
+    for our_grad, their_grad in zip(*gradients, strict=True):
+        assert_close(our_grad, their_grad)
 
 
 def test_a_grid_of_another_shape_is_refused_even_with_the_same_number_of_codes() -> None:
