@@ -22,7 +22,7 @@ from pipelines.evaluation.likelihood import negative_log_likelihood
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.codes.reader import CodeCache, CodeSplit
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.autoregressive.stepping import stepper_for
+from stage2_prior.autoregressive.stepping import build_stepper
 from training_harness.matmul_precision import reduced_matmul_precision
 
 BATCH = 250
@@ -48,10 +48,10 @@ def stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eigh
     """As the prior decodes: place after place, from its caches."""
     nats = []
     for part, classes in zip(codes.split(BATCH), labels.split(BATCH), strict=True):
-        tokens, caches = prior.tokens_of(part), prior.new_caches(len(part))
-        stepper = stepper_for(prior, caches, None, len(part), eight_bits)
+        tokens, caches = prior.codes_to_tokens(part), prior.new_caches(len(part))
+        stepper = build_stepper(prior, caches, None, len(part), eight_bits)
         vectors = torch.cat([prior.class_embedding(classes)[:, None], prior.embed_codes(tokens[:, :-1, None])], 1)
-        logits = [stepper.logits(stepper.hidden(x[:, None]), 0) for x in vectors.unbind(1)]
+        logits = [stepper.logits(stepper.step(x[:, None]), 0) for x in vectors.unbind(1)]
         nats.append(F.cross_entropy(torch.stack(logits, 1).flatten(0, 1), tokens.flatten(), reduction="none"))
     return torch.cat(nats).mean().item() / math.log(2)
 

@@ -1,17 +1,17 @@
-"""A sign that a prior learns its training images by heart, with what to do about it."""
+"""Warning about a prior that overfits, with a recommendation."""
 
-OVERFITTING_RISE = 0.01  # of the best validation loss: a rise by more is no noise
+OVERFITTING_RISE = 0.01  # share of the best validation loss; smaller rises may be noise
 RECOMMENDATION = (
-    "more images, mirrored ones (latentloom tokenize --flip) or a smaller model help, and --model.dropout 0.1 for an "
-    "autoregressive one; so does stopping earlier"
+    "Use more images, add mirrored ones (latentloom tokenize --flip), train a smaller model or fewer steps, or pass "
+    "--model.dropout 0.1 for an autoregressive prior"
 )
 
 
 def overfitting_message(loss: float, best: float, best_step: int) -> str | None:
-    """What is to be said of a validation loss when the best one was found at `best_step`."""
+    """Return a warning when the validation loss is above the best one, from step `best_step`, by more than noise."""
     if loss <= best * (1 + OVERFITTING_RISE):
         return None
     return (
-        f"validation has turned: {loss:.3f} after {best:.3f} at step {best_step}, whose checkpoint is kept; the "
-        f"prior learns its training images by heart: {RECOMMENDATION}"
+        f"the validation loss rises: {loss:.3f} after {best:.3f} at step {best_step}, so the prior overfits its training images; "
+        f"the checkpoint of step {best_step} is kept. {RECOMMENDATION}."
     )

@@ -1,4 +1,4 @@
-"""The README.md that a prior's folder carries to the Hub."""
+"""Model card (README.md) of a prior."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from training_harness.pretrained import count_parameters
 
 
 def prior_card(prior: Prior, metrics: Path) -> str:
-    config, model, last = prior.config, prior.config.model, dict[str, float]()
+    """Return the text of a prior's model card, with the last validation metrics of `metrics`, a metrics.jsonl."""
+    config, model, last_metrics = prior.config, prior.config.model, dict[str, float]()
     for row in read_metrics(metrics):
-        last |= {name: value for name, value in row.items() if name.startswith("validation_")}
-    kind, what, loss = _described(prior, last)
+        last_metrics |= {name: value for name, value in row.items() if name.startswith("validation_")}
+    kind, description, loss = _describe_prior(prior, last_metrics)
     sizes = {"layers": model.num_layers, "width": model.hidden_size}
     if not isinstance(model, UNetModel):
         sizes["heads"] = model.num_heads
@@ -26,7 +27,7 @@ tags: [image-generation, {kind.lower()}]
 
 # {kind} prior
 
-{what}, with {classes}. It samples images together with its tokenizer, as a `LatentGenerationPipeline`.
+{description}, with {classes}. Together with its tokenizer, it samples images in a `LatentGenerationPipeline`.
 
 | | |
 |---|---|
@@ -37,14 +38,16 @@ tags: [image-generation, {kind.lower()}]
 """
 
 
-def _described(prior: Prior, last: dict[str, float]) -> tuple[str, str, str]:
-    """The kind, what it is, and its last validation loss."""
-    config, nothing = prior.config, float("nan")
+def _describe_prior(prior: Prior, metrics: dict[str, float]) -> tuple[str, str, str]:
+    """Return the kind of prior, a description, and its validation loss."""
+    config, missing = prior.config, float("nan")
     if isinstance(prior, AutoregressivePrior):
-        nats, bits = (last.get(f"validation_{name}", nothing) for name in ("nats_per_token", "bits_per_image"))
-        what = f"A decoder-only transformer over {config.height}×{config.width} image codes of {config.codebook_size}"
-        return "Autoregressive", what, f"{nats:.3f} nats a token, {bits:.0f} bits an image"
+        nats, bits = (metrics.get(f"validation_{name}", missing) for name in ("nats_per_token", "bits_per_image"))
+        grid, size = f"{config.height}×{config.width}", config.codebook_size
+        description = f"A decoder-only transformer over {grid} image codes from a codebook of {size}"
+        return "Autoregressive", description, f"{nats:.3f} nats per token, {bits:.0f} bits per image"
     assert isinstance(prior, DiffusionPrior)
     network = "transformer" if config.model.name == "dit" else "U-Net"
-    what = f"A diffusion {network} over {config.height}×{config.width} latents of {config.channels} channels"
-    return "Diffusion", what, f"{last.get('validation_squared_error', nothing):.4f} squared error of its prediction"
+    description = f"A diffusion {network} over {config.height}×{config.width} latents of {config.channels} channels"
+    error = metrics.get("validation_squared_error", missing)
+    return "Diffusion", description, f"{error:.4f} squared error of the prediction"

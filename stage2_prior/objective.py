@@ -1,4 +1,4 @@
-"""What a kind of prior brings to the loop of stage two: the network, what it is given at a step, and how it is judged."""
+"""Training objective: the part of stage two's training loop that depends on the kind of prior."""
 
 from typing import Any, Protocol
 
@@ -9,21 +9,27 @@ from stage2_prior.prior import Prior
 
 
 class Objective(Protocol):
-    draws: int
-    """Numbers that an image of a batch needs at random."""
+    """Creates the prior, prepares the inputs of a training step, and computes validation metrics."""
+
+    num_random: int
+    """Uniform random numbers that a training step takes for each image."""
 
     def new_prior(self) -> Prior: ...
 
-    def warnings(self) -> list[str]:
-        """What the user should know of the codes before training."""
+    def list_warnings(self) -> list[str]:
+        """Return warnings about the codes, to print before training."""
 
-    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor | None, ...]:
-        """What the prior's `forward` is given for the images at `rows` of the training split.
+    def prepare_inputs(self, rows: np.ndarray, uniform: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        """Prepare the arguments of the prior's `forward` for a batch.
 
         Args:
-            draws: (B, self.draws) float64 in [0, 1).
+            rows: (B,) rows of the training split.
+            uniform: (B, self.num_random) float64 in [0, 1).
+            step: Optimizer step in [1, max_steps].
         """
 
-    def validation(self, prior: Any) -> dict[str, float]:
-        """Figures on the validation split by their names in the log, each process having seen its share of it; the first, the
-        lower the better, is what runs are judged by."""
+    def validate(self, prior: Any) -> dict[str, float]:
+        """Compute metrics on the validation split, by their names in the log; each process takes its share of the images.
+
+        The first metric is the validation loss, which selects the best checkpoint. Lower is better.
+        """

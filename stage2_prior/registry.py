@@ -1,4 +1,4 @@
-"""Priors by name: a new one is one file and one line here."""
+"""Priors by class name. A new prior needs one line here."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ PRIORS: dict[str, type[Prior]] = {
 }
 
 
-def saved_prior(folder: Path) -> Prior:
-    """The prior of a model folder that a run has written, whatever its kind."""
+def load_saved_prior(folder: Path) -> Prior:
+    """Load a prior of any kind from a model folder, by the `model_type` in its config.json."""
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    found = {kind.config_class.model_type: kind for kind in PRIORS.values()}[model_type]
-    return found.from_pretrained(folder)
+    prior_class = {kind.config_class.model_type: kind for kind in PRIORS.values()}[model_type]
+    return prior_class.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""z ~ N(0, I): the prior of a variational autoencoder, which has nothing to learn. Kingma, Welling 2013, arXiv 1312.6114."""
+"""z ~ N(0, I): the prior of a variational autoencoder. It has no parameters. Kingma, Welling 2013, arXiv 1312.6114."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,11 +17,13 @@ from training_harness.pretrained import StrictConfig, WeightlessModel, stored_co
 @dataclass(frozen=True, kw_only=True)
 class StandardNormalOptions:
     temperature: float = 1.0
-    """Standard deviation of the draws: below 1, samples are nearer to the mean and less diverse."""
+    """Standard deviation of the latents; below 1, samples are nearer to the mean and less diverse."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:  # not a number fails too
-            raise UserError(f"temperature is {self.temperature}; expected a positive number; 1 draws from N(0, I)")
+        if not 0 < self.temperature < math.inf:  # NaN fails too
+            raise UserError(
+                f"temperature is {self.temperature}; expected a positive number. Pass 1 to sample from N(0, I)."
+            )
 
 
 @stored_config
@@ -44,6 +46,7 @@ class StandardNormalPrior(Prior, WeightlessModel):
 
     @classmethod
     def for_spec(cls, spec: LatentSpec) -> Self:
+        """Create the prior for the latents of a tokenizer."""
         return cls(StandardNormalPriorConfig(**{name: getattr(spec, name) for name in cls.spec_fields}))
 
     def sample(
@@ -59,8 +62,8 @@ class StandardNormalPrior(Prior, WeightlessModel):
         self.check_spec(spec)
         if known is not None:
             raise UserError(
-                "a standard normal prior draws whole images; expected a prior that can keep a part of one, such as an "
-                "autoregressive one; give neither image nor mask_image"
+                "a standard normal prior generates whole images; expected a prior that supports known regions, such as an "
+                "autoregressive prior. Leave out `image` and `mask_image`."
             )
         shape = (spec.channels, spec.height, spec.width)
         noise = randn_per_image(shape, generators) if noise is None else noise
@@ -73,4 +76,4 @@ class StandardNormalPrior(Prior, WeightlessModel):
         return 1
 
     def describe(self, spec: LatentSpec) -> str:
-        return f"{spec.height}×{spec.width} latents of {spec.channels} channels are drawn from a standard normal distribution"
+        return f"{spec.height}×{spec.width} latents of {spec.channels} channels are sampled from a standard normal distribution"

@@ -1,4 +1,4 @@
-"""Stage two: trains a prior on a code cache."""
+"""Training loop of stage two: trains a prior on a code cache."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +23,11 @@ from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
 
 Preview = Callable[[Prior, Path], None]
-"""Decodes samples of a prior and saves them at a path, all processes together: this stage knows no pixels."""
+"""Decodes samples of a prior and saves them as an image at a path. All processes call it; this package never handles pixels."""
 
 
-class TrainedOn:
-    """Goes into each checkpoint, so that no run goes on with another tokenizer's codes."""
+class TokenizerIdState:
+    """Stores the tokenizer id in each checkpoint, so that a run cannot continue with codes of another tokenizer."""
 
     def __init__(self, codes: CodeCache) -> None:
         self.path, self.tokenizer_id = codes.path, codes.spec.tokenizer_id
@@ -38,8 +38,8 @@ class TrainedOn:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["tokenizer_id"] != self.tokenizer_id:
             raise SpecMismatchError(
-                f"{self.path} holds codes of the tokenizer {self.tokenizer_id} and the run was trained on those of "
-                f"{state['tokenizer_id']}; expected the same; choose another --output to train on these"
+                f"{self.path} has codes of the tokenizer {self.tokenizer_id} and the run was trained on codes of "
+                f"{state['tokenizer_id']}; expected the same tokenizer. Pass another `--output` to train on these codes."
             )
 
 
@@ -49,11 +49,18 @@ def train_prior(
     preview: Preview | None = None,
     on_validation: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Trains, or goes on training, in `config.output`; returns the folder of the finished model.
+    """Train a prior in `config.output`, or resume its training.
 
-    `on_validation` is called with each step that is validated and its first figure; what it raises ends the run.
+    Args:
+        config: Configuration of the run.
+        codes: Code cache to train on.
+        preview: Saves an image of samples at each validation.
+        on_validation: Called with the step and the validation loss at each validation. An exception in it ends the run.
+
+    Returns:
+        The folder of the trained model.
     """
-    objective = objective_of(config, codes)  # refused before a folder is made
+    objective = build_objective(config, codes)  # raises errors before a folder is created
     run = Run(config, codes.fingerprint)
     run.on_validation = on_validation or run.on_validation
     accelerator = run.accelerator
@@ -64,41 +71,41 @@ def train_prior(
     ema = EMA(prior, config.ema)  # before the model is sharded
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema.follow(run.unwrap(model))
-    run.track(model=model, ema=ema, optimizer=optimizer, codes=TrainedOn(codes))
+    run.track(model=model, ema=ema, optimizer=optimizer, codes=TokenizerIdState(codes))
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
     run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
 
     if run.step == 0:
-        for finding in objective.warnings():
-            run.warn(0, "codes", finding)
+        for warning in objective.list_warnings():
+            run.warn(0, "codes", warning)
     warned = False
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
         for number in order.numbers(step, config.accumulation_steps):
             rows = order.batch(number)
-            draws = torch.from_numpy(order.draws(number, objective.draws))
-            inputs = [x if x is None else x.to(accelerator.device) for x in objective.inputs(rows, draws, step)]
+            uniform = torch.from_numpy(order.draws(number, objective.num_random))
+            inputs = [
+                x if x is None else x.to(accelerator.device) for x in objective.prepare_inputs(rows, uniform, step)
+            ]
             with accelerator.accumulate(model):
-                loss = model(*inputs)  # through forward: DDP hooks nothing else
+                loss = model(*inputs)  # a call of forward, since DDP has hooks on nothing else
                 accelerator.backward(loss.total)
                 run.optimizer_step(step, optimizer, model, loss.terms, config.optimizer.max_grad_norm)
         ema.update(step)
         run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
         if run.due(step, config.sample_every):
             averaged = ema.collect()
-            figures = objective.validation(averaged)
-            judged = next(iter(figures.values()))
-            run.log_row(step, figures)
-            run.record_validation(step, judged)
-            if (
-                not warned
-                and run.best
-                and (text := overfitting_message(judged, run.best["value"], int(run.best["step"])))
-            ):
-                run.warn(step, "validation", text)
-                warned = True
+            metrics = objective.validate(averaged)
+            validation_loss = next(iter(metrics.values()))
+            run.log_row(step, metrics)
+            run.record_validation(step, validation_loss)
+            if not warned and run.best:
+                message = overfitting_message(validation_loss, run.best["value"], int(run.best["step"]))
+                if message:
+                    run.warn(step, "validation", message)
+                    warned = True
             if preview is not None:
                 preview(averaged, run.image_path(step))
                 run.log_image(step)
@@ -107,14 +114,15 @@ def train_prior(
 
     folder, averaged = run.folder / "model", ema.collect()
     if accelerator.is_main_process:
-        with files_into(folder, last="config.json") as beside:
-            averaged.save_pretrained(beside)
-            write_card(folder, beside, prior_card(averaged, run.log_file.path))
+        with files_into(folder, last="config.json") as temporary_folder:
+            averaged.save_pretrained(temporary_folder)
+            write_card(folder, temporary_folder, prior_card(averaged, run.log_file.path))
     accelerator.wait_for_everyone()
     return folder
 
 
-def objective_of(config: PriorTraining, codes: CodeCache) -> Objective:
+def build_objective(config: PriorTraining, codes: CodeCache) -> Objective:
+    """Create the objective for a configuration; raises UserError when the codes do not fit it."""
     if isinstance(config, DiffusionTraining):
         return DiffusionObjective(config, codes)
     return AutoregressiveObjective(config, codes)

@@ -1,4 +1,4 @@
-"""Configuration of a stage-two run. What the codes determine (K, grid, classes) is taken from them and not asked for."""
+"""Configuration of a stage-two run. Codebook size, grid and classes come from the code cache and are no options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,9 +32,9 @@ class StageTwoTraining(RunConfig):
     codes: Path
     """Code cache written by `latentloom tokenize`."""
     validation_images: int = 1000
-    """Images of the validation split that each validation loss is measured on."""
+    """Number of validation images for each validation loss."""
     class_dropout: float = 0.1
-    """How often a label is replaced by the null class in training; guidance needs it above 0."""
+    """Probability, in [0, 1], of replacing a label by the null class in training; guidance needs a value above 0."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -52,24 +52,24 @@ class AutoregressiveTraining(StageTwoTraining):
     prior: Literal["autoregressive"] = "autoregressive"
     model: AutoregressiveModel = field(default_factory=AutoregressiveModel)
     order: OrderConfig = field(default_factory=OrderConfig)
-    """In which orders codes are predicted while training."""
+    """Orders in which codes are predicted during training."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """What the pipeline samples with when it is told nothing else."""
+    """Default sampling options of the pipeline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order.ever_random and not self.model.learned_positions:
+        if self.order.uses_random_orders and not self.model.learned_positions:
             raise ConfigError(
-                "order.random or order.final is above 0 and model.learned_positions is false, so the prior could not tell which "
-                "place it predicts; expected model.learned_positions to be true"
+                "order.random or order.final is above 0 and model.learned_positions is false, so the prior would not know which "
+                "position it predicts; expected learned positions. Pass `--model.learned-positions`."
             )
 
     def new_prior(self, spec: LatentSpec, num_classes: int) -> AutoregressivePrior:
-        """An untrained prior for the codes of a tokenizer; ConfigError where the settings do not fit them."""
+        """Create an untrained prior for the codes of a tokenizer; raises ConfigError when the options do not fit them."""
         return AutoregressivePrior(self.prior_config(spec, num_classes))
 
     def prior_config(self, spec: LatentSpec, num_classes: int) -> AutoregressivePriorConfig:
-        """Of a prior for the codes of a tokenizer; ConfigError where the settings do not fit them."""
+        """Create the prior's configuration for the codes of a tokenizer; raises ConfigError when the options do not fit them."""
         return AutoregressivePriorConfig(
             model=self.model,
             codebook_size=spec.codebook_size or 0,
@@ -87,18 +87,18 @@ class DiffusionTraining(StageTwoTraining):
     prior: Literal["diffusion"] = "diffusion"
     model: DiffusionModel = field(default_factory=DiTModel)
     degradation: Degradation = "none"
-    """What the prior learns to undo: noise, or what a smaller picture has lost; none draws pictures of its own."""
+    """What the prior learns to undo, such as noise or a lower resolution; with `none` it generates new images."""
     times: TimesConfig = field(default_factory=TimesConfig)
-    """At which times the network learns, and how much each counts."""
+    """Distribution of the training times, and their loss weights."""
     sampling: DiffusionOptions = field(default_factory=DiffusionOptions)
-    """What the pipeline samples with when it is told nothing else."""
+    """Default sampling options of the pipeline."""
 
     def new_prior(self, spec: LatentSpec, num_classes: int) -> DiffusionPrior:
-        """An untrained prior for the latents of a tokenizer; ConfigError where the settings do not fit them."""
+        """Create an untrained prior for the latents of a tokenizer; raises ConfigError when the options do not fit them."""
         return DiffusionPrior(self.prior_config(spec, num_classes))
 
     def prior_config(self, spec: LatentSpec, num_classes: int) -> DiffusionPriorConfig:
-        """Of a prior for the latents of a tokenizer; ConfigError where the settings do not fit them."""
+        """Create the prior's configuration for the latents of a tokenizer; raises ConfigError when the options do not fit."""
         return DiffusionPriorConfig(
             model=self.model,
             channels=spec.channels,
@@ -111,16 +111,20 @@ class DiffusionTraining(StageTwoTraining):
 
 
 PriorTraining = AutoregressiveTraining | DiffusionTraining
-KINDS: dict[str, type[PriorTraining]] = {"autoregressive": AutoregressiveTraining, "diffusion": DiffusionTraining}
+TRAINING_CLASSES: dict[str, type[PriorTraining]] = {
+    "autoregressive": AutoregressiveTraining,
+    "diffusion": DiffusionTraining,
+}
 
 
-def training_class(values: Mapping[str, object]) -> type[PriorTraining]:
-    """The configuration that a mapping's `prior` names; without one it is an autoregressive one."""
+def select_training_class(values: Mapping[str, object]) -> type[PriorTraining]:
+    """Return the configuration class for the key `prior` of a mapping; default: `autoregressive`."""
     kind = str(values.get("prior", "autoregressive"))
-    if kind not in KINDS:
-        raise ConfigError(f"prior is {kind!r}; expected one of: {', '.join(KINDS)}")
-    return KINDS[kind]
+    if kind not in TRAINING_CLASSES:
+        raise ConfigError(f"prior is {kind!r}; expected one of: {', '.join(TRAINING_CLASSES)}")
+    return TRAINING_CLASSES[kind]
 
 
-def prior_training(values: Mapping[str, object]) -> PriorTraining:
-    return from_mapping(training_class(values), values)
+def parse_prior_training(values: Mapping[str, object]) -> PriorTraining:
+    """Parse the configuration of a stage-two run; raises ConfigError for unknown fields and invalid values."""
+    return from_mapping(select_training_class(values), values)

@@ -14,7 +14,7 @@ from latentloom.recipes import recipe_names, recipe_values
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.sources import open_source
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import prior_training
+from stage2_prior.training_config import parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
@@ -66,7 +66,7 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
                 contents="both",
                 degradation=values.get("degradation", "none"),
             )
-            run_prior(prior_training(values))
+            run_prior(parse_prior_training(values))
     finally:
         Run.log = log  # type: ignore[method-assign]
         torch.set_num_threads(threads)

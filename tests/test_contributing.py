@@ -22,7 +22,7 @@ def paths() -> set[str]:
 
 
 def names_with_files() -> list[tuple[str, str]]:
-    """Names in the answers, each with the file that is named next in parentheses: `draw` (`stage2_prior/…/sampling.py`)."""
+    """Names in the answers, each with the file that is named next in parentheses: `sample_codes` (`stage2_prior/…/sampling.py`)."""
     answers = TEXT.partition("## Four questions")[2].partition("\n## ")[0]
     pairs: list[tuple[str, str]] = []
     waiting: list[str] = []
@@ -66,7 +66,7 @@ def test_the_four_questions_are_answered_with_names_that_their_files_define() ->
     for question in QUESTIONS:
         assert f"**{question}**" in TEXT
     pairs = names_with_files()
-    for name in ("ImageSplit.image", "draw", "truncated", "Quantizer", "QUANTIZERS"):
+    for name in ("ImageSplit.image", "sample_codes", "truncate_logits", "Quantizer", "QUANTIZERS"):
         assert name in dict(pairs), name
     wrong = [(name, path) for name, path in pairs if name not in defined(ROOT / path)]
     assert wrong == []

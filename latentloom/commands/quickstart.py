@@ -11,7 +11,7 @@ from latentloom.jobs.main_job import run_main_job, summary
 from latentloom.jobs.stages import load_source
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import prior_training
+from stage2_prior.training_config import parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.processes import print_once
 
@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
     tokenizer_recipe, prior_recipe = RECIPES[a.prior]
     tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, given | of_images))
-    prior = prior_training(training_values("prior", prior_recipe, None, given | of_codes))
+    prior = parse_prior_training(training_values("prior", prior_recipe, None, given | of_codes))
     inputs = tokenizer_inputs(tokenizer, load_source(FASHION_MNIST))
     metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
     print_once(summary(a.output, metrics))

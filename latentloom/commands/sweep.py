@@ -20,7 +20,7 @@ from latentloom.search.study import Plan, require_optuna
 from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer_trainer
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.training_config import prior_training
+from stage2_prior.training_config import parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.errors import UserError
 from training_harness.processes import print_once
@@ -83,7 +83,7 @@ def main(words: list[str]) -> None:
 def sweep_prior(a: Arguments, folder: Path) -> None:
     recipe = a.recipe or (None if a.config else train_prior.DEFAULT_RECIPE)
     values = training_values("prior", recipe, a.config, {"codes": str(folder)} | common(a))
-    base, codes = prior_training(values), CodeCache(folder)
+    base, codes = parse_prior_training(values), CodeCache(folder)
     plan = plan_of(a, base, codes.spec.tokenizer_id)
     done = run_sweep(plan, lambda: prior_trainer(base, codes))
     print_once(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")

@@ -16,7 +16,7 @@ from latentloom.planning.tokenizer_inputs import TokenizerInputs, tokenizer_inpu
 from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.registry import new_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
-from stage2_prior.training_config import PriorTraining, prior_training
+from stage2_prior.training_config import PriorTraining, parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.processes import accelerated_device, print_once
 from training_harness.trackers import TrackerName
@@ -87,7 +87,7 @@ def main(words: list[str]) -> None:
     values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
     tokenizer = from_mapping(TokenizerTraining, values)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    prior = prior_training(training_values("prior", choice.prior, None, given | of_codes))
+    prior = parse_prior_training(training_values("prior", choice.prior, None, given | of_codes))
     check_codes(tokenizer, prior)
     if a.max_steps is None:
         steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)

@@ -15,7 +15,7 @@ from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
 from latentloom.planning.step_timing import time_prior_step
 from stage1_tokenizer.codes.reader import CodeCache
-from stage2_prior.training_config import PriorTraining, training_class
+from stage2_prior.training_config import PriorTraining, select_training_class
 from training_harness.processes import print_once
 
 Training = TypeVar("Training", bound=PriorTraining)
@@ -39,7 +39,7 @@ class Arguments(Generic[Training]):
 def main(words: list[str]) -> None:
     recipe, config = recipe_and_config(words)
     values = training_values("prior", recipe or (None if config else DEFAULT_RECIPE), config)
-    kind = training_class(values)
+    kind = select_training_class(values)
     training, words = starting_point(kind, values, words)
     shown = cast("type[Arguments[PriorTraining]]", Arguments[kind])  # type: ignore[valid-type]
     explain = partial(explained, training)

@@ -32,7 +32,7 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.prior import KnownCodes, Prior
-from stage2_prior.registry import saved_prior
+from stage2_prior.registry import load_saved_prior
 from stage2_prior.standard_normal import StandardNormalPrior
 from stage2_prior.train import train_prior
 from stage2_prior.training_config import PriorTraining
@@ -183,7 +183,7 @@ def train_and_save_pipeline(
 
     with advice_when_memory_runs_out(config, time_step):
         model = train_prior(config, codes, preview)
-    prior = saved_prior(model)
+    prior = load_saved_prior(model)
     pipeline = LatentGenerationPipeline(
         tokenizer.cpu(), prior, codes.label_names, config.sampling, codes.trained_classes
     )

@@ -161,7 +161,7 @@ def time_prior_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -
             # its targets keep nothing, and choose images by numbers, which fake tensors have not
             mean_flow = config.model.mean_flow
             if mean_flow and not isinstance(latents, FakeTensor) and has_spans(mean_flow, next(numbers)):
-                times, ends = mean_flow.spans(times, config.times.shares(torch.rand(images, device=device)))
+                times, ends = mean_flow.make_spans(times, config.times.sample_times(torch.rand(images, device=device)))
                 guidance = torch.full_like(times, mean_flow.max_guidance)
             degraded = None if config.degradation == "none" else noise
             return prior(latents, labels, times, noise, None, degraded, ends, guidance).total

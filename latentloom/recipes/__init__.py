@@ -48,6 +48,6 @@ def training_type(stage: str, values: Mapping[str, Any]) -> Any:
         from stage1_tokenizer.training_config import TokenizerTraining
 
         return TokenizerTraining
-    from stage2_prior.training_config import training_class
+    from stage2_prior.training_config import select_training_class
 
-    return training_class(values)
+    return select_training_class(values)

@@ -35,7 +35,7 @@ from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.losses.perceptual import perceptual_loss
 from stage1_tokenizer.train import train_tokenizer
 from stage1_tokenizer.training_config import TokenizerTraining
-from stage2_prior.train import objective_of, train_prior
+from stage2_prior.train import build_objective, train_prior
 from stage2_prior.training_config import PriorTraining
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
@@ -177,7 +177,7 @@ def closing(plan: Plan, done: Sequence[TrialResult]) -> str:
 
 def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
     codes.verify()
-    objective_of(base, codes)  # the recipe itself is refused before any trial
+    build_objective(base, codes)  # the recipe itself is refused before any trial
     return lambda config, told: train_prior(config, codes, None, told)
 
 

@@ -33,10 +33,10 @@ def negative_log_likelihood(prior: AutoregressivePrior, codes: Tensor, condition
     bits, logits_per_image = [], codes[0].numel() * prior.config.codebook_size
     size = max(1, min(BATCH, LOGITS_AT_ONCE // logits_per_image))
     for batch, labels in zip(codes.split(size), conditioning.split(size), strict=True):
-        tokens = prior.tokens_of(batch.long().to(prior.device))
+        tokens = prior.codes_to_tokens(batch.long().to(prior.device))
         logits = prior.logits(tokens, labels.to(prior.device)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        bits.append(prior.codes_of(nats.double() / math.log(2)).cpu())
+        bits.append(prior.tokens_to_codes(nats.double() / math.log(2)).cpu())
     return torch.cat(bits)
 
 

@@ -1,4 +1,4 @@
-"""The autoregressive prior's options: what a training configuration and a model's config.json share, and the latter."""
+"""Options of the autoregressive prior: the section `model` and the fields of config.json."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,17 +12,17 @@ from training_harness.pretrained import StrictConfig, stored_config
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveModel:
-    """The section `model`."""
+    """The section `model` of a training configuration and of config.json."""
 
     hidden_size: int = 192
     num_layers: int = 4
     depth_layers: int = 2
-    """Layers that predict the levels of residual codes, position by position; other codes have none."""
+    """Layers that predict the levels of a position one after another. Only residual codes use them."""
     num_heads: int = 4
     num_key_value_heads: int | None = None
-    """Fewer than the heads for grouped-query attention, which keeps a smaller cache; by default as many."""
+    """Key and value heads. Fewer than num_heads means grouped-query attention with a smaller cache; default: num_heads."""
     intermediate_size: int = 512
-    """Width of SwiGLU; about 8 / 3 of the hidden size."""
+    """Width of SwiGLU, usually about 8 / 3 of the hidden size."""
     dropout: float = 0.0
     qk_norm: bool = True
     tie_embeddings: bool = False
@@ -30,20 +30,19 @@ class AutoregressiveModel:
     positions: Literal["none", "1d", "2d"] = "2d"
     """Rotary positions along the sequence, or along rows and columns."""
     learned_positions: bool = False
-    """Adds a learnt vector of the position to be predicted, beside rotary positions, which makes early training quicker, or
-    in their stead."""
+    """Adds a learned vector for the position to predict, with or without rotary positions. It speeds up early training."""
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
 
     def check(self) -> None:
-        """Raises ConfigError for values that cannot be built."""
+        """Raise ConfigError for values that do not give a valid network."""
         sizes = ("hidden_size", "num_layers", "depth_layers", "num_heads", "intermediate_size")
         check_sizes(self, sizes)
         check_share(self.dropout, "model.dropout")
         if self.positions == "none" and not self.learned_positions:
             raise ConfigError(
-                "model.positions is none and model.learned_positions false, so no code would have a place; expected one of them; "
-                "give 2d, or --model.learned-positions"
+                "model.positions is none and model.learned_positions is false, so no code would have a position; expected at least "
+                "one kind of position. Pass `--model.positions 2d` or `--model.learned-positions`."
             )
         axes = max(1, self.rotary_axes)
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % (2 * axes):
@@ -72,7 +71,7 @@ class AutoregressiveModel:
 
 @stored_config
 class AutoregressivePriorConfig(StrictConfig):
-    """A model's config.json."""
+    """Fields of config.json."""
 
     model_type: ClassVar[str] = "latentloom-autoregressive"
     migration: ClassVar[Migration] = AUTOREGRESSIVE_MODEL
@@ -81,14 +80,14 @@ class AutoregressivePriorConfig(StrictConfig):
     model: AutoregressiveModel = field(default_factory=AutoregressiveModel)
     codebook_size: int = 512
     levels: int = 1
-    """Codes a position: those of residual quantisation are predicted one after another."""
+    """Codes at each position; above 1 for residual quantization."""
     height: int = 8
     width: int = 8
     num_classes: int = 0
     random_order: float = 0.0
-    """Share of random orders at the end of training; above 0 the prior can be given codes at any positions first."""
+    """Share of random orders at the end of training. Above 0, the prior accepts known codes at any positions."""
     tokenizer_id: str = ""
-    """Of the tokenizer whose codes the prior was trained on."""
+    """Id of the tokenizer that wrote the training codes."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -97,5 +96,5 @@ class AutoregressivePriorConfig(StrictConfig):
         self.model.check()
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return self.height * self.width

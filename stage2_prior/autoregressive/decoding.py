@@ -1,9 +1,11 @@
-r"""Decoding: one place after another, each code drawn given all before it.
+r"""Decoding: samples the codes of an image one position after another, each given all codes before it.
 
-Known codes are forced, not drawn. Those that begin the order of all images are read in one pass (prefill), so that in the order
-`known_first` a hole is filled from all around it. In raster order what is known below a hole comes too late to be seen; there
-several candidates are drawn and weighed by it (`candidates`). The uniform numbers that draw codes are taken up front from the
-image's own generator and belong to places: they depend neither on the batch nor on what is known.
+Known codes are copied and not sampled. The known codes at the beginning of the order are read in one pass (prefill). The order
+`order_known_first` puts all known codes there, so a masked region is filled from its whole surroundings. In raster order the codes
+below a masked region come after it. The loop then samples several candidates and weights them by these codes (`candidates`).
+
+The uniform random numbers are drawn once at the start, from the generator of each image, and each belongs to one position. They
+depend neither on the batch nor on the known codes.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ import torch
 from torch import Tensor
 
 from stage2_prior.autoregressive.candidates import Candidates
-from stage2_prior.autoregressive.sampling import SamplingOptions, draw, truncated
-from stage2_prior.autoregressive.stepping import Stepper, stepper_for
+from stage2_prior.autoregressive.sampling import SamplingOptions, sample_codes, truncate_logits
+from stage2_prior.autoregressive.stepping import Stepper, build_stepper
 from stage2_prior.autoregressive.transformer import CodeTransformer
-from stage2_prior.conditioning.classes import guided, has_class
+from stage2_prior.conditioning.classes import apply_guidance, has_class
 from stage2_prior.prior import UNKNOWN, KnownCodes
 
 
 class SampledPosition(NamedTuple):
-    """The codes of one place, drawn or forced."""
+    """The codes of one position, sampled or known."""
 
     codes: Tensor  # (B, levels) int64
-    logits: list[Tensor]  # (B, K) float32 of each level, guided and tempered
+    logits: list[Tensor]  # (B, K) float32 for each level, after guidance and temperature
 
 
 @torch.no_grad()
@@ -39,74 +41,82 @@ def decode(
     known: KnownCodes | None = None,
     orders: Tensor | None = None,
 ) -> Tensor:
-    """Codes (B, h, w) int64, or (B, levels, h, w), for class ids (B,).
+    """Sample codes for class ids.
 
-    With guidance both halves run in one batch of 2 B rows; at scale 1, or without classes, the null half is left out.
-    `on_step(i, codes)` is called after the i-th place with the codes so far, `UNKNOWN` where there is none.
+    Guidance runs both halves in one batch of 2 B rows. At scale 1, or without classes, only the conditional half runs.
 
     Args:
-        orders: (B, h·w) int64, the place that is drawn i-th; none is raster order.
+        conditioning: (B,) int64 class ids.
+        generators: One generator for each image.
+        on_step: `on_step(i, codes)` is called after the i-th position with the codes so far, `UNKNOWN` where there is none.
+        known: Codes that are copied instead of sampled.
+        orders: (B, h·w) int64, the i-th position to sample; None means raster order.
+
+    Returns:
+        (B, h, w) int64, or (B, levels, h, w).
     """
-    batch, places, levels = len(conditioning), prior.config.places, prior.levels
-    forced, tokens = known_tokens(prior, conditioning, known, orders)
-    start = int(forced.all(0).int().cumprod(0).sum())  # places that need no draw in any image
-    if start == places:
-        return prior.codes_of(tokens.flatten(1), orders)
-    late = (forced & (~forced).cumsum(1).bool()).any(1)  # (B,): something known comes after something drawn
-    count = options.num_candidates if late.any() else 1
-    candidates = Candidates(batch, count, places, levels, generators, conditioning.device)
+    batch, num_positions, levels = len(conditioning), prior.config.num_positions, prior.levels
+    known_mask, tokens = known_tokens(prior, conditioning, known, orders)
+    start = int(known_mask.all(0).int().cumprod(0).sum())  # the first positions, known in every image
+    if start == num_positions:
+        return prior.tokens_to_codes(tokens.flatten(1), orders)
+    known_late = (known_mask & (~known_mask).cumsum(1).bool()).any(1)  # (B,): a known code follows a sampled one
+    count = options.num_candidates if known_late.any() else 1
+    candidates = Candidates(batch, count, num_positions, levels, generators, conditioning.device)
     uniform = candidates.uniform
     if orders is not None:
         orders = orders.repeat_interleave(count, 0)
         uniform = uniform.gather(1, orders[:, :, None].expand_as(uniform))
-    tokens, conditioning = (
-        x.repeat_interleave(count, 0) for x in (tokens, conditioning)
-    )  # candidates of an image in turn
+    # The candidates of an image are adjacent rows.
+    tokens, conditioning = (x.repeat_interleave(count, 0) for x in (tokens, conditioning))
     null = prior.class_embedding.null_class
     guidance = options.guidance_scale != 1 and bool(has_class(conditioning, null).any())
     if guidance:
         conditioning = torch.cat([conditioning, torch.full_like(conditioning, null)])
-    both = duplicate_for_guidance(orders, guidance) if orders is not None else None
+    batch_orders = duplicate_for_guidance(orders, guidance) if orders is not None else None
     caches = prior.new_caches(len(conditioning))
     prefix = prior.class_embedding(conditioning)[:, None]
     inputs = torch.cat([prefix, prior.embed_codes(duplicate_for_guidance(tokens[:, :start], guidance))], dim=1)
-    stepper = stepper_for(prior, caches, both, len(conditioning), options.weights == "int8")
-    hidden = prior.hidden_states(inputs, both, caches)[:, -1]
+    stepper = build_stepper(prior, caches, batch_orders, len(conditioning), options.weights == "int8")
+    hidden = prior.hidden_states(inputs, batch_orders, caches)[:, -1]
 
-    def codes_of_best() -> Tensor:
-        best = candidates.best(late)
-        return prior.codes_of(tokens[best].flatten(1), None if orders is None else orders[best])
+    def choose_codes() -> Tensor:
+        rows = candidates.choose_rows(known_late)
+        return prior.tokens_to_codes(tokens[rows].flatten(1), None if orders is None else orders[rows])
 
-    for i in range(start, places):
+    for i in range(start, num_positions):
         if i > start:
-            hidden = stepper.hidden(prior.embed_codes(duplicate_for_guidance(tokens[:, i - 1 : i], guidance)))
-        place = sample_position(
-            prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.scale_at(i, places)
+            hidden = stepper.step(prior.embed_codes(duplicate_for_guidance(tokens[:, i - 1 : i], guidance)))
+        sampled = sample_position(
+            prior, stepper, hidden, tokens[:, i], uniform[:, i], options, options.guidance_scale_at(i, num_positions)
         )
-        tokens[:, i] = place.codes
-        chosen = candidates.weigh(i, place.codes, place.logits, forced[:, i]) if count > 1 else None
-        if chosen is not None:
-            tokens = tokens[chosen]
-            rows = torch.cat([chosen, chosen + len(chosen)]) if guidance else chosen
+        tokens[:, i] = sampled.codes
+        parents = candidates.reweight(i, sampled.codes, sampled.logits, known_mask[:, i]) if count > 1 else None
+        if parents is not None:
+            tokens = tokens[parents]
+            cache_rows = torch.cat([parents, parents + len(parents)]) if guidance else parents
             for cache in caches:
-                cache.select(rows)
+                cache.select_rows(cache_rows)
         if on_step is not None:
-            on_step(i, codes_of_best())
-    return codes_of_best()
+            on_step(i, choose_codes())
+    return choose_codes()
 
 
 def known_tokens(
     prior: CodeTransformer, conditioning: Tensor, known: KnownCodes | None, orders: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What is known, in the order of drawing: whether (B, places), and the codes (B, places, levels) or `UNKNOWN`."""
-    batch, places = len(conditioning), prior.config.places
-    nothing = torch.full((batch, places, prior.levels), UNKNOWN, device=conditioning.device)
+    """Return the known mask (B, h·w) and the known codes (B, h·w, levels), in sampling order.
+
+    Codes at other positions are `UNKNOWN`.
+    """
+    batch, num_positions = len(conditioning), prior.config.num_positions
+    unknown = torch.full((batch, num_positions, prior.levels), UNKNOWN, device=conditioning.device)
     if known is None:
-        return torch.zeros(batch, places, dtype=torch.bool, device=conditioning.device), nothing
-    forced = known.known_mask.flatten(1)
+        return torch.zeros(batch, num_positions, dtype=torch.bool, device=conditioning.device), unknown
+    mask = known.known_mask.flatten(1)
     if orders is not None:
-        forced = forced.gather(1, orders)
-    return forced, torch.where(forced[:, :, None], prior.tokens_of(known.codes, orders).view_as(nothing), nothing)
+        mask = mask.gather(1, orders)
+    return mask, torch.where(mask[:, :, None], prior.codes_to_tokens(known.codes, orders).view_as(unknown), unknown)
 
 
 def sample_position(
@@ -118,31 +128,32 @@ def sample_position(
     options: SamplingOptions,
     scale: float,
 ) -> SampledPosition:
-    """The codes of one place, level after level.
+    """Sample the codes of one position, level after level.
 
     Args:
         hidden: (B, hidden), or (2 B, hidden) with guidance.
-        known: (B, levels), codes that are forced, or `UNKNOWN`.
+        known: (B, levels) int64 known codes, or `UNKNOWN`.
         uniform: (B, levels) in [0, 1).
+        scale: Guidance scale at this position.
     """
-    guidance, codes, seen = len(hidden) > len(known), known.clone(), []
+    guidance, codes, level_logits = len(hidden) > len(known), known.clone(), []
     caches = prior.new_level_caches(len(hidden))
     inputs = hidden[:, None]
     for level in range(prior.levels):
-        states = inputs if prior.depth is None else prior.depth.states(inputs, caches)
+        states = inputs if prior.depth is None else prior.depth.hidden_states(inputs, caches)
         logits = stepper.logits(states[:, -1], level).float()
         if guidance:
-            conditional, without = logits.chunk(2)
-            logits = guided(conditional, without, scale)
+            conditional, null = logits.chunk(2)
+            logits = apply_guidance(conditional, null, scale)
         logits = logits / options.temperature
-        drawn = draw(truncated(logits, options.top_k, options.top_p, options.min_p), uniform[:, level])
-        codes[:, level] = torch.where(known[:, level] == UNKNOWN, drawn, known[:, level])
-        seen.append(logits)
+        sampled = sample_codes(truncate_logits(logits, options.top_k, options.top_p, options.min_p), uniform[:, level])
+        codes[:, level] = torch.where(known[:, level] == UNKNOWN, sampled, known[:, level])
+        level_logits.append(logits)
         if level + 1 < prior.levels:
             inputs = prior.embed_codes(duplicate_for_guidance(codes[:, None, : level + 1], guidance))
-    return SampledPosition(codes, seen)
+    return SampledPosition(codes, level_logits)
 
 
 def duplicate_for_guidance(tokens: Tensor, guidance: bool) -> Tensor:
-    """The same for both halves of a guided batch."""
+    """Repeat the rows for the conditional and the null half of a batch with guidance."""
     return torch.cat([tokens, tokens]) if guidance else tokens

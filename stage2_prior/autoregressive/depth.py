@@ -1,8 +1,8 @@
-r"""The codes of one place of a residual grid, level by level.
+r"""Depth transformer: predicts the codes of one position of a residual grid, level by level.
 
-    p(k_1 … k_L | h) = Π_l p(k_l | h, k_1 … k_{l−1}),     inputs: h, then the sum of the vectors of the codes so far
+    p(k_1 … k_L | h) = Π_l p(k_l | h, k_1 … k_{l−1}),     inputs: h, then the sum of the embeddings of the codes so far
 
-h is what the prior says of the place. Lee et al. 2022, arXiv 2203.01941 (RQ-Transformer).
+h is the hidden state of the prior at the position. Lee et al. 2022, arXiv 2203.01941 (RQ-Transformer).
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,23 @@ class DepthTransformer(nn.Module):
         self.norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps)
 
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Hidden states of places (N, hidden) and vectors of their first codes (N, levels − 1, hidden) → (N, levels, hidden)."""
-        return self.states(torch.cat([hidden[:, None], codes.cumsum(1)], dim=1))
+        """Compute a hidden state for each level of N positions.
 
-    def states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
-        """(N, n, hidden) inputs of as many levels → the same shape; with caches they follow the levels these hold."""
+        Args:
+            hidden: (N, hidden) hidden states of the positions.
+            codes: (N, levels − 1, hidden) embeddings of all codes but the last.
+
+        Returns:
+            (N, levels, hidden).
+        """
+        return self.hidden_states(torch.cat([hidden[:, None], codes.cumsum(1)], dim=1))
+
+    def hidden_states(self, inputs: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """Transform inputs (N, n, hidden) of n levels; with caches they follow the cached levels."""
         first = caches[0].tokens if caches else 0
         levels = slice(first, first + inputs.shape[1])
-        turned = rotary_factors(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
+        rotary = rotary_factors(rotary_angles(1, self.levels, self.head_dim, 1, self.theta).to(inputs.device)[levels])
         inputs = inputs + self.level_embedding.weight[levels]
         for i, block in enumerate(self.blocks):
-            inputs = block(inputs, turned, caches[i] if caches else None)
+            inputs = block(inputs, rotary, caches[i] if caches else None)
         return self.norm(inputs)

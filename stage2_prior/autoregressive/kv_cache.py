@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in place: one allocation, no concatenation."""
+"""Key-value cache: keys and values of the tokens so far, written in place into one allocation."""
 
 from typing import Protocol
 
@@ -8,52 +8,59 @@ from torch import Tensor
 
 class Cache(Protocol):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Adds (B, heads, new tokens, head_dim); all keys and values, and which a new token sees where it is not all so far."""
+        """Append keys and values (B, heads, new tokens, head_dim).
+
+        Returns:
+            All keys, all values, and the attention mask of the new tokens, or None where no mask is needed.
+        """
 
 
 class KVCache:
     """Keys and values of one attention layer.
 
     Args:
-        batch, heads, head_dim: shape of a token's keys.
-        max_tokens: room; writing more is an error.
+        batch: Number of rows.
+        heads: Number of key and value heads.
+        max_tokens: Number of slots. Appending more tokens raises ValueError.
+        head_dim: Channels of a head.
+        like: A tensor with the dtype and device of the cache.
     """
 
     def __init__(self, batch: int, heads: int, max_tokens: int, head_dim: int, like: Tensor) -> None:
         shape = (2, batch, heads, max_tokens, head_dim)
-        self.held = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.data = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.max_tokens, self.tokens = max_tokens, 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        new = keys.shape[2]
-        begin = self.make_room(new)
-        self.held[0, :, :, begin : self.tokens] = keys
-        self.held[1, :, :, begin : self.tokens] = values
+        new_tokens = keys.shape[2]
+        begin = self.reserve_slots(new_tokens)
+        self.data[0, :, :, begin : self.tokens] = keys
+        self.data[1, :, :, begin : self.tokens] = values
         mask = None
-        if begin > 0 and new > 1:  # torch's `is_causal` would count from the first key, which is the oldest
-            mask = torch.ones(new, self.tokens, dtype=torch.bool, device=keys.device).tril(begin)
-        return *self.seen(), mask
+        if begin > 0 and new_tokens > 1:  # torch's `is_causal` would align the new tokens with the first keys
+            mask = torch.ones(new_tokens, self.tokens, dtype=torch.bool, device=keys.device).tril(begin)
+        return *self.keys_and_values(), mask
 
     def append_one(self, joined: Tensor) -> None:
-        """`append` of one token, its keys and then its values: (B, 2 · heads, head_dim)."""
-        slot = self.make_room(1)
-        self.held.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
+        """Append one token: its keys and then its values, (B, 2 · heads, head_dim)."""
+        slot = self.reserve_slots(1)
+        self.data.select(3, slot).copy_(joined.unflatten(1, (2, -1)).transpose(0, 1))
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """All keys and all values so far (B, heads, tokens, head_dim), as views."""
-        keys, values = self.held.narrow(3, 0, self.tokens).unbind()
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Return views of all keys and all values so far, (B, heads, tokens, head_dim) each."""
+        keys, values = self.data.narrow(3, 0, self.tokens).unbind()
         return keys, values
 
-    def select(self, rows: Tensor) -> None:
-        """Row i goes on as row `rows[i]`; (B,) int64."""
-        self.held[:, :, :, : self.tokens] = self.held[:, rows, :, : self.tokens]
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace row i by row `rows[i]`; `rows` is (B,) int64."""
+        self.data[:, :, :, : self.tokens] = self.data[:, rows, :, : self.tokens]
 
-    def make_room(self, count: int) -> int:
-        """Counts as many more tokens, and returns the slot of the first."""
+    def reserve_slots(self, count: int) -> int:
+        """Count `count` more tokens, and return the slot of the first."""
         begin, end = self.tokens, self.tokens + count
         if end > self.max_tokens:
             raise ValueError(
-                f"the KV cache was given token {end - 1} and holds {self.max_tokens}; build it with max_tokens={end}"
+                f"the KV cache received token {end - 1} but has {self.max_tokens} slots; build it with max_tokens={end}"
             )
         self.tokens = end
         return begin

@@ -1,8 +1,8 @@
-r"""The autoregressive prior: a decoder-only transformer over the codes, one position after another.
+r"""The autoregressive prior: a decoder-only transformer that predicts codes one position after another.
 
     p(k | y) = Π_i p(k_{π(i)} | y, k_{π(1)} … k_{π(i−1)}),     L = −mean_i log p(k_{π(i)} | …)
 
-The order π is raster order unless another is given (`orders`). The network is `transformer`; log K is the loss of a uniform guess.
+The order π is raster order by default (`orders`). The module `transformer` has the network. A uniform guess has the loss log K.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.autoregressive.decoding import decode
-from stage2_prior.autoregressive.orders import known_first
+from stage2_prior.autoregressive.orders import order_known_first
 from stage2_prior.autoregressive.sampling import SamplingOptions
 from stage2_prior.autoregressive.token_loss import head_cross_entropy
 from stage2_prior.autoregressive.transformer import CodeTransformer
@@ -27,16 +27,18 @@ class AutoregressivePrior(CodeTransformer):
     output_kind = "tokens"
 
     def forward(self, codes: Tensor, conditioning: Tensor, orders: Tensor | None = None) -> PriorLoss:
-        """Loss of codes (B, h, w) int64, or (B, levels, h, w), given class ids (B,) int64: nats a token.
+        """Compute the loss of codes, in nats per token.
 
         Args:
-            orders: (B, h·w) int64, the place that is predicted i-th; none is raster order.
+            codes: (B, h, w) int64, or (B, levels, h, w).
+            conditioning: (B,) int64 class ids.
+            orders: (B, h·w) int64, the i-th position to predict; None means raster order.
         """
-        tokens = self.tokens_of(codes, orders)
-        states = self.states(tokens, conditioning, orders)
+        tokens = self.codes_to_tokens(codes, orders)
+        states = self.head_inputs(tokens, conditioning, orders)
         losses = [
             head_cross_entropy(
-                states[:, :, level].flatten(0, 1), self.head_rows(level), tokens[:, level :: self.levels].flatten()
+                states[:, :, level].flatten(0, 1), self.head_weight(level), tokens[:, level :: self.levels].flatten()
             )
             for level in range(self.levels)
         ]
@@ -56,10 +58,12 @@ class AutoregressivePrior(CodeTransformer):
         self.check_spec(spec)
         if noise is not None:
             raise UserError(
-                "an autoregressive prior draws codes one after another; expected a prior of latents, such as a diffusion prior, to "
-                "begin with given noise; give neither latents nor --interpolate-to"
+                "an autoregressive prior samples codes and does not start from noise; expected a prior of latents, such as a "
+                "diffusion prior. Leave out `latents` and `--interpolate-to`."
             )
-        orders = known_first(known.known_mask.flatten(1)) if known is not None and self.supports_any_order else None
+        orders = (
+            order_known_first(known.known_mask.flatten(1)) if known is not None and self.supports_any_order else None
+        )
         return decode(self, conditioning, options, generators, on_step, known, orders)
 
     @property
@@ -67,11 +71,11 @@ class AutoregressivePrior(CodeTransformer):
         return self.config.random_order > 0
 
     def num_steps(self, spec: LatentSpec, options: SamplingOptions) -> int:
-        return self.config.places
+        return self.config.num_positions
 
     def describe(self, spec: LatentSpec) -> str:
         levels = f" with {spec.levels} levels" if spec.levels > 1 else ""
         return (
-            f"an autoregressive prior ({count_parameters(self):,} parameters) draws {spec.height}×{spec.width} codes of "
-            f"{spec.codebook_size}{levels}"
+            f"an autoregressive prior ({count_parameters(self):,} parameters) samples {spec.height}×{spec.width} codes from a "
+            f"codebook of {spec.codebook_size}{levels}"
         )

@@ -1,4 +1,4 @@
-"""Stage two's loop for an autoregressive prior: the next code, in orders that may be random."""
+"""Training objective of an autoregressive prior: predict the next code, in raster order or random orders."""
 
 import math
 
@@ -19,33 +19,37 @@ VALIDATION_BATCH = 250
 
 class AutoregressiveObjective:
     def __init__(self, config: AutoregressiveTraining, codes: CodeCache) -> None:
-        """Raises UserError for codes that the prior could not learn."""
+        """Create the objective for a code cache.
+
+        Raises:
+            UserError: The codes have no codebook or no indices.
+        """
         if codes.spec.codebook_size is None:
             raise UserError(
                 f"the codes in {codes.path} come from a tokenizer without a codebook; expected discrete codes for an "
-                "autoregressive prior; train a tokenizer that has a codebook, such as --recipe vqgan-f4, or a prior of latents, "
-                "such as --recipe diffusion-tiny"
+                "autoregressive prior. Train a tokenizer with a codebook, such as `--recipe vqgan-f4`, or a prior of latents, "
+                "such as `--recipe diffusion-tiny`."
             )
         codes.train.require_column("indices")
         self.config, self.codes = config, codes
         self.prior_config = config.prior_config(codes.spec, len(codes.label_names or ()))
-        self.draws = 2 + self.prior_config.places if config.order.ever_random else 1
+        self.num_random = 2 + self.prior_config.num_positions if config.order.uses_random_orders else 1
 
     def new_prior(self) -> AutoregressivePrior:
         prior = AutoregressivePrior(self.prior_config)
-        prior.start_from_code_vectors(self.codes.code_vectors())
+        prior.initialize_from_code_vectors(self.codes.code_vectors())
         return prior
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         return []
 
-    def inputs(self, rows: np.ndarray, draws: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare_inputs(self, rows: np.ndarray, uniform: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         config, split = self.config, self.codes.train
-        labels = drop_classes(split.labels(rows), draws[:, 0], config.class_dropout)
-        orders = random_orders(draws[:, 1:], config.order.at(step, config.max_steps))
+        labels = drop_classes(split.labels(rows), uniform[:, 0], config.class_dropout)
+        orders = random_orders(uniform[:, 1:], config.order.random_share_at(step, config.max_steps))
         return split.indices(rows), labels, orders
 
-    def validation(self, prior: AutoregressivePrior) -> dict[str, float]:
+    def validate(self, prior: AutoregressivePrior) -> dict[str, float]:
         nats = validation_loss(prior, self.codes.validation, self.config.validation_images)
         bits = nats / math.log(2) * self.codes.spec.tokens
         return {"validation_nats_per_token": nats, "validation_bits_per_image": bits}
@@ -53,10 +57,10 @@ class AutoregressiveObjective:
 
 @torch.no_grad()
 def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
-    """Nats a token on the first `limit` images of a split, of which each process takes its share."""
-    positions, total = np.array(share_of(min(limit, len(split)))), 0.0
-    for start in range(0, len(positions), VALIDATION_BATCH):
-        rows = positions[start : start + VALIDATION_BATCH]
+    """Compute the loss, in nats per token, on the first `limit` images of a split; each process takes its share."""
+    all_rows, total = np.array(share_of(min(limit, len(split)))), 0.0
+    for start in range(0, len(all_rows), VALIDATION_BATCH):
+        rows = all_rows[start : start + VALIDATION_BATCH]
         loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))
         total += float(loss.total) * len(rows)
-    return mean_over_processes(total, len(positions))
+    return mean_over_processes(total, len(all_rows))

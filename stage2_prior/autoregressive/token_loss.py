@@ -1,9 +1,10 @@
-r"""Cross-entropy of a linear head, in chunks of tokens: the logits of a batch never exist at once.
+r"""Cross-entropy of a linear head in chunks of tokens, without the logits of a whole batch in memory.
 
     L = −mean_n log softmax(W h_n)_{k_n},    ∂L/∂(W h_n) = (softmax(W h_n) − e_{k_n}) / N
 
-A chunk's gradients are taken while its logits are at hand, so nothing is computed twice, and what is kept for the backward
-pass is as large as the hidden states and the head. 128 sequences of 256 codes of 16,384 would have 2 GiB of float32 logits.
+The gradients of a chunk are computed in the forward pass, right after its logits. Nothing is computed twice, and the saved tensors
+are as large as the hidden states and the head. For comparison, the float32 logits of 128 sequences of 256 codes with K = 16,384
+take 2 GiB.
 """
 
 from typing import Any
@@ -14,45 +15,50 @@ from torch import Tensor
 
 from training_harness.precision import widened
 
-CHUNK = {"cpu": 2**20}  # logits at once: on a CPU, those that stay in its cache
-CHUNK_ELSEWHERE = 2**26
+LOGITS_PER_CHUNK = {"cpu": 2**20}  # on a CPU, the logits of a chunk stay in its cache
+DEFAULT_LOGITS_PER_CHUNK = 2**26
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean nats, a scalar float32 (or wider), of targets (N,) int64 under the logits `hidden @ weight.T`.
+    """Compute the mean cross-entropy, in nats, of targets under the logits `hidden @ weight.T`.
 
     Args:
-        hidden: (N, H).
-        weight: (K, H).
+        hidden: (N, H) hidden states.
+        weight: (K, H) weight of the head.
+        targets: (N,) int64 in [0, K).
+
+    Returns:
+        Scalar in float32 or wider.
     """
-    tokens = max(CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // len(weight), 1)
+    tokens = max(LOGITS_PER_CHUNK.get(hidden.device.type, DEFAULT_LOGITS_PER_CHUNK) // len(weight), 1)
     return _HeadCrossEntropy.apply(hidden, weight, targets, tokens)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        trained, count = any(ctx.needs_input_grad), len(targets)
+        needs_grad, count = any(ctx.needs_input_grad), len(targets)
         total = widened(hidden.new_zeros(()))
-        of_hidden, of_weight = [], torch.zeros_like(widened(weight)) if trained else None
+        hidden_grads, weight_grad = [], torch.zeros_like(widened(weight)) if needs_grad else None
         for part, codes in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(part, weight)
             log_probabilities = widened(logits).log_softmax(1)  # (chunk, K)
             total -= log_probabilities.gather(1, codes[:, None]).sum()
-            if of_weight is not None:
+            if weight_grad is not None:
                 gradient = log_probabilities.exp_().scatter_add_(1, codes[:, None], -total.new_ones(len(codes), 1))
-                gradient = gradient.to(logits.dtype)  # not yet divided by N, which half precision would lose
-                of_hidden.append(gradient @ weight)
-                of_weight += gradient.mT @ part
-        if of_weight is not None:
-            ctx.save_for_backward(torch.cat(of_hidden), of_weight)
-            ctx.types, ctx.count = (hidden.dtype, weight.dtype), count
+                # Division by N comes last, since half precision would underflow.
+                gradient = gradient.to(logits.dtype)
+                hidden_grads.append(gradient @ weight)
+                weight_grad += gradient.mT @ part
+        if weight_grad is not None:
+            ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
+            ctx.dtypes, ctx.count = (hidden.dtype, weight.dtype), count
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         factor = gradients[0] / ctx.count
-        of_hidden, of_weight = (
-            (factor * saved).to(kind) for saved, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
+        hidden_grad, weight_grad = (
+            (factor * saved).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return of_hidden, of_weight, None, None
+        return hidden_grad, weight_grad, None, None

@@ -1,1 +1,1 @@
-"""What a prior is conditioned on."""
+"""Conditioning of priors."""

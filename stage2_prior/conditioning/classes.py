@@ -1,8 +1,8 @@
-"""What a prior is conditioned on: a class label, or the learned null class.
+"""Class conditioning: a class label, or the learned null class.
 
-The null class has the id `num_classes`, which follows from the data; a data set without labels has it alone. In training
-a label is left out at the rate `class_dropout`, so that one model gives both halves of classifier-free guidance
-(Ho, Salimans 2022, arXiv 2207.12598): logits = null + scale · (conditional − null).
+The id of the null class is `num_classes`. A data set without labels has only the null class. Training replaces a label by the null
+class with the probability `class_dropout`, so that one model computes both halves of classifier-free guidance (Ho, Salimans 2022,
+arXiv 2207.12598): logits = null + scale · (conditional − null).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ClassEmbedding(nn.Embedding):
-    """(B,) int64 labels in [0, num_classes] → (B, hidden); −1 (no label) counts as the null class."""
+    """Embeds labels: (B,) int64 in [0, num_classes] → (B, hidden). −1 (no label) becomes the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__(num_classes + 1, hidden_size)
@@ -24,15 +24,15 @@ class ClassEmbedding(nn.Embedding):
 
 
 def has_class(labels: Tensor, null_class: int) -> Tensor:
-    """(B,) bool: which labels (B,) are neither −1 nor the null class; without a class there is nothing to guide towards."""
+    """Return (B,) bool, false for labels −1 and the null class. Guidance has no effect for these."""
     return (labels >= 0) & (labels != null_class)
 
 
-def drop_classes(labels: Tensor, draws: Tensor, rate: float) -> Tensor:
-    """Labels (B,), −1 where the draw (B,) in [0, 1) is below `rate`."""
-    return torch.where(draws.to(labels.device) < rate, -1, labels)
+def drop_classes(labels: Tensor, uniform: Tensor, rate: float) -> Tensor:
+    """Replace labels (B,) by −1 where `uniform` (B,) in [0, 1) is below `rate`."""
+    return torch.where(uniform.to(labels.device) < rate, -1, labels)
 
 
-def guided(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on logits or predictions; scale 1 is the conditional model, above 1 sharpens."""
+def apply_guidance(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+    """Apply classifier-free guidance to logits or predictions. Scale 1 is the conditional model."""
     return null + scale * (conditional - null)

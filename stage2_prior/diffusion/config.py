@@ -1,4 +1,4 @@
-"""The diffusion prior's options: what a training configuration and a model's config.json share, and the latter."""
+"""Options of the diffusion prior: the section `model` and the fields of config.json."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -8,7 +8,7 @@ from stage2_prior.checks import check_sizes
 from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.diffusion.process import Prediction
 from stage2_prior.diffusion.sampling import DiffusionOptions
-from stage2_prior.diffusion.schedule import LEVELS, Schedule
+from stage2_prior.diffusion.schedule import NUM_LEVELS, Schedule
 from stage2_prior.migration import DIFFUSION_MODEL
 from training_harness.errors import ConfigError, UserError
 from training_harness.migration import Migration
@@ -17,31 +17,31 @@ from training_harness.pretrained import StrictConfig, stored_config
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserModel:
-    """The section `model`: each denoiser has a dataclass of its own, with what all of them share."""
+    """Options that all denoisers share, in the section `model`."""
 
     name: str
-    """Denoiser: dit, a transformer over patches, or unet, a U-Net of convolutions, for small images and pixels."""
+    """Denoiser: dit is a transformer over patches; unet is a convolutional U-Net for small images and pixels."""
     hidden_size: int = 384
     num_layers: int = 12
     schedule: Schedule = "flow"
-    """How the noise grows: `flow` along straight lines; linear, scaled-linear and cosine as in DDPM, in 1,000 levels."""
+    """Noise schedule: `flow` follows straight lines; linear, scaled-linear and cosine have 1,000 levels as in DDPM."""
     prediction: Prediction = "flow"
-    """What the network says of a noisy latent: its velocity, v, the noise, or the sample."""
+    """What the network predicts: the velocity of the flow, v, the noise (epsilon), or the sample."""
     zero_terminal_snr: bool = False
-    """Lets linear, scaled-linear and cosine end with noise alone."""
+    """Makes the last level of linear, scaled-linear and cosine pure noise."""
 
     def check(self, height: int, width: int) -> None:
-        """Raises ConfigError for values that cannot be built, or do not fit latents of that size."""
+        """Raise ConfigError for values that do not give a valid network for latents of this size."""
         check_sizes(self, ("hidden_size", "num_layers"))
         if self.zero_terminal_snr and self.schedule == "flow":
             raise ConfigError(
-                "model.zero_terminal_snr is true for a flow, which ends with noise alone as it is; expected it with linear, "
-                "scaled-linear or cosine; leave it out"
+                "model.zero_terminal_snr is true and the schedule is flow, which always ends with pure noise; expected it with "
+                "linear, scaled-linear or cosine. Leave it out."
             )
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
             raise ConfigError(
-                f"model.prediction is epsilon and the schedule {self.schedule} ends with noise alone, of which it tells nothing; "
-                "expected v_prediction, flow or sample"
+                f"model.prediction is epsilon and the schedule {self.schedule} ends with pure noise, where epsilon gives no "
+                "information about the sample; expected v_prediction, flow or sample"
             )
 
 
@@ -49,17 +49,17 @@ class DenoiserModel:
 class DiTModel(DenoiserModel):
     name: Literal["dit"] = "dit"
     patch_size: int = 1
-    """Sides of the square of latents that is a token."""
+    """Height and width of a patch, in latents. Each patch is one token."""
     num_heads: int = 6
     intermediate_size: int = 1536
     feed_forward: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layer", "rms"] = "layer"
     qk_norm: bool = False
     positions: Literal["sincos", "2d"] = "sincos"
-    """Sines and cosines added to the tokens, or rotary positions along rows and columns."""
+    """`sincos` adds sines and cosines to the tokens; `2d` uses rotary positions along rows and columns."""
     rope_theta: float = 10_000.0
     mean_flow: MeanFlow | None = None
-    """Its options make the prior a mean flow, for sampling in a few steps."""
+    """Options of a mean flow, which samples in a few steps. Without them the prior is no mean flow."""
 
     def check(self, height: int, width: int) -> None:
         check_sizes(self, ("patch_size", "num_heads", "intermediate_size"))
@@ -75,7 +75,7 @@ class DiTModel(DenoiserModel):
         super().check(height, width)
         if self.mean_flow and (self.schedule, self.prediction) != ("flow", "flow"):
             raise ConfigError(
-                f"model.mean_flow is given with the schedule {self.schedule} and the prediction {self.prediction}; expected "
+                f"model.mean_flow is set with the schedule {self.schedule} and the prediction {self.prediction}; expected "
                 "flow and flow"
             )
 
@@ -84,13 +84,13 @@ class DiTModel(DenoiserModel):
 class UNetModel(DenoiserModel):
     name: Literal["unet"] = "unet"
     channel_multipliers: tuple[int, ...]
-    """Channels at each resolution, in multiples of hidden_size, such as 1 2 2; num_layers are blocks a resolution."""
+    """Channels at each resolution, in multiples of hidden_size, such as 1 2 2. Each resolution has num_layers blocks."""
     attention: tuple[int, ...] = ()
-    """Downsampling factors at which blocks attend; the middle always does."""
+    """Downsampling factors at which blocks have attention. The middle always has attention."""
 
     @property
     def mean_flow(self) -> None:
-        """A mean flow needs a DiT."""
+        """None, since a mean flow needs a DiT."""
 
     def check(self, height: int, width: int) -> None:
         super().check(height, width)
@@ -101,23 +101,23 @@ class UNetModel(DenoiserModel):
         factors = [2**level for level in range(len(self.channel_multipliers))]
         if absent := set(self.attention) - set(factors):
             raise ConfigError(
-                f"model.attention has {', '.join(map(str, sorted(absent)))}, and the denoiser has resolutions at the factors "
-                f"{', '.join(map(str, factors))}; expected some of those; leave the others out"
+                f"model.attention has {', '.join(map(str, sorted(absent)))}, and the denoiser has the downsampling factors "
+                f"{', '.join(map(str, factors))}; expected only factors of the denoiser. Leave the others out."
             )
         if height % factors[-1] or width % factors[-1]:
             raise ConfigError(
-                f"model.channel_multipliers halves {len(factors) - 1} times, and {height}×{width} latents are no "
-                f"multiple of {factors[-1]}; expected fewer of them, or images of another size"
+                f"model.channel_multipliers halves the size {len(factors) - 1} times, and {height}×{width} latents are not a "
+                f"multiple of {factors[-1]}; expected fewer multipliers, or images of another size"
             )
 
 
 DiffusionModel = DiTModel | UNetModel
-"""The first is what a section without a name means."""
+"""A section without a name is a DiTModel."""
 
 
 @stored_config
 class DiffusionPriorConfig(StrictConfig):
-    """A model's config.json."""
+    """Fields of config.json."""
 
     model_type: ClassVar[str] = "latentloom-diffusion"
     migration: ClassVar[Migration] = DIFFUSION_MODEL
@@ -129,9 +129,9 @@ class DiffusionPriorConfig(StrictConfig):
     width: int = 8
     num_classes: int = 0
     degradation: Degradation = "none"
-    """Of the images that it restores, whose latents it is given beside the noisy ones."""
+    """Degradation that the prior restores. The network then takes the latents of degraded images as additional channels."""
     tokenizer_id: str = ""
-    """Of the tokenizer whose latents the prior was trained on."""
+    """Id of the tokenizer that wrote the training latents."""
 
     @property
     def input_channels(self) -> int:
@@ -143,25 +143,25 @@ class DiffusionPriorConfig(StrictConfig):
         self.model.check(self.height, self.width)
         if self.model.mean_flow and self.degradation != "none":
             raise ConfigError(
-                f"model.mean_flow is given and the degradation is {self.degradation}; expected one of them; give "
-                "--degradation none, or --model.mean-flow none"
+                f"model.mean_flow is set and the degradation is {self.degradation}; expected one of them. Pass "
+                "`--degradation none` or `--model.mean-flow none`."
             )
 
     def check_sampling(self, options: DiffusionOptions) -> None:
-        """Raises UserError for what a prior of this kind does not sample with."""
+        """Raise UserError for sampling options that the prior does not support."""
         schedule, mean_flow = self.model.schedule, self.model.mean_flow
-        if schedule != "flow" and options.num_inference_steps > LEVELS:
+        if schedule != "flow" and options.num_inference_steps > NUM_LEVELS:
             raise UserError(
-                f"num_inference_steps is {options.num_inference_steps} and the schedule {schedule} has {LEVELS} levels; "
-                f"expected at most {LEVELS}"
+                f"num_inference_steps is {options.num_inference_steps} and the schedule {schedule} has {NUM_LEVELS} levels; "
+                f"expected at most {NUM_LEVELS}"
             )
         if mean_flow and not 1 <= options.guidance_scale <= mean_flow.max_guidance:
             raise UserError(
-                f"guidance_scale is {options.guidance_scale} and this mean flow learnt guidance from 1 to "
-                f"{mean_flow.max_guidance:g}; expected a number between; a larger model.mean_flow.max_guidance in training "
-                "allows more"
+                f"guidance_scale is {options.guidance_scale} and this mean flow learned guidance from 1 to "
+                f"{mean_flow.max_guidance:g}; expected a scale in this range. Train with a larger model.mean_flow.max_guidance to "
+                "sample with more."
             )
         if mean_flow and options.guidance_rescale:
             raise UserError(
-                f"guidance_rescale is {options.guidance_rescale} with a mean flow, whose guidance is learnt; expected 0"
+                f"guidance_rescale is {options.guidance_rescale} and the prior is a mean flow, which learns guidance; expected 0"
             )

@@ -1,15 +1,15 @@
-r"""What noise does to latents, and what a network can say of it.
+r"""The noising process, and the kinds of prediction.
 
     x_t = α_t x + σ_t ε,    ε ~ N(0, I);    t = 0 is data (α 1, σ 0), t = 1 is noise, everywhere in this package
 
-    a network predicts    that is            from which the latents are       and x̂ errs by
-    sample                x                  x̂                                1 · its own error
+    prediction            target             estimate x̂                       error of x̂ / error of the prediction
+    sample                x                  x̂                                1
     epsilon               ε                  (x_t − σ ε̂) / α                  σ / α
     v_prediction          α ε − σ x          (α x_t − σ v̂) / (α² + σ²)        σ / (α² + σ²)
     flow                  ε − x              (x_t − σ û) / (α + σ)            σ / (α + σ)
 
-and the noise is ε̂ = (x_t − α x̂) / σ. v: Salimans, Ho 2022, arXiv 2202.00512; flow, the velocity dx_t/dt of the straight path
-α = 1 − t, σ = t: Liu et al. 2022, arXiv 2209.03003, Lipman et al. 2022, arXiv 2210.02747.
+The estimate of the noise is ε̂ = (x_t − α x̂) / σ. v: Salimans, Ho 2022, arXiv 2202.00512. Flow, the velocity dx_t/dt of the straight
+path α = 1 − t, σ = t: Liu et al. 2022, arXiv 2209.03003, Lipman et al. 2022, arXiv 2210.02747.
 """
 
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -23,8 +23,8 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 Number = TypeVar("Number", float, Tensor)
 
 
-class Level(NamedTuple, Generic[Number]):
-    """A time, what is left of the data there and how much noise: numbers, or tensors that broadcast over latents."""
+class NoiseLevel(NamedTuple, Generic[Number]):
+    """A time with its α and σ: numbers, or tensors that broadcast over latents."""
 
     time: Number
     alpha: Number
@@ -32,18 +32,19 @@ class Level(NamedTuple, Generic[Number]):
 
 
 class Estimate(NamedTuple):
-    """What a network makes of x_t, whatever it predicts."""
+    """Estimates of the sample and the noise in x_t."""
 
-    sample: Tensor  # x̂, of the data
+    sample: Tensor  # x̂
     noise: Tensor  # ε̂
 
 
-def noised(sample: Tensor, noise: Tensor, level: Level[Number]) -> Tensor:
+def add_noise(sample: Tensor, noise: Tensor, level: NoiseLevel[Number]) -> Tensor:
+    """Return x_t = α x + σ ε."""
     return level.alpha * sample + level.sigma * noise
 
 
-def prediction_of(sample: Tensor, noise: Tensor, level: Level[Number], kind: Prediction) -> Tensor:
-    """What a network that knows both would predict: the target of training."""
+def compute_prediction(sample: Tensor, noise: Tensor, level: NoiseLevel[Number], kind: Prediction) -> Tensor:
+    """Compute the exact prediction for a sample and noise: the training target."""
     match kind:
         case "sample":
             return sample
@@ -55,8 +56,8 @@ def prediction_of(sample: Tensor, noise: Tensor, level: Level[Number], kind: Pre
             return noise - sample
 
 
-def estimate(noisy: Tensor, prediction: Tensor, level: Level[Number], kind: Prediction) -> Estimate:
-    """Of the data and of the noise in `noisy`; of both the one that divides by little is found first."""
+def compute_estimate(noisy: Tensor, prediction: Tensor, level: NoiseLevel[Number], kind: Prediction) -> Estimate:
+    """Compute the estimates of the sample and the noise in `noisy` from a prediction."""
     alpha, sigma = level.alpha, level.sigma
     match kind:
         case "sample":
@@ -64,15 +65,15 @@ def estimate(noisy: Tensor, prediction: Tensor, level: Level[Number], kind: Pred
         case "epsilon":
             return Estimate((noisy - sigma * prediction) / alpha, prediction)
         case "v_prediction":
-            size = alpha * alpha + sigma * sigma
-            return Estimate((alpha * noisy - sigma * prediction) / size, (sigma * noisy + alpha * prediction) / size)
+            norm = alpha * alpha + sigma * sigma
+            return Estimate((alpha * noisy - sigma * prediction) / norm, (sigma * noisy + alpha * prediction) / norm)
         case "flow":
             sample = (noisy - sigma * prediction) / (alpha + sigma)
             return Estimate(sample, sample + prediction)
 
 
-def error_of_sample(level: Level[Tensor], kind: Prediction) -> Tensor:
-    """By what x̂ errs where the prediction errs by 1."""
+def sample_error_factor(level: NoiseLevel[Tensor], kind: Prediction) -> Tensor:
+    """Return the error of x̂ for an error of 1 in the prediction."""
     alpha, sigma = level.alpha, level.sigma
     match kind:
         case "sample":

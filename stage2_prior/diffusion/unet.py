@@ -1,10 +1,10 @@
-r"""U-Net: convolutions at falling and rising resolution, told the time and the class in every block.
+r"""U-Net: convolutions at falling and then rising resolution, with the time and the class as inputs of every block.
 
     c = SiLU(time(t) + class(y)),     (scale, shift) = W c + b
     x ← skip(x) + conv(SiLU((1 + scale) norm(conv(SiLU(norm(x)))) + shift))
 
-What a block on the way down gives is laid beside the input of its partner on the way up. Ho, Jain, Abbeel 2020, arXiv 2006.11239;
-scale and shift: Dhariwal, Nichol 2021, arXiv 2105.05233. For small images and pixels; the last layer starts at 0.
+Each block on the way up takes the output of its counterpart on the way down as additional channels. Ho, Jain, Abbeel 2020, arXiv
+2006.11239. Scale and shift: Dhariwal, Nichol 2021, arXiv 2105.05233. It suits small images and pixels. The last layer starts at 0.
 """
 
 from collections.abc import Iterable
@@ -23,26 +23,29 @@ from stage2_prior.diffusion.config import DiffusionPriorConfig, UNetModel
 
 class UNet(nn.Module):
     def __init__(self, config: DiffusionPriorConfig, model: UNetModel) -> None:
-        """`model` is the configuration's own."""
+        """Create the network; `model` is `config.model`."""
         super().__init__()
         sizes = [model.hidden_size * multiplier for multiplier in model.channel_multipliers]
-        wide, deepest = 4 * model.hidden_size, sizes[-1]
-        self.condition = Condition(config, wide)
+        condition_size, deepest = 4 * model.hidden_size, sizes[-1]
+        self.condition = Condition(config, condition_size)
         self.stem = nn.Conv2d(config.input_channels, sizes[0], 3, padding=1)
 
-        def stage(channels: int, beside: int, level: int) -> nn.ModuleList:
-            attends = 2**level in model.attention
+        def make_level(channels: int, skip_channels: int, level: int) -> nn.ModuleList:
+            has_attention = 2**level in model.attention
             return nn.ModuleList(
-                ConvolutionBlock(channels + beside, channels, wide, attends) for _ in range(model.num_layers)
+                ConvolutionBlock(channels + skip_channels, channels, condition_size, has_attention)
+                for _ in range(model.num_layers)
             )
 
         levels = range(len(sizes))
-        self.down = nn.ModuleList(stage(sizes[i], 0, i) for i in levels)
-        self.up = nn.ModuleList(stage(sizes[i], sizes[i], i) for i in levels)
-        between = list(pairwise(sizes))
-        self.downsamples = nn.ModuleList(Downsample(fine, coarse) for fine, coarse in between)
-        self.upsamples = nn.ModuleList(Upsample(coarse, fine) for fine, coarse in between)
-        self.middle = nn.ModuleList(ConvolutionBlock(deepest, deepest, wide, attends) for attends in (True, False))
+        self.down = nn.ModuleList(make_level(sizes[i], 0, i) for i in levels)
+        self.up = nn.ModuleList(make_level(sizes[i], sizes[i], i) for i in levels)
+        neighbors = list(pairwise(sizes))
+        self.downsamples = nn.ModuleList(Downsample(fine, coarse) for fine, coarse in neighbors)
+        self.upsamples = nn.ModuleList(Upsample(coarse, fine) for fine, coarse in neighbors)
+        self.middle = nn.ModuleList(
+            ConvolutionBlock(deepest, deepest, condition_size, has_attention) for has_attention in (True, False)
+        )
         self.norm = group_norm(sizes[0])
         self.final = nn.Conv2d(sizes[0], config.channels, 3, padding=1)
         for parameter in self.final.parameters():
@@ -56,35 +59,43 @@ class UNet(nn.Module):
         ends: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """(B, c, h, w) noisy latents, with those of degraded pictures (B, 2c, h, w), and what `Condition` takes → (B, c, h, w)."""
+        """Predict (B, c, h, w) from noisy latents.
+
+        Args:
+            latents: (B, c, h, w); (B, 2c, h, w) with the latents of degraded images.
+            times: (B,) times in [0, 1].
+            classes: (B,) int64 class ids.
+            ends: Not used, since a mean flow needs a DiT.
+            guidance: Not used, since a mean flow needs a DiT.
+        """
         condition = self.condition(times, classes, ends, guidance)
-        x, seen = self.stem(latents), list[Tensor]()
+        x, skips = self.stem(latents), list[Tensor]()
         for level, blocks in enumerate(cast("Iterable[nn.ModuleList]", self.down)):
             if level > 0:
                 x = self.downsamples[level - 1](x)
             for block in blocks:
                 x = block(x, condition)
-                seen.append(x)
+                skips.append(x)
         for block in self.middle:
             x = block(x, condition)
         for level, blocks in reversed(list(enumerate(cast("Iterable[nn.ModuleList]", self.up)))):
             for block in blocks:
-                x = block(torch.cat([x, seen.pop()], dim=1), condition)
+                x = block(torch.cat([x, skips.pop()], dim=1), condition)
             if level > 0:
                 x = self.upsamples[level - 1](x)
         return self.final(F.silu(self.norm(x)))
 
 
 class ConvolutionBlock(GradientCheckpointingLayer):
-    """Two convolutions, the second starting at 0, and attention where it is asked for."""
+    """Two convolutions with a residual connection, and optional attention; the second convolution starts at 0."""
 
-    def __init__(self, channels: int, out_channels: int, condition: int, attends: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, condition_size: int, has_attention: bool) -> None:
         super().__init__()
         self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(condition, 2 * out_channels)
+        self.modulation = nn.Linear(condition_size, 2 * out_channels)
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        self.attention = AttentionBlock(out_channels) if attends else nn.Identity()
+        self.attention = AttentionBlock(out_channels) if has_attention else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Attention as plain products, for training on a CPU at few tokens.
+"""Attention with plain matmuls, for training on a CPU with few tokens.
 
-torch's blocked kernel for CPUs is eight times as slow at 49 tokens where products round their factors. Where they do not, it is as
-quick at 64 tokens and quicker from there on.
+At 49 tokens, with bfloat16 matmuls, torch's fused kernel for CPUs takes eight times as long. With float32 matmuls it is as fast at
+64 tokens and faster above.
 """
 
 import math
@@ -13,21 +13,22 @@ from torch.autograd import forward_ad
 
 from training_harness.matmul_precision import matmul_in_bf16
 
-SHORT, SHORT_IF_ROUNDED = 64, 256  # tokens up to which plain products are the quicker ones
+MAX_PLAIN_TOKENS, MAX_PLAIN_TOKENS_BF16 = 64, 256  # plain matmuls are faster up to this number of tokens
 
 
-def plain_products_pay(tokens: int, device: torch.device) -> bool:
-    short = SHORT_IF_ROUNDED if matmul_in_bf16(device) else SHORT
-    return tokens <= short and device.type == "cpu" and torch.is_grad_enabled()
+def prefers_plain_attention(tokens: int, device: torch.device) -> bool:
+    """Return whether `plain_attention` is faster than torch's fused kernel."""
+    max_tokens = MAX_PLAIN_TOKENS_BF16 if matmul_in_bf16(device) else MAX_PLAIN_TOKENS
+    return tokens <= max_tokens and device.type == "cpu" and torch.is_grad_enabled()
 
 
-def carries_derivative(x: Tensor) -> bool:
-    """Whether x is differentiated forwards, which torch's fused kernels of attention are not."""
+def has_forward_tangent(x: Tensor) -> bool:
+    """Return whether x has a forward-mode tangent, which torch's fused attention kernels do not support."""
     return forward_ad.unpack_dual(x).tangent is not None
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, dropout: float = 0.0) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V of (B, heads, tokens, d)."""
+    """Compute softmax(QKᵀ / √d + mask) V for (B, heads, tokens, d)."""
     tokens, width = query.shape[-2:]
     query, key, values = (x.reshape(-1, tokens, width) for x in (query, key, value))
     if causal:

@@ -1,10 +1,10 @@
-r"""RMSNorm with a gradient written by hand where torch has no fused kernel.
+r"""RMSNorm with an explicit gradient on CPUs, where torch has no fused kernel.
 
     n = x / √(mean x² + ε),    y = g n,    ∂L/∂x = (g ∂L/∂y − n · mean(n g ∂L/∂y)) / √(mean x² + ε)
-    and forwards, ẏ = g (ẋ − n · mean(n ẋ)) / √(mean x² + ε) + ġ n
+    forward mode: ẏ = g (ẋ − n · mean(n ẋ)) / √(mean x² + ε) + ġ n
 
-Zhang and Sennrich 2019, arXiv 1910.07467. On a CPU torch composes it of seven operations, whose gradients take most of
-the time that a small transformer spends outside its matrix products.
+Zhang and Sennrich 2019, arXiv 1910.07467. On a CPU torch uses seven operations. Their gradients take most of the time that a small
+transformer spends outside its matmuls.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ from training_harness.precision import widened
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over the last axis; computed in float32 or wider."""
+    """RMSNorm over the last axis, computed in float32 or wider."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # a compiler fuses the operations itself, and that of torch 2.11 loses the gradient of such a function
-        by_hand = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return _RMSNorm.apply(x, self.weight, self.eps) if by_hand else super().forward(x)
+        # torch.compile fuses the operations itself, and in torch 2.11 it loses the gradient of a custom function.
+        use_custom_gradient = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return _RMSNorm.apply(x, self.weight, self.eps) if use_custom_gradient else super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,19 +35,21 @@ class _RMSNorm(torch.autograd.Function):
         return (normalized * weight).to(x.dtype)
 
     @staticmethod
-    def jvp(ctx: Any, of_x: Tensor, of_weight: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, x_tangent: Tensor, weight_tangent: Tensor | None, _: None) -> Tensor:
         normalized, scale, weight = ctx.saved_tensors
-        wide = of_x.to(normalized.dtype)
+        wide = x_tangent.to(normalized.dtype)
         mean = torch.linalg.vecdot(normalized, wide).div_(wide.shape[-1]).unsqueeze(-1)
-        moved = (wide - normalized * mean) * scale * weight
-        return (moved if of_weight is None else moved + normalized * of_weight).to(of_x.dtype)
+        tangent = (wide - normalized * mean) * scale * weight
+        if weight_tangent is not None:
+            tangent = tangent + normalized * weight_tangent
+        return tangent.to(x_tangent.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         normalized, scale, weight = ctx.saved_tensors
         gradient = gradients[0].to(normalized.dtype)
-        together = gradient * normalized
-        of_weight = together.flatten(0, -2).sum(0)
-        shared = (together @ weight.to(together.dtype)).div_(-normalized.shape[-1]).unsqueeze(-1)
-        of_x = (gradient * weight).addcmul_(normalized, shared).mul_(scale)
-        return of_x.to(gradients[0].dtype), of_weight.to(weight.dtype), None
+        product = gradient * normalized
+        weight_grad = product.flatten(0, -2).sum(0)
+        negative_mean = (product @ weight.to(product.dtype)).div_(-normalized.shape[-1]).unsqueeze(-1)
+        x_grad = (gradient * weight).addcmul_(normalized, negative_mean).mul_(scale)
+        return x_grad.to(gradients[0].dtype), weight_grad.to(weight.dtype), None

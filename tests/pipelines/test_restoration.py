@@ -103,17 +103,17 @@ def test_the_network_receives_the_degraded_latents(codes: CodeCache, tmp_path: P
     objective = DiffusionObjective(config, codes)
     prior = objective.new_prior()
     torch.nn.init.normal_(prior.denoiser.final.weight, std=0.2, generator=seeded(0))
-    inputs = list(objective.inputs(np.arange(8), torch.full((8, 2), 0.5, dtype=torch.float64), 1))
+    inputs = list(objective.prepare_inputs(np.arange(8), torch.full((8, 2), 0.5, dtype=torch.float64), 1))
     assert torch.equal(inputs[5], codes.train.latents(np.arange(8), "degraded"))  # type: ignore[arg-type]
     loss = prior(*inputs).total
     inputs[5] = inputs[5].flip(0)  # type: ignore[union-attr]
     assert prior(*inputs).total != loss
-    assert objective.validation(prior.eval())["validation_squared_error"] > 0
+    assert objective.validate(prior.eval())["validation_squared_error"] > 0
 
 
 def test_codes_of_another_degradation_are_an_error(codes: CodeCache, tmp_path: Path) -> None:
     config = DiffusionTraining(output=tmp_path / "run", codes=codes.path, model=MODEL, degradation="noise")
-    with pytest.raises(UserError, match="has the degradation downscale-2x and the prior is to undo noise"):
+    with pytest.raises(UserError, match="has the degradation downscale-2x and the configuration noise"):
         DiffusionObjective(config, codes)
 
 
@@ -140,7 +140,7 @@ def test_a_pipeline_restores_the_images_of_the_user() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "was given none; expected image="),
+        ({}, "no image was passed; expected one"),
         ({"image": 0, "mask_image": 0}, "expected image alone"),
         ({"image": 0, "strength": 0.5}, "expected image alone"),
     ],

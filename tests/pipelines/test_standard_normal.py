@@ -80,7 +80,7 @@ def test_a_loaded_pipeline_samples_the_same_images(pipeline, tmp_path):
     images = [source(generator=seeded(1), output_type="pt").images for source in (pipeline, loaded)]
     assert torch.equal(*images)
     card = (tmp_path / "pipeline" / "README.md").read_text()
-    assert "8×8 latents of 3 channels are drawn from a standard normal distribution" in card
+    assert "8×8 latents of 3 channels are sampled from a standard normal distribution" in card
 
 
 def test_a_prior_for_latents_of_another_tokenizer_is_an_error_with_the_difference():

@@ -1,4 +1,4 @@
-"""A prior's stored configuration: each option in one place, and earlier formats."""
+"""The stored configuration of a prior: one section for each option, and earlier formats."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from stage2_prior.autoregressive.config import AutoregressiveModel, Autoregressi
 from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel, UNetModel
 from stage2_prior.diffusion.mean_flow import MeanFlow
 from stage2_prior.migration import TRAINING
-from stage2_prior.registry import saved_prior
-from stage2_prior.training_config import prior_training
+from stage2_prior.registry import load_saved_prior
+from stage2_prior.training_config import parse_prior_training
 from training_harness.errors import ConfigError
 
 PATHS = {"output": "run", "codes": "codes"}
 
 
-def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
+def test_field_names_of_format_1_still_create_a_configuration() -> None:
     flat = AutoregressivePriorConfig(hidden_size=32, num_heads=2, height=4, rms_norm_eps=1e-5)
     assert flat.model == AutoregressiveModel(hidden_size=32, num_heads=2, rms_norm_eps=1e-5)
     assert flat.height == 4
@@ -44,16 +44,14 @@ def test_the_names_of_the_first_format_still_make_a_configuration() -> None:
     ],
     ids=["autoregressive", "unet", "mean flow"],
 )
-def test_a_saved_configuration_has_the_section_of_the_training_configuration_and_its_format(
-    prior: Any, tmp_path: Path
-) -> None:
+def test_a_saved_configuration_has_its_format_and_the_section_model(prior: Any, tmp_path: Path) -> None:
     prior.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["latentloom_format"] == 2
     assert "hidden_size" not in stored
     kind = {"latentloom-autoregressive": "autoregressive"}.get(stored["model_type"], "diffusion")
-    training = prior_training(PATHS | {"prior": kind, "model": stored["model"]})
-    assert training.model == prior.config.model == saved_prior(tmp_path).config.model
+    training = parse_prior_training(PATHS | {"prior": kind, "model": stored["model"]})
+    assert training.model == prior.config.model == load_saved_prior(tmp_path).config.model
 
 
 DIT = """denoiser: dit
@@ -79,15 +77,15 @@ TIMES = {"logit_std": 1.2, "instant_share": 0.75, "spans_from": 0.5}
     ],
     ids=["dit", "unet", "mean flow"],
 )
-def test_a_whole_configuration_of_the_first_format_becomes_its_variants(model: str, expected: Any) -> None:
+def test_a_full_configuration_of_format_1_becomes_a_variant(model: str, expected: Any) -> None:
     values = PATHS | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
-    config = prior_training(TRAINING.present(values))
+    config = parse_prior_training(TRAINING.present(values))
     assert config.model == expected
     assert config.class_dropout == 0.2
     assert config.times.logit_std == 1.2
 
 
-def test_a_part_of_the_first_format_says_what_it_did() -> None:
+def test_a_partial_configuration_of_format_1_has_the_same_meaning() -> None:
     assert TRAINING.present({"model": {"mean_flow": True, "max_guidance": 3.0}}) == {
         "model": {"mean_flow": {"max_guidance": 3.0}}
     }

@@ -11,15 +11,21 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def ddim(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw, eta: float = 0.0) -> Iterator[Tensor]:
+def ddim(
+    denoise: DenoiseFunction,
+    x: Tensor,
+    levels: Sequence[NoiseLevel[float]],
+    sample_noise: SampleNoise,
+    eta: float = 0.0,
+) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
         estimate = denoise(x, t)
-        fresh = eta * s.sigma * math.sqrt(max(1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2, 0))
-        x = s.alpha * estimate.sample + math.sqrt(max(s.sigma**2 - fresh**2, 0)) * estimate.noise
-        if fresh > 0:
-            x = x + fresh * draw()
+        kappa = eta * s.sigma * math.sqrt(max(1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2, 0))
+        x = s.alpha * estimate.sample + math.sqrt(max(s.sigma**2 - kappa**2, 0)) * estimate.noise
+        if kappa > 0:
+            x = x + kappa * sample_noise()
         yield x

@@ -1,9 +1,9 @@
-r"""Euler: along the straight line that the estimates at t point to.
+r"""Euler: a step along the straight line given by the estimates at t.
 
     dx = x̂ dα + ε̂ dσ    →    x_s = x_t + (α_s − α_t) x̂ + (σ_s − σ_t) ε̂ = α_s x̂ + σ_s ε̂
 
-The same for every schedule: for a flow, x_s = x_t + (s − t) û; in x / α and σ / α, the Euler step of Karras et al. 2022, arXiv
-2206.00364; and DDIM at η = 0.
+The step is the same for every schedule. For a flow it is x_s = x_t + (s − t) û. In x / α and σ / α it is the Euler step of Karras
+et al. 2022, arXiv 2206.00364. It is also DDIM at η = 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,13 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from stage2_prior.diffusion.process import Level, noised
-from stage2_prior.diffusion.samplers.protocol import Denoise, Draw
+from stage2_prior.diffusion.process import NoiseLevel, add_noise
+from stage2_prior.diffusion.samplers.protocol import DenoiseFunction, SampleNoise
 
 
-def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level[float]], draw: Draw) -> Iterator[Tensor]:
+def euler(
+    denoise: DenoiseFunction, x: Tensor, levels: Sequence[NoiseLevel[float]], sample_noise: SampleNoise
+) -> Iterator[Tensor]:
     for t, s in pairwise(levels):
-        x = noised(*denoise(x, t), s)
+        x = add_noise(*denoise(x, t), s)
         yield x

@@ -33,7 +33,7 @@ from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.quantizers import SimVQConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.autoregressive.model import AutoregressivePrior
-from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, prior_training
+from stage2_prior.training_config import AutoregressiveModel, AutoregressiveTraining, parse_prior_training
 from training_harness.configuration import from_mapping, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.guard import NonFiniteLossError
@@ -167,7 +167,7 @@ def test_where_nothing_is_asked_for_the_search_holds_each_recipe_and_goes_a_fact
     places = {"output": "search"} | ({"codes": "codes"} if stage == "prior" else {"data": "pictures"})
     for name in recipe_names(stage):
         values = recipe_values(name, stage) | places
-        base = prior_training(values) if stage == "prior" else from_mapping(TokenizerTraining, values)
+        base = parse_prior_training(values) if stage == "prior" else from_mapping(TokenizerTraining, values)
         space = parse_space(default_words(base), base)
         assert set(own_values(space, base)) == {p.field for p in space}, name
         rate = next(p for p in space if p.field == RATE)
@@ -444,8 +444,8 @@ def test_a_search_leaves_the_trial_of_the_least_validation_figure_as_a_recipe(
 
     recipe = AutoregressiveTraining.migration.present(read_yaml(output / "best.yaml"))
     assert not {"output", "codes"} & set(recipe)
-    config = prior_training(recipe | {"output": "there", "codes": "codes"})
-    trial = prior_training(
+    config = parse_prior_training(recipe | {"output": "there", "codes": "codes"})
+    trial = parse_prior_training(
         AutoregressiveTraining.migration.present(read_yaml(output / "trials" / best / "config.yaml"))
     )
     assert (config.model, config.optimizer, config.seed) == (trial.model, trial.optimizer, trial.seed)

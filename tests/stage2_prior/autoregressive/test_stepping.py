@@ -1,4 +1,4 @@
-"""The packed steps on a CPU against the modules, in every setting that the model has."""
+"""Decode steps with packed weights and CUDA graphs, compared with the modules for all model options."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from stage2_prior.autoregressive import decoding
 from stage2_prior.autoregressive.decoding import decode
 from stage2_prior.autoregressive.graph_stepping import GraphStepper
-from stage2_prior.autoregressive.packed_product import gated_product, packed_product
+from stage2_prior.autoregressive.packed_linear import pack_gated_linear, pack_linear
 from stage2_prior.autoregressive.sampling import SamplingOptions
-from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, stepper_for
+from stage2_prior.autoregressive.stepping import ModuleStepper, PackedStepper, build_stepper
 from training_harness.errors import UserError
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,9 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_gains(**fields: Any) -> Any:
+def make_prior(**fields: Any) -> Any:
     prior = tiny_prior(**fields)
-    with torch.no_grad():  # gains of one would hide a norm that is left out or misplaced
+    with torch.no_grad():  # gains of 1 would hide a missing or misplaced norm
         for norm in (module for module in prior.modules() if isinstance(module, torch.nn.RMSNorm)):
             norm.weight.copy_(1 + 0.3 * torch.randn(norm.weight.shape, generator=seeded(5)))
     return prior
@@ -39,132 +39,132 @@ def with_gains(**fields: Any) -> Any:
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_packed_steps_equal_the_modules_at_every_place(setting: str, ordered: bool, rows: int) -> None:
-    prior = with_gains(**SETTINGS[setting])
+def test_packed_steps_equal_the_modules_at_every_position(setting: str, ordered: bool, rows: int) -> None:
+    prior = make_prior(**SETTINGS[setting])
     orders = torch.rand(rows, 16, generator=seeded(2)).argsort(1) if ordered else None
     with torch.no_grad():
         packed = PackedStepper(prior, prior.new_caches(rows), orders, rows)
         plain = ModuleStepper(prior, prior.new_caches(rows), orders)
         for i in range(16):
             inputs = torch.randn(rows, 1, 32, generator=seeded(i))
-            states = [stepper.hidden(inputs) for stepper in (packed, plain)]
+            states = [stepper.step(inputs) for stepper in (packed, plain)]
             assert_close(*states, rtol=0, atol=2e-5)
             assert_close(packed.logits(states[1], 0), plain.logits(states[1], 0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_eight_bits_are_refused_where_there_is_no_such_path(dtype: torch.dtype) -> None:
+def test_int8_weights_are_refused_where_they_are_not_supported(dtype: torch.dtype) -> None:
     prior = tiny_prior().to(dtype)
     with pytest.raises(
-        UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected it on a CPU in"
+        UserError, match=r"weights is int8 and the prior is on cpu in torch\..*float16; expected a prior on a CPU in"
     ):
-        stepper_for(prior, prior.new_caches(1), None, 1, eight_bits=True)
+        build_stepper(prior, prior.new_caches(1), None, 1, int8=True)
 
 
-def test_steps_go_on_from_a_prefix_that_was_read_in_one_pass() -> None:
-    prior = with_gains()
+def test_steps_continue_from_a_prefix_that_was_read_in_one_pass() -> None:
+    prior = make_prior()
     x = torch.randn(2, 16, 32, generator=seeded(0))
     with torch.no_grad():
         caches = prior.new_caches(2)
         prior.hidden_states(x[:, :7], caches=caches)
         stepper = PackedStepper(prior, caches, None, 2)
-        found = [stepper.hidden(x[:, i : i + 1]) for i in range(7, 16)]
-        assert_close(torch.stack(found, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
+        actual = [stepper.step(x[:, i : i + 1]) for i in range(7, 16)]
+        assert_close(torch.stack(actual, 1), prior.hidden_states(x)[:, 7:], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_steps_that_a_graph_can_repeat_equal_the_modules_at_every_place(setting: str, ordered: bool) -> None:
-    prior = with_gains(**SETTINGS[setting])
+def test_graph_steps_equal_the_modules_at_every_position(setting: str, ordered: bool) -> None:
+    prior = make_prior(**SETTINGS[setting])
     orders = torch.rand(3, 16, generator=seeded(2)).argsort(1) if ordered else None
     x = torch.randn(3, 16, 32, generator=seeded(0))
     with torch.no_grad():
         caches = prior.new_caches(3)
         for cache in caches:
-            cache.held.fill_(torch.nan)  # memory as it was found
+            cache.data.fill_(torch.nan)  # new memory may have any content
         stepper = GraphStepper(prior, caches, orders)
         prior.hidden_states(x[:, :5], orders, caches)
-        found = [stepper.hidden(x[:, i : i + 1]) for i in range(5, 16)]
-        assert_close(torch.stack(found, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
+        actual = [stepper.step(x[:, i : i + 1]) for i in range(5, 16)]
+        assert_close(torch.stack(actual, 1), prior.hidden_states(x, orders)[:, 5:], rtol=0, atol=2e-5)
 
 
-def test_a_step_to_be_recorded_asks_the_device_for_nothing() -> None:
-    # Tensors without values, on a GPU that need not be there: reading a number of one is an error.
+def test_a_graph_step_does_not_wait_for_the_device() -> None:
+    # Fake tensors on a GPU, which need not exist. Reading a value from one raises an error.
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         prior = tiny_prior(learned_positions=True)
         caches = prior.new_caches(2)
         stepper = GraphStepper(prior, caches, torch.zeros(2, 16, dtype=torch.int64))
-        states = stepper.step()
+        states = stepper.compute_step()
         assert (states.device.type, states.dtype, states.shape) == ("cuda", torch.float32, (2, 32))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_codes_from_a_recorded_step_are_those_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_of_a_recorded_graph_equal_the_codes_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = tiny_prior().cuda()
     labels, options = torch.tensor([0, 1, 2], device="cuda"), SamplingOptions(guidance_scale=2.0)
 
-    def drawn() -> torch.Tensor:
+    def sample() -> torch.Tensor:
         return decode(prior, labels, options, [seeded(i) for i in range(3)])
 
-    recorded = drawn()
-    monkeypatch.setattr(decoding, "stepper_for", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders))
-    assert torch.equal(recorded, drawn())
+    recorded_codes = sample()
+    monkeypatch.setattr(
+        decoding, "build_stepper", lambda prior, caches, orders, *_: ModuleStepper(prior, caches, orders)
+    )
+    assert torch.equal(recorded_codes, sample())
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:
     prior = tiny_prior()
-    assert isinstance(stepper_for(prior, [], None, 1, False), PackedStepper)
-    assert isinstance(stepper_for(prior.double(), [], None, 1, False), ModuleStepper)
+    assert isinstance(build_stepper(prior, [], None, 1, False), PackedStepper)
+    assert isinstance(build_stepper(prior.double(), [], None, 1, False), ModuleStepper)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
-def test_a_packed_product_is_the_product(rows: int) -> None:
+def test_a_packed_linear_layer_equals_f_linear(rows: int) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(rows, 16, generator=seeded(1))
-    assert_close(packed_product(weight, rows)(x), F.linear(x, weight))
+    assert_close(pack_linear(weight, rows)(x), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 9])
-def test_a_gated_product_is_that_of_swiglu(rows: int, eight_bits: bool) -> None:
+def test_a_packed_gated_layer_equals_swiglu(rows: int, int8: bool) -> None:
     gate, up, x = (torch.randn(size, 16, generator=seeded(i)) for i, size in enumerate((24, 24, rows)))
-    found = gated_product(gate, up, rows, eight_bits)(x)
-    rtol, atol = (0.1, 0.2) if eight_bits else (1e-5, 1e-5)
-    assert_close(found, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
+    actual = pack_gated_linear(gate, up, rows, int8)(x)
+    rtol, atol = (0.1, 0.2) if int8 else (1e-5, 1e-5)
+    assert_close(actual, F.silu(x @ gate.T) * (x @ up.T), rtol=rtol, atol=atol)
 
 
-def test_several_rows_are_laid_out_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_for_several_rows_are_reordered_once_where_torch_has_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
-    product, expected = packed_product(weight, 3), F.linear(x, weight)
-    calls: list[object] = []
-    monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(arguments) or expected)
-    assert_close(product(x), expected)
-    assert bool(calls) == (not torch.backends.mkldnn.is_available())
+    packed, expected = pack_linear(weight, 3), F.linear(x, weight)
+    linear_calls: list[object] = []
+    monkeypatch.setattr(F, "linear", lambda *arguments: linear_calls.append(arguments) or expected)
+    assert_close(packed(x), expected)
+    assert bool(linear_calls) == (not torch.backends.mkldnn.is_available())
 
 
-def test_eight_bit_weights_err_by_less_than_a_hundredth() -> None:
+def test_int8_weights_have_an_error_below_one_percent() -> None:
     weight, x = torch.randn(64, 128, generator=seeded(0)), torch.randn(4, 128, generator=seeded(1))
     exact = F.linear(x, weight)
-    error = (
-        packed_product(weight, 4, eight_bits=True)(x) - exact
-    ).square().mean().sqrt() / exact.square().mean().sqrt()
+    error = (pack_linear(weight, 4, int8=True)(x) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 1e-4 < error < 0.01
 
 
-def test_where_private_operators_are_missing_the_plain_product_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f_linear_replaces_missing_private_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(24, 16, generator=seeded(0)), torch.randn(3, 16, generator=seeded(1))
-    eight = packed_product(weight, 3, eight_bits=True)(x)
+    eight = pack_linear(weight, 3, int8=True)(x)
 
-    def missing(*arguments: object) -> None:
+    def raise_missing(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing, raising=False)
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
-    assert torch.equal(packed_product(weight, 3)(x), F.linear(x, weight))
-    assert_close(packed_product(weight, 3, eight_bits=True)(x), eight, rtol=0.02, atol=0.05)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", raise_missing, raising=False)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", raise_missing)
+    assert torch.equal(pack_linear(weight, 3)(x), F.linear(x, weight))
+    assert_close(pack_linear(weight, 3, int8=True)(x), eight, rtol=0.02, atol=0.05)
 
 
-def test_eight_bit_weights_draw_nearly_the_same_images() -> None:
+def test_int8_weights_sample_nearly_the_same_codes() -> None:
     prior, labels = tiny_prior(), torch.arange(12) % 3
     full, eight = (
         decode(prior, labels, SamplingOptions(weights=kind), [seeded(i) for i in range(12)])

@@ -1,4 +1,4 @@
-"""diffusers' schedulers in the place of our samplers."""
+"""Schedulers of diffusers as samplers."""
 
 from typing import Any
 
@@ -16,24 +16,24 @@ from training_harness.errors import UserError
 LINEAR: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
-def drawn(prior: DiffusionPrior, scheduler: Any = None, on_step: Any = None, **options: Any) -> Tensor:
+def sample_latents(prior: DiffusionPrior, scheduler: Any = None, on_step: Any = None, **options: Any) -> Tensor:
     tokenizer = tiny_tokenizer()
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     prior.scheduler = scheduler
-    chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
+    sampling_options = DiffusionOptions(**{"num_inference_steps": 5} | options)
     labels, generators = torch.arange(3) % len(NAMES), image_generators(seeded(4), 3)
-    return prior.sample(tokenizer.latent_spec(), labels, chosen, generators, on_step)
+    return prior.sample(tokenizer.latent_spec(), labels, sampling_options, generators, on_step)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
+def test_schedulers_of_diffusers_sample_the_same_latents_as_our_samplers(kind: str) -> None:
     prior, trailing = tiny_diffusion(schedule="linear", prediction=kind), {"timestep_spacing": "trailing"}
     ddim = their("DDIMScheduler", **LINEAR, **trailing, clip_sample=False)
-    assert_close(drawn(prior, ddim), drawn(prior, sampler="ddim"), rtol=1e-3, atol=1e-3)
+    assert_close(sample_latents(prior, ddim), sample_latents(prior, sampler="ddim"), rtol=1e-3, atol=1e-3)
     solver = their("DPMSolverMultistepScheduler", **LINEAR, **trailing, prediction_type="v_prediction")
-    assert_close(drawn(prior, solver), drawn(prior, sampler="dpm-solver++"), rtol=1e-3, atol=1e-3)
+    assert_close(sample_latents(prior, solver), sample_latents(prior, sampler="dpm-solver++"), rtol=1e-3, atol=1e-3)
     ancestral = their("DDPMScheduler", **LINEAR, **trailing, clip_sample=False)
-    assert drawn(prior, ancestral).isfinite().all()
+    assert sample_latents(prior, ancestral).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -43,35 +43,38 @@ def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
     ],
 )
-def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, Any]) -> None:
+def test_flow_schedulers_of_diffusers_sample_the_same_latents_as_euler(name: str, fields: dict[str, Any]) -> None:
     prior = tiny_diffusion()
     scheduler = their(name, **fields)
     assert_close(
-        drawn(prior, scheduler, num_inference_steps=200), drawn(prior, num_inference_steps=200), rtol=0, atol=0.05
+        sample_latents(prior, scheduler, num_inference_steps=200),
+        sample_latents(prior, num_inference_steps=200),
+        rtol=0,
+        atol=0.05,
     )
 
 
 @pytest.mark.parametrize(
     "name", ["UniPCMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
 )
-def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> None:
+def test_schedulers_without_a_counterpart_here_end_near_the_exact_solution(name: str) -> None:
     prior = tiny_diffusion(schedule="linear", prediction="epsilon")
-    exact = drawn(prior, sampler="ddim", num_inference_steps=1000)
+    exact = sample_latents(prior, sampler="ddim", num_inference_steps=1000)
     scheduler = their(name, **LINEAR, prediction_type="epsilon")
-    error = (drawn(prior, scheduler, num_inference_steps=200) - exact).abs().mean() / exact.abs().mean()
+    error = (sample_latents(prior, scheduler, num_inference_steps=200) - exact).abs().mean() / exact.abs().mean()
     assert error < 0.05
 
 
-def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
-    prior, seen = tiny_diffusion(schedule="linear", prediction="epsilon"), list[int]()
+def test_num_steps_equals_the_number_of_steps_of_a_scheduler() -> None:
+    prior, steps = tiny_diffusion(schedule="linear", prediction="epsilon"), list[int]()
     scheduler = their("HeunDiscreteScheduler", **LINEAR, prediction_type="epsilon")
-    drawn(prior, scheduler, on_step=lambda step, latents: seen.append(step))
+    sample_latents(prior, scheduler, on_step=lambda step, latents: steps.append(step))
     announced = prior.num_steps(tiny_tokenizer().latent_spec(), DiffusionOptions(num_inference_steps=5))
-    assert seen == list(range(announced)) == list(range(9))  # two evaluations of each of the five but for the last
+    assert steps == list(range(announced)) == list(range(9))  # two evaluations in each of five steps, one in the last
 
 
 @pytest.mark.parametrize(
-    ("schedule", "scheduler", "said"),
+    ("schedule", "scheduler", "message"),
     [
         ("flow", ("DDIMScheduler", LINEAR), "trained as a flow"),
         ("linear", ("FlowMatchEulerDiscreteScheduler", {}), "a schedule of 1000 levels"),
@@ -80,9 +83,9 @@ def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
         ("cosine", ("DDIMScheduler", LINEAR), "betas of the DDIMScheduler"),
     ],
 )
-def test_a_scheduler_of_another_noise_is_refused(
-    schedule: str, scheduler: tuple[str, dict[str, Any]], said: str
+def test_a_scheduler_with_another_noise_schedule_is_refused(
+    schedule: str, scheduler: tuple[str, dict[str, Any]], message: str
 ) -> None:
     prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")
-    with pytest.raises(UserError, match=rf"{said}.*; expected"):
-        drawn(prior, their(scheduler[0], **scheduler[1]))
+    with pytest.raises(UserError, match=rf"{message}.*; expected"):
+        sample_latents(prior, their(scheduler[0], **scheduler[1]))

@@ -1,4 +1,4 @@
-"""RMSNorm's own gradient is the gradient."""
+"""RMSNorm with its explicit gradient, compared with torch."""
 
 import torch
 from tiny_models import seeded
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from stage2_prior.layers.normalization import RMSNorm
 
 
-def test_values_and_gradients_equal_torch_s() -> None:
+def test_values_and_gradients_equal_torch() -> None:
     ours, theirs = RMSNorm(24, eps=1e-5), nn.RMSNorm(24, eps=1e-5)
     nn.init.normal_(ours.weight, generator=seeded(0))
     theirs.load_state_dict(ours.state_dict())
@@ -22,7 +22,7 @@ def test_values_and_gradients_equal_torch_s() -> None:
     assert_close(ours.weight.grad, theirs.weight.grad)
 
 
-def test_the_gradient_is_that_of_finite_differences() -> None:
+def test_the_gradient_equals_finite_differences() -> None:
     norm = RMSNorm(6, eps=1e-3).double()
     nn.init.normal_(norm.weight, generator=seeded(0))
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=seeded(1)).requires_grad_()
@@ -32,7 +32,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     )
 
 
-def test_half_precision_is_normalised_in_float32_and_given_back_as_it_came() -> None:
+def test_half_precision_is_normalized_in_float32_and_returned_in_its_dtype() -> None:
     norm = RMSNorm(64, eps=1e-6)
     x = 300 * torch.randn(4, 64, generator=seeded(0))
     assert norm(x.bfloat16()).dtype == torch.bfloat16
