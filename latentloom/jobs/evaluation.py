@@ -21,7 +21,7 @@ from training_harness.provenance import machine, versions
 GRID_ROWS, GRID_COLUMNS = 10, 10
 
 
-def extractor_for(
+def choose_feature_extractor(
     data: str, processor: ImageProcessor, features: FeatureName | None, quick: bool = False
 ) -> FeatureExtractor:
     """The extractor of that name; by default the embedded set's judge, EfficientNet-Lite0 where it is installed, or pixels.
@@ -52,7 +52,7 @@ def features_folder() -> Path:
     return folder
 
 
-def settings_of(
+def collect_evaluation_settings(
     extractor: FeatureExtractor, processor: ImageProcessor, pipeline: LatentGenerationPipeline | None, seed: int
 ) -> dict[str, Any]:
     """All that the figures depend on besides the images."""
@@ -77,7 +77,7 @@ def settings_of(
     return found
 
 
-def sheet(kept: dict[int, list[Tensor]], label_names: tuple[str, ...] | None) -> Image:
+def build_class_grid(kept: dict[int, list[Tensor]], label_names: tuple[str, ...] | None) -> Image:
     """A labelled sheet of (C, h, w) uint8 images, a row a class; a block of those without classes."""
     if set(kept) == {-1}:
         return image_grid(torch.stack(kept[-1]), min(GRID_COLUMNS, len(kept[-1])))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from latentloom.jobs.plotting import plot
+from latentloom.jobs.plotting import open_plot
 
-FIGURES = {
+METRIC_TITLES = {
     "frechet": "Fréchet distance",
     "class_agreement": "class agreement",
     "precision": "precision",
@@ -15,14 +15,14 @@ FIGURES = {
 }
 
 
-def plot_by_class(figures: dict[str, Any], path: Path) -> bool:
+def plot_metrics_by_class(figures: dict[str, Any], path: Path) -> bool:
     """Bars by class for each figure that is there, with the value over all classes as a line; false when there is none."""
     rows = figures["by_class"]
-    shown = {key: name for key, name in FIGURES.items() if any(row.get(key) is not None for row in rows.values())}
+    shown = {key: name for key, name in METRIC_TITLES.items() if any(row.get(key) is not None for row in rows.values())}
     if not shown:
         return False
     names = [" ".join(name.split()).encode("utf-8", "replace").decode() for name in rows]
-    with plot(path, len(shown), 1.5 + 2.4 * len(shown), 1.0 + 0.24 * len(rows), sharey=True) as (figure, axes):
+    with open_plot(path, len(shown), 1.5 + 2.4 * len(shown), 1.0 + 0.24 * len(rows), sharey=True) as (figure, axes):
         for axis, (key, name) in zip(axes, shown.items(), strict=True):
             axis.barh(range(len(rows)), [row.get(key) or 0.0 for row in rows.values()], color="tab:blue")
             if figures.get(key) is not None:

@@ -18,7 +18,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from latentloom.jobs.curves import plot_curves
-from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
+from latentloom.jobs.evaluation import (
+    GRID_COLUMNS,
+    GRID_ROWS,
+    build_class_grid,
+    choose_feature_extractor,
+    collect_evaluation_settings,
+    features_folder,
+)
 from latentloom.jobs.stages import load_tokenizer, run_prior, run_tokenize, run_tokenizer, stored_steps
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.evaluation.evaluator import Evaluator
@@ -60,7 +67,7 @@ def check_prior(shape: TokenizerConfig, prior: PriorTraining, num_classes: int) 
         prior.new_prior(spec, num_classes)
 
 
-def check_codes(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
+def check_stages_fit(tokenizer: TokenizerTraining, prior: PriorTraining) -> None:
     """Refuses before anything is trained what the prior could not be trained on."""
     model = tokenizer.model
     if model.name == "vqgan" or prior.prior == "diffusion":
@@ -98,7 +105,7 @@ def _run_main_job(
     tokenizer, source = inputs.config, inputs.source
     if holds_files(output) and not (output / "tokenizer").exists():
         raise UserError(f"{output} is not empty and holds no run of this command; choose another --output")
-    if (held := finished_metrics(output, inputs, prior, minutes)) is not None:
+    if (held := load_finished_metrics(output, inputs, prior, minutes)) is not None:
         done = " and ".join(f"{steps} steps of the {stage}" for stage, steps in held["steps"].items())
         print_once(f"{output} has finished its {done}; give a larger --max-steps to go on, or another --output")
         return held
@@ -107,17 +114,17 @@ def _run_main_job(
     phases: dict[str, dict[str, float]] = {}
     begin = time.perf_counter()
     first_steps = newest_step(tokenizer.output), newest_step(prior.output)  # of a run that goes on
-    with timed(phases, "train_tokenizer") as phase:
+    with time_phase(phases, "train_tokenizer") as phase:
         run_tokenizer(inputs, None if minutes is None else minutes * TOKENIZER_SHARE)
         phase["images"] = (newest_step(tokenizer.output) - first_steps[0]) * images_per_step(tokenizer)
-    with timed(phases, "tokenize") as phase:
+    with time_phase(phases, "tokenize") as phase:
         with main_process_first():
             set_aside_earlier_prior(tokenizer.output, prior)
         contents: Contents = "latents" if isinstance(prior, DiffusionTraining) else "indices"
         degradation = prior.degradation if isinstance(prior, DiffusionTraining) else "none"
         run_tokenize(tokenizer.output, source, prior.codes, contents, degradation=degradation, images=inputs.images)
         phase["images"] = len(source.train) + len(source.validation)
-    with timed(phases, "train_prior") as phase:
+    with time_phase(phases, "train_prior") as phase:
         share = PRIOR_SHARE if tokenizer.model.learns else TOKENIZER_SHARE + PRIOR_SHARE
         folder = run_prior(prior, None if minutes is None else minutes * share)
         phase["images"] = max(0, newest_step(prior.output) - first_steps[1]) * images_per_step(prior)
@@ -129,7 +136,7 @@ def _run_main_job(
                 pass
         wait_for_everyone()
         return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    extractor = extractor_for(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
+    extractor = choose_feature_extractor(tokenizer.data, pipeline.tokenizer.config.image_processor, None, quick=True)
     figures, samples = write_results(output, images, pipeline, extractor, prior.seed, num_images, phases)
     metrics = figures | {
         "seconds": round(time.perf_counter() - begin, 1),
@@ -143,7 +150,7 @@ def _run_main_job(
     return metrics
 
 
-def finished_metrics(
+def load_finished_metrics(
     output: Path, inputs: TokenizerInputs, prior: PriorTraining, minutes: float | None
 ) -> dict[str, Any] | None:
     """The metrics of a job that has nothing left to do; raises UserError when it was given another configuration."""
@@ -173,13 +180,13 @@ def set_aside_earlier_prior(tokenizer_run: Path, prior: PriorTraining) -> None:
         return
     print_once("the tokenizer was trained further: its codes are written again, and the prior starts again on them")
     if holds_files(prior.output):  # first: no prior is left beside codes that are not its own
-        aside = unused_path(prior.output.with_name(f"{prior.output.name}-{newest_step(prior.output)}-steps"))
+        aside = find_unused_path(prior.output.with_name(f"{prior.output.name}-{newest_step(prior.output)}-steps"))
         prior.output.rename(aside)
         print_once(f"the prior that was trained before is kept in {aside}")
     shutil.rmtree(prior.codes)
 
 
-def unused_path(path: Path) -> Path:
+def find_unused_path(path: Path) -> Path:
     """`path`, or where it is taken `path-2`, `path-3` and so on."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())
@@ -208,25 +215,25 @@ def write_results(
     drawn = sampled_batches(pipeline, labels, seed) if restorations is None else restorations.batches()
     batches = keeping_first(drawn, labels, kept, GRID_ROWS, GRID_COLUMNS)
     with Evaluator(extractor, features_folder(), seed) as evaluator:
-        with timed(phases, "sample") as phase:
+        with time_phase(phases, "sample") as phase:
             samples = evaluator.measure_stream(batches, labels, "sample")
             phase["images"] = len(samples)
-        with timed(phases, "evaluate") as phase:
+        with time_phase(phases, "evaluate") as phase:
             figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, names)
             phase["images"] = sum(figures[f"num_{name}images"] for name in ("", "reference_", "training_"))
     if restorations is not None:
         figures |= restorations.figures()
     shown = held_out[range(min(20, len(held_out)))]
     save_image(reconstruction_grid(shown, reconstruct(pipeline.tokenizer, shown)[0]), output / "reconstructions.png")
-    picture = sheet(kept, pipeline.label_names)
+    picture = build_class_grid(kept, pipeline.label_names)
     save_image(picture, output / "samples.png")
     tokenizer_log, prior_log = (output / stage / "metrics.jsonl" for stage in ("tokenizer", "prior"))
     plot_curves(tokenizer_log, prior_log, pipeline.tokenizer.latent_spec().codebook_size, output / "curves.png")
-    return figures | settings_of(extractor, processor, pipeline, seed), picture
+    return figures | collect_evaluation_settings(extractor, processor, pipeline, seed), picture
 
 
 @contextmanager
-def timed(phases: dict[str, dict[str, float]], name: str) -> Iterator[dict[str, float]]:
+def time_phase(phases: dict[str, dict[str, float]], name: str) -> Iterator[dict[str, float]]:
     """Notes the seconds of a phase, and its rate once the block has said how many images it worked on."""
     begin = time.perf_counter()
     phase: dict[str, float] = {}
@@ -236,7 +243,7 @@ def timed(phases: dict[str, dict[str, float]], name: str) -> Iterator[dict[str, 
     phases[name]["images_per_second"] = round(phase["images"] / seconds, 1)
 
 
-def summary(output: Path, metrics: dict[str, Any]) -> str:
+def format_summary(output: Path, metrics: dict[str, Any]) -> str:
     """What the command closes with: where things are, the figures, what to do next."""
     folder = output
     agreement, frechet, recall = metrics["class_agreement"], metrics["frechet"], metrics["recall"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def plot(
+def open_plot(
     path: Path, columns: int, width: float, height: float, **options: Any
 ) -> Iterator[tuple["Figure", Sequence["Axes"]]]:
     """Gives a figure with `columns` plots side by side, and writes it to `path` at the end. Sizes are in inches."""

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from latentloom.checks import check_minutes
 from latentloom.data.embedded import data_path
-from latentloom.planning.memory_estimate import advice_when_memory_runs_out, measured_seconds
+from latentloom.planning.memory_estimate import explain_out_of_memory, measure_step_seconds
 from latentloom.planning.step_timing import TimedStep, time_prior_step, time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from pipelines.across_processes import sample_across_processes
@@ -52,7 +52,7 @@ from training_harness.run_folder import check_folder, stored_configuration
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
-TIMED_STEPS = 0.01  # of `minutes`: for how long a step is timed before a run
+TIMING_SHARE = 0.01  # of `minutes`: for how long a step is timed before a run
 
 
 def load_source(data: str) -> ImageSource:
@@ -81,11 +81,11 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     check_minutes(minutes)
     config, model = inputs.config, inputs.model
 
-    def time_step(changed: TokenizerTraining) -> TimedStep:
+    def build_step(changed: TokenizerTraining) -> TimedStep:
         return time_tokenizer_step(changed, model)
 
     if minutes is not None and config.model.learns:
-        config = bounded(config, minutes, time_step)
+        config = limit_steps(config, minutes, build_step)
     folder = config.output / "model"
     samples_alone = config.model.samples_alone
     with output_lock(config.output):
@@ -95,19 +95,19 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
             return folder
         perceptual = perceptual_loss(config.perceptual)
         perceptual = perceptual and perceptual.to(accelerated_device())
-        with advice_when_memory_runs_out(config, time_step):
+        with explain_out_of_memory(config, build_step):
             train, validation = inputs.images.train, inputs.images.validation
             train.report_skipped()
             train_tokenizer(config, model, train, validation, perceptual)
         if is_main_process():
             if samples_alone:
-                save_generator(folder, config)
+                save_standard_normal_pipeline(folder, config)
             mark_finished(config.output)
         wait_for_everyone()
     return folder
 
 
-def save_generator(folder: Path, config: TokenizerTraining) -> None:
+def save_standard_normal_pipeline(folder: Path, config: TokenizerTraining) -> None:
     """Writes the pipeline of a tokenizer whose latents come from N(0, I): it samples without a stage two."""
     tokenizer = saved_tokenizer(folder)
     pipeline = LatentGenerationPipeline(tokenizer, StandardNormalPrior.for_spec(tokenizer.latent_spec()))
@@ -155,33 +155,33 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
     codes = CodeCache(config.codes)
     codes.verify()
 
-    def time_step(changed: PriorTraining) -> TimedStep:
+    def build_step(changed: PriorTraining) -> TimedStep:
         return time_prior_step(changed, codes.spec, len(codes.label_names or ()))
 
     if minutes is not None:
-        config = bounded(config, minutes, time_step)
+        config = limit_steps(config, minutes, build_step)
     folder = config.output / "pipeline"
     with output_lock(config.output):
         if (done := check_folder(config, "prior", codes.fingerprint)) is not None and (folder / INDEX).exists():
             print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
             return folder
-        train_and_save_pipeline(config, codes, folder, time_step)
+        train_and_save_pipeline(config, codes, folder, build_step)
     return folder
 
 
 def train_and_save_pipeline(
-    config: PriorTraining, codes: CodeCache, folder: Path, time_step: Callable[[PriorTraining], TimedStep]
+    config: PriorTraining, codes: CodeCache, folder: Path, build_step: Callable[[PriorTraining], TimedStep]
 ) -> None:
     tokenizer = saved_tokenizer(codes.tokenizer_folder)
 
     def preview(prior: Prior, path: Path) -> None:
         tokenizer.to(prior.device)
         pipeline = LatentGenerationPipeline(tokenizer, prior, codes.label_names, config.sampling, codes.trained_classes)
-        drawn = sheet_of(pipeline, codes, config.seed)
+        drawn = build_preview_grid(pipeline, codes, config.seed)
         if is_main_process():
             save_image(drawn, path)
 
-    with advice_when_memory_runs_out(config, time_step):
+    with explain_out_of_memory(config, build_step):
         model = train_prior(config, codes, preview)
     prior = saved_prior(model)
     pipeline = LatentGenerationPipeline(
@@ -189,17 +189,17 @@ def train_and_save_pipeline(
     )
     preview_of_these = config.output / "samples" / f"step_{newest_step(config.output):06d}.png"
     drawn = preview_of_these.exists()
-    samples = PIL.Image.open(preview_of_these) if drawn else sheet_of(pipeline, codes, config.seed)
+    samples = PIL.Image.open(preview_of_these) if drawn else build_preview_grid(pipeline, codes, config.seed)
     with main_process_first():
         if is_main_process():
             pipeline.save_pretrained(folder, samples=samples)
             mark_finished(config.output)
 
 
-def sheet_of(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) -> PIL.Image.Image:
+def build_preview_grid(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) -> PIL.Image.Image:
     """Samples; of a prior that restores rows of degraded pictures of the validation split, restored, and as they were."""
     if not pipeline.prior.is_restoration:
-        return sample_grid(pipeline, seed)
+        return generate_sample_grid(pipeline, seed)
     split = codes.validation
     rows = np.arange(min(2 * PREVIEW_COLUMNS, len(split)))
     labels = split.labels(rows) if pipeline.prior.config.num_classes else torch.full((len(rows),), -1)
@@ -214,7 +214,9 @@ def sheet_of(pipeline: LatentGenerationPipeline, codes: CodeCache, seed: int) ->
     return image_grid(sheet, PREVIEW_COLUMNS, ["given", "restored", "original"] * len(pictures[0]))
 
 
-def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS) -> PIL.Image.Image:
+def generate_sample_grid(
+    pipeline: LatentGenerationPipeline, seed: int, columns: int = PREVIEW_COLUMNS
+) -> PIL.Image.Image:
     """A labelled sheet, one row for each of at most ten classes, at a fixed seed; all processes draw it together."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -226,10 +228,10 @@ def sample_grid(pipeline: LatentGenerationPipeline, seed: int, columns: int = PR
     return image_grid(pictures, columns, names)
 
 
-def bounded(config: Training, minutes: float, time_step: Callable[[Training], TimedStep]) -> Training:
+def limit_steps(config: Training, minutes: float, build_step: Callable[[Training], TimedStep]) -> Training:
     """`config` with as many steps as fit into `minutes` on this machine; a run that has begun keeps the steps it has."""
     if (steps := stored_steps(config)) is None:
-        seconds = measured_seconds(config, time_step, at_least=TIMED_STEPS * 60 * minutes)
+        seconds = measure_step_seconds(config, build_step, at_least=TIMING_SHARE * 60 * minutes)
         measured = [max(1, int(60 * minutes / seconds))]
         broadcast_object_list(measured)  # processes measure different times, and must take as many steps
         steps = measured[0]

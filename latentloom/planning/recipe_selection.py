@@ -11,8 +11,8 @@ LATENT_FACTORS = ((96, 8), (256, 16))
 LARGEST_SIDE, LARGEST_FACTOR = FACTORS[-1]
 SMALL_PRIOR_IMAGES = 20_000
 TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 20
-LEAST_STEPS = 400
-KINDS = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
+MIN_STEPS = 400
+CHANNEL_NAMES = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ def select_recipes(
     `size` (height, width) and the recipes' names are the user's where given.
     """
     whole = seen.commonest_size
-    height, width = used = size or working_size(whole)
+    height, width = used = size or select_size(whole)
     why_size = "as asked" if size else "the commonest size"
     if used != whole and not size:
         why_size = f"the commonest size {whole[0]}×{whole[1]}, reduced; --resolution sets another"
-    reasons = [
-        f"{images} training images, {KINDS.get(seen.channels, f'{seen.channels} channels')}, used at {height}×{width}: {why_size}"
-    ]
+    channels = CHANNEL_NAMES.get(seen.channels, f"{seen.channels} channels")
+    reasons = [f"{images} training images, {channels}, used at {height}×{width}: {why_size}"]
 
     of_latents = prior is not None and prior.startswith("diffusion-")
     factors = LATENT_FACTORS if of_latents else FACTORS
@@ -71,7 +70,7 @@ def select_recipes(
     return RecipeSelection(used, tokenizer, prior, tuple(reasons))
 
 
-def working_size(size: tuple[int, int]) -> tuple[int, int]:
+def select_size(size: tuple[int, int]) -> tuple[int, int]:
     """`size`, or where a side is longer than 256 the nearest shape within 256×256 in multiples of the factor.
 
     Photographs come in thousands of pixels a side, which no prior of ours could learn as one grid of codes.
@@ -83,6 +82,6 @@ def working_size(size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def steps_for(images: int, batch_size: int, epochs: int, most: int) -> int:
+def select_max_steps(images: int, batch_size: int, epochs: int, most: int) -> int:
     """Steps of `epochs` passes over the images, at least 400 and at most `most`: small sets overfit before that."""
-    return max(LEAST_STEPS, min(most, epochs * images // batch_size))
+    return max(MIN_STEPS, min(most, epochs * images // batch_size))

@@ -34,7 +34,7 @@ from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.optimization import build_optimizer
 from training_harness.processes import accelerated_device
 
-WARM_UP, MEASURED = 1, 3
+WARM_UP_STEPS, MEASURED_STEPS = 1, 3
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class TimedStep:
 
     config: TokenizerTraining | PriorTraining
     device: torch.device
-    parts: Mapping[str, nn.Module]
+    networks: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
 
     @property
     def main(self) -> nn.Module:
         """The network that is averaged and saved."""
-        return next(iter(self.parts.values()))
+        return next(iter(self.networks.values()))
 
     def step(self, average: EMA[nn.Module]) -> None:
         with torch.autocast(self.device.type, *self._precision()):
@@ -76,18 +76,18 @@ class TimedStep:
         """
         times = list[float]()
         average = EMA(self.main, self.config.ema)
-        for part in self.parts.values():
+        for part in self.networks.values():
             part.to(memory_format=torch.channels_last)
             if self.config.compile:
                 part.compile()
         with reduced_matmul_precision(self.device, self.config.matmul_precision == "high"):
-            while len(times) < WARM_UP + MEASURED or sum(times[WARM_UP:]) < at_least:
+            while len(times) < WARM_UP_STEPS + MEASURED_STEPS or sum(times[WARM_UP_STEPS:]) < at_least:
                 begin = time.perf_counter()
                 self.step(average)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - begin)
-        return self.config.accumulation_steps * statistics.fmean(times[WARM_UP:])
+        return self.config.accumulation_steps * statistics.fmean(times[WARM_UP_STEPS:])
 
 
 def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig) -> TimedStep:
@@ -95,7 +95,7 @@ def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig
 
     Raises UserError of a tokenizer that has nothing to learn.
     """
-    check_learns(config)
+    check_trainable(config)
     device = accelerated_device()
     perceptual = perceptual_loss(config.perceptual)
     perceptual = perceptual and perceptual.to(device)
@@ -130,13 +130,13 @@ def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig
                 total = total + r1_penalty(real, pair)
         return total
 
-    parts: dict[str, nn.Module] = {"tokenizer": model}
+    networks: dict[str, nn.Module] = {"tokenizer": model}
     if adversarial.weight > 0:
-        parts["discriminator"] = critic
-    return TimedStep(config, device, parts, build_optimizer(model, config.optimizer), loss)
+        networks["discriminator"] = critic
+    return TimedStep(config, device, networks, build_optimizer(model, config.optimizer), loss)
 
 
-def check_learns(config: TokenizerTraining) -> None:
+def check_trainable(config: TokenizerTraining) -> None:
     if not config.model.learns:
         raise UserError(
             f"the tokenizer {config.model.name} has nothing to learn, so it has no training steps to look at; expected one that "
@@ -160,7 +160,7 @@ def time_prior_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -
             times, ends, guidance = torch.rand(images, device=device), None, None
             # its targets keep nothing, and choose images by numbers, which fake tensors have not
             mean_flow = config.model.mean_flow
-            if mean_flow and not isinstance(latents, FakeTensor) and has_spans(mean_flow, next(numbers)):
+            if mean_flow and not isinstance(latents, FakeTensor) and learns_spans(mean_flow, next(numbers)):
                 times, ends = mean_flow.spans(times, config.times.shares(torch.rand(images, device=device)))
                 guidance = torch.full_like(times, mean_flow.max_guidance)
             degraded = None if config.degradation == "none" else noise
@@ -171,7 +171,7 @@ def time_prior_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -
     return TimedStep(config, device, {"prior": prior}, build_optimizer(prior, config.optimizer), loss)
 
 
-def has_spans(mean_flow: MeanFlow, number: int) -> bool:
+def learns_spans(mean_flow: MeanFlow, number: int) -> bool:
     """Whether a step learns spans, which takes longer: of rehearsed ones as large a share as of a run's, evenly spread."""
     share = 1 - mean_flow.spans_from
     return math.floor((number + 1) * share) > math.floor(number * share)

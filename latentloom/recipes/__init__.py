@@ -33,10 +33,10 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
         raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)
-    return values if base is None else overlaid(stage, recipe_values(base, stage), values)
+    return values if base is None else override_values(stage, recipe_values(base, stage), values)
 
 
-def overlaid(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def override_values(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's configuration with other values of some fields; see `merged` for another variant of a section."""
     return merged(base, values, training_type(stage, {**base, **values}))
 

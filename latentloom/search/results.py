@@ -13,7 +13,7 @@ from latentloom.search.space import Space, Training
 from training_harness.configuration import stored
 from training_harness.files import atomic_file, write_text
 
-BEST_SHOWN = 5
+MAX_TABLE_ROWS = 5
 RUN_PATHS = ("output", "codes", "data")  # of one run, no part of a recipe
 
 
@@ -25,7 +25,7 @@ class Metric:
     unit: str
     sign: int
 
-    def show(self, judged: float) -> str:
+    def format_value(self, judged: float) -> str:
         return f"{self.sign * judged:.5g} {self.unit}"
 
 
@@ -43,44 +43,46 @@ class TrialResult:
     number: int
     values: Mapping[str, Any]
     outcome: Literal["finished", "pruned", "failed"]
-    figure: float
+    objective: float
     steps: int
     seconds: float
     reason: str = ""
 
 
-def best_of(results: Sequence[TrialResult]) -> TrialResult | None:
+def find_best_trial(results: Sequence[TrialResult]) -> TrialResult | None:
     """The first of the best among those that finished."""
-    return min((r for r in results if r.outcome == "finished"), key=lambda r: r.figure, default=None)
+    return min((r for r in results if r.outcome == "finished"), key=lambda r: r.objective, default=None)
 
 
-def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else plain(value)
+def format_short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else format_full(value)
 
 
-def plain(value: Any) -> str:
+def format_full(value: Any) -> str:
     """As in YAML, or near enough to read."""
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def describe(result: TrialResult, metric: Metric, trials: int, steps: int, best: TrialResult | None) -> str:
+def describe_trial(result: TrialResult, metric: Metric, trials: int, steps: int, best: TrialResult | None) -> str:
     """One line about a trial that is over."""
-    values = ", ".join(f"{field} {short(value)}" for field, value in result.values.items())
+    values = ", ".join(f"{field} {format_short(value)}" for field, value in result.values.items())
     if result.outcome == "finished":
-        outcome = metric.show(result.figure)
+        outcome = metric.format_value(result.objective)
     elif result.outcome == "pruned":
-        outcome = f"{metric.show(result.figure)} after {result.steps} of {steps} steps, pruned"
+        outcome = f"{metric.format_value(result.objective)} after {result.steps} of {steps} steps, pruned"
     else:
         outcome = f"failed: {result.reason}"
-    standing = f"best {metric.sign * best.figure:.5g}, trial {best.number}" if best else "none finished yet"
+    standing = f"best {metric.sign * best.objective:.5g}, trial {best.number}" if best else "none finished yet"
     return f"trial {result.number} of {trials}: {values}: {outcome} ({standing})"
 
 
-def table(results: Sequence[TrialResult], metric: Metric) -> str:
+def format_best_trials(results: Sequence[TrialResult], metric: Metric) -> str:
     """The best trials under one another."""
-    finished = sorted((r for r in results if r.outcome == "finished"), key=lambda r: r.figure)[:BEST_SHOWN]
+    finished = sorted((r for r in results if r.outcome == "finished"), key=lambda r: r.objective)[:MAX_TABLE_ROWS]
     rows = [["trial", metric.name, *finished[0].values]] if finished else []
-    rows += [[str(r.number), f"{metric.sign * r.figure:.5g}", *map(short, r.values.values())] for r in finished]
+    rows += [
+        [str(r.number), f"{metric.sign * r.objective:.5g}", *map(format_short, r.values.values())] for r in finished
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows)
 
@@ -91,9 +93,9 @@ def write_trials(path: Path, results: Sequence[TrialResult], metric: Metric, spa
         rows = csv.writer(file)
         rows.writerow(["trial", "outcome", metric.name, "steps", "seconds", *(p.field for p in space), "reason"])
         for r in results:
-            figure = "" if math.isnan(r.figure) else f"{metric.sign * r.figure:.6g}"
-            measured = [figure, r.steps, f"{r.seconds:.1f}"]
-            rows.writerow([r.number, r.outcome, *measured, *(plain(r.values[p.field]) for p in space), r.reason])
+            objective = "" if math.isnan(r.objective) else f"{metric.sign * r.objective:.6g}"
+            measured = [objective, r.steps, f"{r.seconds:.1f}"]
+            rows.writerow([r.number, r.outcome, *measured, *(format_full(r.values[p.field]) for p in space), r.reason])
 
 
 def write_recipe(path: Path, config: Training, header: Sequence[str]) -> None:

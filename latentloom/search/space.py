@@ -28,15 +28,19 @@ if TYPE_CHECKING:
 Training = PriorTraining | TokenizerTraining
 
 NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
-WIDE = 10  # HIGH / LOW from which on floats are drawn by their logarithm
+LOG_SCALE_RATIO = 10  # HIGH / LOW from which on floats are drawn by their logarithm
 
 # What no trial may have for itself, and why.
-LOGGED = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "report_to", "resume")
-MEASURED = ("resolution", "image_channels", "padding", "validation_images")
-ONE_FOR_ALL = dict.fromkeys(("output", "codes", "data", "seed", "perceptual", *LOGGED), "is the same for all trials")
-ONE_FOR_ALL |= dict.fromkeys(MEASURED, "decides what the figure is measured on, so that trials could not be compared")
-ONE_FOR_ALL |= {"max_steps": "--max-steps sets for all trials"}
-UNSEEN = "sampling."
+RUN_FIELDS = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "report_to", "resume")
+MEASUREMENT_FIELDS = ("resolution", "image_channels", "padding", "validation_images")
+FIXED_FIELDS = dict.fromkeys(
+    ("output", "codes", "data", "seed", "perceptual", *RUN_FIELDS), "is the same for all trials"
+)
+FIXED_FIELDS |= dict.fromkeys(
+    MEASUREMENT_FIELDS, "decides what the figure is measured on, so that trials could not be compared"
+)
+FIXED_FIELDS |= {"max_steps": "--max-steps sets for all trials"}
+SAMPLING_PREFIX = "sampling."
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Range:
     high: int | float
 
     @property
-    def logarithmic(self) -> bool:
-        return isinstance(self.low, float) and self.low > 0 and self.high / self.low >= WIDE
+    def is_logarithmic(self) -> bool:
+        return isinstance(self.low, float) and self.low > 0 and self.high / self.low >= LOG_SCALE_RATIO
 
     @property
     def spec(self) -> str:
@@ -58,13 +62,13 @@ class Range:
     def suggest(self, trial: "optuna.Trial", name: str) -> Any:
         if isinstance(self.low, int):
             return trial.suggest_int(name, self.low, int(self.high))
-        return trial.suggest_float(name, self.low, self.high, log=self.logarithmic)
+        return trial.suggest_float(name, self.low, self.high, log=self.is_logarithmic)
 
-    def value_of(self, drawn: Any) -> Any:
+    def to_config_value(self, drawn: Any) -> Any:
         """With six digits, which say enough and read well in a recipe."""
         return drawn if isinstance(drawn, int) else min(max(float(f"{drawn:.6g}"), self.low), self.high)
 
-    def drawn_as(self, value: Any) -> Any:
+    def to_optuna_value(self, value: Any) -> Any:
         """`value` itself, or None outside the range."""
         return value if type(value) is type(self.low) and self.low <= value <= self.high else None
 
@@ -84,10 +88,10 @@ class Choices:
     def suggest(self, trial: "optuna.Trial", name: str) -> Any:
         return trial.suggest_categorical(name, self.texts)
 
-    def value_of(self, drawn: Any) -> Any:
+    def to_config_value(self, drawn: Any) -> Any:
         return self.values[self.texts.index(drawn)]
 
-    def drawn_as(self, value: Any) -> Any:
+    def to_optuna_value(self, value: Any) -> Any:
         """The text of `value`, or None where it is no choice."""
         return self.texts[self.values.index(value)] if value in self.values else None
 
@@ -103,34 +107,34 @@ def parse_space(words: Sequence[str], base: Training) -> Space:
         name, _, spec = word.partition("=")
         field = name.strip().replace("-", "_")  # options are written with hyphens
         if not field or not spec.strip():
-            raise unreadable(word)
+            raise expression_error(word)
         check_field(field, base)
         if field in found:
             raise ConfigError(f"--search has {field} twice; expected each field once; leave one out")
         try:
             found[field] = parse_spec(word, field, spec.strip(), base)
         except yaml.YAMLError:
-            raise unreadable(word) from None
+            raise expression_error(word) from None
     return tuple(found[field] for field in sorted(found))
 
 
 def parse_spec(word: str, field: str, spec: str, base: Training) -> Parameter:
     if ends := re.fullmatch(f"({NUMBER})\\.\\.({NUMBER})", spec):
         whole = all(re.fullmatch(r"[+-]?\d+", end) for end in ends.groups())
-        low, high = (checked(word, field, int(end) if whole else float(end), base) for end in ends.groups())
+        low, high = (validate_value(word, field, int(end) if whole else float(end), base) for end in ends.groups())
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ConfigError(f"--search has {word!r}; expected a finite range whose first end is the lower one")
         return Range(field, low, high)
     texts = tuple(text.strip() for text in spec.split("|"))
     if len(texts) < 2 or "" in texts:
-        raise unreadable(word)
-    values = tuple(checked(word, field, yaml.safe_load(text), base) for text in texts)
+        raise expression_error(word)
+    values = tuple(validate_value(word, field, yaml.safe_load(text), base) for text in texts)
     if any(value in values[:i] for i, value in enumerate(values)):
         raise ConfigError(f"--search has {word!r}; expected each choice once; leave one out")
     return Choices(field, texts, values)
 
 
-def unreadable(word: str) -> ConfigError:
+def expression_error(word: str) -> ConfigError:
     return ConfigError(
         f"--search has {word!r}; expected FIELD=LOW..HIGH or FIELD=ONE|TWO; write it as in 'optimizer.learning_rate=1e-4..1e-2' "
         "or 'model.num_layers=2|4'"
@@ -138,8 +142,10 @@ def unreadable(word: str) -> ConfigError:
 
 
 def check_field(field: str, base: Training) -> None:
-    names = [name for name in flat(to_mapping(base)) if name not in ONE_FOR_ALL and not name.startswith(UNSEEN)]
-    why = "has no part in the validation figure" if field.startswith(UNSEEN) else ONE_FOR_ALL.get(field)
+    names = [
+        name for name in flat(to_mapping(base)) if name not in FIXED_FIELDS and not name.startswith(SAMPLING_PREFIX)
+    ]
+    why = "has no part in the validation figure" if field.startswith(SAMPLING_PREFIX) else FIXED_FIELDS.get(field)
     if why:
         raise ConfigError(
             f"--search has {field}, which {why}; expected a setting of the training, such as optimizer.learning_rate"
@@ -150,15 +156,15 @@ def check_field(field: str, base: Training) -> None:
         raise ConfigError(f"--search has the unknown field '{field}'; {nearest(field, names)}")
 
 
-def checked(word: str, field: str, value: Any, base: Training) -> Any:
+def validate_value(word: str, field: str, value: Any, base: Training) -> Any:
     """`value` as the configuration holds it; raises ConfigError where it does not fit."""
     try:
-        return functools.reduce(getattr, field.split("."), with_values(base, {field: value}))
+        return functools.reduce(getattr, field.split("."), replace_values(base, {field: value}))
     except ConfigError as error:
         raise ConfigError(f"--search has {word!r}: {error}") from None
 
 
-def with_values(base: Training, values: Mapping[str, Any]) -> Any:
+def replace_values(base: Training, values: Mapping[str, Any]) -> Any:
     """`base` with other values of some fields, given by their whole names."""
     mapping = to_mapping(base)
     for field, value in values.items():
@@ -168,13 +174,13 @@ def with_values(base: Training, values: Mapping[str, Any]) -> Any:
     return from_mapping(type(base), mapping)
 
 
-def own_values(space: Space, base: Training) -> dict[str, Any]:
+def base_optuna_values(space: Space, base: Training) -> dict[str, Any]:
     """What Optuna would have to draw for `base` itself, where the space holds its values."""
-    held = {p.field: p.drawn_as(functools.reduce(getattr, p.field.split("."), base)) for p in space}
+    held = {p.field: p.to_optuna_value(functools.reduce(getattr, p.field.split("."), base)) for p in space}
     return {field: drawn for field, drawn in held.items() if drawn is not None}
 
 
-def bottleneck_words(base: TokenizerTraining) -> list[str]:
+def bottleneck_expressions(base: TokenizerTraining) -> list[str]:
     """How strongly the latents are held, a factor of 4 either side, and the decay of a codebook that has one."""
     model, weights = base.model, base.reconstruction
     quantizer = model.quantizer if isinstance(model, VQGANModel) else None
@@ -185,7 +191,7 @@ def bottleneck_words(base: TokenizerTraining) -> list[str]:
     return [*words, "model.quantizer.usage_decay=0.9|0.95|0.99"] if hasattr(quantizer, "usage_decay") else words
 
 
-def default_words(base: Training) -> list[str]:
+def default_expressions(base: Training) -> list[str]:
     """The search that is made where none was asked for: rates a factor of 4 either side, and what else often matters."""
     optimizer, size = base.optimizer, base.batch_size
     rates = {"learning_rate": optimizer.learning_rate}
@@ -193,7 +199,7 @@ def default_words(base: Training) -> list[str]:
         rates["matrix_learning_rate"] = optimizer.matrix_learning_rate
     words = [f"optimizer.{name}={rate / 4:.6g}..{rate * 4:.6g}" for name, rate in rates.items()]
     if isinstance(base, TokenizerTraining):
-        return [*words, *bottleneck_words(base)]
+        return [*words, *bottleneck_expressions(base)]
     sizes = sorted({max(1, size // 2), size, 2 * size})
     dropout = ["model.dropout=0..0.3"] if base.prior == "autoregressive" else []
     return [*words, *dropout, f"batch_size={'|'.join(map(str, sizes))}"]

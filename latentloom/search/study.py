@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from latentloom.search.results import Metric, TrialResult
-from latentloom.search.space import Space, Training, own_values, with_values
+from latentloom.search.space import Space, Training, base_optuna_values, replace_values
 from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files, write_text
@@ -24,14 +24,14 @@ from training_harness.files import holds_files, write_text
 if TYPE_CHECKING:
     import optuna
 
-AT_RANDOM = 6  # trials before the model of the good ones has anything to learn from
-NEVER_PRUNED = 4  # trials that must have finished, for a median to mean something
-VALIDATIONS = 8  # of a trial
-REASON = "reason"
+RANDOM_TRIALS = 6  # trials before the model of the good ones has anything to learn from
+TRIALS_BEFORE_PRUNING = 4  # trials that must have finished, for a median to mean something
+VALIDATIONS_PER_TRIAL = 8  # of a trial
+FAILURE_REASON = "reason"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SearchPlan:
     base: Training
     """The recipe; its `output` is the folder of the search."""
     space: Space
@@ -59,11 +59,11 @@ class Plan:
 
     def trial_config(self, number: int, values: dict[str, Any]) -> Any:
         """Raises ConfigError for values that do not go together."""
-        every = math.ceil(self.steps / VALIDATIONS)
+        every = math.ceil(self.steps / VALIDATIONS_PER_TRIAL)
         run = {"output": str(self.trial_folder(number)), "max_steps": self.steps, "resume": "latest", "report_to": ()}
         saved = {"checkpoint_every": self.steps, "keep_checkpoints": 1}
         logged = {"sample_every": every, "log_every": min(every, self.base.log_every)}
-        return with_values(self.base, values | run | saved | logged)
+        return replace_values(self.base, values | run | saved | logged)
 
 
 def require_optuna() -> None:
@@ -77,7 +77,7 @@ def require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def holds_this_search(plan: Plan) -> bool:
+def is_resumable(plan: SearchPlan) -> bool:
     """Whether the folder holds a search to go on with; raises UserError when it holds anything else."""
     path = plan.folder / "search.yaml"
     if not path.exists():
@@ -86,7 +86,7 @@ def holds_this_search(plan: Plan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    found = differences(stored_request(plan), plan.request)
+    found = differences(read_stored_request(plan), plan.request)
     differing = [f"{name} is {held!r} there and {wanted!r} here" for name, (held, wanted) in found.items()]
     if differing:
         raise UserError(
@@ -96,7 +96,7 @@ def holds_this_search(plan: Plan) -> bool:
     return True
 
 
-def stored_request(plan: Plan) -> dict[str, Any]:
+def read_stored_request(plan: SearchPlan) -> dict[str, Any]:
     """The request of the search in the folder, in the present format and with the defaults of fields that are new."""
     migration = plan.base.migration
     fields = migration.present(read_yaml(plan.folder / "search.yaml"))
@@ -109,13 +109,13 @@ def stored_request(plan: Plan) -> dict[str, Any]:
     return own | fields
 
 
-def write_request(plan: Plan) -> None:
+def write_request(plan: SearchPlan) -> None:
     plan.folder.mkdir(parents=True, exist_ok=True)
     request = plan.base.migration.numbered(plan.request)
     write_text(plan.folder / "search.yaml", yaml.safe_dump(request, sort_keys=False))
 
 
-def open_study(plan: Plan) -> "optuna.Study":
+def open_study(plan: SearchPlan) -> "optuna.Study":
     """The study of the folder, in which no trial is under way."""
     import optuna
     from optuna.storages import JournalStorage
@@ -123,20 +123,20 @@ def open_study(plan: Plan) -> "optuna.Study":
     from optuna.trial import TrialState
 
     journal = str((plan.folder / "study.log").resolve())
-    drop_torn_line(Path(journal))
+    remove_incomplete_line(Path(journal))
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
         study_name="sweep",
         load_if_exists=True,
         # not in the first quarter, where it is warm-ups that differ
-        pruner=optuna.pruners.MedianPruner(NEVER_PRUNED, n_warmup_steps=plan.steps // 4),
+        pruner=optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=plan.steps // 4),
     )
     for cut_off in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(cut_off.number, state=TrialState.FAIL)
     return study
 
 
-def drop_torn_line(journal: Path) -> None:
+def remove_incomplete_line(journal: Path) -> None:
     """Cuts off what a kill left half written: Optuna would write behind it and then read neither."""
     written = journal.read_bytes() if journal.exists() else b""
     if written and not written.endswith(b"\n"):
@@ -144,49 +144,49 @@ def drop_torn_line(journal: Path) -> None:
             file.truncate(written.rfind(b"\n") + 1)
 
 
-def results_of(study: "optuna.Study", plan: Plan) -> list[TrialResult]:
+def read_results(study: "optuna.Study", plan: SearchPlan) -> list[TrialResult]:
     """The trials that are over, numbered from 1 in their order, without those that were cut off."""
     from optuna.trial import TrialState
 
     names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-    known_as = journal_names(plan, study)
+    known_as = map_journal_names(plan, study)
     over = [
         t
         for t in study.get_trials(deepcopy=False, states=tuple(names))
-        if t.state is not TrialState.FAIL or REASON in t.user_attrs
+        if t.state is not TrialState.FAIL or FAILURE_REASON in t.user_attrs
     ]
     return [
         TrialResult(
             number=number,
-            values={p.field: p.value_of(t.params[known_as[p.field]]) for p in plan.space},
+            values={p.field: p.to_config_value(t.params[known_as[p.field]]) for p in plan.space},
             outcome=names[t.state],  # type: ignore[arg-type]
-            figure=min(t.intermediate_values.values(), default=math.nan),
+            objective=min(t.intermediate_values.values(), default=math.nan),
             steps=max(t.intermediate_values, default=0),
             seconds=t.duration.total_seconds() if t.duration else 0.0,
-            reason=t.user_attrs.get(REASON, ""),
+            reason=t.user_attrs.get(FAILURE_REASON, ""),
         )
         for number, t in enumerate(over, 1)
     ]
 
 
-def journal_names(plan: Plan, study: "optuna.Study") -> dict[str, str]:
+def map_journal_names(plan: SearchPlan, study: "optuna.Study") -> dict[str, str]:
     """The name of each searched field in the journal: a former one, where the search began with that."""
     held = {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
     former = {new: old for old, new in plan.base.migration.renamed.items() if old in held}
     return {parameter.field: former.get(parameter.field, parameter.field) for parameter in plan.space}
 
 
-def draw(plan: Plan, study: "optuna.Study", number: int) -> "optuna.Trial":
+def suggest_trial(plan: SearchPlan, study: "optuna.Study", number: int) -> "optuna.Trial":
     """The next trial with its values; a function of the seed, the number and the trials that are over."""
     import optuna
 
     seed = int(np.random.SeedSequence((plan.base.seed, number)).generate_state(1)[0])
-    study.sampler = optuna.samplers.TPESampler(n_startup_trials=AT_RANDOM, seed=seed)
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=seed)
     waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
     if number == 1 and not waiting:  # one waits where a search was killed between the two
-        study.enqueue_trial(own_values(plan.space, plan.base))
+        study.enqueue_trial(base_optuna_values(plan.space, plan.base))
     trial = study.ask()
-    known_as = journal_names(plan, study)
+    known_as = map_journal_names(plan, study)
     for parameter in plan.space:
         parameter.suggest(trial, known_as[parameter.field])
     return trial

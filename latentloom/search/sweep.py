@@ -16,17 +16,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
-from latentloom.search.results import TrialResult, best_of, describe, table, write_recipe, write_trials
-from latentloom.search.space import with_values
+from latentloom.search.results import (
+    TrialResult,
+    describe_trial,
+    find_best_trial,
+    format_best_trials,
+    write_recipe,
+    write_trials,
+)
+from latentloom.search.space import replace_values
 from latentloom.search.study import (
-    REASON,
-    Plan,
-    draw,
-    holds_this_search,
-    journal_names,
+    FAILURE_REASON,
+    SearchPlan,
+    is_resumable,
+    map_journal_names,
     open_study,
+    read_results,
     require_optuna,
-    results_of,
+    suggest_trial,
     write_request,
 )
 from stage1_tokenizer.codes.reader import CodeCache
@@ -46,8 +53,8 @@ from training_harness.signals import Interrupted
 if TYPE_CHECKING:
     import optuna
 
-Told = Callable[[int, float], None]
-Train = Callable[[Any, Told], object]
+OnValidation = Callable[[int, float], None]
+TrainTrial = Callable[[Any, OnValidation], object]
 """Trains a configuration and tells each validated step with its figure, the lower the better."""
 
 
@@ -59,7 +66,7 @@ class TimeLimitReached(Exception):  # noqa: N818 - as above
     """The search may take no longer."""
 
 
-def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
+def run_sweep(plan: SearchPlan, prepare: Callable[[], TrainTrial]) -> list[TrialResult]:
     """Does the trials that are left, and writes what was found after each.
 
     `prepare` reads what all trials are trained on. Raises Interrupted when told to stop; what is done is kept.
@@ -73,11 +80,11 @@ def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
         return _run_trials(plan, prepare)
 
 
-def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
-    done = results_of(open_study(plan), plan) if holds_this_search(plan) else []
+def _run_trials(plan: SearchPlan, prepare: Callable[[], TrainTrial]) -> list[TrialResult]:
+    done = read_results(open_study(plan), plan) if is_resumable(plan) else []
     if len(done) >= plan.trials:
         print_once(f"{plan.folder} has finished its {len(done)} trials; give a larger --trials to go on")
-        report(plan, done)
+        write_search_results(plan, done)
         return done
     train = prepare()  # before the folder is taken: what is refused leaves no trace
     write_request(plan)
@@ -90,15 +97,19 @@ def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
             if time.monotonic() > deadline:
                 raise TimeLimitReached
             run_trial(plan, study, train, len(done) + 1, deadline)
-            done = results_of(study, plan)
-            report(plan, done)
-            print_once(describe(done[-1], plan.metric, plan.trials, plan.steps, best_of(done)))
+            done = read_results(study, plan)
+            write_search_results(plan, done)
+            print_once(describe_trial(done[-1], plan.metric, plan.trials, plan.steps, find_best_trial(done)))
     except TimeLimitReached:
-        again = "run the same command again to go on" if best_of(done) else "give more --minutes or fewer --max-steps"
+        again = (
+            "run the same command again to go on"
+            if find_best_trial(done)
+            else "give more --minutes or fewer --max-steps"
+        )
         print_once(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
-        held = f"; the best so far is in {plan.folder / 'best.yaml'}" if best_of(done) else ""
+        held = f"; the best so far is in {plan.folder / 'best.yaml'}" if find_best_trial(done) else ""
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after {len(done)} of {plan.trials} trials{held}; run the same command "
@@ -107,21 +118,21 @@ def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
     return done
 
 
-def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, deadline: float) -> None:
+def run_trial(plan: SearchPlan, study: "optuna.Study", train: TrainTrial, number: int, deadline: float) -> None:
     """Leaves the trial finished, pruned or failed in the journal, and its run folder.
 
     A trial that anything else ends stays open, and is done again by the next search here.
     """
     from optuna.trial import TrialState
 
-    trial = draw(plan, study, number)
+    trial = suggest_trial(plan, study, number)
     figures: list[float] = []
 
-    def on_validation(step: int, figure: float) -> None:
-        if not math.isfinite(figure):
-            raise NonFiniteLossError(f"step {step}: the validation figure is {figure}")
-        figures.append(figure)
-        trial.report(figure, step)
+    def on_validation(step: int, objective: float) -> None:
+        if not math.isfinite(objective):
+            raise NonFiniteLossError(f"step {step}: the validation figure is {objective}")
+        figures.append(objective)
+        trial.report(objective, step)
         if step < plan.steps:
             if trial.should_prune():
                 raise TrialPruned
@@ -130,13 +141,13 @@ def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, dead
 
     shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of a trial that was cut off
     try:
-        known_as = journal_names(plan, study)
-        values = {p.field: p.value_of(trial.params[known_as[p.field]]) for p in plan.space}
+        known_as = map_journal_names(plan, study)
+        values = {p.field: p.to_config_value(trial.params[known_as[p.field]]) for p in plan.space}
         train(plan.trial_config(number, values), on_validation)
     except TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except (ConfigError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-        trial.set_user_attr(REASON, str(error).split("; expected")[0].splitlines()[0])
+        trial.set_user_attr(FAILURE_REASON, str(error).split("; expected")[0].splitlines()[0])
         study.tell(trial, state=TrialState.FAIL)
     else:
         study.tell(trial, min(figures))
@@ -144,44 +155,45 @@ def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, dead
         gc.collect()  # networks and their accelerator point at one another: a GPU would hold two trials' at once
 
 
-def report(plan: Plan, done: Sequence[TrialResult]) -> None:
+def write_search_results(plan: SearchPlan, done: Sequence[TrialResult]) -> None:
     """Writes what was found so far; of the trials that are not the best only configuration and log are kept."""
-    best = best_of(done)
+    best = find_best_trial(done)
     write_trials(plan.folder / "trials.csv", done, plan.metric, plan.space)
     if best is not None:
         header = (
-            f"latentloom sweep: {plan.metric.show(best.figure)} in validation within {plan.steps} steps: trial {best.number}, the "
-            f"best of {len(done)}, seed {plan.base.seed}.",
+            f"latentloom sweep: {plan.metric.format_value(best.objective)} in validation within {plan.steps} steps: "
+            f"trial {best.number}, "
+            f"the best of {len(done)}, seed {plan.base.seed}.",
             f"max_steps is the recipe's again. {plan.steps} steps favour high rates and small models: compare a longer run.",
         )
-        write_recipe(plan.folder / "best.yaml", with_values(plan.base, dict(best.values)), header)
+        write_recipe(plan.folder / "best.yaml", replace_values(plan.base, dict(best.values)), header)
     for number in range(1, len(done) + 1):
         if best is None or number != best.number:
             for name in ("checkpoints", "model", "samples"):
                 shutil.rmtree(plan.trial_folder(number) / name, ignore_errors=True)
 
 
-def closing(plan: Plan, done: Sequence[TrialResult]) -> str:
+def format_results(plan: SearchPlan, done: Sequence[TrialResult]) -> str:
     """The best trials, and what to do with them; raises UserError where none finished."""
-    if best_of(done) is None:
+    if find_best_trial(done) is None:
         why = f"; the last failed: {done[-1].reason}" if done and done[-1].reason else ""
         raise UserError(
             f"none of {len(done)} trials finished{why}; expected one at least; narrow --search, or give more --trials or --minutes"
         )
     counts = ", ".join(f"{sum(r.outcome == name for r in done)} {name}" for name in ("finished", "pruned", "failed"))
-    return f"{table(done, plan.metric)}\n{len(done)} trials of {plan.steps} steps: {counts}"
+    return f"{format_best_trials(done, plan.metric)}\n{len(done)} trials of {plan.steps} steps: {counts}"
 
 
 # -- what a stage trains on, read once ------------------------------------------------------------------------------
 
 
-def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
+def build_prior_trainer(base: PriorTraining, codes: CodeCache) -> TrainTrial:
     codes.verify()
     objective_of(base, codes)  # the recipe itself is refused before any trial
-    return lambda config, told: train_prior(config, codes, None, told)
+    return lambda config, on_validation: train_prior(config, codes, None, on_validation)
 
 
-def tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> Train:
+def build_tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> TrainTrial:
     seen = dataset_statistics(source.train)
     # The size and the channels of the images follow from the data, whatever a trial's model is.
     images = tokenizer_inputs(base, source, seen).images
@@ -189,8 +201,8 @@ def tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> Train:
     distance = perceptual and perceptual.to(accelerated_device())
     images.train.report_skipped()
 
-    def one(config: TokenizerTraining, told: Told) -> object:
+    def one(config: TokenizerTraining, on_validation: OnValidation) -> object:
         trial = tokenizer_inputs(config, source, seen)
-        return train_tokenizer(trial.config, trial.model, images.train, images.validation, distance, told)
+        return train_tokenizer(trial.config, trial.model, images.train, images.validation, distance, on_validation)
 
     return one

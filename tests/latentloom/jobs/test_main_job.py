@@ -19,7 +19,7 @@ from small_parts import write_pictures
 
 from latentloom.commands import quickstart
 from latentloom.jobs import main_job
-from latentloom.planning.recipe_selection import select_recipes, working_size
+from latentloom.planning.recipe_selection import select_recipes, select_size
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.statistics import DatasetStatistics
 from stage1_tokenizer.vqgan import VQGAN
@@ -429,13 +429,13 @@ def test_the_choice_follows_size_count_and_machine_and_says_why() -> None:
 
 @pytest.mark.parametrize("size", [(3000, 4000), (4032, 3024), (1080, 1920), (257, 257), (300, 40_000)])
 def test_photographs_are_reduced_to_at_most_256_codes_in_about_their_shape(size: tuple[int, int]) -> None:
-    height, width = working_size(size)
+    height, width = select_size(size)
     assert height % 16 == width % 16 == 0
     assert min(height, width) >= 16
     assert max(height, width) == 256
     if max(size) < 3 * min(size):
         assert height / width == pytest.approx(size[0] / size[1], rel=0.08)
-    assert working_size((256, 100)) == (256, 100)
+    assert select_size((256, 100)) == (256, 100)
 
 
 def launched(script: str, *words: object) -> subprocess.CompletedProcess[str]:

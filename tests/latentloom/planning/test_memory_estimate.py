@@ -12,8 +12,8 @@ from command_line import in_new_process
 from small_runs import prepare
 from tiny_models import tiny_tokenizer
 
-from latentloom.planning.memory_estimate import advice_when_memory_runs_out, estimate_memory, recommendations
-from latentloom.planning.step_timing import TimedStep, has_spans, time_prior_step, time_tokenizer_step
+from latentloom.planning.memory_estimate import estimate_memory, explain_out_of_memory, recommend_memory_savings
+from latentloom.planning.step_timing import TimedStep, learns_spans, time_prior_step, time_tokenizer_step
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
@@ -40,23 +40,23 @@ def measure_tokenizer(config: TokenizerTraining) -> TimedStep:
     return time_tokenizer_step(config, SHAPE)
 
 
-def really_kept(rehearsal: TimedStep, images: int) -> int:
+def really_kept(timed_step: TimedStep, images: int) -> int:
     """Bytes that a forward pass on numbers keeps for the backward pass, weights and single numbers left out."""
-    weights = {p.untyped_storage().data_ptr() for part in rehearsal.parts.values() for p in part.parameters()}
+    weights = {p.untyped_storage().data_ptr() for part in timed_step.networks.values() for p in part.parameters()}
     kept: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) if tensor.numel() else tensor,
         lambda tensor: tensor,
     ):
-        rehearsal.loss(images)
+        timed_step.loss(images)
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_the_activations_of_a_prior_are_those_that_a_step_on_numbers_keeps(recomputed: bool) -> None:
     config = prior_training(gradient_checkpointing=recomputed)
-    rehearsal = of_prior(config)
-    real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
+    timed_step = of_prior(config)
+    real = really_kept(timed_step, 6) - really_kept(timed_step, 5)
     assert estimate_memory(config, of_prior).activations == pytest.approx(real, rel=0.02)
 
 
@@ -65,28 +65,28 @@ def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_
     model = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, mean_flow=mean_flow)
     config = DiffusionTraining(output=Path("run"), codes=Path("codes"), model=model, batch_size=6)
 
-    def time_step(changed: DiffusionTraining) -> TimedStep:
+    def build_step(changed: DiffusionTraining) -> TimedStep:
         return time_prior_step(changed, SPEC, num_classes=3)
 
-    rehearsal = time_step(config)
-    real = [really_kept(rehearsal, 6) - really_kept(rehearsal, 5) for _ in range(2)]
-    assert estimate_memory(config, time_step).activations == pytest.approx(real[0], rel=0.1)
-    assert [has_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
+    timed_step = build_step(config)
+    real = [really_kept(timed_step, 6) - really_kept(timed_step, 5) for _ in range(2)]
+    assert estimate_memory(config, build_step).activations == pytest.approx(real[0], rel=0.1)
+    assert [learns_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
 
 
 def test_the_activations_of_a_tokenizer_are_those_that_a_step_on_numbers_keeps() -> None:
     config = TokenizerTraining(output=Path("run"), data="x", adversarial=AdversarialConfig(layers=2, channels=8))
-    rehearsal = measure_tokenizer(config)
-    rehearsal.parts["tokenizer"].quantizer.eval()
-    real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
+    timed_step = measure_tokenizer(config)
+    timed_step.networks["tokenizer"].quantizer.eval()
+    real = really_kept(timed_step, 6) - really_kept(timed_step, 5)
     assert estimate_memory(config, measure_tokenizer).activations == pytest.approx(real, rel=0.02)
 
 
 def test_weights_gradients_average_and_optimiser_are_counted_by_their_kind() -> None:
     found = estimate_memory(prior_training(), of_prior)
     number = sum(found.parameters.values())
-    assert number == sum(p.numel() for p in of_prior(prior_training()).parts["prior"].parameters())
-    assert (found.weights, found.gradients, found.average, found.optimizer) == (
+    assert number == sum(p.numel() for p in of_prior(prior_training()).networks["prior"].parameters())
+    assert (found.weights, found.gradients, found.ema_weights, found.optimizer) == (
         4 * number,
         4 * number,
         4 * number,
@@ -100,7 +100,7 @@ def test_weights_gradients_average_and_optimiser_are_counted_by_their_kind() -> 
 
 def test_a_step_of_a_prior_costs_six_operations_a_weight_and_token() -> None:
     """Two forward, four backward; embeddings multiply nothing, and attention adds its scores."""
-    tokens, prior = 16, of_prior(prior_training()).parts["prior"]
+    tokens, prior = 16, of_prior(prior_training()).networks["prior"]
     multiplying = sum(p.numel() for name, p in prior.named_parameters() if p.ndim == 2 and "embedding" not in name)
     scores = PRIOR.num_layers * 3 * 2 * 2 * tokens**2 * PRIOR.hidden_size
     assert estimate_memory(prior_training(), of_prior).flop == pytest.approx(
@@ -110,8 +110,8 @@ def test_a_step_of_a_prior_costs_six_operations_a_weight_and_token() -> None:
 
 def test_each_remedy_states_what_its_own_run_would_take_and_that_is_less() -> None:
     config = prior_training(batch_size=64)
-    before = estimate_memory(config, of_prior).memory(64)
-    said = recommendations(config, of_prior, on_accelerator=True)
+    before = estimate_memory(config, of_prior).total_bytes(64)
+    said = recommend_memory_savings(config, of_prior, on_accelerator=True)
     assert [line.split()[0] for line in said] == [
         "--batch-size",
         "--gradient-checkpointing",
@@ -121,15 +121,15 @@ def test_each_remedy_states_what_its_own_run_would_take_and_that_is_less() -> No
     for line in said:
         number, unit = re.search(r"\(([\d.]+) ([MG])iB\)", line).groups()  # type: ignore[union-attr]
         assert float(number) * 2.0 ** {"M": 20, "G": 30}[unit] < before, line
-    half = estimate_memory(replace(config, batch_size=32), of_prior).memory(32)
+    half = estimate_memory(replace(config, batch_size=32), of_prior).total_bytes(32)
     assert f"({half / 2**20:.3g} MiB)" in said[0]
-    assert len(recommendations(config, of_prior, on_accelerator=False)) == 2
+    assert len(recommend_memory_savings(config, of_prior, on_accelerator=False)) == 2
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_an_allocation_that_fails_becomes_advice(error: Exception) -> None:
     with pytest.raises(UserError, match=r"--batch-size 3 --accumulation-steps 2 .*--gradient-checkpointing") as caught:  # noqa: SIM117
-        with advice_when_memory_runs_out(prior_training(), of_prior):
+        with explain_out_of_memory(prior_training(), of_prior):
             raise error
     assert "\n" not in str(caught.value)
 
@@ -142,16 +142,16 @@ def test_counting_begins_when_the_failed_step_has_let_its_tensors_go() -> None:
         held.append(weakref.ref(activations))
         raise MemoryError
 
-    def time_step(config: AutoregressiveTraining) -> TimedStep:
+    def build_step(config: AutoregressiveTraining) -> TimedStep:
         assert held[0]() is None
         return of_prior(config)
 
-    with pytest.raises(UserError), advice_when_memory_runs_out(prior_training(), time_step):
+    with pytest.raises(UserError), explain_out_of_memory(prior_training(), build_step):
         step()
 
 
 def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), advice_when_memory_runs_out(prior_training(), of_prior):
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_out_of_memory(prior_training(), of_prior):
         raise RuntimeError("shapes differ")
 
 

@@ -24,9 +24,9 @@ from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.recipes import recipe_names, recipe_values
 from latentloom.search.results import METRICS
-from latentloom.search.space import Choices, Range, default_words, own_values, parse_space
-from latentloom.search.study import Plan, open_study
-from latentloom.search.sweep import prior_trainer, run_sweep
+from latentloom.search.space import Choices, Range, base_optuna_values, default_expressions, parse_space
+from latentloom.search.study import SearchPlan, open_study
+from latentloom.search.sweep import build_prior_trainer, run_sweep
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.codes.writer import write_code_cache
 from stage1_tokenizer.data.image_processor import ImageProcessor
@@ -40,7 +40,7 @@ from training_harness.guard import NonFiniteLossError
 from training_harness.metric_log import read_metrics
 from training_harness.signals import Interrupted
 
-Told = Callable[[int, float], None]
+OnValidation = Callable[[int, float], None]
 
 SMALL = AutoregressiveModel(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
 PRIOR = AutoregressiveTraining(output=Path("search"), codes=Path("codes"), model=SMALL, max_steps=40, batch_size=4)
@@ -86,13 +86,13 @@ def test_a_word_is_read_with_the_type_of_its_field(word: str, parameter: Range |
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "logarithmic"),
+    ("low", "high", "is_logarithmic"),
     [(1e-4, 1e-3, True), (1e-4, 9e-4, False), (0.0, 1.0, False), (-1.0, 1.0, False), (1, 100, False)],
 )
 def test_floats_are_drawn_by_their_logarithm_from_a_factor_of_ten_on(
-    low: float, high: float, logarithmic: bool
+    low: float, high: float, is_logarithmic: bool
 ) -> None:
-    assert Range("x", low, high).logarithmic == logarithmic
+    assert Range("x", low, high).is_logarithmic == is_logarithmic
 
 
 rates = st.floats(min_value=1e-12, max_value=1e6)
@@ -116,7 +116,7 @@ def test_what_a_search_file_says_of_a_parameter_reads_back_as_the_same(
 def test_six_digits_of_what_was_drawn_stay_in_the_range(ends: list[float], share: float) -> None:
     low, high = ends
     drawn = min(max(low + share * (high - low), low), high)
-    value = Range("x", low, high).value_of(drawn)
+    value = Range("x", low, high).to_config_value(drawn)
     assert low <= value <= high
     assert value == pytest.approx(drawn, rel=1e-5)
     assert value in (low, high) or value == float(f"{value:.6g}")
@@ -168,8 +168,8 @@ def test_where_nothing_is_asked_for_the_search_holds_each_recipe_and_goes_a_fact
     for name in recipe_names(stage):
         values = recipe_values(name, stage) | places
         base = prior_training(values) if stage == "prior" else from_mapping(TokenizerTraining, values)
-        space = parse_space(default_words(base), base)
-        assert set(own_values(space, base)) == {p.field for p in space}, name
+        space = parse_space(default_expressions(base), base)
+        assert set(base_optuna_values(space, base)) == {p.field for p in space}, name
         rate = next(p for p in space if p.field == RATE)
         assert isinstance(rate, Range)
         assert (rate.low, rate.high) == pytest.approx(
@@ -181,10 +181,10 @@ def test_where_nothing_is_asked_for_the_search_holds_each_recipe_and_goes_a_fact
 # -- searches that train nothing ------------------------------------------------------------------------------------
 
 
-def plan_in(folder: Path, words: tuple[str, ...] = WORDS, trials: int = 12, seed: int = 0, **fields: Any) -> Plan:
+def plan_in(folder: Path, words: tuple[str, ...] = WORDS, trials: int = 12, seed: int = 0, **fields: Any) -> SearchPlan:
     base = replace(PRIOR, output=folder, seed=seed)
     space = parse_space(words, base)
-    return Plan(base=base, space=space, metric=METRICS["autoregressive"], steps=STEPS, trials=trials, **fields)
+    return SearchPlan(base=base, space=space, metric=METRICS["autoregressive"], steps=STEPS, trials=trials, **fields)
 
 
 def bowl(config: AutoregressiveTraining) -> float:
@@ -192,15 +192,15 @@ def bowl(config: AutoregressiveTraining) -> float:
     return (math.log10(config.optimizer.learning_rate) + 3) ** 2 + (config.model.dropout - 0.2) ** 2
 
 
-def pretend(config: AutoregressiveTraining, told: Told) -> None:
+def pretend(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
     """Falls towards the bowl, validation by validation."""
     for step in range(config.sample_every, config.max_steps + 1, config.sample_every):
-        told(step, bowl(config) + 1 / step)
+        on_validation(step, bowl(config) + 1 / step)
 
 
-def search(plan: Plan, train: Callable[[Any, Told], object] = pretend) -> list[tuple[Any, ...]]:
+def search(plan: SearchPlan, train: Callable[[Any, OnValidation], object] = pretend) -> list[tuple[Any, ...]]:
     """What each trial was and gave, without how long it took."""
-    return [(dict(r.values), r.outcome, r.figure, r.steps, r.reason) for r in run_sweep(plan, lambda: train)]
+    return [(dict(r.values), r.outcome, r.objective, r.steps, r.reason) for r in run_sweep(plan, lambda: train)]
 
 
 def test_the_same_seed_draws_the_same_values_and_another_seed_others(tmp_path: Path) -> None:
@@ -236,15 +236,15 @@ def test_a_search_that_was_stopped_ends_with_the_trials_of_one_that_was_not(
     assert {outcome for _, outcome, *_ in whole} == {"finished", "pruned"}
     plan, begun = plan_in(tmp_path / "stopped"), 0
 
-    def stopping(config: AutoregressiveTraining, told: Told, at: int) -> None:
+    def stopping(config: AutoregressiveTraining, on_validation: OnValidation, at: int) -> None:
         nonlocal begun
         if config.output == plan.trial_folder(at + 1):
-            told(config.sample_every, bowl(config))  # some of it was done
+            on_validation(config.sample_every, bowl(config))  # some of it was done
             config.output.mkdir(parents=True)
             (config.output / "rest").touch()
             raise Interrupted(signal.SIGTERM, "stopped") if at else KeyboardInterrupt
         begun += 1
-        pretend(config, told)
+        pretend(config, on_validation)
 
     for done, at in enumerate(stops):
         with pytest.raises(Interrupted, match=f"after {at} of 12 trials"):
@@ -261,7 +261,7 @@ def test_a_search_that_was_stopped_ends_with_the_trials_of_one_that_was_not(
 def test_a_search_killed_before_its_first_trial_does_the_recipe_once(tmp_path: Path) -> None:
     plan = plan_in(tmp_path / "search", trials=3)
     plan.folder.mkdir()
-    open_study(plan).enqueue_trial(own_values(plan.space, plan.base))
+    open_study(plan).enqueue_trial(base_optuna_values(plan.space, plan.base))
     (plan.folder / "search.yaml").write_text(yaml.safe_dump(plan.request))
     assert search(plan) == search(plan_in(tmp_path / "whole", trials=3))
 
@@ -299,11 +299,11 @@ def test_a_search_over_variants_leaves_out_the_options_of_the_others(tmp_path: P
 def test_a_hopeless_trial_ends_before_its_last_step_and_a_good_one_does_not(tmp_path: Path) -> None:
     told_of: dict[str, int] = {}
 
-    def watched(config: AutoregressiveTraining, told: Told) -> None:
+    def watched(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
         for step in range(2, STEPS + 1, 2):
             told_of[config.output.name] = step
             hopeless = config.output.name == "006" or (config.output.name == "007" and step == STEPS)
-            told(step, 9.0 if hopeless else 1.0 / step)
+            on_validation(step, 9.0 if hopeless else 1.0 / step)
 
     plan = plan_in(tmp_path / "search", trials=7)
     trials = search(plan, watched)
@@ -321,12 +321,12 @@ def test_what_goes_wrong_in_a_trial_does_not_end_the_search(tmp_path: Path) -> N
         "004": ConfigError("model.hidden_size is 32 for 5 heads; expected a multiple of 20"),
     }
 
-    def failing(config: AutoregressiveTraining, told: Told) -> None:
+    def failing(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
         if config.output.name in wrong:
             raise wrong[config.output.name]
         if config.output.name == "005":
-            told(2, math.nan)
-        pretend(config, told)
+            on_validation(2, math.nan)
+        pretend(config, on_validation)
 
     plan = plan_in(tmp_path / "search", trials=6)
     trials = search(plan, failing)
@@ -344,7 +344,7 @@ def test_what_goes_wrong_in_a_trial_does_not_end_the_search(tmp_path: Path) -> N
 
 
 def test_an_error_of_the_program_is_not_taken_for_a_trial_that_failed(tmp_path: Path) -> None:
-    def broken(config: AutoregressiveTraining, told: Told) -> None:
+    def broken(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -356,11 +356,11 @@ def test_minutes_bound_the_search_and_the_next_one_does_the_trial_again(
 ) -> None:
     clock = 0.0
 
-    def slow(config: AutoregressiveTraining, told: Told) -> None:
+    def slow(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
         nonlocal clock
         for step in range(2, STEPS + 1, 2):
             clock += 10
-            told(step, bowl(config) + 1 / step)
+            on_validation(step, bowl(config) + 1 / step)
 
     monkeypatch.setattr("latentloom.search.sweep.time", SimpleNamespace(monotonic=lambda: clock))
     whole = search(plan_in(tmp_path / "whole", trials=3), slow)
@@ -532,12 +532,12 @@ def test_a_trial_leaves_neither_its_network_nor_its_hold_on_signals_to_the_next(
     """A loop given up in its middle would else put signals back in the middle of another's."""
     monkeypatch.setattr("latentloom.search.sweep.gc", gc)
     monkeypatch.setattr("optuna.Trial.should_prune", lambda trial: trial.number == 0)
-    train, seen = prior_trainer(PRIOR, CodeCache(place / "codes")), []
+    train, seen = build_prior_trainer(PRIOR, CodeCache(place / "codes")), []
 
-    def watched(config: AutoregressiveTraining, told: Told) -> None:
+    def watched(config: AutoregressiveTraining, on_validation: OnValidation) -> None:
         priors = sum(type(thing) is AutoregressivePrior for thing in gc.get_objects())
         seen.append((priors, signal.getsignal(signal.SIGINT)))
-        train(config, told)
+        train(config, on_validation)
 
     gc.collect()
     trials = search(plan_in(tmp_path / "search", trials=3), watched)
