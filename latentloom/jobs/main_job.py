@@ -74,8 +74,8 @@ def check_stages_fit(tokenizer: TokenizerTraining, prior: PriorTraining) -> None
         return
     hint = ", or run train-tokenizer alone: this tokenizer samples without a prior" if model.samples_alone else ""
     raise UserError(
-        f"the tokenizer {model.name} has no codebook, but the autoregressive prior is trained on token indices; expected a "
-        f"tokenizer with a codebook or a diffusion prior. Pass --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"
+        f"the tokenizer {model.name} has no codes, but the autoregressive prior is trained on codes; expected a "
+        f"tokenizer with a codebook, or a diffusion prior. Pass --tokenizer-recipe vqgan-f4 or --recipe diffusion-tiny{hint}"
     )
 
 
@@ -112,7 +112,7 @@ def _run_main_job(
     tokenizer, source = inputs.config, inputs.source
     if holds_files(output) and not (output / "tokenizer").exists():
         raise UserError(
-            f"{output} is not empty and holds no run of this command; expected a new or empty folder. Pass another --output"
+            f"{output} is not empty and holds no run of this command; expected a new or empty folder; choose another --output"
         )
     if (finished_metrics := load_finished_metrics(output, inputs, prior, minutes)) is not None:
         steps = " and ".join(f"{count} steps of the {stage}" for stage, count in finished_metrics["steps"].items())

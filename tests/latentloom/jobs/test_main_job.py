@@ -316,8 +316,8 @@ def test_train_takes_colour_images_that_are_not_square(tmp_path: Path, capsys: p
         == 0
     )
     printed = capsys.readouterr().out
-    assert "37 training images, RGB, used at 64×96: the commonest size" in printed
-    assert "tokenizer vqgan-f8: 96 codes an image at a downsampling factor of 8" in printed
+    assert "37 training images, RGB, used at 64×96: the most common size" in printed
+    assert "tokenizer vqgan-f8: 96 codes per image at a downsampling factor of 8" in printed
     assert "prior ar-tiny: small, for " in printed
     assert re.search(r"training will take about \d+ minutes on this machine: 1 steps of the tokenizer", printed)
     pipeline = LatentGenerationPipeline.from_pretrained(job)
@@ -433,8 +433,8 @@ def test_recipes_are_selected_by_image_size_count_and_device_with_reasons() -> N
     small = select_recipes(statistics(28, 28, 1), 10_000, "cpu")
     assert (small.tokenizer, small.prior) == ("vqgan-f4", "ar-tiny")
     assert small.reasons == (
-        "10000 training images, grey, used at 28×28: the commonest size",
-        "tokenizer vqgan-f4: 49 codes an image at a downsampling factor of 4",
+        "10000 training images, grey, used at 28×28: the most common size",
+        "tokenizer vqgan-f4: 49 codes per image at a downsampling factor of 4",
         "prior ar-tiny: small, for a CPU",
     )
     on_gpu = select_recipes(statistics(128, 128), 50_000, "cuda")
@@ -445,10 +445,10 @@ def test_recipes_are_selected_by_image_size_count_and_device_with_reasons() -> N
     assert select_recipes(statistics(28, 28, 1), 10_000, "cpu", prior="diffusion-ddpm-pixels").tokenizer == "identity"
     chosen = select_recipes(statistics(128, 128), 500, "cpu", size=(64, 96), tokenizer="vqgan-f4", prior="ar-small")
     assert (chosen.size, chosen.tokenizer, chosen.prior) == ((64, 96), "vqgan-f4", "ar-small")
-    assert all(line.endswith("as asked") for line in chosen.reasons)
+    assert all(line.endswith("as requested") for line in chosen.reasons)
     large_photo = select_recipes(statistics(3000, 4000), 500, "cpu")
     assert large_photo.size == (192, 256)
-    assert "the commonest size 3000×4000, reduced; --resolution sets another" in large_photo.reasons[0]
+    assert "the most common size 3000×4000, reduced; pass --resolution to set another size" in large_photo.reasons[0]
 
 
 @pytest.mark.parametrize("size", [(3000, 4000), (4032, 3024), (1080, 1920), (257, 257), (300, 40_000)])
