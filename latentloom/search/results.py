@@ -1,4 +1,4 @@
-"""What a search found: each trial's outcome, the best as a recipe, and both as text."""
+"""Results of a search: the outcome of each trial, the best settings as a recipe, and both as text."""
 
 import csv
 import math
@@ -14,23 +14,28 @@ from training_harness.configuration import stored
 from training_harness.files import atomic_file, write_text
 
 MAX_TABLE_ROWS = 5
-RUN_PATHS = ("output", "codes", "data")  # of one run, no part of a recipe
+RUN_PATHS = ("output", "codes", "data")  # they belong to one run, not to a recipe
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure that trials are judged by, under its name in metrics.jsonl; `sign` makes the lower one the better."""
+    """The metric that a search improves.
+
+    Optuna minimizes the objective, which is `sign` times the metric.
+    """
 
     name: str
+    """Column in metrics.jsonl."""
     unit: str
     sign: int
+    """1 when a lower metric is better, -1 when a higher one is better."""
 
-    def format_value(self, judged: float) -> str:
-        return f"{self.sign * judged:.5g} {self.unit}"
+    def format_value(self, objective: float) -> str:
+        return f"{self.sign * objective:.5g} {self.unit}"
 
 
 METRICS = {
-    "autoregressive": Metric("validation_nats_per_token", "nats a token", 1),
+    "autoregressive": Metric("validation_nats_per_token", "nats per token", 1),
     "diffusion": Metric("validation_squared_error", "squared error", 1),
     "tokenizer": Metric("validation_psnr", "dB PSNR", -1),
 }
@@ -38,33 +43,45 @@ METRICS = {
 
 @dataclass(frozen=True)
 class TrialResult:
-    """`figure` is the least one that the trial was judged by; a failed trial may have none."""
+    """Outcome of a trial that has ended."""
 
     number: int
+    """Number of the trial, from 1."""
     values: Mapping[str, Any]
+    """Value of each searched field."""
     outcome: Literal["finished", "pruned", "failed"]
     objective: float
+    """Lowest validated objective, NaN when a failed trial has none."""
     steps: int
+    """Last validated step."""
     seconds: float
     reason: str = ""
+    """Why the trial failed."""
 
 
 def find_best_trial(results: Sequence[TrialResult]) -> TrialResult | None:
-    """The first of the best among those that finished."""
+    """Return the finished trial with the lowest objective, the first one of equal trials, or None."""
     return min((r for r in results if r.outcome == "finished"), key=lambda r: r.objective, default=None)
 
 
 def format_short(value: Any) -> str:
+    """Format a value with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else format_full(value)
 
 
 def format_full(value: Any) -> str:
-    """As in YAML, or near enough to read."""
+    """Format a value with all digits, nearly as in YAML."""
     return str(list(value) if isinstance(value, tuple) else value)
 
 
 def describe_trial(result: TrialResult, metric: Metric, trials: int, steps: int, best: TrialResult | None) -> str:
-    """One line about a trial that is over."""
+    """Describe a trial that has ended, in one line.
+
+    Args:
+        trials: number of trials of the search.
+        steps: number of steps of each trial.
+        best: the best trial so far.
+    """
     values = ", ".join(f"{field} {format_short(value)}" for field, value in result.values.items())
     if result.outcome == "finished":
         outcome = metric.format_value(result.objective)
@@ -72,12 +89,12 @@ def describe_trial(result: TrialResult, metric: Metric, trials: int, steps: int,
         outcome = f"{metric.format_value(result.objective)} after {result.steps} of {steps} steps, pruned"
     else:
         outcome = f"failed: {result.reason}"
-    standing = f"best {metric.sign * best.objective:.5g}, trial {best.number}" if best else "none finished yet"
-    return f"trial {result.number} of {trials}: {values}: {outcome} ({standing})"
+    ranking = f"best {metric.sign * best.objective:.5g}, trial {best.number}" if best else "none finished yet"
+    return f"trial {result.number} of {trials}: {values}: {outcome} ({ranking})"
 
 
 def format_best_trials(results: Sequence[TrialResult], metric: Metric) -> str:
-    """The best trials under one another."""
+    """Format the best finished trials as a table, the best one first."""
     finished = sorted((r for r in results if r.outcome == "finished"), key=lambda r: r.objective)[:MAX_TABLE_ROWS]
     rows = [["trial", metric.name, *finished[0].values]] if finished else []
     rows += [
@@ -88,18 +105,19 @@ def format_best_trials(results: Sequence[TrialResult], metric: Metric) -> str:
 
 
 def write_trials(path: Path, results: Sequence[TrialResult], metric: Metric, space: Space) -> None:
-    """`trials.csv`: a row for each trial."""
-    with atomic_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    """Write `trials.csv` with one row per trial."""
+    with atomic_file(path) as temporary_path, temporary_path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["trial", "outcome", metric.name, "steps", "seconds", *(p.field for p in space), "reason"])
         for r in results:
-            objective = "" if math.isnan(r.objective) else f"{metric.sign * r.objective:.6g}"
-            measured = [objective, r.steps, f"{r.seconds:.1f}"]
-            rows.writerow([r.number, r.outcome, *measured, *(format_full(r.values[p.field]) for p in space), r.reason])
+            metric_value = "" if math.isnan(r.objective) else f"{metric.sign * r.objective:.6g}"
+            measurements = [metric_value, r.steps, f"{r.seconds:.1f}"]
+            values = [format_full(r.values[p.field]) for p in space]
+            rows.writerow([r.number, r.outcome, *measurements, *values, r.reason])
 
 
 def write_recipe(path: Path, config: Training, header: Sequence[str]) -> None:
-    """Everything of `config` but the places it reads and writes, below lines of comment."""
+    """Write `config` without its input and output paths as a YAML recipe, below the lines of `header` as comments."""
     values = {name: value for name, value in stored(config).items() if name not in RUN_PATHS}
     comment = "".join(f"# {line}\n" for line in header)
     write_text(path, comment + yaml.safe_dump(values, sort_keys=False))
