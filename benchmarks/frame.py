@@ -4,7 +4,7 @@
 
 Each round runs every contender once, and the order changes from round to round. So a busy machine affects all contenders alike.
 The result is the median of the ratios with their quartiles. A report is written to docs/benchmarks as NAME.json, NAME.md and,
-where there is a chart, NAME.png.
+if it has a chart, NAME.png.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Report:
     text: str
     results: dict[str, Any]
     peers: Sequence[str] = ()
-    """Packages whose versions are reported."""
+    """Packages to report with their versions."""
     chart: Callable[[Path], None] | None = None
     provenance: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
 

@@ -130,7 +130,7 @@ def parse_spec(expression: str, field: str, spec: str, base: Training) -> Parame
             validate_value(expression, field, int(end) if is_integer else float(end), base) for end in ends.groups()
         )
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ConfigError(f"--search has {expression!r}; expected a finite range whose first end is the lower one")
+            raise ConfigError(f"--search has {expression!r}; expected a finite range with the lower end first")
         return Range(field, low, high)
     texts = tuple(text.strip() for text in spec.split("|"))
     if len(texts) < 2 or "" in texts:
@@ -189,7 +189,7 @@ def replace_values(base: Training, values: Mapping[str, Any]) -> Any:
 
 
 def base_optuna_values(space: Space, base: Training) -> dict[str, Any]:
-    """Return the Optuna values that give the settings of `base`, for each parameter whose range contains them."""
+    """Return the Optuna values that give the settings of `base`, for each parameter that contains them."""
     values = {p.field: p.to_optuna_value(functools.reduce(getattr, p.field.split("."), base)) for p in space}
     return {field: value for field, value in values.items() if value is not None}
 
