@@ -1,10 +1,11 @@
-"""What a user would glue together without latentloom: diffusers' VQModel, then transformers' LlamaForCausalLM.
+"""The baseline stack: diffusers' VQModel, then transformers' LlamaForCausalLM.
 
-Everything comes from the two libraries' public interfaces and plain torch, on pixels in [-1, 1] that stay in memory. Each
-stage is given a number of seconds: warm-up and cosine decay run over them, so that a short run is a whole run.
+It is what a user would build without latentloom. It uses only the public interfaces of the two libraries and plain PyTorch, on
+pixels in [-1, 1] that stay in memory. Each stage gets a number of seconds. Warm-up and cosine decay span these seconds, so a
+short run is a complete run.
 
-Products round their factors to bfloat16 on CPUs that gain from it, as ours do. What was tuned, in which order and with
-which figures, stands in docs/LOG.md; `Tuning` holds what came out best.
+On CPUs that gain from it, matrix products use bfloat16 factors, as ours do. docs/LOG.md has the tuning in order with all
+metrics; `Tuning` holds the best settings.
 """
 
 import math
@@ -21,12 +22,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 CODES, CLASSES = 512, 10
-NULL = CODES + CLASSES  # the class token of guidance's other half
+NULL = CODES + CLASSES  # the class token without a class, for guidance
 WARMUP = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
+    """Settings of both stages."""
+
     channels: tuple[int, ...] = (32, 64, 64)
     layers_per_block: int = 1
     attention: bool = False
@@ -46,13 +49,15 @@ class Tuning:
 
 
 class Trained(NamedTuple):
+    """A trained stage."""
+
     model: VQModel | LlamaForCausalLM
     steps: int
     images_per_second: float
 
 
 def train_tokenizer(pixel_values: Tensor, seconds: float, tuning: Tuning, seed: int) -> Trained:
-    """VQModel on (N, C, H, W) in [-1, 1]: mean squared error and the library's codebook loss."""
+    """Train VQModel on (N, C, H, W) in [-1, 1] with mean squared error and the library's codebook loss."""
     torch.manual_seed(seed)
     levels, channels = len(tuning.channels), pixel_values.shape[1]
     model = VQModel(
@@ -71,12 +76,12 @@ def train_tokenizer(pixel_values: Tensor, seconds: float, tuning: Tuning, seed: 
     ema = EMAModel(model.parameters(), decay=tuning.ema_decay)
     begin, steps = time.perf_counter(), 0
     for rows in batches(len(pixel_values), tuning.tokenizer_batch, seed):
-        done = (time.perf_counter() - begin) / seconds
-        if done >= 1:
+        progress = (time.perf_counter() - begin) / seconds
+        if progress >= 1:
             break
         output = model(pixel_values[rows].contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(output.sample, pixel_values[rows]) + tuning.codebook_weight * output.commit_loss
-        take_step(model, optimizer, loss, tuning.tokenizer_rate * rate(done))
+        take_step(model, optimizer, loss, tuning.tokenizer_rate * learning_rate_factor(progress))
         ema.step(model.parameters())
         steps += 1
     elapsed = time.perf_counter() - begin
@@ -85,7 +90,7 @@ def train_tokenizer(pixel_values: Tensor, seconds: float, tuning: Tuning, seed: 
 
 
 def train_prior(tokens: Tensor, labels: Tensor, seconds: float, tuning: Tuning, seed: int) -> Trained:
-    """Llama on sequences of a class token and (N, T) codes, with the class left out now and then for guidance."""
+    """Train Llama on sequences of a class token and (N, T) codes; for guidance the class is dropped in some sequences."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=NULL + 1,
@@ -97,22 +102,22 @@ def train_prior(tokens: Tensor, labels: Tensor, seconds: float, tuning: Tuning, 
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation="eager",  # 80 ms a step against 140 of "sdpa" where products are rounded
+        attn_implementation="eager",  # 80 ms per step, "sdpa" needs 140 with reduced matmul precision
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=tuning.prior_rate, betas=(0.9, 0.95), weight_decay=0.01)
     ema = EMAModel(model.parameters(), decay=tuning.ema_decay)
     begin, steps = time.perf_counter(), 0
     for rows in batches(len(tokens), tuning.prior_batch, seed):
-        done = (time.perf_counter() - begin) / seconds
-        if done >= 1:
+        progress = (time.perf_counter() - begin) / seconds
+        if progress >= 1:
             break
         classes = CODES + labels[rows]
         classes = classes.masked_fill(torch.rand(len(rows)) < tuning.class_dropout, NULL)
         sequence = torch.cat([classes[:, None], tokens[rows]], dim=1)
-        loss = model(input_ids=sequence[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(loss.flatten(0, 1), sequence[:, 1:].flatten())
-        take_step(model, optimizer, loss, tuning.prior_rate * rate(done))
+        logits = model(input_ids=sequence[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), sequence[:, 1:].flatten())
+        take_step(model, optimizer, loss, tuning.prior_rate * learning_rate_factor(progress))
         ema.step(model.parameters())
         steps += 1
     elapsed = time.perf_counter() - begin
@@ -122,30 +127,30 @@ def train_prior(tokens: Tensor, labels: Tensor, seconds: float, tuning: Tuning, 
 
 @torch.no_grad()
 def encode(model: VQModel, pixel_values: Tensor, batch_size: int = 250) -> Tensor:
-    """(N, 1, H, W) in [-1, 1] → (N, h·w) codes."""
+    """Encode (N, 1, H, W) in [-1, 1] as (N, h·w) codes."""
     latents = (model.encode(batch).latents for batch in pixel_values.split(batch_size))
-    # the quantizer's third output holds the indices of all positions in one row
+    # the third output of the quantizer holds the indices of all positions in one row
     return torch.cat([model.quantize(z)[2][2].view(len(z), -1) for z in latents])
 
 
 @torch.no_grad()
 def decode(model: VQModel, tokens: Tensor, batch_size: int = 250) -> Tensor:
-    """(N, h·w) codes of a square grid → (N, 1, H, W) uint8."""
+    """Decode (N, h·w) codes of a square grid as (N, 1, H, W) uint8."""
     side = math.isqrt(tokens.shape[1])
-    pictures = []
+    images = []
     for batch in tokens.split(batch_size):
         shape = (len(batch), side, side, model.config.latent_channels)
         quantized = model.quantize.get_codebook_entry(batch.flatten(), shape)
-        pictures.append(model.decode(quantized, force_not_quantize=True).sample)
-    return (torch.cat(pictures) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        images.append(model.decode(quantized, force_not_quantize=True).sample)
+    return (torch.cat(images) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
 def sample(
     model: LlamaForCausalLM, labels: Tensor, tokens: int, guidance_scale: float, batch_size: int = 100
 ) -> Tensor:
-    """Codes (N, tokens) for class ids (N,), drawn by `generate` with its key-value cache and its guidance."""
-    drawn = []
+    """Sample codes (N, tokens) for class ids (N,) by `generate`, with its key-value cache and its guidance."""
+    samples = []
     for classes in labels.split(batch_size):
         prompt = (CODES + classes)[:, None]
         config = GenerationConfig(
@@ -159,11 +164,12 @@ def sample(
         )
         null = torch.full_like(prompt, NULL)
         output = model.generate(prompt, generation_config=config, negative_prompt_ids=null)
-        drawn.append(output[:, 1:])
-    return torch.cat(drawn)
+        samples.append(output[:, 1:])
+    return torch.cat(samples)
 
 
 def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    """Run the backward pass, clip the gradients and update the weights."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss.backward()
@@ -172,13 +178,13 @@ def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Te
     optimizer.zero_grad()
 
 
-def rate(done: float) -> float:
-    """Share of the full learning rate once `done` of the time has passed: linear warm-up, then cosine to zero."""
-    return min(1.0, done / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate_factor(progress: float) -> float:
+    """Return the factor of the learning rate at `progress` in [0, 1]: linear warm-up, then cosine decay to zero."""
+    return min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Rows of full batches, shuffled anew each epoch, without end."""
+    """Yield positions of full batches without end, in a new random order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)

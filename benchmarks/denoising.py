@@ -1,10 +1,10 @@
-"""A diffusion transformer side by side with diffusers' `DiTTransformer2DModel` of the same size: forward pass and training step.
+"""A diffusion transformer compared with diffusers' `DiTTransformer2DModel` of the same size: forward pass and training step.
 
 DiT-S, 12 layers × 384, 6 heads, four latent channels, 1,000 classes, in float32: a forward pass without gradients, and a
 forward and backward pass of the mean squared error. The blocks have the same arithmetic. diffusers embeds time and class
 again in each block. Ours runs with the matmul precision of its training loop (`training_harness.matmul_precision`), diffusers
-with torch's default; "products as ours" is diffusers with our setting. The share is relative to this machine's speed in a
-large product.
+with PyTorch's default. "our matmul precision" is diffusers with our setting. The share is relative to this machine's speed in a
+large matrix product.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
-from frame import OURS, Report, compared, interleaved, table
+from frame import OURS, Report, compare_times, markdown_table, time_interleaved
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from where_time_goes import by_kind, machine_speed
+from where_time_goes import flop_by_kind, measure_machine_speed
 
 from stage2_prior.diffusion.config import DiffusionPriorConfig, DiTModel
 from stage2_prior.diffusion.dit import DiT
@@ -25,44 +25,44 @@ from training_harness.allocator import keep_freed_memory
 from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.processes import accelerated_device
 
-Given = tuple[Tensor, Tensor, Tensor]
-"""Latents, times in (0, 1] and class ids."""
-Predict = Callable[[Any, Given], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Latents (B, 4, h, w), times in (0, 1] (B,) and class ids (B,)."""
+Predict = Callable[[Any, Inputs], Tensor]
 
 THEIRS = "diffusers DiT"
 CHANNELS, CLASSES = 4, 1000
-SHAPES = ((8, 1, 8), (32, 2, 4), (16, 1, 8))  # side of the latents, patch, batch
+SHAPES = ((8, 1, 8), (32, 2, 4), (16, 1, 8))  # side of the latents, patch size, batch size
 
 
-def our_denoiser(side: int, patch: int) -> DiT:
+def build_our_denoiser(side: int, patch: int) -> DiT:
     model, sizes = DiTModel(patch_size=patch), {"channels": CHANNELS, "height": side, "width": side}
     return DiT(DiffusionPriorConfig(model=model, num_classes=CLASSES, **sizes), model)
 
 
-def their_denoiser(side: int, patch: int) -> Any:
+def build_their_denoiser(side: int, patch: int) -> Any:
     sizes = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12}
     return DiTTransformer2DModel(
         **sizes, in_channels=CHANNELS, sample_size=side, patch_size=patch, num_embeds_ada_norm=CLASSES
     )
 
 
-def forward(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
-    with reduced_matmul_precision(given[0].device, enabled=rounded), torch.no_grad():
-        predict(model, given)
+def run_forward(model: nn.Module, predict: Predict, inputs: Inputs, reduced_precision: bool) -> None:
+    with reduced_matmul_precision(inputs[0].device, enabled=reduced_precision), torch.no_grad():
+        predict(model, inputs)
 
 
-def training(model: nn.Module, predict: Predict, given: Given, rounded: bool) -> None:
-    with reduced_matmul_precision(given[0].device, enabled=rounded):
-        F.mse_loss(predict(model, given), given[0]).backward()
+def run_training_step(model: nn.Module, predict: Predict, inputs: Inputs, reduced_precision: bool) -> None:
+    with reduced_matmul_precision(inputs[0].device, enabled=reduced_precision):
+        F.mse_loss(predict(model, inputs), inputs[0]).backward()
         model.zero_grad()
 
 
-def our_prediction(model: Any, given: Given) -> Tensor:
-    return model(*given)
+def predict_with_ours(model: Any, inputs: Inputs) -> Tensor:
+    return model(*inputs)
 
 
-def their_prediction(model: Any, given: Given) -> Tensor:
-    latents, times, labels = given
+def predict_with_theirs(model: Any, inputs: Inputs) -> Tensor:
+    latents, times, labels = inputs
     return model(latents, timestep=(1000 * times).long(), class_labels=labels).sample
 
 
@@ -72,36 +72,36 @@ def run(quick: bool) -> Report:
     rounds, shapes = (2, SHAPES[:1]) if quick else (7, SHAPES)
     device = accelerated_device()
     with reduced_matmul_precision(device, enabled=True):
-        speed = machine_speed(3).product
-    rows, figures = [], {}
+        speed = measure_machine_speed(3).matmul
+    rows, results = [], {}
     for side, patch, batch in shapes:
-        numbers = torch.randn(batch, CHANNELS, side, side), torch.linspace(0.1, 0.9, batch), torch.arange(batch)
-        latents, times, labels = (x.to(device) for x in numbers)
-        given = (latents, times, labels)
-        ours, theirs = (make(side, patch).to(device).train() for make in (our_denoiser, their_denoiser))
+        tensors = torch.randn(batch, CHANNELS, side, side), torch.linspace(0.1, 0.9, batch), torch.arange(batch)
+        latents, times, labels = (x.to(device) for x in tensors)
+        inputs = (latents, times, labels)
+        ours, theirs = (make(side, patch).to(device).train() for make in (build_our_denoiser, build_their_denoiser))
         with FlopCounterMode(display=False) as counter:
-            training(ours, our_prediction, given, True)
-        flop = by_kind(counter)["product"]
-        for kind, pass_of in (("forward", forward), ("training step", training)):
-            takes = {
-                OURS: partial(pass_of, ours, our_prediction, given, True),
-                THEIRS: partial(pass_of, theirs, their_prediction, given, False),
-                f"{THEIRS}, products as ours": partial(pass_of, theirs, their_prediction, given, True),
+            run_training_step(ours, predict_with_ours, inputs, True)
+        flop = flop_by_kind(counter)["matmul"]
+        for kind, run_pass in (("forward", run_forward), ("training step", run_training_step)):
+            contenders = {
+                OURS: partial(run_pass, ours, predict_with_ours, inputs, True),
+                THEIRS: partial(run_pass, theirs, predict_with_theirs, inputs, False),
+                f"{THEIRS}, our matmul precision": partial(run_pass, theirs, predict_with_theirs, inputs, True),
             }
-            found = compared(interleaved(takes, rounds))
-            share = flop / (3 if kind == "forward" else 1) / found[OURS]["seconds"] / speed
+            comparison = compare_times(time_interleaved(contenders, rounds))
+            share = flop / (3 if kind == "forward" else 1) / comparison[OURS]["seconds"] / speed
             shape = f"{side}×{side}, patch {patch}, batch {batch}"
-            figures[f"{shape}: {kind}"] = {"share": share, "contenders": found}
-            for name, row in found.items():
+            results[f"{shape}: {kind}"] = {"share": share, "contenders": comparison}
+            for name, row in comparison.items():
                 low, high = row["quartiles"]
-                own = f"{share:.0%}" if name == OURS else ""
+                share_cell = f"{share:.0%}" if name == OURS else ""
                 spread = f"{low:.2f} … {high:.2f}"
-                rows.append([shape, kind, name, 1e3 * row["seconds"], row["ratio"], spread, own])
+                rows.append([shape, kind, name, 1e3 * row["seconds"], row["ratio"], spread, share_cell])
     head = ["latents", "", "", "ms", "time, ours = 1", "quartiles", "share"]
     return Report(
         name="denoising",
         title="A diffusion transformer: forward pass and training step",
-        text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), table(head, rows)]),
-        figures={"product": speed, "shapes": figures},
+        text="\n\n".join([(__doc__ or "").partition("\n\n")[2].strip(), markdown_table(head, rows)]),
+        results={"matmul": speed, "shapes": results},
         peers=("diffusers",),
     )

@@ -1,8 +1,8 @@
 """Peak memory of `latentloom evaluate` at 2,000 and at 50,000 images.
 
-The command runs in its own process on the embedded images, with the features of the reference classifier, and measures images
-that it reads from an `.npz` file. The peak is the largest resident set that the system recorded. The images are noise, since
-memory does not depend on their content.
+The command runs in its own process on the embedded images with the features of the reference classifier. It evaluates images
+from an `.npz` file. The peak is the largest resident set size that the system recorded. The images are noise, because memory
+does not depend on their content.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from frame import Report, table
+from frame import Report, markdown_table
 
 from latentloom.data.embedded import FASHION_MNIST
 from pipelines.evaluation.image_arrays import write_and_yield
@@ -23,7 +23,8 @@ PEAK = "import resource, sys; from latentloom.cli import main; status = main(sys
 )
 
 
-def peak_mib(count: int, folder: Path) -> float:
+def measure_peak_mib(count: int, folder: Path) -> float:
+    """Return the peak memory in MiB of an evaluation of `count` images."""
     path, generator = folder / f"{count}.npz", torch.Generator().manual_seed(0)
     batches = (
         torch.randint(256, (size, 1, 28, 28), dtype=torch.uint8, generator=generator)
@@ -32,27 +33,27 @@ def peak_mib(count: int, folder: Path) -> float:
     for _ in write_and_yield(path, batches, count):
         pass
     command = ["evaluate", "--samples", path, "--reference", FASHION_MNIST]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, command)],
         capture_output=True,
         text=True,
         env=os.environ | {"LATENTLOOM_CACHE": str(folder)},
     )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return int(done.stderr.split("peak")[1]) / 1024
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return int(process.stderr.split("peak")[1]) / 1024
 
 
 def run(quick: bool) -> Report:
     counts = (1_000, 4_000) if quick else COUNTS
     with TemporaryDirectory() as temporary:
-        peak_mib(1_000, Path(temporary))  # the features of the reference are there from here on
-        peaks = {count: peak_mib(count, Path(temporary)) for count in counts}
+        measure_peak_mib(1_000, Path(temporary))  # afterwards the features of the reference images are cached
+        peaks = {count: measure_peak_mib(count, Path(temporary)) for count in counts}
     small, large = peaks.values()
     text = "\n\n".join(
         [
             (__doc__ or "").partition("\n\n")[2].strip(),
-            table(["images", "peak, MiB"], [[count, peak] for count, peak in peaks.items()]),
+            markdown_table(["images", "peak, MiB"], [[count, peak] for count, peak in peaks.items()]),
             f"Difference: {large / small - 1:.1%}.",
         ]
     )

@@ -1,10 +1,10 @@
-"""What every benchmark stands on: contenders take turns, and each is compared with ours round by round.
+"""Shared parts of all benchmarks: timing in turns, comparison with ours in each round, and the written report.
 
     ratio_r = seconds of the peer in round r / our seconds in round r        above 1: ours is faster
 
-A round runs each contender once, each time in another order, so that what a shared machine does to one it does to all; the
-median of the ratios and their quartiles are what is reported. Results go to docs/benchmarks: NAME.json, the page NAME.md and
-the chart NAME.png.
+Each round runs every contender once, and the order changes from round to round. So a busy machine affects all contenders alike.
+The result is the median of the ratios with their quartiles. A report is written to docs/benchmarks as NAME.json, NAME.md and,
+if it has a chart, NAME.png.
 """
 
 import dataclasses
@@ -26,51 +26,57 @@ from training_harness.configuration import from_mapping
 from training_harness.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "docs" / "benchmarks"
+RESULTS_FOLDER = ROOT / "docs" / "benchmarks"
 OURS = "latentloom"
 
 
 @dataclass
 class Report:
-    """What one benchmark found: its JSON, and its page as Markdown."""
+    """The results of one benchmark, which are written as JSON and as a Markdown page."""
 
     name: str
     title: str
     text: str
-    figures: dict[str, Any]
+    results: dict[str, Any]
     peers: Sequence[str] = ()
-    """Packages whose versions belong beside the figures."""
+    """Packages to report with their versions."""
     chart: Callable[[Path], None] | None = None
-    made: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
+    provenance: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
 
-    def described(self) -> dict[str, Any]:
-        return self.made | {"versions": self.versions(), "figures": self.figures}
+    def to_dict(self) -> dict[str, Any]:
+        return self.provenance | {"versions": self.versions(), "results": self.results}
 
     def versions(self) -> dict[str, str]:
         return versions() | {name: version(name) for name in self.peers}
 
-    def page(self) -> str:
-        where, known = self.made["machine"], self.versions()
-        libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", *self.peers))
-        device = "" if where["device"] == "cpu" else f"{where['device']}, "
-        threads = f"{where['threads']} threads of {where['cores']} cores"
-        setting = f"*{self.made['date']}: {device}{where['processor']}, {threads}; {libraries}.*"
+    def format_page(self) -> str:
+        hardware, package_versions = self.provenance["machine"], self.versions()
+        libraries = ", ".join(f"{name} {package_versions[name]}" for name in ("torch", *self.peers))
+        device = "" if hardware["device"] == "cpu" else f"{hardware['device']}, "
+        threads = f"{hardware['threads']} threads of {hardware['cores']} cores"
+        setting = f"*{self.provenance['date']}: {device}{hardware['processor']}, {threads}; {libraries}.*"
         chart = "" if self.chart is None else f"\n\n![{self.title}]({self.name}.png)"
         return f"# {self.title}\n\n{setting}\n\n{self.text.strip()}{chart}\n"
 
     def publish(self) -> None:
-        """Writes the JSON, the page, and the chart."""
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        (FOLDER / f"{self.name}.json").write_text(json.dumps(self.described(), indent=2, ensure_ascii=False) + "\n")
-        (FOLDER / f"{self.name}.md").write_text(self.page(), encoding="utf-8")
+        """Write the JSON file, the page and the chart."""
+        RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
+        (RESULTS_FOLDER / f"{self.name}.json").write_text(
+            json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        )
+        (RESULTS_FOLDER / f"{self.name}.md").write_text(self.format_page(), encoding="utf-8")
         if self.chart is not None:
-            self.chart(FOLDER / f"{self.name}.png")
+            self.chart(RESULTS_FOLDER / f"{self.name}.png")
 
 
-def interleaved(
+def time_interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each of `rounds` rounds, after `warm_up` rounds that do not count."""
+    """Time the contenders in turns.
+
+    Returns:
+        Seconds of each contender in each of `rounds` rounds. The first `warm_up` rounds are not timed.
+    """
     names, seconds = list(contenders), {name: list[float]() for name in contenders}
     for number in range(-warm_up, rounds):
         shift = number % len(names)
@@ -84,14 +90,18 @@ def interleaved(
     return seconds
 
 
-def compared(seconds: Mapping[str, Sequence[float]], ours: str = OURS) -> dict[str, dict[str, Any]]:
-    """For each contender its median seconds, and the median and quartiles of its ratios to ours."""
-    found = {}
-    for name, theirs in seconds.items():
-        ratios = [other / own for other, own in zip(theirs, seconds[ours], strict=True)]
-        low, middle, high = quartiles(ratios)
-        found[name] = {"seconds": statistics.median(theirs), "ratio": middle, "quartiles": [low, high]}
-    return found
+def compare_times(seconds: Mapping[str, Sequence[float]], reference: str = OURS) -> dict[str, dict[str, Any]]:
+    """Compute the median seconds of each contender, and median and quartiles of its ratios to `reference`."""
+    comparison = {}
+    for name, contender_seconds in seconds.items():
+        pairs = zip(contender_seconds, seconds[reference], strict=True)
+        low, middle, high = quartiles([contender / base for contender, base in pairs])
+        comparison[name] = {
+            "seconds": statistics.median(contender_seconds),
+            "ratio": middle,
+            "quartiles": [low, high],
+        }
+    return comparison
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -101,8 +111,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> None:
-    """A panel for each group, a bar for each contender, ours in colour."""
+def plot_bars(groups: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> None:
+    """Plot one panel per group with one bar per contender; ours is blue."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,8 +124,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> No
     for axis, (title, rates) in zip(axes[0], groups.items(), strict=True):
         names = list(rates)[::-1]
         colours = ["tab:blue" if name.startswith(OURS) else "lightgrey" for name in names]
-        drawn = axis.barh(names, [rates[name] for name in names], color=colours)
-        axis.bar_label(drawn, fmt=lambda value: f"{value:,.0f}", padding=3)
+        plotted_bars = axis.barh(names, [rates[name] for name in names], color=colours)
+        axis.bar_label(plotted_bars, fmt=lambda value: f"{value:,.0f}", padding=3)
         axis.set(title=title, xlabel=unit)
         axis.set_xlim(0, 1.18 * max(rates.values()))
         axis.spines[["top", "right"]].set_visible(False)
@@ -125,13 +135,13 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> No
     pyplot.close(figure)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers with three significant digits."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format a Markdown table; floats have three significant digits."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join(map(format_cell, row)) + " |" for row in rows)])
 
 
-def shown(value: object) -> str:
+def format_cell(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -144,8 +154,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def recipe(kind: type, stage: str, name: str, share: float, seed: int, **given: object) -> Any:
-    """A named recipe's configuration with a share of its steps, without previews: what it is compared with draws none."""
-    values = training_values(stage, name, None, {key: str(value) for key, value in given.items()} | {"seed": seed})
+def load_recipe(kind: type, stage: str, name: str, share: float, seed: int, **fields: object) -> Any:
+    """Load a recipe with a share of its steps and without previews, because the peers have no previews.
+
+    Args:
+        kind: dataclass of the training configuration.
+        fields: values that override those of the recipe.
+    """
+    values = training_values(stage, name, None, {key: str(value) for key, value in fields.items()} | {"seed": seed})
     config = from_mapping(kind, values)
     return dataclasses.replace(config, max_steps=round(config.max_steps * share), sample_every=10**9)

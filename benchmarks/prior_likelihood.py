@@ -1,9 +1,9 @@
-"""What a prior of the quickstart's codes needs for a held-out code, beside transformers' Llama of the same size.
+"""Bits per held-out code of a prior on the quickstart's codes, compared with transformers' Llama of the same size.
 
-Ours is `ar-tiny`, trained as in the quickstart. Llama has the same size and the settings tuned for the comparison of whole
-stacks. It trains for as many seconds, with a learning rate that decays over them. Both average their weights. The bits are
-those of the codes of validation images, given the class and all codes before. Only codes count in Llama's vocabulary. The
-last row is ours with 8-bit weights, one position at a time, as it decodes.
+Ours is `ar-tiny`, trained as in the quickstart. Llama has the same size and the settings that were tuned for the comparison of
+whole stacks. It is trained for as many seconds, with a learning rate that decays over them. Both average their weights. The bits
+are measured on the codes of validation images, given the class and all earlier codes. Only codes count in Llama's vocabulary.
+The last row is ours with 8-bit weights, one position at a time, as in decoding.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import time
 import baseline_stack
 import torch
 import torch.nn.functional as F
-from frame import OURS, Report, table
-from quickstart_codes import codes_folder, trained_prior
+from frame import OURS, Report, markdown_table
+from quickstart_codes import train_codes, train_prior
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -28,13 +28,15 @@ from training_harness.matmul_precision import reduced_matmul_precision
 BATCH = 250
 
 
-def everything(split: CodeSplit) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(len(split)).numpy()
-    return split.indices(rows), split.labels(rows)
+def read_all(split: CodeSplit) -> tuple[Tensor, Tensor]:
+    """Return the indices (N, h, w) and the labels (N,) of all images of a split."""
+    positions = torch.arange(len(split)).numpy()
+    return split.indices(positions), split.labels(positions)
 
 
 @torch.no_grad()
-def llama_bits(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> float:
+def measure_llama_bits(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> float:
+    """Return the mean bits per code of Llama."""
     nats = []
     for part, classes in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
         sequence = torch.cat([baseline_stack.CODES + classes[:, None], part], dim=1)
@@ -44,8 +46,8 @@ def llama_bits(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> float
 
 
 @torch.no_grad()
-def stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eight_bits: bool) -> float:
-    """As the prior decodes: place after place, from its caches."""
+def measure_stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eight_bits: bool) -> float:
+    """Return the mean bits per code of our prior as it decodes: one position at a time, with its caches."""
     nats = []
     for part, classes in zip(codes.split(BATCH), labels.split(BATCH), strict=True):
         tokens, caches = prior.codes_to_tokens(part), prior.new_caches(len(part))
@@ -58,13 +60,13 @@ def stepped_bits(prior: AutoregressivePrior, codes: Tensor, labels: Tensor, eigh
 
 def run(quick: bool) -> Report:
     share, count, seed = (0.05, 200, 0) if quick else (1.0, None, 0)
-    folder = codes_folder(share, seed)
+    folder = train_codes(share, seed)
     codes = CodeCache(folder)
     begin = time.perf_counter()
-    pipeline = LatentGenerationPipeline.from_pretrained(trained_prior(folder, "ar-tiny", share, seed))
+    pipeline = LatentGenerationPipeline.from_pretrained(train_prior(folder, "ar-tiny", share, seed))
     seconds = time.perf_counter() - begin
-    prior, (held_out, labels) = pipeline.prior.eval(), (x[:count] for x in everything(codes.validation))
-    model, (known, classes) = prior.config.model, everything(codes.train)
+    prior, (held_out, labels) = pipeline.prior.eval(), (x[:count] for x in read_all(codes.validation))
+    model, (train_tokens, classes) = prior.config.model, read_all(codes.train)
     tuning = dataclasses.replace(
         baseline_stack.Tuning(),
         hidden_size=model.hidden_size,
@@ -73,31 +75,31 @@ def run(quick: bool) -> Report:
         intermediate_size=model.intermediate_size,
     )
     with reduced_matmul_precision(torch.device("cpu"), enabled=True):
-        llama = baseline_stack.train_prior(known.flatten(1), classes, seconds, tuning, seed)
+        llama = baseline_stack.train_prior(train_tokens.flatten(1), classes, seconds, tuning, seed)
     bits = {
         OURS: negative_log_likelihood(prior, held_out, labels).mean().item(),
-        "transformers Llama": llama_bits(llama.model, held_out.flatten(1), labels),
-        f"{OURS}, a place at a time": stepped_bits(prior, held_out, labels, eight_bits=False),
-        f"{OURS}, int8": stepped_bits(prior, held_out, labels, eight_bits=True),
+        "transformers Llama": measure_llama_bits(llama.model, held_out.flatten(1), labels),
+        f"{OURS}, one position at a time": measure_stepped_bits(prior, held_out, labels, eight_bits=False),
+        f"{OURS}, int8": measure_stepped_bits(prior, held_out, labels, eight_bits=True),
     }
     uniform = math.log2(prior.config.codebook_size)
     rows = [[name, f"{value:.4f}", f"{value / uniform:.1%}"] for name, value in bits.items()]
     parameters = {OURS: prior, "transformers Llama": llama.model}
     sizes = ", ".join(f"{sum(p.numel() for p in m.parameters()):,} ({name})" for name, m in parameters.items())
-    words = (
+    setting = (
         f"{seconds:.0f} seconds each, {len(held_out):,} validation images, seed {seed}; parameters: {sizes}. A uniform guess costs "
         f"{uniform:.0f} bits."
     )
     return Report(
         name="prior_likelihood",
-        title="Bits a code at equal training time",
+        title="Bits per code at equal training time",
         text="\n\n".join(
             [
                 (__doc__ or "").partition("\n\n")[2].strip(),
-                words,
-                table(["", "bits a code", "of a uniform guess"], rows),
+                setting,
+                markdown_table(["", "bits per code", "share of a uniform guess"], rows),
             ]
         ),
-        figures={"seed": seed, "seconds": seconds, "num_images": len(held_out), "bits_per_token": bits},
+        results={"seed": seed, "seconds": seconds, "num_images": len(held_out), "bits_per_token": bits},
         peers=("transformers",),
     )

@@ -1,6 +1,6 @@
-"""Runs benchmarks and writes them into docs/benchmarks: `python benchmarks/run.py [--quick] [NAME …]`.
+"""Run benchmarks and write their reports to docs/benchmarks: `python benchmarks/run.py [--quick] [NAME …]`.
 
---quick makes all of them end within minutes: smaller, fewer rounds, printed and not written.
+With --quick all benchmarks are smaller and have fewer rounds: they take some minutes, and their reports are only printed.
 """
 
 import argparse
@@ -22,23 +22,25 @@ NAMES = (
     "editing",
     "denoising",
     "samplers",
-    "glue",
+    "baseline",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES)}; by default all")
-    parser.add_argument("--quick", action="store_true", help="smaller, some minutes in all; nothing is written")
+    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES)}; all by default")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller benchmarks, some minutes in total; nothing is written"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; expected any of {', '.join(NAMES)}")
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; expected any of {', '.join(NAMES)}")
     for name in arguments.names:
         begin = time.perf_counter()
         report = importlib.import_module(name).run(arguments.quick)
         if not arguments.quick:
             report.publish()
-        print(f"\n{report.page()}\n{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"\n{report.format_page()}\n{name}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

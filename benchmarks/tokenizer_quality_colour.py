@@ -1,4 +1,4 @@
-"""`tokenizer_quality` on a second set, in colour: emoji and crops of photographs, 32×32 pixels."""
+"""`tokenizer_quality` on colour images: emoji and crops of photographs of 32×32 pixels."""
 
 from frame import Report
 from tokenizer_quality import run_set

@@ -14,7 +14,7 @@ import tyro
 
 import stage1_tokenizer.migration
 import stage2_prior.migration
-from latentloom.recipes import overlaid, recipe_names, recipe_values
+from latentloom.recipes import override_values, recipe_names, recipe_values
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError, UserError
 
@@ -129,8 +129,8 @@ def training_values(
     migration = MIGRATIONS[stage]
     values = migration.present(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
-        values = overlaid(stage, values, migration.present(read_yaml(config)))
-    return overlaid(stage, values, given or {})
+        values = override_values(stage, values, migration.present(read_yaml(config)))
+    return override_values(stage, values, given or {})
 
 
 def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:

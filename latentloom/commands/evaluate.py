@@ -14,9 +14,16 @@ from latentloom.checks import check_count, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
 from latentloom.data.embedded import data_path
-from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
-from latentloom.jobs.evaluation_plots import plot_by_class
-from latentloom.jobs.sample_folders import listed_samples
+from latentloom.jobs.evaluation import (
+    GRID_COLUMNS,
+    GRID_ROWS,
+    build_class_grid,
+    choose_feature_extractor,
+    collect_evaluation_settings,
+    features_folder,
+)
+from latentloom.jobs.evaluation_plots import plot_metrics_by_class
+from latentloom.jobs.sample_folders import read_sample_list
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, check_inception
 from pipelines.evaluation.feature_files import random_positions
@@ -109,7 +116,7 @@ def main(words: list[str]) -> None:
     if a.output is not None:
         write_json(a.output, figures)
         if figures.get("by_class"):
-            plot_by_class(figures, a.output.with_suffix(".by_class.png"))
+            plot_metrics_by_class(figures, a.output.with_suffix(".by_class.png"))
     print_once(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
@@ -127,7 +134,7 @@ def measure_tokenizer(a: Arguments) -> dict[str, Any]:
         raise UserError(f"--reference is {a.reference}; a tokenizer is measured on images; expected a folder of them")
     source = load_source(a.reference)
     held_out = readable(source.held_out, processor)
-    extractor = extractor_for(a.reference, processor, a.features)
+    extractor = choose_feature_extractor(a.reference, processor, a.features)
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         real = evaluator.measure(held_out, "held-out images")
         few = readable(some(source.train, min(len(real), a.max_training_images), a.seed), processor)
@@ -135,7 +142,7 @@ def measure_tokenizer(a: Arguments) -> dict[str, Any]:
     return (
         figures
         | {"num_reference_images": len(real), "reference": source.name, "reference_hash": real.hash}
-        | settings_of(extractor, processor, None, a.seed)
+        | collect_evaluation_settings(extractor, processor, None, a.seed)
         | {"notes": sample_size_warnings(len(real), len(real))}
     )
 
@@ -150,7 +157,7 @@ def measure_image_samples(a: Arguments) -> dict[str, Any]:
     source = source.with_label_order(samples.label_names)
     names = source.label_names if samples.label_names == source.label_names else None
     source = source.with_label_names(samples.label_names)
-    extractor = extractor_for(a.reference, samples.processor, a.features)
+    extractor = choose_feature_extractor(a.reference, samples.processor, a.features)
     held_out = readable(source.held_out, samples.processor)
     train = readable(some(source.train, a.max_training_images, a.seed), samples.processor)
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
@@ -165,7 +172,7 @@ def measure_image_samples(a: Arguments) -> dict[str, Any]:
     return (
         figures
         | {"reference": source.name}
-        | settings_of(extractor, samples.processor, pipeline, a.seed)
+        | collect_evaluation_settings(extractor, samples.processor, pipeline, a.seed)
         | {"notes": sample_size_warnings(figures["num_images"], figures["num_reference_images"])}
     )
 
@@ -180,7 +187,7 @@ def measure_array_samples(a: Arguments) -> dict[str, Any]:
         if reference.images.image_shape[1:] != processor.content_size:
             raise other_size(a.reference, reference.images.image_shape[1:], processor)
     features = a.features or ("inception" if reference.moments else None)
-    extractor = in_rgb(extractor_for("", processor, features))
+    extractor = in_rgb(choose_feature_extractor("", processor, features))
     if reference.images is None:
         check_inception(extractor)  # before samples are drawn
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
@@ -196,7 +203,7 @@ def measure_array_samples(a: Arguments) -> dict[str, Any]:
     return (
         figures
         | {"reference": Path(a.reference).name}
-        | settings_of(extractor, processor, pipeline, a.seed)
+        | collect_evaluation_settings(extractor, processor, pipeline, a.seed)
         | {"notes": sample_size_warnings(len(measured), figures["num_reference_images"] or len(measured))}
     )
 
@@ -250,7 +257,7 @@ def read_samples(path: str, reference: str) -> Samples:
 def sample_split(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
     """The images of a folder, and the names of their classes; of a folder that `sample` wrote its samples alone."""
     folder = Path(path).expanduser()
-    if (listed := listed_samples(folder)) is None:
+    if (listed := read_sample_list(folder)) is None:
         source = open_source(data_path(path), hold_out=False)
         return source.train, source.label_names
     files, classes = listed
@@ -274,7 +281,7 @@ def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
         return
     kept: dict[int, list[Tensor]] = {}
     yield from collect_grid_images(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
-    save_image(sheet(kept, samples.label_names), a.output.with_suffix(".samples.png"))
+    save_image(build_class_grid(kept, samples.label_names), a.output.with_suffix(".samples.png"))
 
 
 def readable(split: ImageSplit, processor: ImageProcessor) -> ImageLoader:

@@ -7,7 +7,7 @@ from typing import Literal
 from latentloom.checks import check_count, check_minutes
 from latentloom.commands.arguments import parse, training_values
 from latentloom.data.embedded import FASHION_MNIST
-from latentloom.jobs.main_job import run_main_job, summary
+from latentloom.jobs.main_job import format_summary, run_main_job
 from latentloom.jobs.stages import load_source
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
 from stage1_tokenizer.training_config import TokenizerTraining
@@ -47,4 +47,4 @@ def main(words: list[str]) -> None:
     prior = parse_prior_training(training_values("prior", prior_recipe, None, given | of_codes))
     inputs = tokenizer_inputs(tokenizer, load_source(FASHION_MNIST))
     metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
-    print_once(summary(a.output, metrics))
+    print_once(format_summary(a.output, metrics))

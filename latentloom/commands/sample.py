@@ -12,7 +12,7 @@ import torch
 from latentloom.checks import check_count, check_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.commands.sampling_arguments import SamplingArguments
-from latentloom.jobs.sample_folders import SAMPLE_LIST, sample_list
+from latentloom.jobs.sample_folders import SAMPLE_LIST, build_sample_list
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
@@ -99,7 +99,7 @@ def write_samples(a: Arguments) -> None:
     names = [_file_name(pipeline, i, label) for i, label in enumerate(labels)]
     save_images(images, [a.output / name for name in names])
     class_names = [pipeline.label_names[label] if pipeline.label_names and label >= 0 else None for label in labels]
-    write_json(a.output / SAMPLE_LIST, sample_list(names, class_names, len(images[0])))
+    write_json(a.output / SAMPLE_LIST, build_sample_list(names, class_names, len(images[0])))
     save_image(image_grid(images, columns=min(8, len(images))), a.output / "grid.png")
     print_once(f"{len(images)} images: {a.output} (all at once: {a.output / 'grid.png'})")
 

@@ -15,9 +15,9 @@ from latentloom.commands.train_tokenizer import select_for_images
 from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
-from latentloom.search.space import Training, default_words, parse_space
-from latentloom.search.study import Plan, require_optuna
-from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer_trainer
+from latentloom.search.space import Training, default_expressions, parse_space
+from latentloom.search.study import SearchPlan, require_optuna
+from latentloom.search.sweep import build_prior_trainer, build_tokenizer_trainer, format_results, run_sweep
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import parse_prior_training
@@ -85,8 +85,8 @@ def sweep_prior(a: Arguments, folder: Path) -> None:
     values = training_values("prior", recipe, a.config, {"codes": str(folder)} | common(a))
     base, codes = parse_prior_training(values), CodeCache(folder)
     plan = plan_of(a, base, codes.spec.tokenizer_id)
-    done = run_sweep(plan, lambda: prior_trainer(base, codes))
-    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
+    done = run_sweep(plan, lambda: build_prior_trainer(base, codes))
+    print_once(f"{format_results(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
 
 
 def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
@@ -96,19 +96,19 @@ def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
     size = {} if a.resolution is None else {"resolution": a.resolution}
     base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
     plan = plan_of(a, base)
-    done = run_sweep(plan, lambda: tokenizer_trainer(base, load_source(data)))
-    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
+    done = run_sweep(plan, lambda: build_tokenizer_trainer(base, load_source(data)))
+    print_once(f"{format_results(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
 
 
 def common(a: Arguments) -> dict[str, object]:
     return {"output": str(a.output)} | ({} if a.seed is None else {"seed": a.seed})
 
 
-def plan_of(a: Arguments, base: Training, trained_on: str = "") -> Plan:
+def plan_of(a: Arguments, base: Training, trained_on: str = "") -> SearchPlan:
     stage = "tokenizer" if isinstance(base, TokenizerTraining) else base.prior
-    space = parse_space(list(chain(*a.search)) or default_words(base), base)
+    space = parse_space(list(chain(*a.search)) or default_expressions(base), base)
     steps = a.max_steps or math.ceil(base.max_steps / 4)
-    return Plan(
+    return SearchPlan(
         base=base,
         space=space,
         metric=METRICS[stage],

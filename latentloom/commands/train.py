@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
 from latentloom.commands.arguments import parse, recipe_help, training_values
-from latentloom.jobs.main_job import check_codes, run_main_job, summary
+from latentloom.jobs.main_job import check_stages_fit, format_summary, run_main_job
 from latentloom.jobs.stages import load_source, print_classes
-from latentloom.planning.dry_run import closing, dry_run
-from latentloom.planning.memory_estimate import measured_seconds
-from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, select_recipes, steps_for
+from latentloom.planning.dry_run import dry_run, format_total_time
+from latentloom.planning.memory_estimate import measure_step_seconds
+from latentloom.planning.recipe_selection import PRIOR_EPOCHS, TOKENIZER_EPOCHS, select_max_steps, select_recipes
 from latentloom.planning.step_timing import time_prior_step, time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import TokenizerInputs, tokenizer_inputs
 from stage1_tokenizer.data.statistics import dataset_statistics
@@ -88,11 +88,11 @@ def main(words: list[str]) -> None:
     tokenizer = from_mapping(TokenizerTraining, values)
     of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
     prior = parse_prior_training(training_values("prior", choice.prior, None, given | of_codes))
-    check_codes(tokenizer, prior)
+    check_stages_fit(tokenizer, prior)
     if a.max_steps is None:
-        steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
+        steps = select_max_steps(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
         tokenizer = replace(tokenizer, max_steps=steps)
-        prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
+        prior = replace(prior, max_steps=select_max_steps(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
     inputs = tokenizer_inputs(tokenizer, source, seen)
     for line in choice.reasons:
         print_once(line)
@@ -103,7 +103,7 @@ def main(words: list[str]) -> None:
     if a.minutes is None and not a.output.exists():
         announce(inputs, prior)
     metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
-    print_once(summary(a.output, metrics))
+    print_once(format_summary(a.output, metrics))
 
 
 def shared_values(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
@@ -116,7 +116,7 @@ def shared_values(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTr
         stages.append(dry_run(title, inputs.config, images, lambda c: time_tokenizer_step(c, inputs.model)))
     stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: time_prior_step(c, spec, classes)))
     texts, seconds = zip(*stages, strict=True)
-    return "\n".join([*texts, closing(seconds)])
+    return "\n".join([*texts, format_total_time(seconds)])
 
 
 def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
@@ -125,9 +125,9 @@ def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
     spec = new_tokenizer(inputs.model).latent_spec()
     minutes = dict[str, float]()
     if tokenizer.model.is_trainable:
-        seconds = measured_seconds(tokenizer, lambda config: time_tokenizer_step(config, inputs.model))
+        seconds = measure_step_seconds(tokenizer, lambda config: time_tokenizer_step(config, inputs.model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
-    seconds = measured_seconds(prior, lambda config: time_prior_step(config, spec, classes))
+    seconds = measure_step_seconds(prior, lambda config: time_prior_step(config, spec, classes))
     minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
     parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
     print_once(

@@ -11,7 +11,7 @@ from latentloom.checks import check_dry_run
 from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values
 from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import run_prior
-from latentloom.planning.dry_run import closing, dry_run
+from latentloom.planning.dry_run import dry_run, format_total_time
 from latentloom.planning.overfit_batch import overfit_prior
 from latentloom.planning.step_timing import time_prior_step
 from stage1_tokenizer.codes.reader import CodeCache
@@ -55,7 +55,7 @@ def main(words: list[str]) -> None:
             len(codes.train),
             lambda changed: time_prior_step(changed, codes.spec, classes),
         )
-        print_once(f"{text}\n{closing([seconds])}")
+        print_once(f"{text}\n{format_total_time([seconds])}")
         return
     if arguments.overfit_batch:
         print_once(overfit_prior(arguments.training))

@@ -17,7 +17,7 @@ from latentloom.commands.arguments import (
 )
 from latentloom.commands.variants import explained, starting_point
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
-from latentloom.planning.dry_run import closing, dry_run
+from latentloom.planning.dry_run import dry_run, format_total_time
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import select_recipes
 from latentloom.planning.step_timing import time_tokenizer_step
@@ -59,7 +59,7 @@ def main(words: list[str]) -> None:
     if arguments.dry_run:
         title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
         text, seconds = dry_run(title, training, images, lambda config: time_tokenizer_step(config, inputs.model))
-        print_once(f"{text}\n{closing([seconds])}")
+        print_once(f"{text}\n{format_total_time([seconds])}")
         return
     if arguments.overfit_batch:
         print_once(overfit_tokenizer(inputs))

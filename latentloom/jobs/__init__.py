@@ -1,1 +1,1 @@
-"""What the commands do: both stages, alone and together, with what they leave."""
+"""The work behind the commands: each stage alone, both stages together, and the files that they write."""

@@ -1,4 +1,4 @@
-"""What `evaluate` and the main job share: which features, where they are kept, a sheet of samples, and the settings."""
+"""Parts that `evaluate` and the main job share: feature extractor, cache folder, image grid and recorded settings."""
 
 import getpass
 import os
@@ -21,42 +21,49 @@ from training_harness.provenance import machine, versions
 GRID_ROWS, GRID_COLUMNS = 10, 10
 
 
-def extractor_for(
+def choose_feature_extractor(
     data: str, processor: ImageProcessor, features: FeatureName | None, quick: bool = False
 ) -> FeatureExtractor:
-    """The extractor of that name; by default the embedded set's judge, EfficientNet-Lite0 where it is installed, or pixels.
+    """Load the feature extractor named `features`, or choose one when the name is None.
 
-    `quick` leaves out EfficientNet-Lite0, which would take minutes on a CPU, from what is chosen by default.
+    The default is the reference classifier for the embedded images. For other images it is EfficientNet-Lite0 when it is
+    installed, and pixels otherwise.
+
+    Args:
+        quick: never choose EfficientNet-Lite0 by default, because it takes minutes on a CPU.
     """
     classifier = classifier_path() if data == FASHION_MNIST else None
     if features is None:
         fits_classifier = classifier is not None and processor.channels == 1 and processor.content_size == (28, 28)
-        other: FeatureName = "efficientnet-lite0" if has_efficientnet() and not quick else "pixels-8x8"
-        features = "classifier" if fits_classifier else other
+        fallback: FeatureName = "efficientnet-lite0" if has_efficientnet() and not quick else "pixels-8x8"
+        features = "classifier" if fits_classifier else fallback
     return feature_extractor(features, accelerated_device(), classifier)
 
 
 def features_folder() -> Path:
-    """Where features of real images are kept: $LATENTLOOM_CACHE, else the user's cache folder, else a temporary one."""
-    own = os.environ.get("LATENTLOOM_CACHE")
+    """Return the cache folder for features of real images, and create it.
+
+    It lies in $LATENTLOOM_CACHE, else in the user's cache folder, else in the temporary folder.
+    """
+    latentloom_cache = os.environ.get("LATENTLOOM_CACHE")
     try:
-        cache = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = (cache if own else cache / "latentloom") / "features"
+        cache = Path(latentloom_cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = (cache if latentloom_cache else cache / "latentloom") / "features"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable", str(folder))
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         folder = Path(tempfile.gettempdir()) / f"latentloom-{getpass.getuser()}" / "features"
         print_once(f"note: the cache folder cannot be used ({error}); features of real images are kept in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def settings_of(
+def collect_evaluation_settings(
     extractor: FeatureExtractor, processor: ImageProcessor, pipeline: LatentGenerationPipeline | None, seed: int
 ) -> dict[str, Any]:
-    """All that the figures depend on besides the images."""
-    found: dict[str, Any] = {
+    """Collect every setting that changes the metrics, apart from the images themselves."""
+    settings: dict[str, Any] = {
         "features": extractor.name,
         "feature_weights": extractor.weights,
         "feature_resize": extractor.resize,
@@ -68,21 +75,25 @@ def settings_of(
         "machine": machine(),
     }
     if pipeline is not None:
-        found |= {
+        settings |= {
             "sampler": type(pipeline.prior).__name__,
             "num_inference_steps": pipeline.prior.num_steps(pipeline.tokenizer.latent_spec(), pipeline.sampling),
             "sampling": vars(pipeline.sampling),
             "classes": list(pipeline.label_names or ()),
         }
-    return found
+    return settings
 
 
-def sheet(kept: dict[int, list[Tensor]], label_names: tuple[str, ...] | None) -> Image:
-    """A labelled sheet of (C, h, w) uint8 images, a row a class; a block of those without classes."""
-    if set(kept) == {-1}:
-        return image_grid(torch.stack(kept[-1]), min(GRID_COLUMNS, len(kept[-1])))
-    shown = {label: kept[label] for label in sorted(kept)}
-    columns = max(map(len, shown.values()))
-    blank = torch.full_like(next(iter(shown.values()))[0], 255)
-    images = torch.stack([image for row in shown.values() for image in row + [blank] * (columns - len(row))])
-    return image_grid(images, columns, [label_names[label] for label in shown] if label_names else None)
+def build_class_grid(images_by_class: dict[int, list[Tensor]], label_names: tuple[str, ...] | None) -> Image:
+    """Arrange images in a labelled grid, one row per class.
+
+    Args:
+        images_by_class: (C, h, w) uint8 images by class id. Images without a class have the id -1 and fill a grid alone.
+    """
+    if set(images_by_class) == {-1}:
+        return image_grid(torch.stack(images_by_class[-1]), min(GRID_COLUMNS, len(images_by_class[-1])))
+    rows = {label: images_by_class[label] for label in sorted(images_by_class)}
+    columns = max(map(len, rows.values()))
+    blank = torch.full_like(next(iter(rows.values()))[0], 255)
+    images = torch.stack([image for row in rows.values() for image in row + [blank] * (columns - len(row))])
+    return image_grid(images, columns, [label_names[label] for label in rows] if label_names else None)

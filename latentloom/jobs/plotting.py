@@ -1,4 +1,4 @@
-"""Plots as PNG files, without a display and with labels of any characters."""
+"""Write plots as PNG files, without a display and with any characters in the labels."""
 
 import os
 import warnings
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def plot(
+def open_plot(
     path: Path, columns: int, width: float, height: float, **options: Any
 ) -> Iterator[tuple["Figure", Sequence["Axes"]]]:
-    """Gives a figure with `columns` plots side by side, and writes it to `path` at the end. Sizes are in inches."""
-    with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # an inherited one may not exist on this machine
+    """Open a figure of `columns` plots side by side, and write it to `path` when the block ends.
+
+    Args:
+        width, height: size of the whole figure in inches.
+        options: passed to `pyplot.subplots`.
+    """
+    with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # an inherited backend may not exist on this machine
         from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
@@ -29,8 +34,8 @@ def plot(
     )
     try:
         yield figure, axes
-        with atomic_file(path) as beside, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a font without some character shows a box
-            figure.savefig(beside, format="png", dpi=100)
+        with atomic_file(path) as temporary_path, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a font shows a box for a character that it lacks
+            figure.savefig(temporary_path, format="png", dpi=100)
     finally:
         pyplot.close(figure)

@@ -1,1 +1,1 @@
-"""What a run will take, before it begins: recipes, steps, memory."""
+"""Plan a run before it begins: select recipes, time a step, estimate the memory."""

@@ -1,7 +1,7 @@
-"""`--overfit-batch`: trains on one batch alone, as a check of one's set-up.
+"""`--overfit-batch`: train on one batch only, to check the set-up.
 
-A network that cannot learn a handful of images by heart will not learn many: the images, the loss or the learning rate are at
-fault. The run is a whole one, beside the output folder, so its pictures and its log can be looked at.
+A network that cannot memorize a few images will not learn a data set: then the images, the loss or the learning rate are at
+fault. The check is a complete run in a folder next to the output folder, so that its images and its log can be inspected.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from latentloom.planning.step_timing import check_learns
+from latentloom.planning.step_timing import check_trainable
 from latentloom.planning.tokenizer_inputs import TokenizerInputs
 from stage1_tokenizer.codes.reader import CodeCache
 from stage1_tokenizer.data.image_loader import ImageLoader
@@ -27,59 +27,72 @@ from training_harness.run_config import RunConfig
 from training_harness.run_folder import stored_configuration
 
 Training = TypeVar("Training", bound=TokenizerTraining | PriorTraining)
-STEPS = 300
-FALL = {"l2": 0.25, "nats_per_token": 0.5, "squared_error": 0.5}  # what must be left at most of a loss's first value
+MAX_STEPS = 300
+LARGEST_LOSS_RATIO = {"l2": 0.25, "nats_per_token": 0.5, "squared_error": 0.5}  # last loss / first loss
 
 
 def overfit_tokenizer(inputs: TokenizerInputs) -> str:
-    """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    """Train a tokenizer on one batch; return the result as one line.
+
+    Raises:
+        UserError: the loss hardly fell, or the tokenizer is not trained.
+    """
     config, model, train = inputs.config, inputs.model, inputs.source.train
-    check_learns(config)
-    pixels = ImageLoader(train.select(_spread(len(train), config.batch_size).tolist()), model.image_processor)
+    check_trainable(config)
+    positions = _select_spread_positions(len(train), config.batch_size).tolist()
+    images = ImageLoader(train.select(positions), model.image_processor)
     perceptual = perceptual_loss(config.perceptual)
     perceptual = perceptual and perceptual.to(accelerated_device())
-    short = _short(config, replace(config.ema, decay=0.9))
-    train_tokenizer(short, model, pixels, pixels, perceptual)
-    return _verdict(short, "l2")
+    short_config = _shorten_run(config, replace(config.ema, decay=0.9))
+    train_tokenizer(short_config, model, images, images, perceptual)
+    return _describe_result(short_config, "l2")
 
 
 def overfit_prior(config: PriorTraining) -> str:
-    """What the check found, as a line. Raises UserError when the loss hardly fell."""
+    """Train a prior on one batch; return the result as one line.
+
+    Raises:
+        UserError: the loss hardly fell.
+    """
     codes = CodeCache(config.codes)
-    codes.train = codes.validation = codes.train.select(_spread(len(codes.train), config.batch_size))
-    short = _short(config, replace(config.ema, decay=0.9))
-    if isinstance(short, DiffusionTraining):
-        plain: PriorTraining = replace(short, class_dropout=0.0)
-        term = "squared_error"
+    codes.train = codes.validation = codes.train.select(_select_spread_positions(len(codes.train), config.batch_size))
+    short_config = _shorten_run(config, replace(config.ema, decay=0.9))
+    if isinstance(short_config, DiffusionTraining):
+        config_without_dropout: PriorTraining = replace(short_config, class_dropout=0.0)
+        loss = "squared_error"
     else:
-        plain = replace(short, class_dropout=0.0, model=replace(short.model, dropout=0.0))
-        term = "nats_per_token"
-    train_prior(plain, codes)
-    return _verdict(plain, term)
+        config_without_dropout = replace(
+            short_config, class_dropout=0.0, model=replace(short_config.model, dropout=0.0)
+        )
+        loss = "nats_per_token"
+    train_prior(config_without_dropout, codes)
+    return _describe_result(config_without_dropout, loss)
 
 
-def _spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` positions, evenly over all: folders come class by class."""
-    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
+def _select_spread_positions(length: int, count: int) -> np.ndarray:
+    """Select at most `count` evenly spaced positions of `length`, because folders list their images class by class."""
+    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
 
 
-def _short(config: Training, ema: EMAConfig) -> Training:
+def _shorten_run(config: Training, ema: EMAConfig) -> Training:
+    """Limit the run to 300 steps in a folder of its own, and remove the folder of an earlier check."""
     folder = config.output.absolute()
     folder = folder.with_name(f"{folder.name}-overfit-batch")
-    if stored_configuration(folder, config.migration) is not None:  # of an earlier check
+    if stored_configuration(folder, config.migration) is not None:
         shutil.rmtree(folder)
-    steps = min(config.max_steps, STEPS)
+    steps = min(config.max_steps, MAX_STEPS)
     every: dict[str, Any] = {"log_every": 1, "sample_every": steps, "checkpoint_every": steps, "accumulation_steps": 1}
     return replace(config, output=folder, max_steps=steps, ema=ema, **every)
 
 
-def _verdict(config: RunConfig, term: str) -> str:
-    values = [row[term] for row in read_metrics(config.output / "metrics.jsonl") if term in row]
+def _describe_result(config: RunConfig, loss: str) -> str:
+    """Compare the first and the last logged value of `loss`; raise UserError when it hardly fell."""
+    values = [row[loss] for row in read_metrics(config.output / "metrics.jsonl") if loss in row]
     first, last = values[0], values[-1]
-    found = f"{term} fell from {first:.4g} to {last:.4g} in {config.max_steps} steps on one batch ({last / first:.0%})"
-    if last > FALL[term] * first:
+    result = f"{loss} fell from {first:.4g} to {last:.4g} in {config.max_steps} steps on one batch ({last / first:.0%})"
+    if last > LARGEST_LOSS_RATIO[loss] * first:
         raise UserError(
-            f"{found}; expected at most {FALL[term]:.0%} of it, since a network should learn a batch by heart; look at "
-            f"{config.output}, and try another --optimizer.learning-rate or more --max-steps"
+            f"{result}; expected at most {LARGEST_LOSS_RATIO[loss]:.0%} of it, because a network should memorize one batch. "
+            f"Look at {config.output}, and try another --optimizer.learning-rate or more --max-steps"
         )
-    return f"{found}: the set-up can learn; its pictures and log: {config.output}"
+    return f"{result}: the set-up can learn; images and log of the check: {config.output}"

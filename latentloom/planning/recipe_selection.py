@@ -1,22 +1,24 @@
-"""Chooses a size and recipes for a set of images and a machine, and says why."""
+"""Select an image size and recipes for a data set and a device, and give the reasons."""
 
 from dataclasses import dataclass
 
 from stage1_tokenizer.data.statistics import DatasetStatistics
 
-# Largest side of a picture, in pixels, and the downsampling factor that leaves at most 16×16 codes; of latents, which
-# have more channels, fewer do.
+# Pairs of the longest image side in pixels and the downsampling factor that gives at most 16×16 codes. Latents have more
+# channels than codes, so fewer positions are enough.
 FACTORS = ((40, 4), (96, 8), (256, 16))
 LATENT_FACTORS = ((96, 8), (256, 16))
 LARGEST_SIDE, LARGEST_FACTOR = FACTORS[-1]
 SMALL_PRIOR_IMAGES = 20_000
 TOKENIZER_EPOCHS, PRIOR_EPOCHS = 60, 20
-LEAST_STEPS = 400
-KINDS = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
+MIN_STEPS = 400
+CHANNEL_NAMES = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
 class RecipeSelection:
+    """Image size (height, width), names of the two recipes, and one printed line per reason."""
+
     size: tuple[int, int]
     tokenizer: str
     prior: str
@@ -24,7 +26,7 @@ class RecipeSelection:
 
 
 def select_recipes(
-    seen: DatasetStatistics,
+    statistics: DatasetStatistics,
     images: int,
     device_type: str,
     *,
@@ -32,57 +34,67 @@ def select_recipes(
     tokenizer: str | None = None,
     prior: str | None = None,
 ) -> RecipeSelection:
-    """What to train on `images` training pictures with a "cpu", "cuda" or "mps" device.
+    """Select the image size and the recipes for a training set.
 
-    `size` (height, width) and the recipes' names are the user's where given.
+    Args:
+        statistics: statistics of the training images.
+        images: number of training images.
+        device_type: "cpu", "cuda" or "mps".
+        size: (height, width) that the user requested, or None.
+        tokenizer: tokenizer recipe that the user requested, or None.
+        prior: prior recipe that the user requested, or None.
     """
-    whole = seen.most_common_size
-    height, width = used = size or working_size(whole)
-    why_size = "as asked" if size else "the commonest size"
-    if used != whole and not size:
-        why_size = f"the commonest size {whole[0]}×{whole[1]}, reduced; --resolution sets another"
-    reasons = [
-        f"{images} training images, {KINDS.get(seen.channels, f'{seen.channels} channels')}, used at {height}×{width}: {why_size}"
-    ]
+    common_size = statistics.most_common_size
+    height, width = selected_size = size or select_size(common_size)
+    size_reason = "as requested" if size else "the most common size"
+    if selected_size != common_size and not size:
+        size_reason = (
+            f"the most common size {common_size[0]}×{common_size[1]}, reduced; pass --resolution to set another size"
+        )
+    channels = CHANNEL_NAMES.get(statistics.channels, f"{statistics.channels} channels")
+    reasons = [f"{images} training images, {channels}, used at {height}×{width}: {size_reason}"]
 
-    of_latents = prior is not None and prior.startswith("diffusion-")
-    factors = LATENT_FACTORS if of_latents else FACTORS
-    factor = next((f for limit, f in factors if max(used) <= limit), LARGEST_FACTOR)
-    codes = -(-height // factor) * -(-width // factor)
-    why_tokenizer = (
-        f"{codes} {'places' if of_latents else 'codes'} an image at a downsampling factor of {factor}"
+    uses_latents = prior is not None and prior.startswith("diffusion-")
+    factors = LATENT_FACTORS if uses_latents else FACTORS
+    factor = next((f for limit, f in factors if max(selected_size) <= limit), LARGEST_FACTOR)
+    positions = -(-height // factor) * -(-width // factor)
+    tokenizer_reason = (
+        f"{positions} {'latent positions' if uses_latents else 'codes'} per image at a downsampling factor of {factor}"
         if tokenizer is None
-        else "as asked"
+        else "as requested"
     )
-    if tokenizer is None and of_latents and str(prior).endswith("-pixels"):
-        tokenizer, why_tokenizer = "identity", "the prior works on pixels"
-    tokenizer = tokenizer or f"{'kl' if of_latents else 'vqgan'}-f{factor}"
-    reasons.append(f"tokenizer {tokenizer}: {why_tokenizer}")
+    if tokenizer is None and uses_latents and str(prior).endswith("-pixels"):
+        tokenizer, tokenizer_reason = "identity", "the prior works on pixels"
+    tokenizer = tokenizer or f"{'kl' if uses_latents else 'vqgan'}-f{factor}"
+    reasons.append(f"tokenizer {tokenizer}: {tokenizer_reason}")
 
     if prior:
-        why_prior = "as asked"
+        prior_reason = "as requested"
     elif device_type == "cpu":
-        prior, why_prior = "ar-tiny", "small, for a CPU"
+        prior, prior_reason = "ar-tiny", "small, for a CPU"
     elif images < SMALL_PRIOR_IMAGES:
-        prior, why_prior = "ar-tiny", f"small, for fewer than {SMALL_PRIOR_IMAGES} images"
+        prior, prior_reason = "ar-tiny", f"small, for fewer than {SMALL_PRIOR_IMAGES} images"
     else:
-        prior, why_prior = "ar-small", f"for {images} images on a {device_type} device"
-    reasons.append(f"prior {prior}: {why_prior}")
-    return RecipeSelection(used, tokenizer, prior, tuple(reasons))
+        prior, prior_reason = "ar-small", f"for {images} images on a {device_type} device"
+    reasons.append(f"prior {prior}: {prior_reason}")
+    return RecipeSelection(selected_size, tokenizer, prior, tuple(reasons))
 
 
-def working_size(size: tuple[int, int]) -> tuple[int, int]:
-    """`size`, or where a side is longer than 256 the nearest shape within 256×256 in multiples of the factor.
+def select_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return `size`, reduced to at most 256 pixels per side with nearly the same aspect ratio.
 
-    Photographs come in thousands of pixels a side, which no prior of ours could learn as one grid of codes.
+    Photographs have thousands of pixels per side: their grid of codes is too large for a prior. A reduced side is a
+    multiple of 16.
     """
-    longest = max(size)
-    if longest <= LARGEST_SIDE:
+    longest_side = max(size)
+    if longest_side <= LARGEST_SIDE:
         return size
-    height, width = (max(1, round(side * LARGEST_SIDE / longest / LARGEST_FACTOR)) * LARGEST_FACTOR for side in size)
+    height, width = (
+        max(1, round(side * LARGEST_SIDE / longest_side / LARGEST_FACTOR)) * LARGEST_FACTOR for side in size
+    )
     return height, width
 
 
-def steps_for(images: int, batch_size: int, epochs: int, most: int) -> int:
-    """Steps of `epochs` passes over the images, at least 400 and at most `most`: small sets overfit before that."""
-    return max(LEAST_STEPS, min(most, epochs * images // batch_size))
+def select_max_steps(images: int, batch_size: int, epochs: int, recipe_steps: int) -> int:
+    """Return the steps of `epochs` epochs, between 400 and the recipe's steps: more steps would overfit a small data set."""
+    return max(MIN_STEPS, min(recipe_steps, epochs * images // batch_size))

@@ -1,4 +1,4 @@
-"""What a stage-one run starts from: the configuration completed from the images, the model's, and the images themselves."""
+"""Inputs of a stage-one run: the completed configuration, the model's configuration and the images."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from stage1_tokenizer.training_config import TokenizerTraining, build_model_conf
 
 @dataclass(frozen=True)
 class TokenizerInputs:
-    """Worked out once for a command, and handed to whatever it does with them."""
+    """Inputs that a command computes once and passes to everything that it runs."""
 
     config: TokenizerTraining
-    """With the resolution and the channels of the images, where the user gave none."""
+    """Training configuration; resolution and channels come from the images unless the user set them."""
     model: TokenizerConfig
     images: LoadedSource
 
@@ -26,7 +26,11 @@ class TokenizerInputs:
 def tokenizer_inputs(
     config: TokenizerTraining, source: ImageSource, statistics: DatasetStatistics | None = None
 ) -> TokenizerInputs:
-    """Completes `config` from the images of `source`, whose statistics are computed where they are not given."""
+    """Complete `config` from the images of `source`.
+
+    Args:
+        statistics: statistics of the training images; computed here when None.
+    """
     statistics = statistics or dataset_statistics(source.train)
     config = complete_config(config, statistics)
     model = build_model_config(config, statistics)

@@ -1,6 +1,6 @@
-"""Recipes: YAML files of training configurations, one a stage, shipped with the package.
+"""Recipes: YAML files of training configurations that are part of the package. A recipe configures one stage.
 
-`base: NAME` in one stands for the fields of another, beneath its own.
+A recipe with `base: NAME` starts from the fields of the recipe NAME and overrides some of them.
 """
 
 from collections.abc import Mapping
@@ -15,35 +15,40 @@ PRIOR_PREFIXES = ("ar-", "diffusion-")
 
 
 def recipe_names(stage: str) -> list[str]:
-    """Names of the recipes of a stage, 'tokenizer' or 'prior'."""
+    """Return the names of the recipes of a stage, 'tokenizer' or 'prior', in alphabetical order."""
     names = sorted(Path(str(path)).stem for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
     return [name for name in names if name.startswith(PRIOR_PREFIXES) == (stage == "prior")]
 
 
 def recipe_values(name: str, stage: str) -> dict[str, Any]:
-    """The fields of a recipe; raises ConfigError when the stage has none of that name."""
+    """Read the fields of a recipe, with the fields of its base.
+
+    Raises:
+        ConfigError: the stage has no recipe of this name.
+    """
     names = recipe_names(stage)
     if name not in names:
-        other = "prior" if stage == "tokenizer" else "tokenizer"
-        if name in recipe_names(other):
+        other_stage = "prior" if stage == "tokenizer" else "tokenizer"
+        if name in recipe_names(other_stage):
+            option = "--tokenizer-recipe" if other_stage == "tokenizer" else "--recipe"
             raise ConfigError(
-                f"{name} is a recipe of the {other}; expected one of the {stage}: {', '.join(names)}; latentloom train takes it "
-                f"as {'--tokenizer-recipe' if other == 'tokenizer' else '--recipe'}, latentloom train-{other} as --recipe"
+                f"{name} is a recipe of the {other_stage}; expected one of the {stage}: {', '.join(names)}. latentloom train "
+                f"takes it as {option}, latentloom train-{other_stage} takes it as --recipe"
             )
         raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)
-    return values if base is None else overlaid(stage, recipe_values(base, stage), values)
+    return values if base is None else override_values(stage, recipe_values(base, stage), values)
 
 
-def overlaid(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's configuration with other values of some fields; see `merged` for another variant of a section."""
+def override_values(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration `base` of a stage with new values of some fields; see `merged`."""
     return merged(base, values, training_type(stage, {**base, **values}))
 
 
 def training_type(stage: str, values: Mapping[str, Any]) -> Any:
-    """The dataclass of a stage's training configuration."""
-    # Imported here: the names of the recipes are asked for where no model is.
+    """Return the dataclass of a stage's training configuration."""
+    # Imported here, because the names of the recipes are needed where no model is imported.
     if stage == "tokenizer":
         from stage1_tokenizer.training_config import TokenizerTraining
 

@@ -1,1 +1,1 @@
-"""`latentloom sweep`: a search over one stage's settings."""
+"""`latentloom sweep`: search over the settings of one stage."""

@@ -1,8 +1,10 @@
-"""A search over a stage's settings: Optuna draws them, the stage trains a short trial, hopeless trials end early.
+"""Search over the settings of a stage: Optuna suggests values, short trials train with them, and weak trials stop early.
 
-    OUTPUT/best.yaml     the best as a recipe   trials.csv   a row for each      trials/NNN/   a run folder for each
+    OUTPUT/best.yaml     the best settings as a recipe
+    OUTPUT/trials.csv    one row per trial
+    OUTPUT/trials/NNN/   one run folder per trial
 
-The first trial has the recipe's own values where the space holds them, so that the best is at least as good.
+The first trial has the recipe's values where the search space contains them, so the best trial is at least as good.
 """
 
 import gc
@@ -16,17 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
-from latentloom.search.results import TrialResult, best_of, describe, table, write_recipe, write_trials
-from latentloom.search.space import with_values
+from latentloom.search.results import (
+    TrialResult,
+    describe_trial,
+    find_best_trial,
+    format_best_trials,
+    write_recipe,
+    write_trials,
+)
+from latentloom.search.space import replace_values
 from latentloom.search.study import (
-    REASON,
-    Plan,
-    draw,
-    holds_this_search,
-    journal_names,
+    FAILURE_REASON,
+    SearchPlan,
+    is_resumable,
+    map_journal_names,
     open_study,
+    read_results,
     require_optuna,
-    results_of,
+    suggest_trial,
     write_request,
 )
 from stage1_tokenizer.codes.reader import CodeCache
@@ -46,151 +55,165 @@ from training_harness.signals import Interrupted
 if TYPE_CHECKING:
     import optuna
 
-Told = Callable[[int, float], None]
-Train = Callable[[Any, Told], object]
-"""Trains a configuration and tells each validated step with its figure, the lower the better."""
+OnValidation = Callable[[int, float], None]
+TrainTrial = Callable[[Any, OnValidation], object]
+"""Trains a configuration, and calls `on_validation` with each validated step and its objective; lower is better."""
 
 
-class TrialPruned(Exception):  # noqa: N818 - what was found; no error of the program
-    """A trial worse than half of those before it."""
+class TrialPruned(Exception):  # noqa: N818 - a result of the search, not a failure of the program
+    """The trial is worse than the median of the earlier ones."""
 
 
 class TimeLimitReached(Exception):  # noqa: N818 - as above
-    """The search may take no longer."""
+    """The minutes of the search are over."""
 
 
-def run_sweep(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
-    """Does the trials that are left, and writes what was found after each.
+def run_sweep(plan: SearchPlan, prepare: Callable[[], TrainTrial]) -> list[TrialResult]:
+    """Run the remaining trials, and write the results after each.
 
-    `prepare` reads what all trials are trained on. Raises Interrupted when told to stop; what is done is kept.
+    Args:
+        prepare: reads the training data of all trials, and returns the function that trains one trial.
+
+    Raises:
+        Interrupted: a signal stopped the search; the trials that have ended are kept.
     """
     require_optuna()
     if number_of_processes() > 1:
-        raise UserError(
-            "a search trains in one process and was launched in several; expected one; leave out accelerate launch"
-        )
+        raise UserError("a search was launched in several processes; expected one. Run it without accelerate launch")
     with output_lock(plan.folder):
         return _run_trials(plan, prepare)
 
 
-def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
-    done = results_of(open_study(plan), plan) if holds_this_search(plan) else []
-    if len(done) >= plan.trials:
-        print_once(f"{plan.folder} has finished its {len(done)} trials; give a larger --trials to go on")
-        report(plan, done)
-        return done
-    train = prepare()  # before the folder is taken: what is refused leaves no trace
+def _run_trials(plan: SearchPlan, prepare: Callable[[], TrainTrial]) -> list[TrialResult]:
+    results = read_results(open_study(plan), plan) if is_resumable(plan) else []
+    if len(results) >= plan.trials:
+        print_once(f"{plan.folder} has finished its {len(results)} trials; pass a larger --trials to go on")
+        write_search_results(plan, results)
+        return results
+    train = prepare()  # before anything is written: an error leaves no files
     write_request(plan)
-    searched = " ".join(f"'{parameter.field}={parameter.spec}'" for parameter in plan.space)
-    print_once(f"{plan.trials} trials of {plan.steps} steps, {len(done)} of them done, over {searched}")
+    search_space = " ".join(f"'{parameter.field}={parameter.spec}'" for parameter in plan.space)
+    print_once(f"{plan.trials} trials of {plan.steps} steps, {len(results)} of them done, over {search_space}")
     study = open_study(plan)
     deadline = time.monotonic() + (math.inf if plan.minutes is None else 60 * plan.minutes)
     try:
-        while len(done) < plan.trials:
+        while len(results) < plan.trials:
             if time.monotonic() > deadline:
                 raise TimeLimitReached
-            run_trial(plan, study, train, len(done) + 1, deadline)
-            done = results_of(study, plan)
-            report(plan, done)
-            print_once(describe(done[-1], plan.metric, plan.trials, plan.steps, best_of(done)))
+            run_trial(plan, study, train, len(results) + 1, deadline)
+            results = read_results(study, plan)
+            write_search_results(plan, results)
+            print_once(describe_trial(results[-1], plan.metric, plan.trials, plan.steps, find_best_trial(results)))
     except TimeLimitReached:
-        again = "run the same command again to go on" if best_of(done) else "give more --minutes or fewer --max-steps"
-        print_once(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        number = getattr(stopped, "number", signal.SIGINT)
-        held = f"; the best so far is in {plan.folder / 'best.yaml'}" if best_of(done) else ""
+        advice = (
+            "run the same command again to go on"
+            if find_best_trial(results)
+            else "pass more --minutes or fewer --max-steps"
+        )
+        print_once(f"{plan.minutes:g} minutes were over after {len(results)} of {plan.trials} trials; {advice}")
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        number = getattr(interruption, "number", signal.SIGINT)
+        best = f"; the best so far is in {plan.folder / 'best.yaml'}" if find_best_trial(results) else ""
         raise Interrupted(
             number,
-            f"stopped by {signal.Signals(number).name} after {len(done)} of {plan.trials} trials{held}; run the same command "
+            f"stopped by {signal.Signals(number).name} after {len(results)} of {plan.trials} trials{best}; run the same command "
             "again to go on",
         ) from None
-    return done
+    return results
 
 
-def run_trial(plan: Plan, study: "optuna.Study", train: Train, number: int, deadline: float) -> None:
-    """Leaves the trial finished, pruned or failed in the journal, and its run folder.
+def run_trial(plan: SearchPlan, study: "optuna.Study", train: TrainTrial, number: int, deadline: float) -> None:
+    """Train one trial, and record it in the journal as finished, pruned or failed.
 
-    A trial that anything else ends stays open, and is done again by the next search here.
+    A trial that ends by another exception stays open, and the next search in this folder repeats it.
     """
     from optuna.trial import TrialState
 
-    trial = draw(plan, study, number)
-    figures: list[float] = []
+    trial = suggest_trial(plan, study, number)
+    objectives: list[float] = []
 
-    def on_validation(step: int, figure: float) -> None:
-        if not math.isfinite(figure):
-            raise NonFiniteLossError(f"step {step}: the validation figure is {figure}")
-        figures.append(figure)
-        trial.report(figure, step)
+    def on_validation(step: int, objective: float) -> None:
+        if not math.isfinite(objective):
+            raise NonFiniteLossError(f"step {step}: the validation metric is {objective}")
+        objectives.append(objective)
+        trial.report(objective, step)
         if step < plan.steps:
             if trial.should_prune():
                 raise TrialPruned
             if time.monotonic() > deadline:
                 raise TimeLimitReached
 
-    shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of a trial that was cut off
+    shutil.rmtree(plan.trial_folder(number), ignore_errors=True)  # of an interrupted trial
     try:
-        known_as = journal_names(plan, study)
-        values = {p.field: p.value_of(trial.params[known_as[p.field]]) for p in plan.space}
+        journal_names = map_journal_names(plan, study)
+        values = {p.field: p.to_config_value(trial.params[journal_names[p.field]]) for p in plan.space}
         train(plan.trial_config(number, values), on_validation)
     except TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except (ConfigError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-        trial.set_user_attr(REASON, str(error).split("; expected")[0].splitlines()[0])
+        trial.set_user_attr(FAILURE_REASON, str(error).split("; expected")[0].splitlines()[0])
         study.tell(trial, state=TrialState.FAIL)
     else:
-        study.tell(trial, min(figures))
+        study.tell(trial, min(objectives))
     finally:
-        gc.collect()  # networks and their accelerator point at one another: a GPU would hold two trials' at once
+        gc.collect()  # networks and their accelerator refer to each other: a GPU would hold the networks of two trials
 
 
-def report(plan: Plan, done: Sequence[TrialResult]) -> None:
-    """Writes what was found so far; of the trials that are not the best only configuration and log are kept."""
-    best = best_of(done)
-    write_trials(plan.folder / "trials.csv", done, plan.metric, plan.space)
+def write_search_results(plan: SearchPlan, results: Sequence[TrialResult]) -> None:
+    """Write the results so far, and remove models, samples and checkpoints of all trials except the best one."""
+    best = find_best_trial(results)
+    write_trials(plan.folder / "trials.csv", results, plan.metric, plan.space)
     if best is not None:
         header = (
-            f"latentloom sweep: {plan.metric.show(best.figure)} in validation within {plan.steps} steps: trial {best.number}, the "
-            f"best of {len(done)}, seed {plan.base.seed}.",
-            f"max_steps is the recipe's again. {plan.steps} steps favour high rates and small models: compare a longer run.",
+            f"latentloom sweep: {plan.metric.format_value(best.objective)} in validation within {plan.steps} steps: "
+            f"trial {best.number}, "
+            f"the best of {len(results)}, seed {plan.base.seed}.",
+            f"max_steps is the recipe's. {plan.steps} steps favour high learning rates and small models: compare a longer run.",
         )
-        write_recipe(plan.folder / "best.yaml", with_values(plan.base, dict(best.values)), header)
-    for number in range(1, len(done) + 1):
+        write_recipe(plan.folder / "best.yaml", replace_values(plan.base, dict(best.values)), header)
+    for number in range(1, len(results) + 1):
         if best is None or number != best.number:
             for name in ("checkpoints", "model", "samples"):
                 shutil.rmtree(plan.trial_folder(number) / name, ignore_errors=True)
 
 
-def closing(plan: Plan, done: Sequence[TrialResult]) -> str:
-    """The best trials, and what to do with them; raises UserError where none finished."""
-    if best_of(done) is None:
-        why = f"; the last failed: {done[-1].reason}" if done and done[-1].reason else ""
+def format_results(plan: SearchPlan, results: Sequence[TrialResult]) -> str:
+    """Format the best trials and the number of trials of each outcome.
+
+    Raises:
+        UserError: no trial finished.
+    """
+    if find_best_trial(results) is None:
+        reason = f"; the last one failed: {results[-1].reason}" if results and results[-1].reason else ""
         raise UserError(
-            f"none of {len(done)} trials finished{why}; expected one at least; narrow --search, or give more --trials or --minutes"
+            f"none of {len(results)} trials finished{reason}; expected at least one. "
+            "Narrow --search, or pass more --trials or --minutes"
         )
-    counts = ", ".join(f"{sum(r.outcome == name for r in done)} {name}" for name in ("finished", "pruned", "failed"))
-    return f"{table(done, plan.metric)}\n{len(done)} trials of {plan.steps} steps: {counts}"
+    counts = ", ".join(f"{sum(r.outcome == name for r in results)} {name}" for name in ("finished", "pruned", "failed"))
+    return f"{format_best_trials(results, plan.metric)}\n{len(results)} trials of {plan.steps} steps: {counts}"
 
 
-# -- what a stage trains on, read once ------------------------------------------------------------------------------
+# -- training data of a stage, read once for all trials ------------------------------------------------------------
 
 
-def prior_trainer(base: PriorTraining, codes: CodeCache) -> Train:
+def build_prior_trainer(base: PriorTraining, codes: CodeCache) -> TrainTrial:
+    """Return a function that trains a prior on `codes`."""
     codes.verify()
-    build_objective(base, codes)  # the recipe itself is refused before any trial
-    return lambda config, told: train_prior(config, codes, None, told)
+    build_objective(base, codes)  # an invalid recipe fails before the first trial
+    return lambda config, on_validation: train_prior(config, codes, None, on_validation)
 
 
-def tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> Train:
-    seen = dataset_statistics(source.train)
-    # The size and the channels of the images follow from the data, whatever a trial's model is.
-    images = tokenizer_inputs(base, source, seen).images
+def build_tokenizer_trainer(base: TokenizerTraining, source: ImageSource) -> TrainTrial:
+    """Return a function that trains a tokenizer on the images of `source`."""
+    statistics = dataset_statistics(source.train)
+    # All trials share the images, because their size and channels depend on the data and not on the model.
+    images = tokenizer_inputs(base, source, statistics).images
     perceptual = perceptual_loss(base.perceptual)
-    distance = perceptual and perceptual.to(accelerated_device())
+    perceptual = perceptual and perceptual.to(accelerated_device())
     images.train.report_skipped()
 
-    def one(config: TokenizerTraining, told: Told) -> object:
-        trial = tokenizer_inputs(config, source, seen)
-        return train_tokenizer(trial.config, trial.model, images.train, images.validation, distance, told)
+    def train_trial(config: TokenizerTraining, on_validation: OnValidation) -> object:
+        inputs = tokenizer_inputs(config, source, statistics)
+        return train_tokenizer(inputs.config, inputs.model, images.train, images.validation, perceptual, on_validation)
 
-    return one
+    return train_trial

@@ -1,4 +1,4 @@
-"""Benchmarks are scripts that import one another by name; so do their tests."""
+"""Benchmarks are scripts that import each other by name, and so do their tests."""
 
 import sys
 from pathlib import Path

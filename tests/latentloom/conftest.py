@@ -15,8 +15,8 @@ from stage1_tokenizer.data.sources import open_source
 def rough_timing() -> Iterator[None]:
     """How long a step takes is measured on one step in place of four."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_timing, "WARM_UP", 0)
-        patch.setattr(step_timing, "MEASURED", 1)
+        patch.setattr(step_timing, "WARM_UP_STEPS", 0)
+        patch.setattr(step_timing, "MEASURED_STEPS", 1)
         yield
 
 

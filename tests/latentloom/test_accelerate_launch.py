@@ -52,7 +52,7 @@ def test_the_main_job_on_two_processes_writes_each_file_once_and_samples_as_one_
     pictures = write_pictures(tmp_path / "pictures")
     steps = ["--max-steps", 4, "--batch-size", 4, "--num-images", 12]
     said = on_two("train", "--data", pictures, "--output", tmp_path / "job", *steps, log=tmp_path / "said")
-    assert said.count("pictures  ") == 1, "each process spoke"
+    assert said.count("images    ") == 1, "each process spoke"
     held = json.loads((tmp_path / "job" / "tokenizer" / "environment.json").read_text(encoding="utf-8"))
     assert (held["processes"], held["distributed_type"]) == (2, "MULTI_CPU")
     metrics = json.loads((tmp_path / "job" / "metrics.json").read_text(encoding="utf-8"))

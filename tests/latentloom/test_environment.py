@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentloom.environment import ignore_incomplete_launcher
 from latentloom.jobs.evaluation import features_folder
-from latentloom.jobs.evaluation_plots import plot_by_class
+from latentloom.jobs.evaluation_plots import plot_metrics_by_class
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -84,7 +84,7 @@ def test_class_names_of_any_characters_stand_in_plots(tmp_path: Path, monkeypatc
     monkeypatch.setenv("MPLBACKEND", "module://of_another_machine")
     names = ["$x^{", "_private", "two\nlines", "猫", "caf\udce9", "$a$", ""]
     metrics = {"frechet": 1.0, "floor": None, "by_class": {name: {"frechet": i + 1.0} for i, name in enumerate(names)}}
-    assert plot_by_class(metrics, tmp_path / "plot.png")
+    assert plot_metrics_by_class(metrics, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[1] > 100
 
 

@@ -11,7 +11,7 @@ from command_line import CHECKOUT, latentloom
 from PIL import Image
 from tiny_models import tiny_pipeline
 
-from latentloom.jobs.evaluation_plots import plot_by_class
+from latentloom.jobs.evaluation_plots import plot_metrics_by_class
 from pipelines.evaluation.pipeline_metrics import bits_per_token
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
@@ -157,9 +157,9 @@ def test_samples_of_which_one_is_broken_are_refused_with_their_number(
 
 def test_figures_by_class_are_drawn_only_where_there_are_some(tmp_path: Path) -> None:
     rows = {"cat": {"frechet": 3.0, "recall": None}, "dog": {"frechet": 1.0, "recall": None}}
-    assert plot_by_class({"by_class": rows, "frechet": 2.0, "floor": {"frechet": 0.5}}, tmp_path / "a.png")
+    assert plot_metrics_by_class({"by_class": rows, "frechet": 2.0, "floor": {"frechet": 0.5}}, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 200
-    assert not plot_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
+    assert not plot_metrics_by_class({"by_class": {"cat": {"frechet": None}}}, tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
 
 

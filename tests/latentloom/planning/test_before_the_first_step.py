@@ -1,4 +1,4 @@
-"""--dry-run and --overfit-batch: what is known of a run before it is begun."""
+"""Checks before a run: --dry-run and --overfit-batch."""
 
 import re
 from pathlib import Path
@@ -20,34 +20,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_dry_run_of_a_prior_says_what_it_takes_and_writes_nothing(
+def test_a_dry_run_of_a_prior_prints_its_cost_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = digests(folder)
-    words = ("--codes", folder / "codes", "--output", folder / "run", "--batch-size", 8, "--max-steps", 30, "--dry-run")
-    assert latentloom("train-prior", *words, *SMALL) == 0
-    said = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in said.splitlines() if line.startswith("  ")}
+    arguments = (
+        "--codes",
+        folder / "codes",
+        "--output",
+        folder / "run",
+        "--batch-size",
+        8,
+        "--max-steps",
+        30,
+        "--dry-run",
+    )
+    assert latentloom("train-prior", *arguments, *SMALL) == 0
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith("  ")}
     assert list(lines) == ["parameters", "memory", "to", "compute", "data", "length", "time", "rate"]
-    assert "40 images an epoch of 5 steps of 8 images" in lines["data"]
+    assert "40 images per epoch, 5 steps of 8 images" in lines["data"]
     assert "30 steps, 6.0 epochs" in lines["length"]
     counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"])]
     assert counts[0] == sum(counts[1:])
     assert digests(folder) == before
 
 
-def test_a_dry_run_of_the_main_job_adds_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = write_pictures(tmp_path / "pictures")
-    assert latentloom("train", "--data", pictures, "--output", tmp_path / "job", "--batch-size", 2, "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert re.search(r"^tokenizer vqgan-f4$", said, re.MULTILINE)
-    assert re.search(r"^prior ar-tiny$", said, re.MULTILINE)
-    assert "nothing was written" in said.splitlines()[-1]
+def test_a_dry_run_of_the_main_job_adds_up_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_pictures(tmp_path / "images")
+    assert latentloom("train", "--data", images, "--output", tmp_path / "job", "--batch-size", 2, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^tokenizer vqgan-f4$", printed, re.MULTILINE)
+    assert re.search(r"^prior ar-tiny$", printed, re.MULTILINE)
+    assert "nothing was written" in printed.splitlines()[-1]
     assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_one_batch_is_learnt_by_heart_and_the_run_folder_stays_free(
+def test_one_batch_is_memorized_without_writing_the_run_folder(
     folder: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = (
@@ -55,9 +65,9 @@ def test_one_batch_is_learnt_by_heart_and_the_run_folder_stays_free(
         if stage == "tokenizer"
         else ("--codes", folder / "codes")
     )
-    words = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 60, "--overfit-batch")
-    for _ in range(2):  # the second check takes the place of the first
-        assert latentloom(f"train-{stage}", *words) == 0
+    arguments = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 60, "--overfit-batch")
+    for _ in range(2):  # the second check replaces the first
+        assert latentloom(f"train-{stage}", *arguments) == 0
         assert "the set-up can learn" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     steps = [
@@ -66,12 +76,12 @@ def test_one_batch_is_learnt_by_heart_and_the_run_folder_stays_free(
     assert steps == list(range(1, 61))
 
 
-def test_a_rate_that_learns_nothing_is_found_out(
+def test_a_learning_rate_that_is_too_small_is_reported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = ("--optimizer.learning-rate", 1e-9, "--optimizer.matrix-learning-rate", 1e-9)
-    words = ("--codes", folder / "codes", "--output", tmp_path / "run", "--max-steps", 10, "--overfit-batch")
-    assert latentloom("train-prior", *words, *rates, *SMALL) == 2
+    arguments = ("--codes", folder / "codes", "--output", tmp_path / "run", "--max-steps", 10, "--overfit-batch")
+    assert latentloom("train-prior", *arguments, *rates, *SMALL) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"error: nats_per_token fell from .* expected at most 50% of it", line), line
     assert "--optimizer.learning-rate" in line

@@ -1,4 +1,4 @@
-"""What a step is said to take is what it takes; and what is said when there is not enough."""
+"""The memory estimate equals the memory of a real step, and a failed allocation ends in a useful message."""
 
 import re
 import weakref
@@ -12,8 +12,8 @@ from command_line import in_new_process
 from small_runs import prepare
 from tiny_models import tiny_tokenizer
 
-from latentloom.planning.memory_estimate import advice_when_memory_runs_out, estimate_memory, recommendations
-from latentloom.planning.step_timing import TimedStep, has_spans, time_prior_step, time_tokenizer_step
+from latentloom.planning.memory_estimate import estimate_memory, explain_out_of_memory, recommend_memory_savings
+from latentloom.planning.step_timing import TimedStep, learns_spans, time_prior_step, time_tokenizer_step
 from stage1_tokenizer.losses.adversarial import AdversarialConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANConfig
@@ -25,133 +25,135 @@ from training_harness.optimization import OptimizerConfig
 
 PRIOR = AutoregressiveModel(hidden_size=64, num_layers=3, num_heads=2, intermediate_size=128)
 SPEC = tiny_tokenizer().latent_spec()
-SHAPE = VQGANConfig(image_channels=1, image_size=(32, 32), channels=(8, 16), blocks=(1, 1))
+TOKENIZER = VQGANConfig(image_channels=1, image_size=(32, 32), channels=(8, 16), blocks=(1, 1))
 
 
 def prior_training(**fields: Any) -> AutoregressiveTraining:
     return AutoregressiveTraining(output=Path("run"), codes=Path("codes"), **{"model": PRIOR, "batch_size": 6} | fields)
 
 
-def of_prior(config: AutoregressiveTraining) -> TimedStep:
+def build_prior_step(config: AutoregressiveTraining) -> TimedStep:
     return time_prior_step(config, SPEC, num_classes=3)
 
 
-def measure_tokenizer(config: TokenizerTraining) -> TimedStep:
-    return time_tokenizer_step(config, SHAPE)
+def build_tokenizer_step(config: TokenizerTraining) -> TimedStep:
+    return time_tokenizer_step(config, TOKENIZER)
 
 
-def really_kept(rehearsal: TimedStep, images: int) -> int:
-    """Bytes that a forward pass on numbers keeps for the backward pass, weights and single numbers left out."""
-    weights = {p.untyped_storage().data_ptr() for part in rehearsal.parts.values() for p in part.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+def count_saved_bytes(timed_step: TimedStep, images: int) -> int:
+    """Count the bytes that a forward pass on real tensors keeps for the backward pass, without weights and empty tensors."""
+    weights = {p.untyped_storage().data_ptr() for network in timed_step.networks.values() for p in network.parameters()}
+    saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) if tensor.numel() else tensor,
+        lambda tensor: saved.setdefault(tensor.untyped_storage().data_ptr(), tensor) if tensor.numel() else tensor,
         lambda tensor: tensor,
     ):
-        rehearsal.loss(images)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+        timed_step.compute_loss(images)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_the_activations_of_a_prior_are_those_that_a_step_on_numbers_keeps(recomputed: bool) -> None:
-    config = prior_training(gradient_checkpointing=recomputed)
-    rehearsal = of_prior(config)
-    real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
-    assert estimate_memory(config, of_prior).activations == pytest.approx(real, rel=0.02)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_estimated_activations_of_a_prior_equal_the_saved_tensors_of_a_real_step(
+    gradient_checkpointing: bool,
+) -> None:
+    config = prior_training(gradient_checkpointing=gradient_checkpointing)
+    timed_step = build_prior_step(config)
+    saved_bytes = count_saved_bytes(timed_step, 6) - count_saved_bytes(timed_step, 5)
+    assert estimate_memory(config, build_prior_step).activations == pytest.approx(saved_bytes, rel=0.02)
 
 
-def test_the_targets_of_a_mean_flow_keep_nothing_and_every_other_rehearsed_step_has_them() -> None:
+def test_mean_flow_targets_save_no_tensors_and_every_second_timed_step_has_them() -> None:
     mean_flow = MeanFlow(spans_from=0.5)
     model = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, mean_flow=mean_flow)
     config = DiffusionTraining(output=Path("run"), codes=Path("codes"), model=model, batch_size=6)
 
-    def time_step(changed: DiffusionTraining) -> TimedStep:
-        return time_prior_step(changed, SPEC, num_classes=3)
+    def build_step(step_config: DiffusionTraining) -> TimedStep:
+        return time_prior_step(step_config, SPEC, num_classes=3)
 
-    rehearsal = time_step(config)
-    real = [really_kept(rehearsal, 6) - really_kept(rehearsal, 5) for _ in range(2)]
-    assert estimate_memory(config, time_step).activations == pytest.approx(real[0], rel=0.1)
-    assert [has_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
+    timed_step = build_step(config)
+    saved_bytes = [count_saved_bytes(timed_step, 6) - count_saved_bytes(timed_step, 5) for _ in range(2)]
+    assert estimate_memory(config, build_step).activations == pytest.approx(saved_bytes[0], rel=0.1)
+    assert [learns_spans(mean_flow, number) for number in range(4)] == [False, True, False, True]
 
 
-def test_the_activations_of_a_tokenizer_are_those_that_a_step_on_numbers_keeps() -> None:
+def test_the_estimated_activations_of_a_tokenizer_equal_the_saved_tensors_of_a_real_step() -> None:
     config = TokenizerTraining(output=Path("run"), data="x", adversarial=AdversarialConfig(layers=2, channels=8))
-    rehearsal = measure_tokenizer(config)
-    rehearsal.parts["tokenizer"].quantizer.eval()
-    real = really_kept(rehearsal, 6) - really_kept(rehearsal, 5)
-    assert estimate_memory(config, measure_tokenizer).activations == pytest.approx(real, rel=0.02)
+    timed_step = build_tokenizer_step(config)
+    timed_step.networks["tokenizer"].quantizer.eval()
+    saved_bytes = count_saved_bytes(timed_step, 6) - count_saved_bytes(timed_step, 5)
+    assert estimate_memory(config, build_tokenizer_step).activations == pytest.approx(saved_bytes, rel=0.02)
 
 
-def test_weights_gradients_average_and_optimiser_are_counted_by_their_kind() -> None:
-    found = estimate_memory(prior_training(), of_prior)
-    number = sum(found.parameters.values())
-    assert number == sum(p.numel() for p in of_prior(prior_training()).parts["prior"].parameters())
-    assert (found.weights, found.gradients, found.average, found.optimizer) == (
-        4 * number,
-        4 * number,
-        4 * number,
-        8 * number,
+def test_weights_gradients_ema_and_optimizer_state_are_counted() -> None:
+    estimate = estimate_memory(prior_training(), build_prior_step)
+    count = sum(estimate.parameters.values())
+    assert count == sum(p.numel() for p in build_prior_step(prior_training()).networks["prior"].parameters())
+    assert (estimate.weights, estimate.gradients, estimate.ema_weights, estimate.optimizer) == (
+        4 * count,
+        4 * count,
+        4 * count,
+        8 * count,
     )
     muon = prior_training(optimizer=OptimizerConfig(name="muon"))
-    optimizer = of_prior(muon).optimizer
+    optimizer = build_prior_step(muon).optimizer
     matrices = sum(p.numel() for group in optimizer.param_groups if group["orthogonalize"] for p in group["params"])
-    assert estimate_memory(muon, of_prior).optimizer == 8 * number - 4 * matrices
+    assert estimate_memory(muon, build_prior_step).optimizer == 8 * count - 4 * matrices
 
 
-def test_a_step_of_a_prior_costs_six_operations_a_weight_and_token() -> None:
-    """Two forward, four backward; embeddings multiply nothing, and attention adds its scores."""
-    tokens, prior = 16, of_prior(prior_training()).parts["prior"]
-    multiplying = sum(p.numel() for name, p in prior.named_parameters() if p.ndim == 2 and "embedding" not in name)
+def test_a_prior_step_costs_six_operations_per_weight_and_token() -> None:
+    """Two operations forward and four backward. Embeddings need none, and attention adds its scores."""
+    tokens, prior = 16, build_prior_step(prior_training()).networks["prior"]
+    matmul_weights = sum(p.numel() for name, p in prior.named_parameters() if p.ndim == 2 and "embedding" not in name)
     scores = PRIOR.num_layers * 3 * 2 * 2 * tokens**2 * PRIOR.hidden_size
-    assert estimate_memory(prior_training(), of_prior).flop == pytest.approx(
-        6 * multiplying * tokens + scores, rel=0.02
+    assert estimate_memory(prior_training(), build_prior_step).flop == pytest.approx(
+        6 * matmul_weights * tokens + scores, rel=0.02
     )
 
 
-def test_each_remedy_states_what_its_own_run_would_take_and_that_is_less() -> None:
+def test_each_recommended_option_states_its_memory_which_is_less() -> None:
     config = prior_training(batch_size=64)
-    before = estimate_memory(config, of_prior).memory(64)
-    said = recommendations(config, of_prior, on_accelerator=True)
-    assert [line.split()[0] for line in said] == [
+    full_memory = estimate_memory(config, build_prior_step).total_bytes(64)
+    options = recommend_memory_savings(config, build_prior_step, on_accelerator=True)
+    assert [option.split()[0] for option in options] == [
         "--batch-size",
         "--gradient-checkpointing",
         "--mixed-precision",
         "--ema.device",
     ]
-    for line in said:
-        number, unit = re.search(r"\(([\d.]+) ([MG])iB\)", line).groups()  # type: ignore[union-attr]
-        assert float(number) * 2.0 ** {"M": 20, "G": 30}[unit] < before, line
-    half = estimate_memory(replace(config, batch_size=32), of_prior).memory(32)
-    assert f"({half / 2**20:.3g} MiB)" in said[0]
-    assert len(recommendations(config, of_prior, on_accelerator=False)) == 2
+    for option in options:
+        number, unit = re.search(r"\(([\d.]+) ([MG])iB\)", option).groups()  # type: ignore[union-attr]
+        assert float(number) * 2.0 ** {"M": 20, "G": 30}[unit] < full_memory, option
+    half_memory = estimate_memory(replace(config, batch_size=32), build_prior_step).total_bytes(32)
+    assert f"({half_memory / 2**20:.3g} MiB)" in options[0]
+    assert len(recommend_memory_savings(config, build_prior_step, on_accelerator=False)) == 2
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_an_allocation_that_fails_becomes_advice(error: Exception) -> None:
+def test_a_failed_allocation_is_explained_with_options(error: Exception) -> None:
     with pytest.raises(UserError, match=r"--batch-size 3 --accumulation-steps 2 .*--gradient-checkpointing") as caught:  # noqa: SIM117
-        with advice_when_memory_runs_out(prior_training(), of_prior):
+        with explain_out_of_memory(prior_training(), build_prior_step):
             raise error
     assert "\n" not in str(caught.value)
 
 
-def test_counting_begins_when_the_failed_step_has_let_its_tensors_go() -> None:
-    held: list[weakref.ref[torch.Tensor]] = []
+def test_the_estimate_begins_after_the_failed_step_has_freed_its_tensors() -> None:
+    tensors: list[weakref.ref[torch.Tensor]] = []
 
-    def step() -> None:
+    def fail() -> None:
         activations = torch.zeros(8)
-        held.append(weakref.ref(activations))
+        tensors.append(weakref.ref(activations))
         raise MemoryError
 
-    def time_step(config: AutoregressiveTraining) -> TimedStep:
-        assert held[0]() is None
-        return of_prior(config)
+    def build_step(config: AutoregressiveTraining) -> TimedStep:
+        assert tensors[0]() is None
+        return build_prior_step(config)
 
-    with pytest.raises(UserError), advice_when_memory_runs_out(prior_training(), time_step):
-        step()
+    with pytest.raises(UserError), explain_out_of_memory(prior_training(), build_step):
+        fail()
 
 
-def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), advice_when_memory_runs_out(prior_training(), of_prior):
+def test_other_errors_are_raised_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_out_of_memory(prior_training(), build_prior_step):
         raise RuntimeError("shapes differ")
 
 
@@ -165,14 +167,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
-def test_a_run_without_enough_memory_ends_in_one_line_and_the_advised_command_trains(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory of a process, which needs Linux")
+def test_a_run_without_enough_memory_ends_in_one_line_and_its_recommendation_trains(tmp_path: Path) -> None:
     prepare(tmp_path)
-    words = ["train-prior", "--codes", tmp_path / "codes", "--output", tmp_path / "run", "--max-steps", 1]
-    done = in_new_process("-c", LIMITED, *words, "--batch-size", 40_000)
-    assert done.returncode == 2, done.stderr[-2000:]
-    line = done.stderr.splitlines()[-1]
+    arguments = ["train-prior", "--codes", tmp_path / "codes", "--output", tmp_path / "run", "--max-steps", 1]
+    process = in_new_process("-c", LIMITED, *arguments, "--batch-size", 40_000)
+    assert process.returncode == 2, process.stderr[-2000:]
+    line = process.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory on this machine with batches of 40000 images"), line
     assert "--batch-size 20000 --accumulation-steps 2" in line
-    done = in_new_process("-m", "latentloom", *words, "--batch-size", 4)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = in_new_process("-m", "latentloom", *arguments, "--batch-size", 4)
+    assert process.returncode == 0, process.stderr[-2000:]

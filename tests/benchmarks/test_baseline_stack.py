@@ -1,4 +1,4 @@
-"""The stack that ours is compared with does what it is said to do: a fair opponent is a working one."""
+"""The baseline stack works as described: a fair comparison needs a working baseline."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ TINY = replace(Tuning(), channels=(16, 16, 16), hidden_size=32, layers=1, heads=
 
 
 @contextmanager
-def a_step_a_second() -> Iterator[None]:
-    """It trains for a time: on a clock of its own for as many steps on any machine."""
+def one_step_per_second() -> Iterator[None]:
+    """Replace the clock: the stack trains for a number of seconds, which then is the same number of steps on any machine."""
     ticks = count()
     with patch.object(baseline_stack, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))):
         yield
@@ -29,18 +29,18 @@ def a_step_a_second() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pixel_values() -> Tensor:
-    """Bright and dark squares, of two classes."""
+    """Return bright and dark squares, one class each."""
     shade = (torch.arange(64) % 2).view(-1, 1, 1, 1) * 1.6 - 0.8
     return shade + 0.1 * torch.randn(64, 1, 16, 16, generator=seeded(0))
 
 
 @pytest.fixture(scope="module")
 def trained(pixel_values: Tensor) -> baseline_stack.Trained:
-    with a_step_a_second():
+    with one_step_per_second():
         return baseline_stack.train_tokenizer(pixel_values, 100.0, TINY, seed=0)
 
 
-def test_its_codes_are_those_that_its_own_forward_decodes(
+def test_decoded_codes_equal_the_output_of_its_forward_pass(
     trained: baseline_stack.Trained, pixel_values: Tensor
 ) -> None:
     tokens = baseline_stack.encode(trained.model, pixel_values, batch_size=24)
@@ -48,33 +48,33 @@ def test_its_codes_are_those_that_its_own_forward_decodes(
     assert 0 <= tokens.min() <= tokens.max() < baseline_stack.CODES
     with torch.no_grad():
         forward = trained.model(pixel_values).sample
-    rebuilt = baseline_stack.decode(trained.model, tokens, batch_size=24)
+    reconstructions = baseline_stack.decode(trained.model, tokens, batch_size=24)
     expected = (forward * 127.5 + 127.5).round().clamp(0, 255)
-    assert (rebuilt.float() - expected).abs().max() <= 1
+    assert (reconstructions.float() - expected).abs().max() <= 1
 
 
-def test_its_tokenizer_learns(trained: baseline_stack.Trained, pixel_values: Tensor) -> None:
-    rebuilt = (
+def test_the_tokenizer_learns(trained: baseline_stack.Trained, pixel_values: Tensor) -> None:
+    reconstructions = (
         baseline_stack.decode(trained.model, baseline_stack.encode(trained.model, pixel_values)).float() / 127.5 - 1
     )
     assert trained.steps == 99
-    assert (rebuilt - pixel_values).square().mean() < 0.5 * pixel_values.var()
+    assert (reconstructions - pixel_values).square().mean() < 0.5 * pixel_values.var()
 
 
-def test_its_prior_learns_the_class_and_never_draws_a_class_token() -> None:
+def test_the_prior_learns_the_class_and_never_samples_a_class_token() -> None:
     labels = torch.arange(64) % 2
     tokens = (labels[:, None] * 7 + 3).expand(-1, 6)
-    with a_step_a_second():
+    with one_step_per_second():
         prior = baseline_stack.train_prior(tokens, labels, 100.0, replace(TINY, prior_rate=1e-2), seed=0)
     for scale in (1.0, 2.0):
-        drawn = baseline_stack.sample(prior.model, torch.tensor([0, 1, 1, 5]), 6, scale, batch_size=3)
-        assert drawn.shape == (4, 6)
-        assert drawn.max() < baseline_stack.CODES
-        assert (drawn[:3] == tokens[[0, 1, 1]]).double().mean() > 0.8
+        samples = baseline_stack.sample(prior.model, torch.tensor([0, 1, 1, 5]), 6, scale, batch_size=3)
+        assert samples.shape == (4, 6)
+        assert samples.max() < baseline_stack.CODES
+        assert (samples[:3] == tokens[[0, 1, 1]]).double().mean() > 0.8
 
 
-def test_its_learning_rate_warms_up_and_ends_at_zero() -> None:
-    assert baseline_stack.rate(0.0) == 0
-    assert baseline_stack.rate(0.03) == pytest.approx(1, abs=0.01)
-    assert baseline_stack.rate(0.5) == pytest.approx(0.5)
-    assert baseline_stack.rate(1.0) == pytest.approx(0)
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+    assert baseline_stack.learning_rate_factor(0.0) == 0
+    assert baseline_stack.learning_rate_factor(0.03) == pytest.approx(1, abs=0.01)
+    assert baseline_stack.learning_rate_factor(0.5) == pytest.approx(0.5)
+    assert baseline_stack.learning_rate_factor(1.0) == pytest.approx(0)
