@@ -23,7 +23,7 @@ import torch
 
 from latentloom.commands.arguments import training_values
 from training_harness.configuration import from_mapping
-from training_harness.provenance import machine, versions
+from training_harness.provenance import describe_machine, library_versions
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -41,13 +41,15 @@ class Report:
     peers: Sequence[str] = ()
     """Packages whose versions belong beside the figures."""
     chart: Callable[[Path], None] | None = None
-    made: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
+    made: dict[str, Any] = field(
+        default_factory=lambda: {"date": date.today().isoformat(), "machine": describe_machine()}
+    )
 
     def described(self) -> dict[str, Any]:
         return self.made | {"versions": self.versions(), "figures": self.figures}
 
     def versions(self) -> dict[str, str]:
-        return versions() | {name: version(name) for name in self.peers}
+        return library_versions() | {name: version(name) for name in self.peers}
 
     def page(self) -> str:
         where, known = self.made["machine"], self.versions()

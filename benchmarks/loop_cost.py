@@ -100,7 +100,7 @@ def run(quick: bool) -> Report:
             order = BatchOrder(len(pixels), first.batch_size, 0)
 
             def loss_of(step: int) -> torch.Tensor:
-                batch = processor.preprocess(pixels[order.batch(step - 1)]).contiguous(
+                batch = processor.preprocess(pixels[order.batch_indices(step - 1)]).contiguous(
                     memory_format=torch.channels_last
                 )
                 output = model(batch)
@@ -119,7 +119,7 @@ def run(quick: bool) -> Report:
             order = BatchOrder(len(codes.train), second.batch_size, 0)
 
             def loss_of(step: int) -> torch.Tensor:
-                batch = order.batch(step - 1)
+                batch = order.batch_indices(step - 1)
                 return model(codes.train.indices(batch), codes.train.labels(batch)).total
 
             return bare(model, second, loss_of, steps)

@@ -162,7 +162,7 @@ def plain_loop(network: Network, setting: Setting, pixel_values: Tensor) -> Call
         ends = []
         with reduced_matmul_precision(device, setting.rounded):
             for _ in range(steps):
-                batch = pixel_values[order.batch(next(numbers))].to(device)
+                batch = pixel_values[order.batch_indices(next(numbers))].to(device)
                 loss_of(batch.contiguous(memory_format=setting.layout)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
                 optimizer.step()

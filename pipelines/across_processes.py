@@ -7,7 +7,7 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from training_harness.processes import joined
+from training_harness.processes import join_processes
 
 
 def sample_across_processes(
@@ -21,7 +21,7 @@ def sample_across_processes(
 
     Every process calls it with the same arguments, `generator` of the same state among them.
     """
-    state = joined()
+    state = join_processes()
     generators = image_generators(generator, len(labels))
     count, processes = len(labels), state.num_processes
     share = -(-count // processes)

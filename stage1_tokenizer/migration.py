@@ -7,7 +7,7 @@ config.json without sections. Format 2 has a dataclass for each of them.
 from collections.abc import Mapping
 from typing import Any
 
-from training_harness.migration import MODEL_KEY, Migration, Step, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
 
 SHAPE = ("channels", "blocks", "attention", "latent_channels")
 LEARNT = ("usage_decay", "restart_threshold", "kmeans_iterations", "normalize", "gradient")
@@ -85,8 +85,8 @@ def in_a_section(values: Values) -> Values:
     return values | {"model": model} if model else values
 
 
-TRAINING = Migration("tokenizer configuration", (Step(change=one_variant_each),))
+TRAINING = Migration("tokenizer configuration", (MigrationStep(convert=one_variant_each),))
 CODE_CACHE = Migration(
-    "manifest of a code cache", (Step(),)
+    "manifest of a code cache", (MigrationStep(),)
 )  # by the same names; fingerprints of format 1 are of ids alone
-MODEL = Migration("tokenizer's config.json", (Step(change=in_a_section),), MODEL_KEY)
+MODEL = Migration("tokenizer's config.json", (MigrationStep(convert=in_a_section),), MODEL_FORMAT_KEY)

@@ -28,10 +28,10 @@ from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.files import files_into
+from training_harness.files import update_folder
 from training_harness.model_cards import write_card
 from training_harness.optimization import build_optimizer, set_learning_rate
-from training_harness.processes import mean_over_processes, share_of
+from training_harness.processes import mean_over_processes, process_indices
 from training_harness.run import Run
 
 PREVIEW_IMAGES, VALIDATION_IMAGES = 20, 1_000
@@ -54,7 +54,7 @@ def train_tokenizer(
         on_validation: called with each step that is validated and −PSNR; what it raises ends the run.
     """
     run = Run(config, train.split.fingerprint())
-    if run.sharded:
+    if run.is_sharded:
         raise UserError(
             "the processes were launched with FSDP, and a tokenizer trains under DDP: each process holds all of it; launch "
             "without it, as scripts/accelerate/8_gpus.yaml does"
@@ -68,7 +68,7 @@ def train_tokenizer(
     tokenizer.to(memory_format=torch.channels_last)  # before DDP lays out its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
-        tokenizer.recompute_blocks()
+        tokenizer.enable_gradient_checkpointing()
     if config.compile and adversarial.weight > 0:
         allow_compiling(discriminator, adversarial)
     optimizer = build_optimizer(tokenizer, config.optimizer)
@@ -93,7 +93,7 @@ def train_tokenizer(
     )
     order = BatchOrder(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
     batches = train.random_batches(order, run.step * config.accumulation_steps)
-    run.sources = lambda step: train.source_ids(order.examples(step, config.accumulation_steps))
+    run.source_ids = lambda step: train.source_ids(order.step_indices(step, config.accumulation_steps))
 
     for step in run.steps(config.batch_size, "tokenizer"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
@@ -142,7 +142,7 @@ def train_tokenizer(
                 usage.count(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
-        if run.due(step, config.sample_every):
+        if run.is_due(step, config.sample_every):
             found, choices, used = validation_psnr(ema.model, validation), usage.choices, usage.since_last()
             run.log_row(step, {"validation_psnr": found} | used)
             quantizer = config.model.quantizer if isinstance(config.model, VQGANModel) else None
@@ -150,9 +150,9 @@ def train_tokenizer(
                 run.warn(step, about, text)
             run.record_validation(step, -found)
             if accelerator.is_main_process:
-                preview(ema.model, validation, run.image_path(step))
-            run.log_image(step)
-        if run.checkpoint_due(step):
+                preview(ema.model, validation, run.samples_path(step))
+            run.log_samples(step)
+        if run.is_checkpoint_due(step):
             run.checkpoint(step)
     return export(run, ema.model, train)
 
@@ -173,7 +173,7 @@ def rebuilt(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_psnr(tokenizer: Tokenizer, validation: ImageLoader) -> float:
     """Mean over at most 1,000 images, of which each process takes its share."""
-    positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
+    positions, total = process_indices(min(VALIDATION_IMAGES, len(validation))), 0.0
     size = images_at_once(tokenizer.config.image_size)
     for start in range(0, len(positions), size):
         images = validation[positions[start : start + size]]
@@ -216,7 +216,7 @@ def export(run: Run, tokenizer: Tokenizer, train: ImageLoader) -> Path:
         measure_latents(tokenizer, train)
         tokenizer.config.tokenizer_id = None
         tokenizer.config.tokenizer_id = tokenizer.compute_id()
-        with files_into(folder, last="config.json") as beside:
+        with update_folder(folder, last="config.json") as beside:
             tokenizer.save_pretrained(beside)
             write_card(folder, beside, tokenizer_card(tokenizer, run.log_file.path))
     run.accelerator.wait_for_everyone()

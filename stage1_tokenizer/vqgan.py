@@ -18,9 +18,9 @@ from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, Autoenc
 from stage1_tokenizer.migration import FIRST_QUANTIZER, SHAPE, without_unused
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, EMAVectorQuantizerConfig, QuantizerConfig
 from stage1_tokenizer.tokenizer import TokenizerOutput
-from training_harness.configuration import changed_values, section, to_mapping
+from training_harness.configuration import build_section, non_default_values, to_mapping
 from training_harness.errors import ConfigError, UserError
-from training_harness.pretrained import stored_config
+from training_harness.pretrained import strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class VQGANModel(AutoencoderModel):
         self.quantizer.check(self.codebook_size, self.latent_channels)
 
 
-@stored_config
+@strict_config
 class VQGANConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-vqgan"
     model_options: ClassVar[Any] = VQGANModel
@@ -47,8 +47,8 @@ class VQGANConfig(AutoencoderConfig):
     """The quantizer's section as a file of the first format had it, where the id was made of it; none: of all its fields."""
 
     @classmethod
-    def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().present_values(values)
+    def migrate_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = super().migrate_values(values)
         stored = found.get("id_quantizer")
         if stored and json.dumps(stored, sort_keys=True) == json.dumps(
             first_section(found["model"].quantizer), sort_keys=True
@@ -60,9 +60,9 @@ class VQGANConfig(AutoencoderConfig):
         quantizer, stored = self.model.quantizer, self.id_quantizer
         if stored is not None:
             used = without_unused(stored, stored.get("name", FIRST_QUANTIZER["name"]))
-            if section(AnyQuantizerConfig, used, "id_quantizer") != quantizer:
+            if build_section(AnyQuantizerConfig, used, "id_quantizer") != quantizer:
                 stored = None  # the model has been given another one since
-        added = changed_values(quantizer, FIRST_QUANTIZER)
+        added = non_default_values(quantizer, FIRST_QUANTIZER)
         fields = super().id_fields() | {f"model.quantizer.{name}": value for name, value in added.items()}
         fields.pop("id_quantizer", None)
         return fields | {"codebook_size": self.model.codebook_size, "quantizer": stored or first_section(quantizer)}

@@ -4,7 +4,7 @@ Format 1 had one section for all denoisers, `class_dropout` among the options of
 in two sections; a config.json had no sections. Format 2 has a dataclass for each denoiser and one for the mean flow.
 """
 
-from training_harness.migration import MODEL_KEY, Migration, Step, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
 
 TRANSFORMER = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "qk_norm", "positions", "rope_theta")
 AUTOREGRESSIVE = (
@@ -64,9 +64,9 @@ def _in_a_section(values: Values, options: tuple[str, ...]) -> Values:
 TRAINING = Migration(
     "prior configuration",
     (
-        Step(
-            change=one_variant_each,
-            renamed={
+        MigrationStep(
+            convert=one_variant_each,
+            renamed_fields={
                 "model.class_dropout": "class_dropout",
                 "model.denoiser": "model.name",
                 **MEAN_FLOW,
@@ -75,11 +75,13 @@ TRAINING = Migration(
         ),
     ),
 )
-AUTOREGRESSIVE_MODEL = Migration("prior's config.json", (Step(change=autoregressive_section),), MODEL_KEY)
+AUTOREGRESSIVE_MODEL = Migration(
+    "prior's config.json", (MigrationStep(convert=autoregressive_section),), MODEL_FORMAT_KEY
+)
 DIFFUSION_MODEL = Migration(
     "prior's config.json",
-    (Step(change=diffusion_section, renamed={"model.denoiser": "model.name", **MEAN_FLOW}),),
-    MODEL_KEY,
+    (MigrationStep(convert=diffusion_section, renamed_fields={"model.denoiser": "model.name", **MEAN_FLOW}),),
+    MODEL_FORMAT_KEY,
 )
 SAMPLING = Migration("sampling options")
 """Of every kind of prior."""

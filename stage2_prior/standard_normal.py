@@ -11,7 +11,7 @@ from torch import Tensor
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.prior import KnownCodes, Prior, randn_per_image
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, WeightlessModel, stored_config
+from training_harness.pretrained import StrictConfig, WeightlessModel, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class StandardNormalOptions:
             raise UserError(f"temperature is {self.temperature}; expected a positive number; 1 draws from N(0, I)")
 
 
-@stored_config
+@strict_config
 class StandardNormalPriorConfig(StrictConfig):
     model_type: ClassVar[str] = "latentloom-standard-normal"
 

@@ -19,7 +19,7 @@ def latentloom(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def in_new_process(*words: object, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*words: object, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with `words` in the checkout, with one thread as in conftest: results are compared bit by bit."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
@@ -31,7 +31,7 @@ def in_new_process(*words: object, timeout: int = 120, **environment: str) -> su
     )
 
 
-def digests(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its relative path; folders are listed too."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
@@ -40,7 +40,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def bound_by_permissions() -> Iterator[None]:
+def without_root_access() -> Iterator[None]:
     """Root may write anywhere; within this, not: the thread goes without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
     if os.geteuid() != 0:
         yield

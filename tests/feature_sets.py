@@ -17,12 +17,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def stored(folder: Path, features: Tensor) -> FeatureFile:
+def stored_features(folder: Path, features: Tensor) -> FeatureFile:
     """The features as a file in a new folder, which rounds them to float32."""
     folder.mkdir()
     return write_features(folder, [ImageFeatures(features)])["features"]
 
 
-def read_by(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+def set_slice_size(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """From here on `module` holds that many rows in memory at once."""
     patch.setattr(module, "slices", partial(slices, size=rows))

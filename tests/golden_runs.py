@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from small_parts import write_pictures
+from small_parts import write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.commands.arguments import training_values
@@ -19,21 +19,21 @@ from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
 # What learns nothing, and what a test could not train.
-WITHOUT = ("identity", "ar-llamagen", "diffusion-dit")
+EXCLUDED = ("identity", "ar-llamagen", "diffusion-dit")
 RECIPES = [
-    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(WITHOUT)
+    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(EXCLUDED)
 ]
-LARGE = {"ar-small": 6, "kl-f16": 4, "vqgan-f16": 4}  # steps of what takes seconds a step on a core
-FOLDER = Path(__file__).parent / "golden"
+STEPS_OF_LARGE_RECIPES = {"ar-small": 6, "kl-f16": 4, "vqgan-f16": 4}  # steps of what takes seconds a step on a core
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
 
-def steps_of(recipe: str) -> int:
-    return LARGE.get(recipe, 10)
+def step_count(recipe: str) -> int:
+    return STEPS_OF_LARGE_RECIPES.get(recipe, 10)
 
 
-def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
+def compute_losses(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
     """Loss terms by name, a step each."""
-    steps = steps_of(recipe)
+    steps = step_count(recipe)
     size = min(
         64, 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1)
     )  # 4×4 codes or fewer
@@ -52,7 +52,7 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
     Run.log = note  # type: ignore[method-assign, assignment]
     try:
         if stage == "tokenizer":
-            data = write_pictures(folder / "pictures", size=(size, size))
+            data = write_images(folder / "pictures", size=(size, size))
             values = training_values(stage, recipe, None, fields | {"data": str(data)})
             run_tokenizer(tokenizer_inputs(from_mapping(TokenizerTraining, values), open_source(data)))
         else:
@@ -73,9 +73,9 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
     return logged
 
 
-def text_of(losses: list[dict[str, float]]) -> str:
+def format_losses(losses: list[dict[str, float]]) -> str:
     return "".join(json.dumps({name: float(f"{value:.6g}") for name, value in step.items()}) + "\n" for step in losses)
 
 
-def kept(recipe: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (FOLDER / f"{recipe}.txt").read_text().splitlines()]
+def stored_losses(recipe: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (GOLDEN_FOLDER / f"{recipe}.txt").read_text().splitlines()]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-VOID = {"meta", "link", "img", "input", "br"}
+VOID_TAGS = {"meta", "link", "img", "input", "br"}
 
 
 class Page(HTMLParser):
@@ -33,7 +33,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert len(dict(attrs)) == len(attrs), f"<{tag}> names an attribute twice"
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in VOID_TAGS:
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -47,7 +47,7 @@ class Page(HTMLParser):
         if self._open and self._open[-1] not in ("script", "style"):
             self.text += data
 
-    def all(self, tag: str, kind: str = "") -> list[dict[str, str]]:
+    def find_all(self, tag: str, kind: str = "") -> list[dict[str, str]]:
         """Attributes of the tags of a name, of those of a class where one is given."""
         return [
             {name: value or "" for name, value in attributes.items()}
@@ -55,8 +55,8 @@ class Page(HTMLParser):
             if found == tag and (not kind or kind in (attributes.get("class") or "").split())
         ]
 
-    def pictures(self) -> Sequence[Image.Image]:
-        sources = [image["src"] for image in self.all("img")]
+    def images(self) -> Sequence[Image.Image]:
+        sources = [image["src"] for image in self.find_all("img")]
         assert all(source.startswith("data:image/png;base64,") for source in sources)
         found = [
             Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) for source in sources
@@ -70,14 +70,15 @@ class Page(HTMLParser):
             curve["data-name"]: list(
                 zip(map(int, curve["data-steps"].split()), map(float, curve["data-values"].split()), strict=True)
             )
-            for curve in self.all("g", "curve")
+            for curve in self.find_all("g", "curve")
         }
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FIRST = """<script>window.wrong = []; addEventListener("error", (event) => wrong.push(String(event.message || event.target)), true);
+ERROR_SCRIPT = """<script>window.wrong = [];
+addEventListener("error", (event) => wrong.push(String(event.message || event.target)), true);
 addEventListener("securitypolicyviolation", (event) => wrong.push(event.violatedDirective));</script>"""
-LAST = """<script>addEventListener("load", () => {
+PROBE_SCRIPT = """<script>addEventListener("load", () => {
   const sizes = (all) => Array.from(all, (x) => Math.min(x.getBoundingClientRect().width, x.getBoundingClientRect().height));
   const player = document.querySelector("figure.player"), slider = player.querySelector("input");
   const shown = () => Array.from(player.querySelectorAll("img"), (x) => !x.hidden);
@@ -106,14 +107,14 @@ FRAME = """<body><iframe src="probe.html" style="border: 0; width: {width}px; he
 <script>addEventListener("message", (event) => document.body.replaceChildren(event.data));</script></body>"""
 
 
-def browse(
+def open_in_browser(
     page: Path, change: Callable[[str], str] = lambda text: text, width: int = 1280
 ) -> tuple[dict[str, Any], list[str]]:
     """What a script saw in the page after `change`, and what the browser wrote to its console."""
     if BROWSER is None:
         pytest.skip("no browser found; `apt-get install chromium` brings one")
     text = change(page.read_text(encoding="utf-8"))
-    text = text.replace("<title>", f"{FIRST}<title>").replace("</body>", f"{LAST}</body>")
+    text = text.replace("<title>", f"{ERROR_SCRIPT}<title>").replace("</body>", f"{PROBE_SCRIPT}</body>")
     page.with_name("probe.html").write_text(text, encoding="utf-8")
     frame = page.with_name("frame.html")  # a window is never as narrow as a phone
     frame.write_text(FRAME.format(width=width), encoding="utf-8")

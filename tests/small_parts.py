@@ -12,7 +12,7 @@ from tiny_models import seeded
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig
 
 
-def whole_config(**changes: Any) -> VQGANConfig:
+def small_config(**changes: Any) -> VQGANConfig:
     """16×16 RGB to 4×4 codes of 16, with residual blocks and attention."""
     fields: dict[str, Any] = {
         "image_size": (16, 16),
@@ -27,21 +27,21 @@ def whole_config(**changes: Any) -> VQGANConfig:
     return VQGANConfig(**fields | changes)
 
 
-def some_pixels(batch: int = 6, channels: int = 3, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
+def random_pixels(batch: int = 6, channels: int = 3, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, channels, height, width, generator=seeded(seed)) * 2 - 1
 
 
-def whole_tokenizer(**changes: Any) -> VQGAN:
+def small_tokenizer(**changes: Any) -> VQGAN:
     """In evaluation mode, its codebook taken from a batch so that many codes are in use."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = VQGAN(whole_config(**changes)).train()
+        tokenizer = VQGAN(small_config(**changes)).train()
         with torch.no_grad():
-            tokenizer(some_pixels(channels=tokenizer.config.image_channels, seed=1))
+            tokenizer(random_pixels(channels=tokenizer.config.image_channels, seed=1))
     return tokenizer.eval()
 
 
-def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:
+def write_images(folder: Path, count: int = 24, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:
     """`folder/class/NN.png`: discs of many sizes and colours on a shaded ground; `size` is (height, width)."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
@@ -56,7 +56,7 @@ def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (16, 1
     return folder
 
 
-def one_line(error: pytest.ExceptionInfo) -> str:
+def error_message(error: pytest.ExceptionInfo) -> str:
     """The message of a failure that a user can cause, after checking its form: one line that says what was expected."""
     message = str(error.value)
     assert "\n" not in message

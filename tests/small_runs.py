@@ -18,7 +18,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from small_parts import write_pictures
+from small_parts import write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.codes.reader import CodeCache
@@ -38,12 +38,12 @@ from training_harness.processes import accelerated_device
 from training_harness.run import Run
 from training_harness.signals import Interrupted
 
-STEPS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 10, "checkpoint_every": 3}
+RUN_FIELDS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 10, "checkpoint_every": 3}
 
 
-def prepare(folder: Path) -> None:
+def write_training_data(folder: Path) -> None:
     """What the runs are trained on."""
-    write_pictures(folder / "pictures")
+    write_images(folder / "pictures")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
 
@@ -76,17 +76,17 @@ def train_in_float64(stage: str, folder: Path, output: Path, processes: int, fie
             log.append({"step": step, **row})
 
     Run.log_row = log_exactly
-    fields = STEPS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20} | fields
+    fields = RUN_FIELDS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20} | fields
     train(stage, folder, output, fields, dropout=0.0, adversarial=0.0)
 
 
-def take_place(rank: int, processes: int, port: int) -> None:
+def set_launch_environment(rank: int, processes: int, port: int) -> None:
     """Makes this process one of several, as `accelerate launch` does; Accelerate then starts the group, on gloo."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
 
 
-def shard() -> None:
+def enable_fsdp() -> None:
     """Lays models over the processes as scripts/accelerate/8_gpus_fsdp.yaml does.
 
     Accelerate leaves FSDP out on CPUs: the group is told to be one of GPUs.
@@ -105,7 +105,7 @@ def launcher_environment(configuration: Path) -> dict[str, str]:
     return prepare_multi_gpu_env(arguments)
 
 
-def save_slowly() -> None:
+def slow_down_saves() -> None:
     """A checkpoint's file is half written for half a second."""
     save = checkpoints.torch.save
 
@@ -125,7 +125,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def one(
+def run_process(
     rank: int,
     processes: int,
     port: int,
@@ -140,23 +140,23 @@ def one(
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
-        take_place(rank, processes, port)
+        set_launch_environment(rank, processes, port)
     if sharded:
-        shard()
+        enable_fsdp()
     if slow_saves:
-        save_slowly()
+        slow_down_saves()
     try:
         if in_float64:
             train_in_float64(stage, folder, output, processes, fields)
         else:
-            train(stage, folder, output, STEPS | fields, dropout=0.1, adversarial=0.5)
+            train(stage, folder, output, RUN_FIELDS | fields, dropout=0.1, adversarial=0.5)
     except Interrupted as stopped:
-        os._exit(128 + stopped.number)
+        os._exit(128 + stopped.signal_number)
     if processes > 1:
         torch.distributed.destroy_process_group()
 
 
-def start(
+def start_run(
     stage: str,
     folder: Path,
     output: Path,
@@ -167,10 +167,10 @@ def start(
     **fields: Any,
 ) -> list[BaseProcess]:
     """A run in processes of their own; `fields` of its configuration."""
-    return forked(one, processes, stage, folder, output, in_float64, sharded, slow_saves, fields)
+    return start_processes(run_process, processes, stage, folder, output, in_float64, sharded, slow_saves, fields)
 
 
-def forked(target: Callable[..., None], processes: int, *arguments: Any) -> list[BaseProcess]:
+def start_processes(target: Callable[..., None], processes: int, *arguments: Any) -> list[BaseProcess]:
     """`target(rank, processes, port, *arguments)` for each rank, forked from a server that has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
@@ -184,29 +184,29 @@ def forked(target: Callable[..., None], processes: int, *arguments: Any) -> list
     return started
 
 
-def stop(started: list[BaseProcess], number: signal.Signals) -> list[int | None]:
+def stop_processes(started: list[BaseProcess], number: signal.Signals) -> list[int | None]:
     """Sends the signal to all; returns their exit codes."""
     for process in started:
         assert process.pid is not None
         os.kill(process.pid, number)
-    return finish(started)
+    return wait_for_exit(started)
 
 
-def finish(started: list[BaseProcess]) -> list[int | None]:
+def wait_for_exit(started: list[BaseProcess]) -> list[int | None]:
     for process in started:
         process.join(120)
     return [process.exitcode for process in started]
 
 
-def resumptions(output: Path) -> list[int]:
+def resumed_steps(output: Path) -> list[int]:
     return [row["resumed_from"] for row in read_metrics(output / "metrics.jsonl") if "resumed_from" in row]
 
 
-def wait_for(output: Path, step: int, started: list[BaseProcess], resumed: int = 0) -> None:
+def wait_for_step(output: Path, step: int, started: list[BaseProcess], resumed: int = 0) -> None:
     """Until the run has been taken up again `resumed` times and has logged `step`, or is over."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(process.is_alive() for process in started):
         rows = read_metrics(output / "metrics.jsonl")
-        if len(resumptions(output)) == resumed and any(row["step"] >= step for row in rows):
+        if len(resumed_steps(output)) == resumed and any(row["step"] >= step for row in rows):
             return
         time.sleep(0.002)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_parts import write_pictures
-from small_runs import STEPS, prepare, train
+from small_parts import write_images
+from small_runs import RUN_FIELDS, train, write_training_data
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
@@ -23,11 +23,11 @@ from training_harness.metric_log import read_metrics
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_has_a_discriminator_with_an_adaptive_weight_and_r1(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "pictures"))
+    source = open_source(write_images(tmp_path / "pictures"))
     seen = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), latent_channels=4, codebook_size=16)
     judged = AdversarialConfig(weight=0.5, start=1, warmup=1, ramp=1, channels=4, layers=2, r1=1.0)
-    fields: dict[str, Any] = STEPS | {"max_steps": 5, "compile": True, "output": tmp_path / "run"}
+    fields: dict[str, Any] = RUN_FIELDS | {"max_steps": 5, "compile": True, "output": tmp_path / "run"}
     config = completed(TokenizerTraining(data="pictures", model=model, adversarial=judged, **fields), seen)
     shape = model_config(config, seen)
     pixels = (ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
@@ -40,8 +40,8 @@ def test_a_compiled_run_has_a_discriminator_with_an_adaptive_weight_and_r1(tmp_p
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "prior"])
 def test_a_compiled_run_follows_one_that_is_not(tmp_path: Path, stage: str) -> None:
-    prepare(tmp_path)
-    fields: dict[str, Any] = STEPS | {"max_steps": 6, "checkpoint_every": 3, "matmul_precision": "highest"}
+    write_training_data(tmp_path)
+    fields: dict[str, Any] = RUN_FIELDS | {"max_steps": 6, "checkpoint_every": 3, "matmul_precision": "highest"}
     for name, more in {
         "eager": {},
         "compiled": {"compile": True},

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from golden_runs import FOLDER, RECIPES, kept, losses_of, steps_of
+from golden_runs import GOLDEN_FOLDER, RECIPES, compute_losses, step_count, stored_losses
 
 # Machines and versions of torch sum in other orders: 1e-7 at the first step, which training makes larger with each further one.
 # In a tokenizer a vector between two codes then takes the other one, which moves its losses by percents: means are compared.
@@ -14,8 +14,8 @@ EXACT_STEPS = {"tokenizer": 2, "prior": 5}
 
 @pytest.mark.parametrize(("stage", "recipe"), RECIPES, ids=[name for _, name in RECIPES])
 def test_the_first_steps_have_the_losses_that_are_kept(stage: str, recipe: str, tmp_path: Path) -> None:
-    expected, found = kept(recipe), losses_of(stage, recipe, tmp_path)
-    assert len(found) == len(expected) == steps_of(recipe)
+    expected, found = stored_losses(recipe), compute_losses(stage, recipe, tmp_path)
+    assert len(found) == len(expected) == step_count(recipe)
     exact = EXACT_STEPS[stage]
     for step, (one, other) in enumerate(zip(found[:exact], expected[:exact], strict=True), 1):
         assert one == pytest.approx(other, rel=EARLY, abs=1e-6), f"step {step}"
@@ -26,4 +26,4 @@ def test_the_first_steps_have_the_losses_that_are_kept(stage: str, recipe: str, 
 
 
 def test_every_recipe_has_its_losses_and_no_other_has() -> None:
-    assert {path.stem for path in FOLDER.glob("*.txt")} == {name for _, name in RECIPES}
+    assert {path.stem for path in GOLDEN_FOLDER.glob("*.txt")} == {name for _, name in RECIPES}

@@ -12,7 +12,15 @@ from typing import Literal
 
 import pytest
 import torch
-from small_runs import STEPS, finish, prepare, resumptions, start, stop, wait_for
+from small_runs import (
+    RUN_FIELDS,
+    resumed_steps,
+    start_run,
+    stop_processes,
+    wait_for_exit,
+    wait_for_step,
+    write_training_data,
+)
 
 from stage2_prior.autoregressive.model import AutoregressivePrior
 from training_harness.checkpoints import checkpoint_path, newest_step, read_checkpoint
@@ -25,7 +33,7 @@ STAGES = ("tokenizer", "prior")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    prepare(folder)
+    write_training_data(folder)
     return folder
 
 
@@ -48,30 +56,30 @@ SLOW = pytest.mark.slow  # each stage and each number of processes is tried with
 )
 def test_ten_kills_change_nothing(folder: Path, tmp_path: Path, stage: str, processes: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(start(stage, folder, whole, processes)) == [0] * processes
-    assert resumptions(whole) == []
+    assert wait_for_exit(start_run(stage, folder, whole, processes)) == [0] * processes
+    assert resumed_steps(whole) == []
 
     draw = random.Random(f"{stage}{processes}")
     for number in range(10):
-        held, before = newest_step(killed), resumptions(killed)
+        held, before = newest_step(killed), resumed_steps(killed)
         if not held:  # its rows would be taken for the next one's
             (killed / "metrics.jsonl").unlink(missing_ok=True)
-        started = start(stage, folder, killed, processes)
+        started = start_run(stage, folder, killed, processes)
         if number in (0, 5):  # at any moment, before the first step as well
             time.sleep(draw.uniform(0, 0.5))
-            assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}
+            assert set(stop_processes(started, signal.SIGKILL)) == {-signal.SIGKILL}
             continue
-        step = min(held + draw.randint(1, 9), STEPS["max_steps"] - 1)
-        wait_for(killed, step, started, len(before) + (held > 0))
+        step = min(held + draw.randint(1, 9), RUN_FIELDS["max_steps"] - 1)
+        wait_for_step(killed, step, started, len(before) + (held > 0))
         time.sleep(draw.uniform(0, 0.02))  # in a step, a save, or a preview
-        assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}
-        assert resumptions(killed) == [*before, *([held] if held else [])], (
+        assert set(stop_processes(started, signal.SIGKILL)) == {-signal.SIGKILL}
+        assert resumed_steps(killed) == [*before, *([held] if held else [])], (
             "it did not go on from the newest checkpoint"
         )
     held = newest_step(killed)
     assert held > 0
-    assert finish(start(stage, folder, killed, processes)) == [0] * processes
-    assert resumptions(killed)[-1] == held
+    assert wait_for_exit(start_run(stage, folder, killed, processes)) == [0] * processes
+    assert resumed_steps(killed)[-1] == held
 
     assert model(killed) == model(whole)
     assert losses(killed) == losses(whole)
@@ -83,14 +91,14 @@ def test_ten_kills_change_nothing(folder: Path, tmp_path: Path, stage: str, proc
 def test_a_signal_saves_and_stops_and_the_run_goes_on_from_there(
     folder: Path, tmp_path: Path, number: signal.Signals, processes: int
 ) -> None:
-    started = start("prior", folder, tmp_path, processes)
-    wait_for(tmp_path, 7, started)
-    assert stop(started, number) == [128 + number] * processes
+    started = start_run("prior", folder, tmp_path, processes)
+    wait_for_step(tmp_path, 7, started)
+    assert stop_processes(started, number) == [128 + number] * processes
     held = newest_step(tmp_path)
-    assert 7 <= held < STEPS["max_steps"]
+    assert 7 <= held < RUN_FIELDS["max_steps"]
     assert max(losses(tmp_path)) == held, "the step that was under way was not saved"
-    assert finish(start("prior", folder, tmp_path, processes)) == [0] * processes
-    assert resumptions(tmp_path) == [held]
+    assert wait_for_exit(start_run("prior", folder, tmp_path, processes)) == [0] * processes
+    assert resumed_steps(tmp_path) == [held]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -98,28 +106,28 @@ def test_a_signal_during_a_save_loses_nothing_that_was_complete(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert finish(start("prior", folder, whole, 1)) == [0]
-    started = start("prior", folder, stopped, 1, slow_saves=True)
-    wait_for(stopped, 6, started)
+    assert wait_for_exit(start_run("prior", folder, whole, 1)) == [0]
+    started = start_run("prior", folder, stopped, 1, slow_saves=True)
+    wait_for_step(stopped, 6, started)
     deadline = time.monotonic() + 20
     while not list(stopped.glob("checkpoints/.step_000006.*.partial")) and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(0.1)
     code = 143 if number is signal.SIGTERM else -number
-    assert stop(started, number) == [code]
+    assert stop_processes(started, number) == [code]
     held = 6 if number is signal.SIGTERM else 3  # told to stop, it finishes the save
     assert newest_step(stopped) == held
     read_checkpoint(checkpoint_path(stopped, held))
-    assert finish(start("prior", folder, stopped, 1)) == [0]
-    assert resumptions(stopped) == [held]
+    assert wait_for_exit(start_run("prior", folder, stopped, 1)) == [0]
+    assert resumed_steps(stopped) == [held]
     assert model(stopped) == model(whole)
 
 
 def test_one_of_two_processes_being_told_is_enough(folder: Path, tmp_path: Path) -> None:
-    started = start("prior", folder, tmp_path, 2)
-    wait_for(tmp_path, 5, started)
-    assert stop(started[1:], signal.SIGTERM) == [143]
-    assert finish(started) == [143, 143]
+    started = start_run("prior", folder, tmp_path, 2)
+    wait_for_step(tmp_path, 5, started)
+    assert stop_processes(started[1:], signal.SIGTERM) == [143]
+    assert wait_for_exit(started) == [143, 143]
     assert newest_step(tmp_path) >= 5
 
 
@@ -148,7 +156,10 @@ def assert_followed(alone: list[dict[str, float]], together: list[dict[str, floa
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_with_half_the_batch_follow_one(folder: Path, tmp_path: Path, stage: str) -> None:
     for processes in (1, 2):
-        assert finish(start(stage, folder, tmp_path / str(processes), processes, in_float64=True)) == [0] * processes
+        assert (
+            wait_for_exit(start_run(stage, folder, tmp_path / str(processes), processes, in_float64=True))
+            == [0] * processes
+        )
     assert_followed(exact_rows(tmp_path / "1"), exact_rows(tmp_path / "2"))
     assert validated(tmp_path / "2") == pytest.approx(validated(tmp_path / "1"), rel=1e-6)  # each looked at half
 
@@ -158,8 +169,8 @@ def test_a_prior_sharded_over_two_processes_follows_one_that_is_not(
     folder: Path, tmp_path: Path, optimizer: Literal["adamw", "muon"]
 ) -> None:
     how = {"in_float64": True, "optimizer": OptimizerConfig(name=optimizer)}
-    assert finish(start("prior", folder, tmp_path / "1", 1, **how)) == [0]
-    assert finish(start("prior", folder, tmp_path / "2", 2, sharded=True, **how)) == [0, 0]
+    assert wait_for_exit(start_run("prior", folder, tmp_path / "1", 1, **how)) == [0]
+    assert wait_for_exit(start_run("prior", folder, tmp_path / "2", 2, sharded=True, **how)) == [0, 0]
     assert_followed(exact_rows(tmp_path / "1"), exact_rows(tmp_path / "2"))
     ours, theirs = (AutoregressivePrior.from_pretrained(tmp_path / name / "model").state_dict() for name in ("1", "2"))
     for name, value in ours.items():
@@ -170,20 +181,20 @@ def test_a_sharded_run_that_was_killed_goes_on_exactly_and_so_does_one_process_f
     folder: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(start("prior", folder, whole, 2, sharded=True)) == [0, 0]
-    started = start("prior", folder, killed, 2, sharded=True)
-    wait_for(killed, 10, started)
-    assert set(stop(started, signal.SIGKILL)) == {-signal.SIGKILL}
+    assert wait_for_exit(start_run("prior", folder, whole, 2, sharded=True)) == [0, 0]
+    started = start_run("prior", folder, killed, 2, sharded=True)
+    wait_for_step(killed, 10, started)
+    assert set(stop_processes(started, signal.SIGKILL)) == {-signal.SIGKILL}
     held = newest_step(killed)
     alone = tmp_path / "alone"
     shutil.copytree(killed, alone)
-    assert finish(start("prior", folder, killed, 2, sharded=True)) == [0, 0]
-    assert resumptions(killed) == [held]
+    assert wait_for_exit(start_run("prior", folder, killed, 2, sharded=True)) == [0, 0]
+    assert resumed_steps(killed) == [held]
     assert model(killed) == model(whole)
     assert losses(killed) == losses(whole)
-    assert finish(start("prior", folder, alone, 1, batch_size=8)) == [0]
-    assert resumptions(alone) == [held]
+    assert wait_for_exit(start_run("prior", folder, alone, 1, batch_size=8)) == [0]
+    assert resumed_steps(alone) == [held]
 
 
 def test_a_tokenizer_refuses_to_be_sharded(folder: Path, tmp_path: Path) -> None:
-    assert 0 not in finish(start("tokenizer", folder, tmp_path, 2, sharded=True))
+    assert 0 not in wait_for_exit(start_run("tokenizer", folder, tmp_path, 2, sharded=True))

@@ -19,17 +19,17 @@ from stage2_prior.diffusion.config import DiffusionPriorConfig
 from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.sampling import DiffusionOptions
 
-NAMES = ("cat", "dog", "7")
-PEER = "diffusers, with which it is compared, is in the extra `bench`"
+LABEL_NAMES = ("cat", "dog", "7")
+DIFFUSERS_REASON = "diffusers, with which it is compared, is in the extra `bench`"
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def their(name: str, **fields: Any) -> Any:
+def diffusers_scheduler(name: str, **fields: Any) -> Any:
     """One of diffusers' schedulers; the test is skipped where it is not installed."""
-    return getattr(pytest.importorskip("diffusers", reason=PEER), name)(**fields)
+    return getattr(pytest.importorskip("diffusers", reason=DIFFUSERS_REASON), name)(**fields)
 
 
 def tiny_tokenizer(seed: int = 0, **fields: Any) -> VQGAN:
@@ -46,7 +46,7 @@ def tiny_tokenizer(seed: int = 0, **fields: Any) -> VQGAN:
 
 def tiny_prior(seed: int = 0, sharpness: float = 20.0, **fields: Any) -> AutoregressivePrior:
     """4×4 codes of K = 16, three classes; `sharpness` scales the head, or an untrained prior would be near uniform."""
-    sizes = {"codebook_size": 16, "height": 4, "width": 4, "num_classes": len(NAMES)}
+    sizes = {"codebook_size": 16, "height": 4, "width": 4, "num_classes": len(LABEL_NAMES)}
     parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def tiny_prior(seed: int = 0, sharpness: float = 20.0, **fields: Any) -> Autoreg
 
 def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
     """4×4 latents of 4 channels, three classes; `trained` fills what starts at zero, or the network would predict zero."""
-    sizes = {"channels": 4, "height": 4, "width": 4, "num_classes": len(NAMES)}
+    sizes = {"channels": 4, "height": 4, "width": 4, "num_classes": len(LABEL_NAMES)}
     parts = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ def tiny_diffusion(trained: bool = True, **fields: Any) -> DiffusionPrior:
     return prior.eval()
 
 
-def tiny_pipeline(label_names: Sequence[str] | None = NAMES, **tokenizer_fields: Any) -> LatentGenerationPipeline:
+def tiny_pipeline(label_names: Sequence[str] | None = LABEL_NAMES, **tokenizer_fields: Any) -> LatentGenerationPipeline:
     tokenizer = tiny_tokenizer(**tokenizer_fields)
     spec = tokenizer.latent_spec()
     grid = {"height": spec.height, "width": spec.width, "tokenizer_id": spec.tokenizer_id}
@@ -83,12 +83,12 @@ def diffusion_pipeline(**options: Any) -> LatentGenerationPipeline:
     tokenizer = tiny_tokenizer()
     prior = tiny_diffusion(tokenizer_id=tokenizer.config.tokenizer_id)
     chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
-    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES, chosen)
+    pipeline = LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES, chosen)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-class PictureList:
+class InMemoryImages:
     """A store of (C, h, w) uint8 pictures as PNG files in memory."""
 
     def __init__(self, images: Tensor, prefix: str) -> None:
@@ -112,13 +112,13 @@ class PictureList:
 
 def tiny_split(count: int, seed: int = 0, size: tuple[int, int] = (14, 14), labelled: bool = True) -> ImageSplit:
     """Grey noise whose brightness tells its class, i mod 3."""
-    labels = torch.arange(count) % len(NAMES)
+    labels = torch.arange(count) % len(LABEL_NAMES)
     noise = torch.randint(60, (count, 1, *size), generator=seeded(seed))
     images = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
-    return ImageSplit(PictureList(images, f"seed{seed}"), labels.tolist() if labelled else None)
+    return ImageSplit(InMemoryImages(images, f"seed{seed}"), labels.tolist() if labelled else None)
 
 
 def tiny_source(train: int = 40, validation: int = 10, labelled: bool = True) -> ImageSource:
-    names = NAMES if labelled else None
+    names = LABEL_NAMES if labelled else None
     splits = tiny_split(train, 0, labelled=labelled), tiny_split(validation, 1, labelled=labelled)
     return ImageSource("tiny", names, *splits, None)

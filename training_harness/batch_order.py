@@ -17,7 +17,7 @@ class BatchOrder:
         self.rank, self.processes = rank, processes
         self._epochs: dict[int, np.ndarray] = {}
 
-    def batch(self, number: int) -> np.ndarray:
+    def batch_indices(self, number: int) -> np.ndarray:
         """Indices (batch_size,) int64 of this process's batch `number`, from 0."""
         start = (number * self.processes + self.rank) * self.batch_size
         places = np.arange(start, start + self.batch_size)
@@ -25,15 +25,15 @@ class BatchOrder:
         return np.concatenate([self._permutation(int(e))[places[epochs == e] % self.size] for e in np.unique(epochs)])
 
     @staticmethod
-    def numbers(step: int, accumulated: int) -> range:
+    def batch_numbers(step: int, accumulated: int) -> range:
         """The batches of optimiser step `step`, from 1."""
         return range((step - 1) * accumulated, step * accumulated)
 
-    def examples(self, step: int, accumulated: int) -> np.ndarray:
+    def step_indices(self, step: int, accumulated: int) -> np.ndarray:
         """What this process sees in optimiser step `step`, from 1."""
-        return np.concatenate([self.batch(number) for number in self.numbers(step, accumulated)])
+        return np.concatenate([self.batch_indices(number) for number in self.batch_numbers(step, accumulated)])
 
-    def draws(self, number: int, count: int = 1) -> np.ndarray:
+    def random_numbers(self, number: int, count: int = 1) -> np.ndarray:
         """(batch_size, count) numbers in [0, 1), `count` for each example of `batch(number)`.
 
         They are a function of the seed, the example's place among all batches and their column, so the same whatever the number

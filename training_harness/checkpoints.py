@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from training_harness.errors import UserError
-from training_harness.files import atomic_folder, sha256_of, write_json
+from training_harness.files import atomic_folder, compute_sha256, write_json
 
-STATE, DESCRIPTION = "state.pt", "checkpoint.json"
+STATE_FILE, DESCRIPTION_FILE = "state.pt", "checkpoint.json"
 
 
-class TornCheckpointError(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that is not what was written."""
 
 
@@ -32,58 +32,62 @@ def write_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None
     """Raises UserError when there is no room, or the folder may not be written; earlier checkpoints stay."""
     try:
         with atomic_folder(checkpoint_path(run_folder, step)) as folder:
-            torch.save(state, folder / STATE)
-            found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
-            write_json(folder / DESCRIPTION, found)
+            torch.save(state, folder / STATE_FILE)
+            found = {
+                "step": step,
+                "bytes": (folder / STATE_FILE).stat().st_size,
+                "sha256": compute_sha256(folder / STATE_FILE),
+            }
+            write_json(folder / DESCRIPTION_FILE, found)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         held = newest_step(run_folder)
         left = f"the newest whole one is of step {held}" if held else "there is none yet"
         raise UserError(
-            f"the checkpoint of step {step} could not be saved in {run_folder} ({_reason(error)}); {left}; make room there and "
-            "run the same command again"
+            f"the checkpoint of step {step} could not be saved in {run_folder} ({_short_reason(error)}); {left}; "
+            "make room there and run the same command again"
         ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state that was written. Raises TornCheckpointError."""
     try:
-        described = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        held = {"bytes": (path / STATE).stat().st_size, "sha256": sha256_of(path / STATE)}
+        described = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        held = {"bytes": (path / STATE_FILE).stat().st_size, "sha256": compute_sha256(path / STATE_FILE)}
         for name, value in held.items():
             if described[name] != value:
-                raise TornCheckpointError(f"{path / STATE} has {name} {value}; expected {described[name]}")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+                raise CorruptCheckpointError(f"{path / STATE_FILE} has {name} {value}; expected {described[name]}")
+        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TornCheckpointError(f"{path} cannot be read ({_reason(error)})") from error
+        raise CorruptCheckpointError(f"{path} cannot be read ({_short_reason(error)})") from error
 
 
-def checkpoints_in(run_folder: Path) -> list[Path]:
+def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run by their step: names alone would put step_1000000 before step_999999."""
     found = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-    return sorted(found, key=step_of)
+    return sorted(found, key=checkpoint_step)
 
 
 def newest_step(run_folder: Path) -> int:
     """Step of the newest checkpoint; 0 without one."""
-    return max(map(step_of, checkpoints_in(run_folder)), default=0)
+    return max(map(checkpoint_step, list_checkpoints(run_folder)), default=0)
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def prune(run_folder: Path, step: int, newest: int, best: int | None) -> None:
+def prune_checkpoints(run_folder: Path, step: int, newest: int, best: int | None) -> None:
     """Keeps the checkpoint of `step`, the newest ones up to it, `newest` in all, and that of step `best`.
 
     Those of later steps belong to a run that was taken up again before them.
     """
-    held = checkpoints_in(run_folder)
-    kept = [path for path in held if step_of(path) <= step][-newest:]
+    held = list_checkpoints(run_folder)
+    kept = [path for path in held if checkpoint_step(path) <= step][-newest:]
     for path in held:
-        if path not in kept and step_of(path) != best:
+        if path not in kept and checkpoint_step(path) != best:
             shutil.rmtree(path)
 
 
-def _reason(error: BaseException) -> str:
+def _short_reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0][:120]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training_harness.errors import ConfigError
-from training_harness.sharding import gathered, local, sharded_as
+from training_harness.sharding import gather_shards, local_shard, shard_like
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,9 +38,9 @@ class EMA(Generic[Model]):
     def __init__(self, source: Model, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        self.follow(source)
+        self.set_source(source)
 
-    def follow(self, source: nn.Module) -> None:
+    def set_source(self, source: nn.Module) -> None:
         """Averages the weights of `source` from now on: those of the same model, where `prepare` has put them.
 
         Of a sharded model each process averages its own shards, and `collect` brings them together.
@@ -51,13 +51,13 @@ class EMA(Generic[Model]):
         self._sharded = any(isinstance(value, DTensor) for value in self._sources)
         self._averages = _tensors(self.model)
         if self._sharded:
-            self._averages = [local(value).detach().to(device, copy=True) for value in self._sources]
+            self._averages = [local_shard(value).detach().to(device, copy=True) for value in self._sources]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the source's weights after optimiser step `step` (from 1)."""
         decay = min(self.config.decay, (1 + step) / (10 + step))
-        pairs = [(average, local(value)) for average, value in zip(self._averages, self._sources, strict=True)]
+        pairs = [(average, local_shard(value)) for average, value in zip(self._averages, self._sources, strict=True)]
         floats = [(average, value) for average, value in pairs if value.is_floating_point()]
         averages, values = [average for average, _ in floats], [value.to(average.device) for average, value in floats]
         torch._foreach_lerp_(averages, values, 1 - decay)
@@ -66,22 +66,22 @@ class EMA(Generic[Model]):
                 average.copy_(value)
 
     @torch.no_grad()
-    def collect(self) -> Model:
+    def gather_model(self) -> Model:
         """The whole averaged model; each process must ask for it."""
         if self._sharded:
             for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
-                held.copy_(gathered(average, source) if isinstance(source, DTensor) else average)
+                held.copy_(gather_shards(average, source) if isinstance(source, DTensor) else average)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        return self.collect().state_dict()
+        return self.gather_model().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state)
         if self._sharded:
             for held, average, source in zip(_tensors(self.model), self._averages, self._sources, strict=True):
-                average.copy_(local(sharded_as(held, source)))
+                average.copy_(local_shard(shard_like(held, source)))
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

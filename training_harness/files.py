@@ -13,8 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LOCK = ".latentloom.lock"  # of `output_lock`
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF}
+LOCK_FILE = ".latentloom.lock"  # of `output_lock`
+UNSUPPORTED_ERRORS = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+}
 
 
 def _sync(path: Path) -> None:
@@ -22,13 +30,13 @@ def _sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        if path.is_dir() and error.errno in UNSUPPORTED:
+        if path.is_dir() and error.errno in UNSUPPORTED_ERRORS:
             return
         raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
     finally:
         os.close(descriptor)
@@ -96,7 +104,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_into(folder: Path, last: str) -> Iterator[Path]:
+def update_folder(folder: Path, last: str) -> Iterator[Path]:
     """Gives an empty folder to fill, whose files then take their places in `folder` one by one, the file `last` at the end.
 
     Other files of `folder` stay as they are. Whoever reads the folder looks for `last` first: without it nothing is there.
@@ -132,7 +140,7 @@ def holds_files(folder: Path) -> bool:
     """Whether a folder holds anything but what this package itself leaves in an unfinished one."""
     if not folder.exists():
         return False
-    return any(path.name != LOCK and not path.name.endswith(".partial") for path in folder.iterdir())
+    return any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in folder.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,12 +152,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def up_to_date(path: Path, made_from: Path) -> bool:
+def is_up_to_date(path: Path, made_from: Path) -> bool:
     """Whether `path` exists and was written after what it is made from."""
     return path.exists() and (not made_from.exists() or path.stat().st_mtime_ns >= made_from.stat().st_mtime_ns)

@@ -56,10 +56,10 @@ def full_matmul_precision(device: torch.device) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def matmul_in_bf16(device: torch.device) -> bool:
+def uses_bf16_matmul(device: torch.device) -> bool:
     """Whether products on a CPU may be in bfloat16 now, and are fast in it."""
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
 
 
-def convolution_in_bf16(device: torch.device) -> bool:
+def uses_bf16_convolution(device: torch.device) -> bool:
     return device.type == "cpu" and MKLDNN.conv.fp32_precision == "bf16"

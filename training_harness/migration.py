@@ -12,21 +12,21 @@ from typing import Any
 from training_harness.errors import ConfigError
 
 Values = dict[str, Any]
-MODEL_KEY = "latentloom_format"
+MODEL_FORMAT_KEY = "latentloom_format"
 """Where a model's config.json, which is one of transformers', has its number."""
 
 
-def unchanged(values: Values) -> Values:
+def identity(values: Values) -> Values:
     return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class MigrationStep:
     """From one format to the next: first `change`, then the fields that have another name, by their whole names."""
 
-    change: Callable[[Values], Values] = unchanged
+    convert: Callable[[Values], Values] = identity
     """What renaming cannot express; it is given a copy."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed_fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Migration:
 
     kind: str
     """For messages, such as "tokenizer configuration"."""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[MigrationStep, ...] = ()
     """From format 1 to 2, from 2 to 3 and so on."""
     key: str = "format"
     """Under which a file holds its number."""
@@ -46,16 +46,16 @@ class Migration:
         return 1 + len(self.steps)
 
     @property
-    def renamed(self) -> dict[str, str]:
+    def renamed_fields(self) -> dict[str, str]:
         """Present names of the fields that had another one in any format."""
         names: dict[str, str] = {}
         for step in self.steps:
-            names = {old: step.renamed.get(new, new) for old, new in names.items()} | dict(step.renamed)
+            names = {old: step.renamed_fields.get(new, new) for old, new in names.items()} | dict(step.renamed_fields)
         return names
 
-    def present(self, values: Mapping[str, Any]) -> Values:
+    def migrate(self, values: Mapping[str, Any]) -> Values:
         """`values` in the present format, without the number. Raises ConfigError for a format that is not known."""
-        found = _copied(values)
+        found = _copy_nested(values)
         number = found.pop(self.key, 1)
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= self.format:
             raise ConfigError(
@@ -63,18 +63,18 @@ class Migration:
                 "written by a later version of latentloom, which reads it"
             )
         for step in self.steps[number - 1 :]:
-            found = step.change(found)
-            for old, new in step.renamed.items():
+            found = step.convert(found)
+            for old, new in step.renamed_fields.items():
                 _rename(found, old.split("."), new.split("."))
         return found
 
-    def numbered(self, values: Mapping[str, Any]) -> Values:
+    def add_format_number(self, values: Mapping[str, Any]) -> Values:
         """`values` as a file holds them. The first format has no number."""
         return {self.key: self.format, **values} if self.format > 1 else dict(values)
 
 
-def _copied(values: Mapping[str, Any]) -> Values:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+def _copy_nested(values: Mapping[str, Any]) -> Values:
+    return {name: _copy_nested(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def _rename(values: Values, old: list[str], new: list[str]) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from training_harness.files import write_text
 
-CARD = "README.md"
-BEGIN, END = "<!-- latentloom: begin -->", "<!-- latentloom: end -->"
+CARD_FILE = "README.md"
+BEGIN_MARKER, END_MARKER = "<!-- latentloom: begin -->", "<!-- latentloom: end -->"
 # Lines of the cards that versions without markers wrote.
 EARLIER_LINES = re.compile(
     r"# (Image tokenizer|Image generator|\w+ prior)|## Figures|\|.*\||```(python)?|!\[samples\].*|A .* that turns images .*|"
@@ -29,19 +29,19 @@ def write_card(folder: Path, beside: Path, card: str) -> None:
     Args:
         card: YAML header and text.
     """
-    path = folder / CARD
+    path = folder / CARD_FILE
     existing = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     text = merge_card(existing, card).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    write_text(beside / CARD, text)
+    write_text(beside / CARD_FILE, text)
 
 
 def merge_card(existing: str, card: str) -> str:
     """`card` in the place of our text in `existing`; what stands around it stays."""
     header, text = split_header(card)
-    ours = f"{BEGIN}\n{text.strip()}\n{END}\n"
-    begin, end = existing.find(BEGIN), existing.find(END)
+    ours = f"{BEGIN_MARKER}\n{text.strip()}\n{END_MARKER}\n"
+    begin, end = existing.find(BEGIN_MARKER), existing.find(END_MARKER)
     if 0 <= begin < end:
-        return existing[:begin] + ours + existing[end + len(END) :].removeprefix("\n")
+        return existing[:begin] + ours + existing[end + len(END_MARKER) :].removeprefix("\n")
     own_header, own_text = split_header(existing)
     if is_earlier_card(own_header, own_text):
         return header + "\n" + ours

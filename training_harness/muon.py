@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_harness.matmul_precision import matmul_in_bf16
-from training_harness.sharding import sharded_as, whole
+from training_harness.matmul_precision import uses_bf16_matmul
+from training_harness.sharding import gather_tensors, shard_like
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on GPUs and within `reduced_matmul_precision`, two to five times as fast there; float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" or matmul_in_bf16(device) else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or uses_bf16_matmul(device) else torch.float32
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Five Newton–Schulz iterations on (N, rows, columns); singular values end within about [0.7, 1.2]."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype or iteration_dtype(matrices.device))
@@ -72,13 +72,13 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"]
             momentum.mul_(group["momentum"]).add_(gradient)
-            update = whole(gradient.add(momentum, alpha=group["momentum"])).to(p.device).flatten(1)
+            update = gather_tensors(gradient.add(momentum, alpha=group["momentum"])).to(p.device).flatten(1)
             by_shape[update.shape[0], update.shape[1]].append((p, update))
         for (rows, columns), pairs in by_shape.items():
-            updates = orthogonalized(torch.stack([update for _, update in pairs]))
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(sharded_as(update.view(p.shape), p), alpha=-rate)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shard_like(update.view(p.shape), p), alpha=-rate)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]

@@ -61,7 +61,7 @@ class ScheduleConfig:
 
     def at(self, step: int, max_steps: int) -> float:
         """Share of the peak rate at optimiser step `step` in [1, max_steps]."""
-        warmup = steps_of(self.warmup, max_steps)
+        warmup = resolve_steps(self.warmup, max_steps)
         if step <= warmup:
             return step / warmup
         progress = (step - warmup) / max(1, max_steps - warmup)
@@ -69,7 +69,7 @@ class ScheduleConfig:
         return self.final + (1 - self.final) * shape[self.decay]
 
 
-def steps_of(amount: int | float, max_steps: int) -> int:
+def resolve_steps(amount: int | float, max_steps: int) -> int:
     """Steps meant by an int (steps) or a float (a share of the run)."""
     return amount if isinstance(amount, int) else round(amount * max_steps)
 
@@ -92,7 +92,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             fused=True,
         )
     else:
-        ends = [p for name, p in trained if p.ndim >= 2 and id(p) not in embeddings and is_end(model, name)]
+        ends = [p for name, p in trained if p.ndim >= 2 and id(p) not in embeddings and is_end_layer(model, name)]
         end_ids = {id(p) for p in ends}
         optimizer = Muon(
             [
@@ -111,7 +111,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
-def is_end(model: nn.Module, parameter_name: str) -> bool:
+def is_end_layer(model: nn.Module, parameter_name: str) -> bool:
     """Whether a matrix belongs to a model's first or last layer, which the model lists in `end_layers`."""
     return any(parameter_name.startswith(f"{end}.") for end in getattr(model, "end_layers", ()))
 

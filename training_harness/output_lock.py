@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training_harness.errors import UserError
-from training_harness.files import LOCK
+from training_harness.files import LOCK_FILE
 from training_harness.processes import is_main_process
 
 try:
@@ -26,8 +26,8 @@ def output_lock(folder: Path) -> Iterator[None]:
         return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK
-    descriptor = _lock(path, folder)
+    path = folder.resolve() / LOCK_FILE
+    descriptor = _acquire_lock(path, folder)
     try:
         yield
     finally:
@@ -39,7 +39,7 @@ def output_lock(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _lock(path: Path, folder: Path) -> int | None:
+def _acquire_lock(path: Path, folder: Path) -> int | None:
     """An open file that holds the lock; none where there are no locks."""
     while fcntl is not None:
         try:

@@ -22,17 +22,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from training_harness.configuration import field_names, nearest, section, to_mapping
+from training_harness.configuration import build_section, field_names, suggest_nearest, to_mapping
 from training_harness.errors import ConfigError, UserError
-from training_harness.migration import MODEL_KEY, Migration
+from training_harness.migration import MODEL_FORMAT_KEY, Migration
 
 # Keys that transformers itself writes into a config.json or passes to a configuration.
-LIBRARY_KEYS = {"torch_dtype", "num_labels", "name_or_path", "attn_implementation", "model_type", "_name_or_path"}
+TRANSFORMERS_KEYS = {"torch_dtype", "num_labels", "name_or_path", "attn_implementation", "model_type", "_name_or_path"}
 Configuration = TypeVar("Configuration", bound="StrictConfig")
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Keeps transformers from showing bars for models that load in a moment."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -49,42 +49,42 @@ class StrictConfig(PreTrainedConfig):
     What the training configuration has in its section `model` is a field of that name here, a dataclass that both share.
     """
 
-    migration: ClassVar[Migration] = Migration("model's config.json", key=MODEL_KEY)
+    migration: ClassVar[Migration] = Migration("model's config.json", key=MODEL_FORMAT_KEY)
     model_options: ClassVar[Any] = None
     """Type of the field `model`: a dataclass, or a union of variants."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = type(self).__dataclass_fields__
         for key in kwargs:
-            if key not in LIBRARY_KEYS and not key.startswith("_"):
+            if key not in TRANSFORMERS_KEYS and not key.startswith("_"):
                 own = [name for name in known if name not in PreTrainedConfig.__dataclass_fields__]
                 own += field_names(self.model_options)  # those may be given by themselves, as in format 1
-                raise ConfigError(f"unknown field '{key}' in a {type(self).__name__}; {nearest(key, own)}")
+                raise ConfigError(f"unknown field '{key}' in a {type(self).__name__}; {suggest_nearest(key, own)}")
         super().__post_init__(**kwargs)
 
     @classmethod
-    def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def migrate_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments or the content of a config.json, in whatever format, as the present fields."""
-        found = cls.migration.present(values)
+        found = cls.migration.migrate(values)
         if isinstance(found.get("model"), Mapping):
-            found["model"] = section(cls.model_options, found["model"], "model")
+            found["model"] = build_section(cls.model_options, found["model"], "model")
         return found
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         plain = {name: to_mapping(value) for name, value in values.items() if dataclasses.is_dataclass(value)}
-        return self.migration.numbered(values | plain)
+        return self.migration.add_format_number(values | plain)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
-def stored_config(cls: type[Configuration]) -> type[Configuration]:
+def strict_config(cls: type[Configuration]) -> type[Configuration]:
     """Makes a `StrictConfig` check its fields' types, and take the names of earlier formats too."""
     checked: Any = strict(cls)
     initialize = checked.__init__
 
     @wraps(initialize)
     def __init__(self: Configuration, **values: Any) -> None:  # noqa: N807 - it takes the place of the class's own
-        initialize(self, **cls.present_values(values))
+        initialize(self, **cls.migrate_values(values))
 
     checked.__init__ = __init__
     return checked
@@ -103,7 +103,7 @@ class StrictModel(PreTrainedModel):
 
     get_output_embeddings = get_input_embeddings
 
-    def recompute_blocks(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Gradient checkpointing: a block's activations are computed again in the backward pass."""
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -115,7 +115,7 @@ class StrictModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Writes config.json and model.safetensors into a folder."""
-        with without_progress_bars():
+        with hide_progress_bars():
             super().save_pretrained(Path(save_directory).expanduser(), **kwargs)
 
     @classmethod
@@ -123,7 +123,7 @@ class StrictModel(PreTrainedModel):
         """Loads a model folder or Hub repository; raises UserError when a file is missing, cut short or does not fit."""
         source = Path(source).expanduser() if str(source).startswith("~") else source
         try:
-            with without_progress_bars():
+            with hide_progress_bars():
                 loaded: Any = super().from_pretrained(source, output_loading_info=True, use_safetensors=True, **kwargs)
         except ConfigError as error:
             raise ConfigError(f"{source} holds another kind of model: {error}") from error

@@ -15,7 +15,7 @@ from accelerate.utils import parse_flag_from_env, reduce
 NOTICE_AFTER = 20.0  # seconds of waiting for the other processes
 
 
-def requested_processes() -> int:
+def requested_process_count() -> int:
     """How many processes the environment tells of."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdecimal() else 1
@@ -31,7 +31,7 @@ def _report_missing_processes() -> None:
     )
 
 
-def joined() -> PartialState:
+def join_processes() -> PartialState:
     """What Accelerate knows of the processes; the first call joins the others, where there are any.
 
     They may wait for one another for a day: while one reads, tokenizes or measures, the usual ten minutes are soon over.
@@ -39,7 +39,7 @@ def joined() -> PartialState:
     first = not PartialState._shared_state
     notice = threading.Timer(NOTICE_AFTER, _report_missing_processes)
     notice.daemon = True
-    if first and requested_processes() > 1:
+    if first and requested_process_count() > 1:
         notice.start()
     # Without an accelerator Accelerate must be told so, or processes that torchrun started would not know of each other.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -54,7 +54,7 @@ def joined() -> PartialState:
 
 def accelerated_device() -> torch.device:
     """The device that Accelerate finds for this process."""
-    return joined().device
+    return join_processes().device
 
 
 def is_main_process() -> bool:
@@ -69,23 +69,23 @@ def print_once(line: str) -> None:
 
 
 def number_of_processes() -> int:
-    return joined().num_processes
+    return join_processes().num_processes
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """The main process goes through the block before the others: what it writes, they find."""
-    with joined().main_process_first():
+    with join_processes().main_process_first():
         yield
 
 
 def wait_for_everyone() -> None:
-    joined().wait_for_everyone()
+    join_processes().wait_for_everyone()
 
 
-def share_of(count: int) -> range:
+def process_indices(count: int) -> range:
     """Every so-manieth of `count` positions: those that are this process's to work on."""
-    state = joined()
+    state = join_processes()
     return range(state.process_index, count, state.num_processes)
 
 

@@ -18,7 +18,7 @@ from training_harness.processes import accelerated_device
 LIBRARIES = ("latentloom", "torch", "torchvision", "transformers", "accelerate", "numpy")
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of Python and of the libraries that figures depend on, where they are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
@@ -27,17 +27,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     device = accelerated_device()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name where the system tells it, else its architecture."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
@@ -50,7 +50,7 @@ def record_environment(folder: Path, accelerator: Accelerator) -> str:
     path = folder / "environment.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     run_id = held.get("run_id") or secrets.token_hex(4)
-    found = {"run_id": run_id, "machine": machine(), "versions": versions()}
+    found = {"run_id": run_id, "machine": describe_machine(), "versions": library_versions()}
     found |= {"processes": accelerator.num_processes, "distributed_type": accelerator.distributed_type.value}
     write_json(path, found)
     return run_id

@@ -22,16 +22,16 @@ from training_harness.allocator import keep_freed_memory
 from training_harness.checkpoints import newest_step
 from training_harness.configuration import to_mapping, write_yaml
 from training_harness.errors import UserError
-from training_harness.guard import NonFiniteGuard, first_non_finite
+from training_harness.guard import NonFiniteGuard, find_first_non_finite
 from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.metric_log import MetricLog
 from training_harness.processes import accelerated_device
 from training_harness.provenance import record_environment
 from training_harness.run_checkpointing import RunCheckpointing
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import record_run
 from training_harness.run_logging import RunLogging
-from training_harness.sharding import whole
+from training_harness.run_metadata import update_run_metadata
+from training_harness.sharding import gather_tensors
 from training_harness.signals import Interrupted, StopRequest, stop_on_signal
 from training_harness.trackers import check_trackers, start_trackers
 
@@ -48,7 +48,7 @@ class Run(RunLogging, RunCheckpointing):
         self.config, self.folder = config, config.output
         keep_freed_memory()
         check_trackers(config.report_to)
-        check_launcher(config)
+        check_launcher_precision(config)
         accelerated_device()  # joins the other processes
         AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
         self.accelerator = Accelerator(
@@ -60,7 +60,7 @@ class Run(RunLogging, RunCheckpointing):
             project_config=ProjectConfiguration(logging_dir=str(self.folder / "tensorboard")),
         )
         self.log_file = MetricLog(self.folder / "metrics.jsonl")
-        self.sources: Callable[[int], list[str]] = lambda step: []
+        self.source_ids: Callable[[int], list[str]] = lambda step: []
         """Ids of the examples that this process saw in a step; the loop sets it."""
         self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
         if self.accelerator.is_main_process:
@@ -68,7 +68,7 @@ class Run(RunLogging, RunCheckpointing):
             # The next command goes on from the newest checkpoint.
             write_yaml(self.folder / "config.yaml", replace(config, resume="latest"))
             if trained_on:
-                record_run(self.folder, trained_on=trained_on)
+                update_run_metadata(self.folder, trained_on=trained_on)
             run_id = record_environment(self.folder, self.accelerator)
             if config.report_to:
                 start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
@@ -82,7 +82,7 @@ class Run(RunLogging, RunCheckpointing):
         rounded = reduced_matmul_precision(self.accelerator.device, config.matmul_precision == "high")
         with bar, rounded, stop_on_signal() as wish:
             for step in range(self.step + 1, config.max_steps + 1):
-                self._seed(seed_of(config.seed, step, self.accelerator.process_index))
+                self._seed(step_seed(config.seed, step, self.accelerator.process_index))
                 yield step
                 self.step = step
                 bar.update(images)
@@ -98,7 +98,7 @@ class Run(RunLogging, RunCheckpointing):
         if self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
-    def _on_any_process(self, number: int) -> int:
+    def _max_over_processes(self, number: int) -> int:
         """The largest of the processes' numbers: what one of them found is then known to all."""
         if self.accelerator.num_processes == 1:
             return number
@@ -106,7 +106,7 @@ class Run(RunLogging, RunCheckpointing):
 
     def _stop_if_requested(self, wish: StopRequest) -> None:
         """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
-        if not (number := self._on_any_process(wish.number)):
+        if not (number := self._max_over_processes(wish.signal_number)):
             return
         if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
             self.checkpoint(self.step)
@@ -137,13 +137,13 @@ class Run(RunLogging, RunCheckpointing):
         finite = True
         if self.accelerator.sync_gradients:
             found = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            norm = self.gradient_norms[name] = math.nan if found is None else float(whole(found))
+            norm = self.gradient_norms[name] = math.nan if found is None else float(gather_tensors(found))
             scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
             guard = self.guards[name]
-            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._on_any_process)
+            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._max_over_processes)
             if not finite:
-                self._skip(step, model, guard)
-            elif (usual := guard.spike(norm)) is not None:
+                self._record_skipped_step(step, model, guard)
+            elif (usual := guard.detect_spike(norm)) is not None:
                 prefix = name and f"{name}_"
                 self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": usual})
             if finite or scaled:
@@ -152,23 +152,23 @@ class Run(RunLogging, RunCheckpointing):
         optimizer.zero_grad()
         return finite
 
-    def _skip(self, step: int, model: nn.Module, guard: NonFiniteGuard) -> None:
+    def _record_skipped_step(self, step: int, model: nn.Module, guard: NonFiniteGuard) -> None:
         """Notes the examples of a step that is not taken; raises NonFiniteLossError after too many in a row."""
         process, network = self.accelerator.process_index, self.unwrap(model)
-        row = {"step": step, "process": process, "source_ids": self.sources(step)}
-        row |= {name: str(value) for name, value in guard.wrong.items()}  # JSON knows no NaN
+        row = {"step": step, "process": process, "source_ids": self.source_ids(step)}
+        row |= {name: str(value) for name, value in guard.non_finite_values.items()}  # JSON knows no NaN
         MetricLog(self.folder / f"skipped_steps.{process}.jsonl").append(row)
-        if guard.exhausted:
-            raise guard.error(step, first_non_finite(network, self._inputs.get(network, ())))
+        if guard.is_exhausted:
+            raise guard.build_error(step, find_first_non_finite(network, self._inputs.get(network, ())))
 
 
-def seed_of(seed: int, step: int, process: int) -> int:
+def step_seed(seed: int, step: int, process: int) -> int:
     """A seed that differs for every (seed, step, process); the constants are 64-bit odd multipliers."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)
 
 
-def check_launcher(config: RunConfig) -> None:
+def check_launcher_precision(config: RunConfig) -> None:
     """Raises UserError when `accelerate launch` was asked for another precision than the run."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", config.mixed_precision):

@@ -10,9 +10,9 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from training_harness.checkpoints import (
-    TornCheckpointError,
-    checkpoints_in,
-    prune,
+    CorruptCheckpointError,
+    list_checkpoints,
+    prune_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
@@ -21,7 +21,7 @@ from training_harness.files import remove_incomplete
 from training_harness.guard import NonFiniteGuard
 from training_harness.metric_log import MetricLog
 from training_harness.run_config import RunConfig
-from training_harness.sharding import load_state, whole
+from training_harness.sharding import gather_tensors, load_state
 
 
 class Stateful(Protocol):
@@ -50,7 +50,7 @@ class RunCheckpointing:
         self._inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of each network's last forward pass
 
     @property
-    def sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether FSDP shards the model over the processes."""
         return self.accelerator.distributed_type is DistributedType.FSDP
 
@@ -74,7 +74,7 @@ class RunCheckpointing:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.best = state["step"], state["best"]
             for name, count in state["skipped_in_a_row"].items():
-                self.guards[name].in_a_row = count
+                self.guards[name].consecutive_skips = count
         if self.accelerator.is_main_process:
             remove_incomplete(self.folder / "checkpoints")
             self.log_file.rewind(self.step)
@@ -87,17 +87,17 @@ class RunCheckpointing:
 
     def _state_to_resume(self) -> dict[str, Any] | None:
         if self.config.resume != "latest":
-            return read_checkpoint(self._chosen_checkpoint())
-        for path in reversed(checkpoints_in(self.folder)):
+            return read_checkpoint(self._checkpoint_to_resume())
+        for path in reversed(list_checkpoints(self.folder)):
             try:
                 return read_checkpoint(path)
-            except TornCheckpointError as error:
+            except CorruptCheckpointError as error:
                 if self.accelerator.is_main_process:
                     print(f"passing over {path}: {error}", file=sys.stderr)
         return None
 
-    def _chosen_checkpoint(self) -> Path:
-        existing = {path.name: path for path in checkpoints_in(self.folder)}
+    def _checkpoint_to_resume(self) -> Path:
+        existing = {path.name: path for path in list_checkpoints(self.folder)}
         if self.config.resume not in existing:
             raise UserError(
                 f"--resume is {self.config.resume} and {self.folder} has {', '.join(existing) or 'no checkpoint'}; expected one "
@@ -111,7 +111,7 @@ class RunCheckpointing:
             self.best = {"step": step, "value": metric}
         self.on_validation(step, metric)
 
-    def checkpoint_due(self, step: int) -> bool:
+    def is_checkpoint_due(self, step: int) -> bool:
         every = self.config.checkpoint_every
         best = self.best is not None and self.best["step"] == step
         return step % every == 0 or step == self.config.max_steps or best
@@ -119,18 +119,18 @@ class RunCheckpointing:
     def checkpoint(self, step: int) -> None:
         """Writes the state of every tracked object; keeps the newest `keep_checkpoints` and the best."""
         objects: dict[str, Any] = {}
-        if self.accelerator.is_main_process or self.sharded:  # all processes gather shards
-            objects = {name: whole(thing.state_dict()) for name, thing in self._tracked.items()}
+        if self.accelerator.is_main_process or self.is_sharded:  # all processes gather shards
+            objects = {name: gather_tensors(thing.state_dict()) for name, thing in self._tracked.items()}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
                 "step": step,
                 "best": self.best,
-                "skipped_in_a_row": {name: guard.in_a_row for name, guard in self.guards.items()},
+                "skipped_in_a_row": {name: guard.consecutive_skips for name, guard in self.guards.items()},
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "objects": objects,
             }
             write_checkpoint(self.folder, step, state)
             best = None if self.best is None else int(self.best["step"])
-            prune(self.folder, step, self.config.keep_checkpoints, best)
+            prune_checkpoints(self.folder, step, self.config.keep_checkpoints, best)
         self.accelerator.wait_for_everyone()

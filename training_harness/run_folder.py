@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from training_harness.checkpoints import newest_step
-from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.configuration import fill_defaults, find_differences, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files
 from training_harness.migration import Migration
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import finished_step, run_facts
+from training_harness.run_metadata import finished_step, read_run_metadata
 
 # What may differ between a run folder and the command that goes on with it.
-CHANGEABLE = (
+CHANGEABLE_FIELDS = (
     *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
     *("compile", "gradient_checkpointing", "report_to", "ema.device"),
 )
@@ -33,11 +33,11 @@ def stored_configuration(folder: Path, migration: Migration) -> dict[str, Any] |
         held = read_yaml(folder / "config.yaml")
     except (UserError, OSError):
         return None
-    held = migration.present(held)
+    held = migration.migrate(held)
     return held if {"output", "max_steps", "batch_size", "seed"} <= held.keys() else None
 
 
-def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | None:
+def check_run_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | None:
     """Refuses a folder that `config` may not write to.
 
     Args:
@@ -59,12 +59,14 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
     if not (newest_step(folder) or (folder / "model").exists()):
         return None  # nothing was saved that another configuration could not go on with
     with suppress(ConfigError):  # a run of another kind, which then differs
-        held = with_defaults(type(config), held)
+        held = fill_defaults(type(config), held)
     different = {
-        name: values for name, values in differences(held, to_mapping(config)).items() if name not in CHANGEABLE
+        name: values
+        for name, values in find_differences(held, to_mapping(config)).items()
+        if name not in CHANGEABLE_FIELDS
     }
     for name in PATH_FIELDS:
-        if name in different and _same_path(folder, *different[name], trained_on):
+        if name in different and _name_same_data(folder, *different[name], trained_on):
             del different[name]
     if different:
         listed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in different.items()]
@@ -72,7 +74,7 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
             f"{folder} holds a run with another configuration ({'; '.join(listed[:4])}); "
             "expected the same; give the same values to go on with it, or choose another --output"
         )
-    stored = run_facts(folder).get("trained_on")
+    stored = read_run_metadata(folder).get("trained_on")
     if stored and trained_on and stored != trained_on:
         what = (
             "codes: of another tokenizer or other images"
@@ -93,14 +95,14 @@ def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | No
     return None
 
 
-def _same_path(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
+def _name_same_data(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
     """Whether two paths name the same images or codes: by the fingerprint, or for runs without one by where they lead.
 
     A run of an earlier version has none. Its codes are compared by their tokenizer's id when the checkpoint is loaded.
     """
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    if stored := run_facts(folder).get("trained_on"):
+    if stored := read_run_metadata(folder).get("trained_on"):
         return stored == trained_on
     there, here = (Path(path).expanduser() for path in (old, new))
     return there.resolve() == here.resolve() or (not there.exists() and there.name == here.name)

@@ -16,7 +16,7 @@ from training_harness.progress import progress_bar
 from training_harness.run_config import RunConfig
 from training_harness.trackers import log_image, log_metrics
 
-SHOWN_TERMS = 3  # in the progress bar
+PROGRESS_BAR_TERMS = 3  # in the progress bar
 
 
 class RunLogging:
@@ -46,12 +46,12 @@ class RunLogging:
         )
         return self._bar
 
-    def due(self, step: int, every: int) -> bool:
+    def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.max_steps
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Averages the values over processes and appends them as one row, every `log_every` steps."""
-        if not self.due(step, self.config.log_every):
+        if not self.is_due(step, self.config.log_every):
             return
         numbers = torch.tensor(
             [float(torch.as_tensor(v).detach()) for v in values.values()], device=self.accelerator.device
@@ -65,7 +65,7 @@ class RunLogging:
         rate = images / (time.perf_counter() - self._started) if self._started else 0.0
         self.log_row(step, row | {"images_per_second": rate})
         if self._bar is not None:
-            shown = {name: f"{value:.3g}" for name, value in list(row.items())[:SHOWN_TERMS]}
+            shown = {name: f"{value:.3g}" for name, value in list(row.items())[:PROGRESS_BAR_TERMS]}
             self._bar.set_postfix({"step": step} | shown, refresh=False)
 
     def log_row(self, step: int, row: Mapping[str, float]) -> None:
@@ -81,11 +81,11 @@ class RunLogging:
             self.log_file.append({"step": step, "warning": text, "about": about})
             tqdm.write(f"warning at step {step}: {text}", file=sys.stderr)
 
-    def image_path(self, step: int) -> Path:
+    def samples_path(self, step: int) -> Path:
         """Where the samples of a step are saved."""
         return self.folder / "samples" / f"step_{step:06d}.png"
 
-    def log_image(self, step: int) -> None:
+    def log_samples(self, step: int) -> None:
         """Hands the samples of a step to the trackers."""
         if self.accelerator.is_main_process and self.config.report_to:
-            log_image(self.accelerator, self.image_path(step), step)
+            log_image(self.accelerator, self.samples_path(step), step)

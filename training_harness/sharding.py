@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
-def whole(value: Any) -> Any:
+def gather_tensors(value: Any) -> Any:
     """The value with every shard in it gathered on the CPU; each process must ask for it."""
     if isinstance(value, DTensor):
         by_rows = Shard(0) in value.placements  # a norm is not: it is summed
-        return (gathered(value.to_local(), value) if by_rows else value.full_tensor()).cpu()
+        return (gather_shards(value.to_local(), value) if by_rows else value.full_tensor()).cpu()
     if isinstance(value, dict):
-        return {name: whole(inner) for name, inner in value.items()}
-    return [whole(inner) for inner in value] if isinstance(value, list) else value
+        return {name: gather_tensors(inner) for name, inner in value.items()}
+    return [gather_tensors(inner) for inner in value] if isinstance(value, list) else value
 
 
-def gathered(shard: Tensor, like: DTensor) -> Tensor:
+def gather_shards(shard: Tensor, like: DTensor) -> Tensor:
     """The whole of a tensor from each process's shard of it, laid out by rows as `like` is; each process must ask for it.
 
     `DTensor.full_tensor` does so by a functional collective, which over gloo (torch 2.14) could end the process.
@@ -33,14 +33,14 @@ def gathered(shard: Tensor, like: DTensor) -> Tensor:
     return result[: like.shape[0]]
 
 
-def sharded_as(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same on every process, laid out as `like` is."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard, or the whole of what is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -49,13 +49,13 @@ def load_state(thing: Any, state: dict[str, Any]) -> None:
     """`thing.load_state_dict(state)`, of a module or an optimiser that may be sharded, or of anything else."""
     if isinstance(thing, nn.Module):
         held = thing.state_dict()
-        state = {name: sharded_as(value, held[name]) if name in held else value for name, value in state.items()}
+        state = {name: shard_like(value, held[name]) if name in held else value for name, value in state.items()}
     elif isinstance(thing, torch.optim.Optimizer):
         parameters = [p for group in thing.param_groups for p in group["params"]]
         state = state | {
             "state": {
                 i: {
-                    name: sharded_as(value, parameters[i])
+                    name: shard_like(value, parameters[i])
                     if isinstance(value, Tensor) and value.shape == parameters[i].shape
                     else value
                     for name, value in held.items()

@@ -12,13 +12,13 @@ class Interrupted(Exception):  # noqa: N818 - what was asked for; no error of th
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.number = number
+        self.signal_number = number
 
 
 class StopRequest:
     """`number` is the signal that came, 0 before one came."""
 
-    number = 0
+    signal_number = 0
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        wish.number = number
+        wish.signal_number = number
         for each, handler in before.items():
             signal.signal(each, handler)
 

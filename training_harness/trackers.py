@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from training_harness.configuration import flat
+from training_harness.configuration import flatten
 from training_harness.errors import UserError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -33,7 +33,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, run_id: str, configur
     """Begins a run with each tracker, or goes on with the one of `run_id`."""
     named = {"name": folder.resolve().name, "resume": "allow"}
     options = {"wandb": named | {"id": run_id, "dir": str(folder)}, "trackio": named | {"embed": False}}
-    plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in flat(configuration).items()}
+    plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in flatten(configuration).items()}
     accelerator.init_trackers(PROJECT, plain, options)
 
 

@@ -47,8 +47,8 @@ from training_harness.processes import (
     wait_for_everyone,
 )
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import mark_finished
-from training_harness.run_folder import check_folder, stored_configuration
+from training_harness.run_folder import check_run_folder, stored_configuration
+from training_harness.run_metadata import mark_finished
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
@@ -89,7 +89,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     folder = config.output / "model"
     samples_alone = config.model.samples_alone
     with output_lock(config.output):
-        done = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
+        done = check_run_folder(config, "tokenizer", inputs.source.train.fingerprint())
         if done is not None and (not samples_alone or (config.output / "pipeline" / INDEX).exists()):
             print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
             return folder
@@ -162,7 +162,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         config = bounded(config, minutes, time_step)
     folder = config.output / "pipeline"
     with output_lock(config.output):
-        if (done := check_folder(config, "prior", codes.fingerprint)) is not None and (folder / INDEX).exists():
+        if (done := check_run_folder(config, "prior", codes.fingerprint)) is not None and (folder / INDEX).exists():
             print_once(f"{config.output} has finished its {done} steps; give a larger --max-steps to go on")
             return folder
         train_and_save_pipeline(config, codes, folder, time_step)

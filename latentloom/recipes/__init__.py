@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from training_harness.configuration import merged, nearest, read_yaml
+from training_harness.configuration import merge_mappings, read_yaml, suggest_nearest
 from training_harness.errors import ConfigError
 
 PRIOR_PREFIXES = ("ar-", "diffusion-")
@@ -30,7 +30,7 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
                 f"{name} is a recipe of the {other}; expected one of the {stage}: {', '.join(names)}; latentloom train takes it "
                 f"as {'--tokenizer-recipe' if other == 'tokenizer' else '--recipe'}, latentloom train-{other} as --recipe"
             )
-        raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
+        raise ConfigError(f"no {stage} recipe '{name}'; {suggest_nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)
     return values if base is None else overlaid(stage, recipe_values(base, stage), values)
@@ -38,7 +38,7 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
 
 def overlaid(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's configuration with other values of some fields; see `merged` for another variant of a section."""
-    return merged(base, values, training_type(stage, {**base, **values}))
+    return merge_mappings(base, values, training_type(stage, {**base, **values}))
 
 
 def training_type(stage: str, values: Mapping[str, Any]) -> Any:

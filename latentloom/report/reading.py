@@ -156,7 +156,7 @@ def read_run(folder: Path) -> RunRecord:
     rows = read_rows(folder / "metrics.jsonl")
     logged = {name for row in rows for name in row}
     stage: Stage = "prior" if "codes" in configuration or logged & {"nats_per_token", "squared_error"} else "tokenizer"
-    configuration = MIGRATIONS[stage].present(configuration)
+    configuration = MIGRATIONS[stage].migrate(configuration)
     skipped = [row for path in sorted(folder.glob("skipped_steps.*.jsonl")) for row in read_rows(path)]
     paths = {
         int(found[1]): path
@@ -227,7 +227,7 @@ def find_codebook_size(folder: Path, stage: Stage, configuration: dict[str, Any]
     """K from the configuration, the model, or for a prior from its codes, also where the job has been moved."""
     saved = read_json(folder / "model" / "config.json")
     if stage == "tokenizer":
-        saved = MODEL.present(saved)
+        saved = MODEL.migrate(saved)
     sections = (configuration.get("model"), saved, saved.get("model"))
     size = next((found for one in sections if isinstance(one, dict) and (found := one.get("codebook_size"))), None)
     if stage == "prior" and not size:

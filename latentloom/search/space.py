@@ -19,7 +19,7 @@ import yaml
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANModel
 from stage2_prior.training_config import PriorTraining
-from training_harness.configuration import flat, from_mapping, merged, nearest, to_mapping
+from training_harness.configuration import flatten, from_mapping, merge_mappings, suggest_nearest, to_mapping
 from training_harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -138,16 +138,16 @@ def unreadable(word: str) -> ConfigError:
 
 
 def check_field(field: str, base: Training) -> None:
-    names = [name for name in flat(to_mapping(base)) if name not in ONE_FOR_ALL and not name.startswith(UNSEEN)]
+    names = [name for name in flatten(to_mapping(base)) if name not in ONE_FOR_ALL and not name.startswith(UNSEEN)]
     why = "has no part in the validation figure" if field.startswith(UNSEEN) else ONE_FOR_ALL.get(field)
     if why:
         raise ConfigError(
             f"--search has {field}, which {why}; expected a setting of the training, such as optimizer.learning_rate"
         )
-    if field not in names and (new := base.migration.renamed.get(field)):
+    if field not in names and (new := base.migration.renamed_fields.get(field)):
         raise ConfigError(f"--search has {field}, which has another name; expected {new}")
     if field not in names:
-        raise ConfigError(f"--search has the unknown field '{field}'; {nearest(field, names)}")
+        raise ConfigError(f"--search has the unknown field '{field}'; {suggest_nearest(field, names)}")
 
 
 def checked(word: str, field: str, value: Any, base: Training) -> Any:
@@ -164,7 +164,7 @@ def with_values(base: Training, values: Mapping[str, Any]) -> Any:
     for field, value in values.items():
         for name in reversed(field.split(".")):
             value = {name: value}
-        mapping = merged(mapping, value, type(base))
+        mapping = merge_mappings(mapping, value, type(base))
     return from_mapping(type(base), mapping)
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from latentloom.search.results import Metric, TrialResult
 from latentloom.search.space import Space, Training, own_values, with_values
-from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.configuration import fill_defaults, find_differences, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files, write_text
 
@@ -86,7 +86,7 @@ def holds_this_search(plan: Plan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    found = differences(stored_request(plan), plan.request)
+    found = find_differences(stored_request(plan), plan.request)
     differing = [f"{name} is {held!r} there and {wanted!r} here" for name, (held, wanted) in found.items()]
     if differing:
         raise UserError(
@@ -99,19 +99,19 @@ def holds_this_search(plan: Plan) -> bool:
 def stored_request(plan: Plan) -> dict[str, Any]:
     """The request of the search in the folder, in the present format and with the defaults of fields that are new."""
     migration = plan.base.migration
-    fields = migration.present(read_yaml(plan.folder / "search.yaml"))
+    fields = migration.migrate(read_yaml(plan.folder / "search.yaml"))
     own = {name: fields.pop(name, None) for name in ("trial_steps", "trained_on", "search")}
     if isinstance(own["search"], dict):
-        own["search"] = {migration.renamed.get(field, field): spec for field, spec in own["search"].items()}
+        own["search"] = {migration.renamed_fields.get(field, field): spec for field, spec in own["search"].items()}
     with suppress(ConfigError):  # of another kind of prior, which then differs
-        fields = with_defaults(type(plan.base), fields)
+        fields = fill_defaults(type(plan.base), fields)
         del fields["output"]
     return own | fields
 
 
 def write_request(plan: Plan) -> None:
     plan.folder.mkdir(parents=True, exist_ok=True)
-    request = plan.base.migration.numbered(plan.request)
+    request = plan.base.migration.add_format_number(plan.request)
     write_text(plan.folder / "search.yaml", yaml.safe_dump(request, sort_keys=False))
 
 
@@ -172,7 +172,7 @@ def results_of(study: "optuna.Study", plan: Plan) -> list[TrialResult]:
 def journal_names(plan: Plan, study: "optuna.Study") -> dict[str, str]:
     """The name of each searched field in the journal: a former one, where the search began with that."""
     held = {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
-    former = {new: old for old, new in plan.base.migration.renamed.items() if old in held}
+    former = {new: old for old, new in plan.base.migration.renamed_fields.items() if old in held}
     return {parameter.field: former.get(parameter.field, parameter.field) for parameter in plan.space}
 
 

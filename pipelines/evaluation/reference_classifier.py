@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, stored_config
+from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, strict_config
 
 
 class ClassifierOutput(NamedTuple):
@@ -22,7 +22,7 @@ class ClassifierOutput(NamedTuple):
     features: Tensor  # (N, F) float32, ≥ 0; F is the last width
 
 
-@stored_config
+@strict_config
 class ReferenceClassifierConfig(StrictConfig):
     """Sizes of the images it was trained on, channels of each stage, and in `id2label` the names of the classes.
 

@@ -14,7 +14,7 @@ from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError
-from training_harness.files import sha256_of
+from training_harness.files import compute_sha256
 
 
 class CodeSplit:
@@ -136,7 +136,7 @@ class CodeCache:
         """Compares every shard with its sha256, and codes with the codebook's size; raises UserError for the first that differs."""
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
-                found = sha256_of(self.path / shard["file"])
+                found = compute_sha256(self.path / shard["file"])
                 if found != shard["sha256"]:
                     raise UserError(
                         f"{self.path / shard['file']} has sha256 {found[:12]}…; expected {shard['sha256'][:12]}…; "

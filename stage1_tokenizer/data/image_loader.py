@@ -94,12 +94,12 @@ class ImageLoader:
     def random_batches(self, order: BatchOrder, first: int) -> Iterator[Tensor]:
         """Batches of `order` from number `first` on, without end; what must be decoded is, while others are used."""
         if self._images is not None:
-            yield from (self[order.batch(number)] for number in count(first))
+            yield from (self[order.batch_indices(number)] for number in count(first))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            ahead = deque(pool.submit(self.__getitem__, order.batch(first + i)) for i in range(3))
+            ahead = deque(pool.submit(self.__getitem__, order.batch_indices(first + i)) for i in range(3))
             for number in count(first + 3):
                 yield ahead.popleft().result()
-                ahead.append(pool.submit(self.__getitem__, order.batch(number)))
+                ahead.append(pool.submit(self.__getitem__, order.batch_indices(number)))
 
     def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
         quiet = None if describe and len(positions) > 2000 else True

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.quantizers.protocol import all_reduce_mean
 from training_harness.errors import ConfigError
-from training_harness.optimization import steps_of
-from training_harness.precision import widened
+from training_harness.optimization import resolve_steps
+from training_harness.precision import upcast
 
 LECAM_DECAY = 0.99
 LEAST = {"weight": 0, "learning_rate": 0, "channels": 1, "layers": 1, "lecam": 0, "r1": 0}
@@ -67,14 +67,14 @@ class AdversarialConfig:
 
     def discriminating(self, step: int, max_steps: int) -> bool:
         """Whether the discriminator learns at `step` of [1, max_steps]."""
-        return self.weight > 0 and step > steps_of(self.start, max_steps)
+        return self.weight > 0 and step > resolve_steps(self.start, max_steps)
 
     def share(self, step: int, max_steps: int) -> float:
         """r(s): share of the generator's adversarial term at `step`."""
         if self.weight == 0:
             return 0.0
-        begin = steps_of(self.start, max_steps) + steps_of(self.warmup, max_steps)
-        return min(1.0, max(0.0, (step - begin) / max(1, steps_of(self.ramp, max_steps))))
+        begin = resolve_steps(self.start, max_steps) + resolve_steps(self.warmup, max_steps)
+        return min(1.0, max(0.0, (step - begin) / max(1, resolve_steps(self.ramp, max_steps))))
 
 
 def allow_compiling(discriminator: nn.Module, config: AdversarialConfig) -> None:
@@ -87,7 +87,7 @@ def allow_compiling(discriminator: nn.Module, config: AdversarialConfig) -> None
 
 def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
     """G of the module's header: what the decoder minimises."""
-    logits = widened(fake_logits)
+    logits = upcast(fake_logits)
     if kind == "hinge":
         return -logits.mean()
     return F.softplus(-logits).mean() if kind == "non_saturating" else -F.softplus(logits).mean()
@@ -95,7 +95,7 @@ def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
 
 def discriminator_loss(kind: str, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """D of the module's header, without its regularisation."""
-    real, fake = widened(real_logits), widened(fake_logits)
+    real, fake = upcast(real_logits), upcast(fake_logits)
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
@@ -104,7 +104,7 @@ def discriminator_loss(kind: str, real_logits: Tensor, fake_logits: Tensor) -> T
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
     """½ E ‖∇_x D(x)‖² of the logits of the first of `images`, which need gradients; each image's logits are summed."""
     (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
-    return 0.5 * widened(gradient[: len(real_logits)]).square().flatten(1).sum(1).mean()
+    return 0.5 * upcast(gradient[: len(real_logits)]).square().flatten(1).sum(1).mean()
 
 
 class LeCAM:
@@ -115,7 +115,7 @@ class LeCAM:
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Draws real logits to where fake ones have been, and the other way round; counts these logits too."""
-        real, fake = widened(real_logits), widened(fake_logits)
+        real, fake = upcast(real_logits), upcast(fake_logits)
         means = all_reduce_mean(torch.stack([real.detach().mean(), fake.detach().mean()])).tolist()
         if all(map(math.isfinite, means)):  # or one bad batch would stay in the averages
             self.real += (1 - LECAM_DECAY) * (means[0] - self.real)
@@ -133,5 +133,5 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """λ of Esser et al. 2021, eq. 7: detached, in [0, 10⁴], averaged over processes."""
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_adversary,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    weight = widened(of_reconstruction).norm() / (widened(of_adversary).norm() + 1e-4)
+    weight = upcast(of_reconstruction).norm() / (upcast(of_adversary).norm() + 1e-4)
     return all_reduce_mean(weight.clamp(0, 1e4).detach())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 CHARBONNIER_EPSILON = 1e-3  # of a range of 2: a quarter of a grey level
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
@@ -55,12 +55,12 @@ def reconstruction_terms(
     reconstruction: Tensor, pixel_values: Tensor, weights: ReconstructionConfig, perceptual: PerceptualLoss | None
 ) -> dict[str, Tensor]:
     """Unweighted float32 means by the names of `ReconstructionConfig`; l1 and l2 whatever their weights, for the log."""
-    reconstruction, pixel_values = widened(reconstruction), widened(pixel_values)
+    reconstruction, pixel_values = upcast(reconstruction), upcast(pixel_values)
     terms = {"l1": F.l1_loss(reconstruction, pixel_values), "l2": F.mse_loss(reconstruction, pixel_values)}
     if weights.charbonnier > 0:
         terms["charbonnier"] = ((reconstruction - pixel_values).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
     if perceptual is not None:
-        terms["perceptual"] = widened(perceptual(reconstruction, pixel_values))
+        terms["perceptual"] = upcast(perceptual(reconstruction, pixel_values))
     return terms
 
 

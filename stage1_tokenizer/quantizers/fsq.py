@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 MARGIN = 1e-3  # ε: the outermost values can be reached
 
@@ -56,13 +56,13 @@ class FSQ(Quantizer):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
-            bounded = self._bounded(widened(latents))
+            bounded = self._bounded(upcast(latents))
             values = bounded + (bounded.round() - bounded).detach()
             quantized = (values / self._half).to(latents.dtype)
         return QuantizerOutput(quantized, self._index(values.detach()), {})
 
     def quantize(self, latents: Tensor) -> Tensor:
-        return self._index(self._bounded(widened(latents)).round())
+        return self._index(self._bounded(upcast(latents)).round())
 
     def lookup(self, indices: Tensor) -> Tensor:
         digits = indices.unsqueeze(1) // self._by_channel(self.strides) % self._by_channel(self.levels)

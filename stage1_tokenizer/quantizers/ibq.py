@@ -27,7 +27,7 @@ from stage1_tokenizer.quantizers.protocol import (
     as_vectors,
 )
 from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS, least_of
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 def most_alike(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class IBQ(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = widened(as_vectors(latents))
+            vectors = upcast(as_vectors(latents))
             indices = most_alike(vectors.detach(), self.codebook.detach())
             chosen = soft_choice(vectors, self.codebook, indices, self.config.entropy_temperature)
             hard = self.codebook[indices]
@@ -90,7 +90,7 @@ class IBQ(Quantizer):
 
     def quantize(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
-        return most_alike(widened(as_vectors(latents)), self.codebook).view(batch, height, width)
+        return most_alike(upcast(as_vectors(latents)), self.codebook).view(batch, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook).movedim(-1, 1)

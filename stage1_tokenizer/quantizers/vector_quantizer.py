@@ -32,7 +32,7 @@ from stage1_tokenizer.quantizers.protocol import (
 )
 from training_harness.errors import ConfigError
 from training_harness.matmul_precision import full_matmul_precision
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 CHUNK_ELEMENTS = 1 << 21  # entries of the distance table that exist at once: 8 MiB of float32
 
@@ -44,7 +44,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     Returns:  (N,) int64 in [0, K).
     The constant ‖z‖² is left out of the distance.
     """
-    return least_of(vectors, codebook, widened(codebook).square().sum(1))
+    return least_of(vectors, codebook, upcast(codebook).square().sum(1))
 
 
 @torch.compiler.disable  # it works in place, and on settings that a compiler does not see
@@ -57,7 +57,7 @@ def least_of(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
     """
     device = vectors.device
     with torch.autocast(device.type, enabled=False), full_matmul_precision(device):
-        vectors, codebook = widened(vectors), widened(codebook)
+        vectors, codebook = upcast(vectors), upcast(codebook)
         rows = max(1, CHUNK_ELEMENTS // len(codebook))
         table = vectors.new_empty(min(rows, len(vectors)), len(codebook))
         least, indices = vectors.new_empty(len(vectors)), torch.empty(len(vectors), dtype=torch.int64, device=device)
@@ -131,7 +131,7 @@ class VectorQuantizer(Quantizer):
         """latents: (B, c, h, w); in training mode also learns, and restarts dead entries."""
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = self._placed(widened(as_vectors(latents)))  # (N, c)
+            vectors = self._placed(upcast(as_vectors(latents)))  # (N, c)
             learning = self.training and all_finite(vectors)  # or one bad batch would stay in the moving averages
             if learning:
                 self._restart(vectors.detach())
@@ -152,7 +152,7 @@ class VectorQuantizer(Quantizer):
 
     def quantize(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
-        vectors = self._placed(widened(as_vectors(latents)))
+        vectors = self._placed(upcast(as_vectors(latents)))
         return nearest_code(vectors, self._placed(self.codebook)).view(batch, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 CHUNK = {"cpu": 2**20}  # logits at once: on a CPU, those that stay in its cache
 CHUNK_ELSEWHERE = 2**26
@@ -33,11 +33,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         trained, count = any(ctx.needs_input_grad), len(targets)
-        total = widened(hidden.new_zeros(()))
-        of_hidden, of_weight = [], torch.zeros_like(widened(weight)) if trained else None
+        total = upcast(hidden.new_zeros(()))
+        of_hidden, of_weight = [], torch.zeros_like(upcast(weight)) if trained else None
         for part, codes in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(part, weight)
-            log_probabilities = widened(logits).log_softmax(1)  # (chunk, K)
+            log_probabilities = upcast(logits).log_softmax(1)  # (chunk, K)
             total -= log_probabilities.gather(1, codes[:, None]).sum()
             if of_weight is not None:
                 gradient = log_probabilities.exp_().scatter_add_(1, codes[:, None], -total.new_ones(len(codes), 1))

@@ -12,7 +12,7 @@ from stage2_prior.diffusion.schedule import LEVELS, Schedule
 from stage2_prior.migration import DIFFUSION_MODEL
 from training_harness.errors import ConfigError, UserError
 from training_harness.migration import Migration
-from training_harness.pretrained import StrictConfig, stored_config
+from training_harness.pretrained import StrictConfig, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ DiffusionModel = DiTModel | UNetModel
 """The first is what a section without a name means."""
 
 
-@stored_config
+@strict_config
 class DiffusionPriorConfig(StrictConfig):
     """A model's config.json."""
 

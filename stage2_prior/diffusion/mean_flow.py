@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from stage2_prior.conditioning.classes import guided, has_class
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +78,16 @@ def mean_flow_errors(
         ends, guidance: r in [0, t] and ω of at least 1, (B,) each.
     """
     guidance = torch.where(has_class(classes, null_class), guidance, 1.0)
-    predicted = widened(network(noisy, times, classes, ends, guidance))
+    predicted = upcast(network(noisy, times, classes, ends, guidance))
     with torch.no_grad():
-        target = widened(velocity).clone()
+        target = upcast(velocity).clone()
         if len(rows := (guidance > 1).nonzero()[:, 0]):
             null, at = torch.full_like(classes[rows], null_class), times[rows]
-            without = widened(network(noisy[rows], at, null, at, torch.ones_like(at)))
+            without = upcast(network(noisy[rows], at, null, at, torch.ones_like(at)))
             target[rows] = guided(target[rows], without, guidance[rows].view(-1, 1, 1, 1))
         if len(rows := (ends < times).nonzero()[:, 0]):
             change = total_derivative(network, noisy[rows], times[rows], classes[rows], ends[rows], guidance[rows])
-            target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * widened(change)
+            target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * upcast(change)
     return predicted - target
 
 

@@ -11,7 +11,7 @@ from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.training_config import DiffusionTraining
 from training_harness.errors import UserError
-from training_harness.processes import mean_over_processes, share_of
+from training_harness.processes import mean_over_processes, process_indices
 
 VALIDATION_BATCH, BANDS = 250, 5
 MEASURED = 2000  # images, evenly spaced, whose latents are looked at before training
@@ -66,7 +66,7 @@ class DiffusionObjective:
         shape = (limit, self.prior_config.channels, self.prior_config.height, self.prior_config.width)
         noise, places = torch.randn(shape, generator=generator), torch.randperm(limit, generator=generator)
         times = self.schedule.training_times((places + 0.5) / limit)
-        own, totals, counts = torch.tensor(share_of(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
+        own, totals, counts = torch.tensor(process_indices(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
         for rows in own.split(VALIDATION_BATCH):
             given = split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows]
             latents, labels, at, added = (x.to(prior.device) for x in given)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from training_harness.matmul_precision import matmul_in_bf16
+from training_harness.matmul_precision import uses_bf16_matmul
 
 SHORT, SHORT_IF_ROUNDED = 64, 256  # tokens up to which plain products are the quicker ones
 
 
 def plain_products_pay(tokens: int, device: torch.device) -> bool:
-    short = SHORT_IF_ROUNDED if matmul_in_bf16(device) else SHORT
+    short = SHORT_IF_ROUNDED if uses_bf16_matmul(device) else SHORT
     return tokens <= short and device.type == "cpu" and torch.is_grad_enabled()
 
 

@@ -9,7 +9,7 @@ import pytest
 import quantizers
 import tokenizer_step
 import torch
-from command_line import in_new_process
+from command_line import run_python
 from quantizers import AVERAGES, CONTENDERS, GRADIENT, JOBS, OURS
 from tiny_models import seeded
 from tokenizer_step import FULL, NETWORKS, PEER, PLAIN
@@ -96,7 +96,7 @@ print(growth_mib(lambda: [torch.ones(16 << 20) for _ in range(2)]))
 
 @needs_proc
 def test_memory_held_at_once_is_seen_and_memory_held_in_turn_is_not_added_up() -> None:
-    done = in_new_process("-c", GROWTH)  # this process may hold freed memory to use again
+    done = run_python("-c", GROWTH)  # this process may hold freed memory to use again
     assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 128], abs=10), done.stderr
 
 

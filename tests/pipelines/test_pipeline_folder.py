@@ -13,8 +13,8 @@ import torch
 import yaml
 from command_line import CHECKOUT, latentloom
 from PIL import Image
-from small_parts import one_line
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
+from small_parts import error_message
+from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -66,17 +66,17 @@ def test_classes_without_training_images_are_sampled_only_when_named(folder: Pat
     whole = LatentGenerationPipeline.from_pretrained(folder)
     assert whole.trained_classes == (0, 1, 2)
     assert "trained_classes" not in json.loads((folder / "model_index.json").read_text())
-    part = LatentGenerationPipeline(whole.tokenizer, whole.prior, NAMES, trained_classes=[2, 0])
+    part = LatentGenerationPipeline(whole.tokenizer, whole.prior, LABEL_NAMES, trained_classes=[2, 0])
     part.save_pretrained(tmp_path / "part")
     again = LatentGenerationPipeline.from_pretrained(tmp_path / "part")
     assert again.trained_classes == (0, 2)
     assert balanced_labels(again, 4).tolist() == [0, 0, 2, 2]
-    assert again.label_ids(NAMES[1]) == [1]
+    assert again.label_ids(LABEL_NAMES[1]) == [1]
     assert (
         latentloom("sample", "--pipeline", tmp_path / "part", "--num-images", 4, "--output", tmp_path / "samples") == 0
     )
     names = {path.stem.split("-")[1] for path in (tmp_path / "samples").glob("0*.png")}
-    assert names == {NAMES[0], NAMES[2]}
+    assert names == {LABEL_NAMES[0], LABEL_NAMES[2]}
 
 
 def test_a_new_process_samples_the_same_images_bit_by_bit(folder: Path, tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_names_options_and_every_weight_come_back(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prior = tiny_prior(tokenizer_id=tokenizer.compute_id())
     sampling = SamplingOptions(guidance_scale=1.75, temperature=0.9, top_k=12, top_p=0.95)
-    LatentGenerationPipeline(tokenizer, prior, NAMES, sampling).save_pretrained(tmp_path / "pipeline")
+    LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES, sampling).save_pretrained(tmp_path / "pipeline")
     assert set(contents(tmp_path / "pipeline")) == {*PARTS, "README.md"}
     again = LatentGenerationPipeline.from_pretrained(tmp_path / "pipeline")
-    assert again.label_names == NAMES
+    assert again.label_names == LABEL_NAMES
     assert again.sampling == sampling
     for ours, theirs in ((tokenizer, again.tokenizer), (prior, again.prior)):
         assert ours.config.to_diff_dict() == theirs.config.to_diff_dict()
@@ -260,7 +260,7 @@ def test_a_name_that_no_pipeline_wrote_is_refused_and_left_as_it_was(folder: Pat
         before = contents(tmp_path)
         with pytest.raises(UserError, match=named) as caught:
             tiny_pipeline().save_pretrained(target)
-        one_line(caught)
+        error_message(caught)
         assert contents(tmp_path) == before
 
 
@@ -280,7 +280,7 @@ def test_a_save_that_was_cut_short_is_recognised_and_saving_again_mends_it(
             tiny_pipeline().save_pretrained(folder)
     with pytest.raises(UserError, match="cut short") as caught:
         LatentGenerationPipeline.from_pretrained(folder)
-    one_line(caught)
+    error_message(caught)
     tiny_pipeline().save_pretrained(folder)
     LatentGenerationPipeline.from_pretrained(folder)
 

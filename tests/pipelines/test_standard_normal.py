@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 from tiny_models import seeded, tiny_prior, tiny_tokenizer
 
 from latentloom.cli import main
@@ -70,7 +70,7 @@ def test_the_temperature_scales_the_draws_and_other_options_are_one_line(pipelin
         pipeline(guidance_scale=2.0)
     with pytest.raises(UserError) as caught:
         StandardNormalOptions(temperature=0.0)
-    one_line(caught)
+    error_message(caught)
 
 
 def test_it_saves_and_loads_whole(pipeline, tmp_path):
@@ -94,7 +94,7 @@ def test_a_prior_of_another_tokenizer_s_latents_is_refused_with_what_differs():
 
 
 def test_one_recipe_trains_it_and_leaves_a_pipeline_that_samples_and_is_measured(tmp_path, capsys):
-    data, output = write_pictures(tmp_path / "pictures"), tmp_path / "vae"
+    data, output = write_images(tmp_path / "pictures"), tmp_path / "vae"
     words = f"train-tokenizer --data {data} --output {output} --recipe vae --resolution 32 --max-steps 2 --batch-size 4"
     assert main(words.split()) == 0
     shutil.rmtree(output / "pipeline")  # as after a kill between model and pipeline

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_parts import write_pictures
+from small_parts import write_images
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
@@ -89,7 +89,7 @@ def test_reconstructions_are_worse_by_what_they_were_before_the_decoder_heard_of
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("health") / "pictures")
+    return write_images(tmp_path_factory.mktemp("health") / "pictures")
 
 
 def trained(output: Path, pictures: Path, config: TokenizerTraining) -> list[dict]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_parts import one_line, some_pixels, write_pictures
+from small_parts import error_message, random_pixels, write_images
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
@@ -19,7 +19,7 @@ from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latents, train_tokenizer
 from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, completed, model_config
-from training_harness.configuration import section
+from training_harness.configuration import build_section
 from training_harness.errors import ConfigError, UserError
 from training_harness.metric_log import read_metrics
 
@@ -42,7 +42,7 @@ CONTINUOUS = ("kl", "identity")
 @pytest.mark.parametrize("kind", CONTINUOUS)
 @torch.no_grad()
 def test_decoding_the_latents_of_a_picture_is_its_reconstruction(kind):
-    tokenizer, x = tokenizer_of(kind), some_pixels()
+    tokenizer, x = tokenizer_of(kind), random_pixels()
     output = tokenizer(x)
     assert output.indices is None
     torch.testing.assert_close(tokenizer.decode_latents(tokenizer.encode_latents(x)), output.reconstruction)
@@ -56,13 +56,13 @@ def test_indices_of_a_tokenizer_without_a_codebook_are_one_line(kind):
     tokenizer = tokenizer_of(kind)
     indices = torch.zeros(1, 4, 4, dtype=torch.int64)
     for call, given in (
-        ("encode_indices", some_pixels()),
+        ("encode_indices", random_pixels()),
         ("decode_indices", indices),
         ("indices_to_latents", indices),
     ):
         with pytest.raises(UserError) as caught:
             getattr(tokenizer, call)(given)
-        assert "no codebook" in one_line(caught)
+        assert "no codebook" in error_message(caught)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -70,7 +70,7 @@ def test_indices_of_a_tokenizer_without_a_codebook_are_one_line(kind):
 def test_a_saved_tokenizer_of_every_kind_reloads_with_identical_output(kind, tmp_path):
     tokenizer = tiny_tokenizer(image_channels=3) if kind == "vqgan" else tokenizer_of(kind)
     tokenizer.save_pretrained(tmp_path)
-    loaded, x = saved_tokenizer(tmp_path), some_pixels()
+    loaded, x = saved_tokenizer(tmp_path), random_pixels()
     assert type(loaded) is type(tokenizer) is TOKENIZERS[kind]
     assert torch.equal(loaded.encode_latents(x), tokenizer.encode_latents(x))
     assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
@@ -89,7 +89,7 @@ def test_a_folder_of_another_kind_of_model_is_one_line(tmp_path):
 def test_the_identity_gives_back_every_picture_to_the_last_bit():
     tokenizer, x = (
         tokenizer_of("identity", latent_mean=[0.0] * 3, latent_std=[1.0] * 3),
-        some_pixels(size := 2, 3, 15, 9),
+        random_pixels(size := 2, 3, 15, 9),
     )
     assert len(x) == size
     assert torch.equal(tokenizer.encode_latents(x), x)
@@ -98,7 +98,7 @@ def test_the_identity_gives_back_every_picture_to_the_last_bit():
 
 @torch.no_grad()
 def test_latents_are_drawn_with_a_generator_and_are_the_mean_without_one():
-    tokenizer, x = tokenizer_of("kl"), some_pixels()
+    tokenizer, x = tokenizer_of("kl"), random_pixels()
     tokenizer.encoder[-1].bias[4:] = -1.0  # log σ² far from 0
     mean, log_variance = tokenizer._posterior(x)
     raw_mean = (mean - 0.1) / 0.5
@@ -112,7 +112,7 @@ def test_latents_are_drawn_with_a_generator_and_are_the_mean_without_one():
 
 def test_the_loss_term_is_nats_by_value_of_the_image_whatever_its_size():
     tokenizer = tokenizer_of("kl")
-    x = some_pixels()
+    x = random_pixels()
     mean, log_variance = tokenizer._posterior(x)
     of_torch = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
@@ -139,7 +139,7 @@ def test_measured_latents_have_zero_mean_and_unit_variance_when_they_are_drawn()
 def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTraining]:
     source = open_source(str(data))
     small = {"channels": (8, 8), "blocks": (0, 1), "latent_channels": 4}
-    model = section(AnyTokenizerModel, small | fields if fields["name"] == "kl" else fields, "model")
+    model = build_section(AnyTokenizerModel, small | fields if fields["name"] == "kl" else fields, "model")
     config = TokenizerTraining(
         output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
     )
@@ -151,7 +151,7 @@ def run(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTrainin
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("kinds") / "pictures")
+    return write_images(tmp_path_factory.mktemp("kinds") / "pictures")
 
 
 def test_a_kl_run_logs_its_divergence_and_leaves_a_tokenizer_with_statistics(tmp_path, data):
@@ -214,8 +214,8 @@ def test_codes_of_a_tokenizer_without_a_codebook_are_latents_by_default(tmp_path
 )
 def test_fields_that_cannot_go_together_are_one_line_that_names_them(fields, said):
     with pytest.raises(ConfigError) as caught:
-        section(AnyTokenizerModel, fields, "model")
-    assert said in one_line(caught)
+        build_section(AnyTokenizerModel, fields, "model")
+    assert said in error_message(caught)
 
 
 def test_a_continuous_tokenizer_samples_alone_when_its_latents_are_held_near_a_normal_distribution():
@@ -235,7 +235,7 @@ def test_any_factor_from_2_to_32_takes_any_channels_and_sides_that_differ(levels
         "latent_channels": 4,
     }
     tokenizer = tiny_tokenizer(image_channels=channels, image_size=(2 * factor, 3 * factor), content_size=None, **shape)
-    x = some_pixels(2, channels, 2 * factor, 3 * factor)
+    x = random_pixels(2, channels, 2 * factor, 3 * factor)
     indices = tokenizer.encode_indices(x)
     assert indices.shape == (2, 2, 3)
     torch.testing.assert_close(tokenizer.decode_indices(indices), tokenizer(x).reconstruction)

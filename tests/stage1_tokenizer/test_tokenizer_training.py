@@ -14,7 +14,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 
 from stage1_tokenizer import train as stage_one
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLModel
@@ -34,7 +34,7 @@ from training_harness.errors import ConfigError
 from training_harness.guard import NonFiniteLossError
 from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
-from training_harness.run_folder import check_folder
+from training_harness.run_folder import check_run_folder
 
 SHAPE: dict[str, Any] = {"channels": (8, 8, 16), "blocks": (0, 1, 1), "attention": (4,), "latent_channels": 4}
 MODEL = VQGANModel(**SHAPE, codebook_size=16)
@@ -43,7 +43,7 @@ ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+    return write_images(tmp_path_factory.mktemp("source") / "pictures")
 
 
 def training(output: Path, pictures: Path, **fields: Any) -> TokenizerTraining:
@@ -108,7 +108,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished, pictures):
 
 
 def test_the_configuration_it_leaves_repeats_the_run(finished, pictures, tmp_path):
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
+    config = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(finished / "config.yaml")))
     assert (config.resolution, config.image_channels) == ("16x16", 3)
     again = trained(replace(config, output=tmp_path / "again"))
     assert same(weights(again), weights(finished / "model"))
@@ -150,7 +150,7 @@ def test_the_model_is_the_averaged_one(finished):
 @torch.no_grad()
 def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_over_another(finished):
     tokenizer = VQGAN.from_pretrained(finished / "model")
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished / "config.yaml")))
+    config = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(finished / "config.yaml")))
     train, _ = pixels_of(config)
     processor = tokenizer.config.image_processor
     latents = tokenizer.encode_latents(processor.preprocess(train[range(len(train))])).double()
@@ -167,7 +167,7 @@ def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_and_not_
 def test_a_few_pictures_are_learnt_by_heart(tmp_path):
     config = training(
         tmp_path / "run",
-        write_pictures(tmp_path / "four", count=5),
+        write_images(tmp_path / "four", count=5),
         max_steps=80,
         sample_every=80,
         checkpoint_every=80,
@@ -235,7 +235,7 @@ def test_a_single_bad_step_is_passed_over_and_bad_steps_in_a_row_end_the_run_in_
     assert all(value.isfinite().all() for value in state["discriminator"].values())
     with pytest.raises(NonFiniteLossError) as caught:
         trained(training(tmp_path / "often", pictures), bad_at(*range(4, 12)))
-    assert "perceptual = nan" in one_line(caught)
+    assert "perceptual = nan" in error_message(caught)
     assert not (tmp_path / "often" / "model").exists()
 
 
@@ -297,7 +297,7 @@ def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, picture
         break_term(patch, term, range(6, 100))
         with pytest.raises(NonFiniteLossError) as caught:
             trained(config)
-    assert re.match(rf"step 10: .*\b{term} = nan", one_line(caught))
+    assert re.match(rf"step 10: .*\b{term} = nan", error_message(caught))
     rows = read_metrics(config.output / "skipped_steps.0.jsonl")
     assert [row["step"] for row in rows] == [6, 7, 8, 9, 10]
     assert all(row[term] == "nan" and len(row["source_ids"]) == config.batch_size for row in rows)
@@ -380,11 +380,11 @@ def test_a_finished_run_is_left_alone_and_a_larger_number_of_steps_extends_it(tm
     seen = dataset_statistics(open_source(pictures).train)
     config = completed(training(tmp_path / "run", pictures, max_steps=6), seen)
     first = weights(trained(config))
-    assert check_folder(config, "tokenizer") == 6
+    assert check_run_folder(config, "tokenizer") == 6
     longer = replace(config, max_steps=9)
-    assert check_folder(longer, "tokenizer") is None
+    assert check_run_folder(longer, "tokenizer") is None
     assert not same(weights(trained(longer)), first)
-    assert check_folder(longer, "tokenizer") == 9
+    assert check_run_folder(longer, "tokenizer") == 9
     assert [row["step"] for row in rows_of(config.output) if "l1" in row] == list(range(1, 10))
     assert yaml.safe_load((config.output / "config.yaml").read_text())["max_steps"] == 9
 
@@ -404,11 +404,11 @@ def test_sizes_read_as_height_and_width():
     for wrong in ("", "64x", "x64", "64x96x3", "-64", "0", "big", "64.5"):
         with pytest.raises(ConfigError) as caught:
             parse_size(wrong)
-        assert wrong in one_line(caught)
+        assert wrong in error_message(caught)
 
 
 def config_for(tmp_path: Path, size: tuple[int, int], **fields: Any):
-    seen = dataset_statistics(open_source(write_pictures(tmp_path / "pictures", count=3, size=size)).train)
+    seen = dataset_statistics(open_source(write_images(tmp_path / "pictures", count=3, size=size)).train)
     config = completed(training(tmp_path / "run", tmp_path / "pictures", **fields), seen)
     return model_config(config, seen)
 
@@ -418,7 +418,7 @@ def test_pictures_that_f_does_not_divide_are_padded_or_refused_as_asked(tmp_path
     assert (tuple(padded.image_size), tuple(padded.content_size)) == ((16, 20), (14, 18))
     with pytest.raises(ConfigError) as caught:
         config_for(tmp_path, (14, 18), padding="refuse")
-    assert "16x20" in one_line(caught)
+    assert "16x20" in error_message(caught)
 
 
 def test_a_resolution_a_little_above_the_pictures_pads_them_and_another_resamples(tmp_path):
@@ -430,7 +430,7 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
     adversarial = AdversarialConfig(weight=1.0, layers=3)
     with pytest.raises(ConfigError) as caught:
         config_for(tmp_path, (16, 32), adversarial=adversarial)
-    assert "adversarial.layers" in one_line(caught)
+    assert "adversarial.layers" in error_message(caught)
     assert "24 pixels" in str(caught.value)
     assert config_for(tmp_path, (16, 32), adversarial=replace(adversarial, weight=0.0))
 
@@ -450,4 +450,4 @@ def test_pictures_too_small_for_the_discriminator_are_refused_before_the_run(tmp
 def test_a_model_that_cannot_be_is_one_line_with_its_field(fields):
     with pytest.raises(ConfigError) as caught:
         replace(MODEL, **fields)
-    assert f"model.{next(iter(fields))}" in one_line(caught)
+    assert f"model.{next(iter(fields))}" in error_message(caught)

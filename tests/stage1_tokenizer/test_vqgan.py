@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_parts import one_line, some_pixels, whole_config, whole_tokenizer
+from small_parts import error_message, random_pixels, small_config, small_tokenizer
 from tiny_models import seeded
 
 from stage1_tokenizer.latent_spec import LatentSpec
@@ -19,7 +19,7 @@ from training_harness.errors import ConfigError, UserError
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VQGAN:
-    return whole_tokenizer()
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def raw_latents(tokenizer: VQGAN, normalized: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(16, 16), (64, 96), (4, 20)])
 @torch.no_grad()
 def test_decoding_the_codes_of_a_picture_is_its_reconstruction_at_any_multiple_of_f(tokenizer, size):
-    x = some_pixels(2, 3, *size)
+    x = random_pixels(2, 3, *size)
     indices, output = tokenizer.encode_indices(x), tokenizer(x)
     assert indices.dtype == torch.int64
     assert indices.shape == (2, size[0] // 4, size[1] // 4)
@@ -63,8 +63,8 @@ def test_decoding_the_codes_of_a_picture_is_its_reconstruction_whatever_the_quan
     size, channels = sizes.get(name, (16, 4))
     quantizer = {"name": name} | ({"levels": (4, 4)} if name == "fsq" else {})
     statistics = {"latent_mean": [0.5] * channels, "latent_std": [2.0] * channels}
-    tokenizer = whole_tokenizer(codebook_size=size, latent_channels=channels, quantizer=quantizer, **statistics)
-    x = some_pixels()
+    tokenizer = small_tokenizer(codebook_size=size, latent_channels=channels, quantizer=quantizer, **statistics)
+    x = random_pixels()
     output, indices = tokenizer(x), tokenizer.encode_indices(x)
     assert torch.equal(indices, output.indices)
     assert torch.allclose(tokenizer.decode_indices(indices), output.reconstruction, atol=1e-5)
@@ -83,14 +83,14 @@ def test_decoding_the_codes_of_a_picture_is_its_reconstruction_whatever_the_quan
 
 @torch.no_grad()
 def test_latents_decode_to_what_their_nearest_codes_do(tokenizer):
-    x = some_pixels()
+    x = random_pixels()
     assert len(tokenizer.encode_indices(x).unique()) > 4
     assert torch.allclose(tokenizer.decode_latents(tokenizer.encode_latents(x)), tokenizer(x).reconstruction, atol=1e-5)
 
 
 @torch.no_grad()
 def test_latents_of_indices_are_the_codes_normalized_as_the_encoder_s_are(tokenizer):
-    x = some_pixels()
+    x = random_pixels()
     indices, encoded = tokenizer.encode_indices(x), tokenizer.encode_latents(x)
     assert torch.allclose(raw_latents(tokenizer, encoded), tokenizer.encoder(x), atol=1e-5)
     of_codes = tokenizer.indices_to_latents(indices)
@@ -100,8 +100,8 @@ def test_latents_of_indices_are_the_codes_normalized_as_the_encoder_s_are(tokeni
 
 @torch.no_grad()
 def test_latents_without_statistics_are_refused_and_codes_need_none():
-    tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
-    x = some_pixels()
+    tokenizer = small_tokenizer(latent_mean=None, latent_std=None)
+    x = random_pixels()
     assert torch.allclose(tokenizer.decode_indices(tokenizer.encode_indices(x)), tokenizer(x).reconstruction, atol=1e-5)
     for call in (tokenizer.encode_latents, lambda x: tokenizer.indices_to_latents(tokenizer.encode_indices(x))):
         with pytest.raises(UserError) as caught:
@@ -111,15 +111,15 @@ def test_latents_without_statistics_are_refused_and_codes_need_none():
 
 @torch.no_grad()
 def test_a_picture_s_codes_do_not_depend_on_its_batch(tokenizer):
-    x = some_pixels(5)
+    x = random_pixels(5)
     together = tokenizer.encode_indices(x)
     assert all(torch.equal(tokenizer.encode_indices(x[i : i + 1])[0], together[i]) for i in range(5))
 
 
 def test_latents_without_statistics_are_an_error_that_says_how_to_get_them():
-    tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
+    tokenizer = small_tokenizer(latent_mean=None, latent_std=None)
     with pytest.raises(UserError) as caught:
-        tokenizer.encode_latents(some_pixels())
+        tokenizer.encode_latents(random_pixels())
     assert "train-tokenizer" in str(caught.value)
 
 
@@ -127,8 +127,8 @@ def test_latents_without_statistics_are_an_error_that_says_how_to_get_them():
 def test_a_size_that_f_does_not_divide_names_the_nearest_sizes_that_work(tokenizer, size, nearest):
     for call in (tokenizer, tokenizer.encode_indices, tokenizer.encode_latents):
         with pytest.raises(UserError) as caught:
-            call(some_pixels(1, 3, *size))
-        assert nearest in one_line(caught)
+            call(random_pixels(1, 3, *size))
+        assert nearest in error_message(caught)
 
 
 def test_the_spec_follows_from_the_image_size(tokenizer):
@@ -195,7 +195,7 @@ def test_groups_divide_the_channels_and_hold_at_least_four(channels, groups):
 
 @torch.no_grad()
 def test_what_is_loaded_gives_bitwise_the_outputs_of_what_was_saved(tokenizer, saved):
-    loaded, x = VQGAN.from_pretrained(saved), some_pixels()
+    loaded, x = VQGAN.from_pretrained(saved), random_pixels()
     assert not loaded.training
     assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
     assert torch.equal(loaded.encode_latents(x), tokenizer.encode_latents(x))
@@ -208,7 +208,7 @@ def test_the_folder_holds_a_config_and_safetensors_alone(saved):
 
 
 def test_the_id_survives_saving_and_half_precision_and_changes_with_one_weight_or_field(tmp_path):
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     first = tokenizer.compute_id()
     tokenizer.config.tokenizer_id = first
     assert tokenizer.compute_id() == first
@@ -224,15 +224,15 @@ def test_the_id_survives_saving_and_half_precision_and_changes_with_one_weight_o
     with torch.no_grad():
         tokenizer.decoder.last_layer.view(-1)[0] += 1e-3
     assert tokenizer.compute_id() != first
-    assert whole_tokenizer(latent_mean=[0.0] * 4).compute_id() != first
-    assert whole_tokenizer().compute_id() == first
+    assert small_tokenizer(latent_mean=[0.0] * 4).compute_id() != first
+    assert small_tokenizer().compute_id() == first
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_field(copied):
     with pytest.raises(ConfigError) as caught:
-        whole_config(codebok_size=32)
+        small_config(codebok_size=32)
     assert "'codebok_size'" in str(caught.value)
-    assert "did you mean 'codebook_size'?" in one_line(caught)
+    assert "did you mean 'codebook_size'?" in error_message(caught)
     path = copied / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_chanels": 4}))
     with pytest.raises(UserError, match="did you mean 'latent_channels'"):
@@ -307,8 +307,8 @@ def test_a_folder_that_does_not_hold_a_whole_model_is_one_line(copied, harm):
 )
 def test_fields_that_contradict_each_other_are_one_line(fields):
     with pytest.raises(ConfigError) as caught:
-        whole_config(**fields)
-    one_line(caught)
+        small_config(**fields)
+    error_message(caught)
 
 
 @pytest.mark.parametrize("wrong", [-1, 16])

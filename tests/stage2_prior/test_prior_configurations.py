@@ -81,19 +81,19 @@ TIMES = {"logit_std": 1.2, "instant_share": 0.75, "spans_from": 0.5}
 )
 def test_a_whole_configuration_of_the_first_format_becomes_its_variants(model: str, expected: Any) -> None:
     values = PATHS | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
-    config = prior_training(TRAINING.present(values))
+    config = prior_training(TRAINING.migrate(values))
     assert config.model == expected
     assert config.class_dropout == 0.2
     assert config.times.logit_std == 1.2
 
 
 def test_a_part_of_the_first_format_says_what_it_did() -> None:
-    assert TRAINING.present({"model": {"mean_flow": True, "max_guidance": 3.0}}) == {
+    assert TRAINING.migrate({"model": {"mean_flow": True, "max_guidance": 3.0}}) == {
         "model": {"mean_flow": {"max_guidance": 3.0}}
     }
-    assert TRAINING.present({"model": {"mean_flow": False}}) == {"model": {"mean_flow": None}}
-    assert TRAINING.present({"times": {"spans_from": 0.5}}) == {
+    assert TRAINING.migrate({"model": {"mean_flow": False}}) == {"model": {"mean_flow": None}}
+    assert TRAINING.migrate({"times": {"spans_from": 0.5}}) == {
         "times": {},
         "model": {"mean_flow": {"spans_from": 0.5}},
     }
-    assert TRAINING.present({"model": {"class_dropout": 0.3}}) == {"model": {}, "class_dropout": 0.3}
+    assert TRAINING.migrate({"model": {"class_dropout": 0.3}}) == {"model": {}, "class_dropout": 0.3}

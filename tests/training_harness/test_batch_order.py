@@ -15,7 +15,7 @@ sizes, batches, seeds = st.integers(1, 40), st.integers(1, 17), st.integers(0, 2
 def test_every_epoch_is_a_permutation_and_drops_nothing(size, batch_size, seed):
     order = BatchOrder(size, batch_size, seed)
     needed = -(-3 * size // batch_size)
-    seen = np.concatenate([order.batch(i) for i in range(needed)])
+    seen = np.concatenate([order.batch_indices(i) for i in range(needed)])
     for epoch in range(3):
         assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
 
@@ -26,40 +26,40 @@ def test_n_processes_see_together_what_one_sees_at_n_times_the_batch(size, batch
     ranks = [BatchOrder(size, batch_size, seed, rank, processes) for rank in range(processes)]
     alone = BatchOrder(size, batch_size * processes, seed)
     for number in range(5):
-        together = np.concatenate([order.batch(number) for order in ranks])
-        assert together.tolist() == alone.batch(number).tolist()
+        together = np.concatenate([order.batch_indices(number) for order in ranks])
+        assert together.tolist() == alone.batch_indices(number).tolist()
 
 
 @given(sizes, batches, seeds, st.integers(0, 30))
 @settings(deadline=None)
 def test_a_resumed_run_needs_only_its_step(size, batch_size, seed, start):
     uninterrupted, resumed = (BatchOrder(size, batch_size, seed) for _ in range(2))
-    expected = [uninterrupted.batch(i).tolist() for i in range(start + 3)][start:]
-    assert [resumed.batch(start + i).tolist() for i in range(3)] == expected
+    expected = [uninterrupted.batch_indices(i).tolist() for i in range(start + 3)][start:]
+    assert [resumed.batch_indices(start + i).tolist() for i in range(3)] == expected
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     order = BatchOrder(50, 50, seed=0)
-    assert order.batch(0).tolist() != order.batch(1).tolist()
-    assert order.batch(0).tolist() != BatchOrder(50, 50, seed=1).batch(0).tolist()
-    assert order.batch(0).tolist() != list(range(50))
+    assert order.batch_indices(0).tolist() != order.batch_indices(1).tolist()
+    assert order.batch_indices(0).tolist() != BatchOrder(50, 50, seed=1).batch_indices(0).tolist()
+    assert order.batch_indices(0).tolist() != list(range(50))
 
 
 def test_an_example_s_draw_depends_on_its_place_and_the_seed_and_not_on_the_processes():
-    whole = [BatchOrder(30, 8, seed=3).draws(number) for number in range(6)]
+    whole = [BatchOrder(30, 8, seed=3).random_numbers(number) for number in range(6)]
     for rank in (0, 1):
         halves = BatchOrder(30, 4, seed=3, rank=rank, processes=2)
         for number, both in enumerate(whole):
-            assert np.array_equal(halves.draws(number), both[4 * rank : 4 * rank + 4])
-    columns = BatchOrder(30, 8, seed=3).draws(0, 5)
+            assert np.array_equal(halves.random_numbers(number), both[4 * rank : 4 * rank + 4])
+    columns = BatchOrder(30, 8, seed=3).random_numbers(0, 5)
     assert columns.shape == (8, 5)
     assert np.array_equal(columns[:, :1], whole[0]), "more numbers an example leave the first as it is"
-    assert not np.array_equal(BatchOrder(30, 8, seed=4).draws(0), whole[0])
+    assert not np.array_equal(BatchOrder(30, 8, seed=4).random_numbers(0), whole[0])
 
 
 @pytest.mark.parametrize("columns", [1, 50])
 def test_draws_are_spread_evenly(columns):
-    draws = BatchOrder(10, 100_000 // columns, seed=0).draws(0, columns).ravel()
+    draws = BatchOrder(10, 100_000 // columns, seed=0).random_numbers(0, columns).ravel()
     assert ((draws >= 0) & (draws < 1)).all()
     counts = np.histogram(draws, 20, (0, 1))[0]
     chi_square = ((counts - 5000) ** 2 / 5000).sum()

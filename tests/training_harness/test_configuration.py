@@ -10,13 +10,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_parts import one_line
+from small_parts import error_message
 
 from stage1_tokenizer.migration import TRAINING
 from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, SimVQConfig, VectorQuantizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANModel
-from training_harness.configuration import from_mapping, merged, nearest, read_yaml, write_yaml
+from training_harness.configuration import from_mapping, merge_mappings, read_yaml, suggest_nearest, write_yaml
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 
@@ -111,18 +111,18 @@ def test_what_does_not_fit_is_one_line_with_its_place_and_what_would(values, wor
     with pytest.raises(ConfigError) as caught:
         outer(**values)
     for word in words:
-        assert word in one_line(caught)
+        assert word in error_message(caught)
 
 
 def test_a_missing_field_is_named():
     with pytest.raises(ConfigError) as caught:
         from_mapping(Outer, {})
-    assert "'folder'" in one_line(caught)
+    assert "'folder'" in error_message(caught)
 
 
 def test_the_nearest_of_many_is_suggested_and_without_a_near_one_all_are_listed():
-    assert nearest("learnign", ["learning", "yearning"]) == "did you mean 'learning'?"
-    assert nearest("xyz", ["a", "b"]) == "expected one of: a, b"
+    assert suggest_nearest("learnign", ["learning", "yearning"]) == "did you mean 'learning'?"
+    assert suggest_nearest("xyz", ["a", "b"]) == "expected one of: a, b"
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "just words"])
@@ -146,8 +146,8 @@ def test_an_empty_file_has_no_fields_and_a_missing_one_is_an_error(tmp_path):
 
 def test_an_overlay_replaces_values_section_by_section_and_leaves_its_base_alone():
     base = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert merged(base, {"b": {"d": 4}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
-    assert merged(base, {"b": 7}) == {"a": 1, "b": 7}
+    assert merge_mappings(base, {"b": {"d": 4}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
+    assert merge_mappings(base, {"b": 7}) == {"a": 1, "b": 7}
     assert base == {"a": 1, "b": {"c": 2, "d": 3}}
 
 
@@ -185,7 +185,7 @@ trainings = st.builds(
 def test_every_training_configuration_comes_back_from_its_yaml_unchanged(training):
     with TemporaryDirectory() as folder:
         write_yaml(Path(folder) / "config.yaml", training)
-        back = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(Path(folder) / "config.yaml")))
+        back = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(Path(folder) / "config.yaml")))
     assert back == training
     assert type(back.schedule.warmup) is type(training.schedule.warmup)
     assert type(back.resolution) is type(training.resolution)
@@ -194,6 +194,6 @@ def test_every_training_configuration_comes_back_from_its_yaml_unchanged(trainin
 def test_a_written_file_reads_back_and_a_changed_field_shows(tmp_path):
     training = TokenizerTraining(output=tmp_path / "run", data="pictures")
     write_yaml(tmp_path / "config.yaml", training)
-    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) == training
+    assert from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(tmp_path / "config.yaml"))) == training
     write_yaml(tmp_path / "config.yaml", dataclasses.replace(training, seed=1))
-    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) != training
+    assert from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(tmp_path / "config.yaml"))) != training

@@ -13,7 +13,7 @@ from command_line import CHECKOUT
 
 from training_harness import files
 from training_harness.errors import UserError
-from training_harness.files import atomic_file, atomic_folder, files_into, write_json, write_text
+from training_harness.files import atomic_file, atomic_folder, update_folder, write_json, write_text
 from training_harness.metric_log import MetricLog, read_metrics
 from training_harness.output_lock import output_lock
 
@@ -141,7 +141,7 @@ def test_rewinding_forgets_what_a_resumed_run_writes_again(tmp_path):
 
 
 def fill(folder: Path, **contents: str) -> None:
-    with files_into(folder, last="index") as beside:
+    with update_folder(folder, last="index") as beside:
         for name, text in contents.items():
             write_text(beside / "sub" / name if name != "index" else beside / name, text)
 

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from small_parts import one_line
+from small_parts import error_message
 
 from training_harness.configuration import read_yaml, write_yaml
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
-from training_harness.migration import Migration, Step, Values
+from training_harness.migration import Migration, MigrationStep, Values
 from training_harness.run_config import RunConfig
-from training_harness.run_folder import check_folder, stored_configuration
+from training_harness.run_folder import check_run_folder, stored_configuration
 
 
 def halved(values: Values) -> Values:
@@ -23,8 +23,8 @@ def halved(values: Values) -> Values:
 TWICE = Migration(
     "test file",
     (
-        Step(renamed={"width": "model.width", "both": "one"}, change=halved),
-        Step(renamed={"model.width": "model.hidden_size"}),
+        MigrationStep(renamed_fields={"width": "model.width", "both": "one"}, convert=halved),
+        MigrationStep(renamed_fields={"model.width": "model.hidden_size"}),
     ),
 )
 
@@ -41,30 +41,30 @@ TWICE = Migration(
 )
 def test_every_format_comes_to_the_present_one(stored: dict[str, Any]) -> None:
     before = yaml.safe_dump(stored)
-    assert TWICE.present(stored) == {"model": {"hidden_size": 3}, "one": 4.0, "left": 1}
+    assert TWICE.migrate(stored) == {"model": {"hidden_size": 3}, "one": 4.0, "left": 1}
     assert yaml.safe_dump(stored) == before
 
 
 def test_what_is_written_carries_the_number_that_is_read_back() -> None:
     values = {"both": 8}
-    assert TWICE.numbered(values) == {"format": 3, "both": 8}
-    assert TWICE.present(TWICE.numbered(values)) == values
-    assert Migration("test file").numbered(values) == values  # files of the first format never had one
+    assert TWICE.add_format_number(values) == {"format": 3, "both": 8}
+    assert TWICE.migrate(TWICE.add_format_number(values)) == values
+    assert Migration("test file").add_format_number(values) == values  # files of the first format never had one
 
 
 def test_a_field_is_known_by_its_present_name_whatever_the_format_it_comes_from() -> None:
-    assert TWICE.renamed == {"width": "model.hidden_size", "both": "one", "model.width": "model.hidden_size"}
+    assert TWICE.renamed_fields == {"width": "model.hidden_size", "both": "one", "model.width": "model.hidden_size"}
 
 
 def test_an_old_name_beside_its_present_one_is_left_for_the_reader_to_refuse() -> None:
-    assert TWICE.present({"both": 8, "one": 3}) == {"both": 4, "one": 3}
+    assert TWICE.migrate({"both": 8, "one": 3}) == {"both": 4, "one": 3}
 
 
 @pytest.mark.parametrize("number", [4, 0, "2", True, None])
 def test_a_number_that_is_no_known_format_is_refused(number: Any) -> None:
     with pytest.raises(ConfigError) as error:
-        TWICE.present({"format": number})
-    assert f"format is {number!r} in a test file; expected a whole number from 1 to 3" in one_line(error)
+        TWICE.migrate({"format": number})
+    assert f"format is {number!r} in a test file; expected a whole number from 1 to 3" in error_message(error)
 
 
 # Runs
@@ -90,7 +90,9 @@ class LaterInner(Inner):
 class Later(RunConfig):
     """`width` has another name, and there are a field and an option more."""
 
-    migration: ClassVar[Migration] = Migration("test configuration", (Step(renamed={"width": "hidden_size"}),))
+    migration: ClassVar[Migration] = Migration(
+        "test configuration", (MigrationStep(renamed_fields={"width": "hidden_size"}),)
+    )
 
     hidden_size: int = 4
     inner: LaterInner = LaterInner()
@@ -107,25 +109,25 @@ def begun(folder: Path, **fields: Any) -> Path:
 
 def test_a_new_field_does_not_make_an_old_run_another_configuration(tmp_path: Path) -> None:
     config = Later(output=begun(tmp_path / "run"), max_steps=4)
-    check_folder(config, "test")
+    check_run_folder(config, "test")
     for other, found in (
         (replace(config, added=True), "added is False there and True here"),
         (replace(config, inner=LaterInner(momentum=0.5)), "inner.momentum is 0.9 there and 0.5 here"),
     ):
         with pytest.raises(UserError) as error:
-            check_folder(other, "test")
-        assert found in one_line(error)
+            check_run_folder(other, "test")
+        assert found in error_message(error)
 
 
 def test_a_renamed_field_is_found_in_an_old_run(tmp_path: Path) -> None:
     config = Later(output=begun(tmp_path / "run", width=8), max_steps=4, hidden_size=8)
-    check_folder(config, "test")
+    check_run_folder(config, "test")
     held = stored_configuration(config.output, Later.migration)
     assert held is not None
     assert held["hidden_size"] == 8
     with pytest.raises(UserError) as error:
-        check_folder(replace(config, hidden_size=4), "test")
-    assert "hidden_size is 8 there and 4 here" in one_line(error)
+        check_run_folder(replace(config, hidden_size=4), "test")
+    assert "hidden_size is 8 there and 4 here" in error_message(error)
 
 
 def test_a_run_of_a_later_version_is_refused_by_its_number(tmp_path: Path) -> None:
@@ -133,4 +135,4 @@ def test_a_run_of_a_later_version_is_refused_by_its_number(tmp_path: Path) -> No
     write_yaml(folder / "config.yaml", Later(output=folder))
     assert next(iter(read_yaml(folder / "config.yaml"))) == "format"
     with pytest.raises(ConfigError, match="format is 2 in a run configuration"):
-        check_folder(Before(output=folder), "test")
+        check_run_folder(Before(output=folder), "test")

@@ -4,15 +4,21 @@ import math
 
 import pytest
 import torch
-from small_parts import one_line, whole_config
+from small_parts import error_message, small_config
 from tiny_models import seeded
 from torch import nn
 
 from stage1_tokenizer.vqgan import VQGAN
 from training_harness.ema import EMA, EMAConfig
 from training_harness.errors import ConfigError
-from training_harness.muon import Muon, orthogonalized
-from training_harness.optimization import OptimizerConfig, ScheduleConfig, build_optimizer, set_learning_rate, steps_of
+from training_harness.muon import Muon, orthogonalize
+from training_harness.optimization import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    resolve_steps,
+    set_learning_rate,
+)
 
 # The schedule
 
@@ -44,7 +50,12 @@ def test_the_rate_rises_to_the_peak_and_never_again(decay):
 
 
 def test_an_int_is_steps_and_a_float_a_share():
-    assert (steps_of(3, 200), steps_of(0.25, 200), steps_of(1, 200), steps_of(1.0, 200)) == (3, 50, 1, 200)
+    assert (resolve_steps(3, 200), resolve_steps(0.25, 200), resolve_steps(1, 200), resolve_steps(1.0, 200)) == (
+        3,
+        50,
+        1,
+        200,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,7 @@ def test_values_that_make_no_sense_are_one_line_with_the_field_and_the_value(cls
     with pytest.raises(ConfigError) as caught:
         cls(**fields)
     ((name, value),) = fields.items()
-    assert name in one_line(caught)
+    assert name in error_message(caught)
     assert str(value) in str(caught.value)
 
 
@@ -105,7 +116,7 @@ def test_muon_takes_hidden_matrices_alone():
 
 
 def test_a_learnt_codebook_is_a_table_and_no_matrix():
-    groups = groups_of(VQGAN(whole_config(quantizer={"name": "vq"})), OptimizerConfig(name="muon", weight_decay=0.1))
+    groups = groups_of(VQGAN(small_config(quantizer={"name": "vq"})), OptimizerConfig(name="muon", weight_decay=0.1))
     assert not groups["quantizer.codebook"]["orthogonalize"]
     assert groups["quantizer.codebook"]["weight_decay"] == 0
 
@@ -135,7 +146,7 @@ def stepped(optimizer: torch.optim.Optimizer, p: nn.Parameter, grads: list[torch
 @pytest.mark.parametrize("shape", [(24, 8), (8, 40), (64, 64)])
 def test_orthogonalized_matrices_have_singular_values_near_one_and_their_old_directions(shape, dtype, error):
     matrix = torch.randn(2, *shape, generator=seeded(0))
-    result = orthogonalized(matrix, dtype)
+    result = orthogonalize(matrix, dtype)
     assert result.dtype == torch.float32
     values = torch.linalg.svdvals(result)
     assert 0.6 < values.median() < values.max() < 1.25
@@ -144,7 +155,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one_and_their_old_dir
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     diagonal = left.mT @ result @ right.mT
     assert (diagonal - torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1))).abs().max() < 3 * error + 1e-3
-    assert torch.allclose(orthogonalized(matrix[1:], dtype), result[1:], atol=error)  # alone or among others
+    assert torch.allclose(orthogonalize(matrix[1:], dtype), result[1:], atol=error)  # alone or among others
     assert torch.linalg.svdvals(matrix).max() > 2
 
 

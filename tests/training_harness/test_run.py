@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from small_parts import one_line
+from small_parts import error_message
 from torch import nn
 
 from training_harness.checkpoints import newest_step
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_text
-from training_harness.guard import NonFiniteGuard, NonFiniteLossError, first_non_finite
+from training_harness.guard import NonFiniteGuard, NonFiniteLossError, find_first_non_finite
 from training_harness.metric_log import read_metrics
-from training_harness.run import Run, seed_of
+from training_harness.run import Run, step_seed
 from training_harness.run_config import RunConfig
-from training_harness.run_folder import check_folder
+from training_harness.run_folder import check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +91,18 @@ def test_the_guard_counts_bad_steps_in_a_row_and_names_the_terms():
     assert [guard.allows({"l1": good, "l2": bad}, 1.0) for _ in range(2)] == [False, False]
     assert guard.allows({"l1": good, "l2": good}, 1.0)  # a good one in between starts the count anew
     assert [guard.allows({"l1": good}, float("inf")) for _ in range(2)] == [False, False]
-    assert not guard.exhausted
+    assert not guard.is_exhausted
     guard.allows({"l1": good, "l2": bad}, 1.0)
-    assert guard.exhausted
-    error = guard.error(7, "the output of head")
+    assert guard.is_exhausted
+    error = guard.build_error(7, "the output of head")
     assert str(error).startswith("step 7: l2 = nan, 3 steps in a row, first in the output of head; expected")
 
 
 def test_a_norm_far_above_the_usual_is_a_spike_and_a_rising_one_is_not():
     guard = NonFiniteGuard()
-    assert [guard.spike(1.0 + i / 10) for i in range(40)] == [None] * 40
-    assert guard.spike(50.0) == pytest.approx(2.95)
-    assert guard.spike(4.0) is None
+    assert [guard.detect_spike(1.0 + i / 10) for i in range(40)] == [None] * 40
+    assert guard.detect_spike(50.0) == pytest.approx(2.95)
+    assert guard.detect_spike(4.0) is None
 
 
 class Chain(nn.Module):
@@ -116,29 +116,29 @@ class Chain(nn.Module):
 
 def test_the_first_tensor_that_went_wrong_is_named():
     x = torch.ones(2, 3)
-    assert first_non_finite(Chain(), (x,)) == "a term outside the model"
-    assert first_non_finite(Chain(), (x * float("inf"),)) == "the output of first"
+    assert find_first_non_finite(Chain(), (x,)) == "a term outside the model"
+    assert find_first_non_finite(Chain(), (x * float("inf"),)) == "the output of first"
     overflowing = Chain()
     overflowing.second.weight.data.fill_(3e38)
-    assert first_non_finite(overflowing, (100 * x,)) == "the output of second"
+    assert find_first_non_finite(overflowing, (100 * x,)) == "the output of second"
     broken = Chain()
     broken.second.bias.data[1] = float("nan")
-    assert first_non_finite(broken, (x,)) == "the parameter second.bias"
+    assert find_first_non_finite(broken, (x,)) == "the parameter second.bias"
     backwards = Chain()
     backwards.first.weight.grad = torch.full((3, 3), float("nan"))
     backwards.second.weight.grad = torch.full((3, 3), float("inf"))
-    assert first_non_finite(backwards, (x,)) == "the gradient of second.weight"
+    assert find_first_non_finite(backwards, (x,)) == "the gradient of second.weight"
 
 
 def test_a_run_that_stays_bad_stops_with_the_tensor_s_name_and_the_examples_of_its_steps(tmp_path):
     run, model, optimizer = run_of(training(tmp_path))
     run.track(model=model)
-    run.sources = lambda step: [f"cat/{step}.png"]
+    run.source_ids = lambda step: [f"cat/{step}.png"]
     for step in range(1, 5):
         assert not learn(run, model, optimizer, step, torch.full((2, 3), float("nan")))
     with pytest.raises(NonFiniteLossError) as caught:
         learn(run, model, optimizer, 5, torch.full((2, 3), float("nan")))
-    assert "first in the output of the model" in one_line(caught)
+    assert "first in the output of the model" in error_message(caught)
     skipped = read_metrics(run.folder / "skipped_steps.0.jsonl")
     assert [row["source_ids"] for row in skipped] == [[f"cat/{step}.png"] for step in range(1, 6)]
     assert skipped[0]["loss"] == "nan"
@@ -163,7 +163,7 @@ def test_under_a_gradient_scaler_overflow_lowers_the_scale_and_the_run_goes_on(t
 
 
 def test_every_step_and_process_has_a_seed_of_its_own_that_torch_takes():
-    seeds = [seed_of(*key) for key in itertools.product((0, 1, 2**63 - 1), range(50), range(8))]
+    seeds = [step_seed(*key) for key in itertools.product((0, 1, 2**63 - 1), range(50), range(8))]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_cannot_be_chosen(tmp_path):
     checkpointed(config, 1, 2)
     with pytest.raises(UserError) as caught:
         Run(replace(config, resume="step_000007")).track()
-    assert "has step_000001, step_000002; expected one of those" in one_line(caught)
+    assert "has step_000001, step_000002; expected one of those" in error_message(caught)
     (config.output / "checkpoints" / "step_000002" / "state.pt").write_bytes(b"")
     with pytest.raises(UserError, match="step_000002"):
         Run(replace(config, resume="step_000002")).track()
@@ -285,7 +285,7 @@ def test_the_checkpoint_of_the_best_figure_stays(tmp_path):
     run.track()
     for step, figure in enumerate([5.0, 2.0, 3.0, 4.0, 2.0, 6.0], 1):
         run.record_validation(step, figure)
-        if run.checkpoint_due(step):
+        if run.is_checkpoint_due(step):
             run.checkpoint(step)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
         "step_000002",
@@ -349,28 +349,28 @@ def finished(config: Training, steps: int) -> None:
 
 def test_a_new_or_empty_folder_is_free_and_a_run_of_the_same_configuration_goes_on(tmp_path):
     config = training(tmp_path)
-    assert check_folder(config, "tokenizer") is None
+    assert check_run_folder(config, "tokenizer") is None
     config.output.mkdir()
-    assert check_folder(config, "tokenizer") is None
+    assert check_run_folder(config, "tokenizer") is None
     checkpointed(config, 2)
-    assert check_folder(config, "tokenizer") is None
+    assert check_run_folder(config, "tokenizer") is None
 
 
 def test_a_finished_run_says_its_steps_and_a_larger_number_extends_it(tmp_path):
     config = training(tmp_path)
     finished(config, 4)
-    assert check_folder(config, "tokenizer") == 4
-    assert check_folder(replace(config, max_steps=3), "tokenizer") == 4
-    assert check_folder(replace(config, max_steps=5), "tokenizer") is None
+    assert check_run_folder(config, "tokenizer") == 4
+    assert check_run_folder(replace(config, max_steps=3), "tokenizer") == 4
+    assert check_run_folder(replace(config, max_steps=5), "tokenizer") is None
 
 
 def test_a_run_killed_before_its_model_was_written_is_not_finished(tmp_path):
     config = training(tmp_path)
     checkpointed(config, 4)
-    assert check_folder(config, "tokenizer") is None
+    assert check_run_folder(config, "tokenizer") is None
     with pytest.raises(UserError) as caught:
-        check_folder(replace(config, max_steps=3), "tokenizer")
-    assert "--max-steps is 3" in one_line(caught)
+        check_run_folder(replace(config, max_steps=3), "tokenizer")
+    assert "--max-steps is 3" in error_message(caught)
 
 
 def test_an_extended_run_killed_before_its_model_was_renewed_is_not_finished(tmp_path):
@@ -383,9 +383,9 @@ def test_an_extended_run_killed_before_its_model_was_renewed_is_not_finished(tmp
         config.output / "checkpoints" / "step_000006" / "state.pt",
     )
     os.utime(model, (checkpoint.stat().st_mtime - 60,) * 2)
-    assert check_folder(longer, "tokenizer") is None
+    assert check_run_folder(longer, "tokenizer") is None
     os.utime(model, (checkpoint.stat().st_mtime + 1,) * 2)
-    assert check_folder(longer, "tokenizer") == 6
+    assert check_run_folder(longer, "tokenizer") == 6
 
 
 def test_another_configuration_is_refused_with_what_differs_and_nothing_is_touched(tmp_path):
@@ -393,12 +393,12 @@ def test_another_configuration_is_refused_with_what_differs_and_nothing_is_touch
     checkpointed(config, 2)
     held = (config.output / "config.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
-        check_folder(replace(config, width=8, seed=3), "tokenizer")
-    message = one_line(caught)
+        check_run_folder(replace(config, width=8, seed=3), "tokenizer")
+    message = error_message(caught)
     assert "width is 4 there and 8 here" in message
     assert "seed is 0 there and 3 here" in message
     assert (config.output / "config.yaml").read_bytes() == held
-    assert check_folder(replace(config, log_every=1, checkpoint_every=7), "tokenizer") is None
+    assert check_run_folder(replace(config, log_every=1, checkpoint_every=7), "tokenizer") is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,11 +413,11 @@ def test_a_run_is_known_by_the_fingerprint_of_its_data_wherever_they_and_the_run
     run.checkpoint(2)
     moved = replace(config, output=tmp_path / "moved", data="/elsewhere/pictures")
     config.output.rename(moved.output)
-    assert check_folder(moved, "tokenizer", "a hash") is None
+    assert check_run_folder(moved, "tokenizer", "a hash") is None
     for data in ("images", "/elsewhere/pictures"):
         with pytest.raises(UserError) as caught:
-            check_folder(replace(moved, data=data), "tokenizer", "another hash")
-        one_line(caught)
+            check_run_folder(replace(moved, data=data), "tokenizer", "another hash")
+        error_message(caught)
 
 
 def test_a_run_without_a_fingerprint_is_known_by_where_its_data_lie(tmp_path, monkeypatch):
@@ -426,16 +426,16 @@ def test_a_run_without_a_fingerprint_is_known_by_where_its_data_lie(tmp_path, mo
     config = TrainingOnData(output=tmp_path / "run", max_steps=4, batch_size=2)
     checkpointed(config, 2)
     for data in ("images/", "./images", str(tmp_path / "images")):
-        assert check_folder(replace(config, data=data), "tokenizer", "a hash") is None
+        assert check_run_folder(replace(config, data=data), "tokenizer", "a hash") is None
     with pytest.raises(UserError, match="data is 'images' there and 'others' here"):
-        check_folder(replace(config, data="others"), "tokenizer", "a hash")
+        check_run_folder(replace(config, data="others"), "tokenizer", "a hash")
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     write_text(tmp_path / "run" / "thesis.tex", "years of work")
     with pytest.raises(UserError) as caught:
-        check_folder(training(tmp_path), "tokenizer")
-    assert "holds no tokenizer run" in one_line(caught)
+        check_run_folder(training(tmp_path), "tokenizer")
+    assert "holds no tokenizer run" in error_message(caught)
 
 
 @pytest.mark.parametrize(
@@ -445,4 +445,4 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_counts_that_make_no_sense_are_one_line_with_the_flag_and_the_value(tmp_path, name, value):
     with pytest.raises(ConfigError) as caught:
         training(tmp_path, **{name: value})
-    assert f"--{name.replace('_', '-')} is {value}" in one_line(caught)
+    assert f"--{name.replace('_', '-')} is {value}" in error_message(caught)

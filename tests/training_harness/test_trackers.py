@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import finish, forked, prepare
+from small_runs import start_processes, wait_for_exit, write_training_data
 
 from latentloom.cli import main
 from training_harness.errors import UserError
@@ -26,13 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tensorboard", "wandb", "trackio"):
         pytest.importorskip(name, reason="the trackers are in the extra `track`")
     folder = tmp_path_factory.mktemp("tracked")
-    prepare(folder)
+    write_training_data(folder)
     for steps in (3, 6):
         words = ("train-prior", "--codes", folder / "codes", "--output", folder / "mine", "--max-steps", steps)
         track = ("--report-to", "tensorboard", "wandb", "trackio")
         places = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
         everything = [str(word) for word in (*words, *EVERY, *SMALL, *track)]
-        assert finish(forked(run_here, 1, everything, places)) == [0]
+        assert wait_for_exit(start_processes(run_here, 1, everything, places)) == [0]
     return folder
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from small_parts import one_line
+from small_parts import error_message
 
-from training_harness.configuration import draft, from_mapping, merged, to_mapping, with_defaults
+from training_harness.configuration import build_unchecked, fill_defaults, from_mapping, merge_mappings, to_mapping
 from training_harness.errors import ConfigError
 
 
@@ -69,27 +69,27 @@ def test_the_name_chooses_the_variant_and_without_one_it_is_the_first() -> None:
 def test_what_is_no_variant_is_one_line(section: Any, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         from_mapping(Drawing, {"shape": section})
-    assert said in one_line(error)
+    assert said in error_message(error)
 
 
 def test_another_variant_takes_the_place_of_the_options_that_it_does_not_have() -> None:
     base = {"shape": {"side": 3, "round_corners": True}, "shadow": {"depth": 1}}
     other = {"shape": {"name": "polygon", "corners": 6}}
-    assert merged(base, other, Drawing) == {"shape": {"side": 3, **other["shape"]}, "shadow": {"depth": 1}}
+    assert merge_mappings(base, other, Drawing) == {"shape": {"side": 3, **other["shape"]}, "shadow": {"depth": 1}}
     same = {"shape": {"name": "square", "side": 4}}
-    assert merged(base, same, Drawing)["shape"] == {"name": "square", "side": 4, "round_corners": True}
-    assert merged(base, {"shadow": None}, Drawing)["shadow"] is None
+    assert merge_mappings(base, same, Drawing)["shape"] == {"name": "square", "side": 4, "round_corners": True}
+    assert merge_mappings(base, {"shadow": None}, Drawing)["shadow"] is None
     with pytest.raises(ConfigError, match="round_corners"):  # an overlay's own field is no other's to leave out
-        from_mapping(Drawing, merged(base, {"shape": other["shape"] | {"round_corners": True}}, Drawing))
+        from_mapping(Drawing, merge_mappings(base, {"shape": other["shape"] | {"round_corners": True}}, Drawing))
 
 
 def test_a_draft_waits_for_required_values_and_for_those_that_go_together() -> None:
-    waiting = draft(Drawing, {"shape": {"name": "polygon"}}, "later")
+    waiting = build_unchecked(Drawing, {"shape": {"name": "polygon"}}, "later")
     assert (waiting.shape.name, waiting.shape.corners, waiting.shape.side) == ("polygon", "later", 1)
-    assert draft(Drawing, {"shape": {"name": "polygon", "corners": 2}}).shape.corners == 2
+    assert build_unchecked(Drawing, {"shape": {"name": "polygon", "corners": 2}}).shape.corners == 2
     with pytest.raises(ConfigError, match="corners is 'two'; expected int"):
-        draft(Drawing, {"shape": {"name": "polygon", "corners": "two"}})
-    assert with_defaults(Drawing, {"shape": {"side": 3}}) == {
+        build_unchecked(Drawing, {"shape": {"name": "polygon", "corners": "two"}})
+    assert fill_defaults(Drawing, {"shape": {"side": 3}}) == {
         "shape": {"name": "square", "side": 3, "round_corners": False},
         "shadow": None,
     }

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from command_line import latentloom
-from html_pages import Page, browse
+from html_pages import Page, open_in_browser
 from PIL import Image
-from small_parts import whole_tokenizer, write_pictures
+from small_parts import small_tokenizer, write_images
 from tiny_models import seeded, tiny_split
 from torch import Tensor
 
@@ -38,8 +38,8 @@ IMAGES = 30  # in the test split: 480 codes of 4 × 4, 30 for each of 16
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "<b>pictures"
-    write_pictures(folder / "train", 2)
-    write_pictures(folder / "test", IMAGES)
+    write_images(folder / "train", 2)
+    write_images(folder / "test", IMAGES)
     return folder
 
 
@@ -56,7 +56,7 @@ def whole_kl(**fields: int) -> AutoencoderKL:
 
 def partly_dead() -> Tokenizer:
     """Two of its 16 codes are far from all latents."""
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     with torch.no_grad():
         tokenizer.quantizer.codebook[14:] = 1e3
     return tokenizer
@@ -122,20 +122,20 @@ def test_a_page_of_fewer_images_says_that_they_were_drawn(
 
 def collapsed() -> Tokenizer:
     """It uses one of its 16 codes."""
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     with torch.no_grad():
         tokenizer.quantizer.codebook[1:] = 1e3
     return tokenizer
 
 
 def test_a_codebook_of_which_one_code_is_used_is_called_collapsed_and_a_remedy_named(pictures: Path) -> None:
-    for tokenizer, words in ((collapsed(), ["bad"]), (whole_tokenizer(), ["good"])):
+    for tokenizer, words in ((collapsed(), ["bad"]), (small_tokenizer(), ["good"])):
         found = page_of(tokenizer, inspect(tokenizer, pixels_of(pictures, tokenizer)))
-        assert [item["class"] for item in found.all("li") if item["class"] in ("good", "note", "bad")] == words
+        assert [item["class"] for item in found.find_all("li") if item["class"] in ("good", "note", "bad")] == words
         text = said(found)
         assert ("The codebook has collapsed1 of 16 codes are used" in text) == (words == ["bad"])
         assert ("--model.quantizer.restart-threshold" in text) == (words == ["bad"])
-        assert len(found.all("span", "dead")) == int(re.search(r"Dead codes(\d+)in", text)[1])  # type: ignore[index]
+        assert len(found.find_all("span", "dead")) == int(re.search(r"Dead codes(\d+)in", text)[1])  # type: ignore[index]
 
 
 def test_few_images_are_no_proof_of_a_collapse(pictures: Path) -> None:
@@ -153,7 +153,7 @@ def test_few_images_are_no_proof_of_a_collapse(pictures: Path) -> None:
 def test_examples_are_the_worst_the_best_and_others_whatever_the_batches(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     pixels = pixels_of(pictures, tokenizer)
     found = inspect(tokenizer, pixels)
     order = found.psnr.argsort(stable=True).tolist()
@@ -174,12 +174,12 @@ def test_examples_are_the_worst_the_best_and_others_whatever_the_batches(
 
 
 def test_the_page_labels_each_example_with_its_psnr_and_shows_the_three_pictures(pictures: Path) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     found = inspect(tokenizer, pixels_of(pictures, tokenizer))
     drawn = page_of(tokenizer, found)
     assert f"Worst{found.psnr.min():.2f} dB" in said(drawn)
     assert f"Best{found.psnr.max():.2f} dB" in said(drawn)
-    original, reconstruction, error = drawn.pictures()[:3]
+    original, reconstruction, error = drawn.images()[:3]
     worst = found.examples.worst[0]
     assert torch.equal(pixels_in(original), worst.original)
     assert torch.equal(pixels_in(reconstruction), worst.reconstruction)
@@ -221,7 +221,7 @@ def test_colours_grow_lighter_along_the_scale() -> None:
 
 
 def test_a_code_is_decoded_as_the_middle_of_a_grid_of_its_own(pictures: Path) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     tiles = decoded_codes(tokenizer, torch.arange(16))
     for code in (0, 7, 15):
         with torch.no_grad():
@@ -232,18 +232,18 @@ def test_a_code_is_decoded_as_the_middle_of_a_grid_of_its_own(pictures: Path) ->
     assert found.codes is not None
     (level,) = by_level(found.codes, 16)
     drawn = page_of(tokenizer, found)
-    titles = [span["title"] for span in drawn.all("span") if "--share" in span.get("style", "")]
+    titles = [span["title"] for span in drawn.find_all("span") if "--share" in span.get("style", "")]
     assert titles[0].startswith(f"code {level.counts.argmax()}: {level.counts.max()} times")
     assert len(titles) == 16
-    assert torch.equal(pixels_in(drawn.pictures()[27]), tiles[level.counts.argmax()])  # after nine examples of three
+    assert torch.equal(pixels_in(drawn.images()[27]), tiles[level.counts.argmax()])  # after nine examples of three
 
 
 def test_the_most_used_codes_are_shown_where_there_are_many(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentloom.inspection.sections.TILES", 5)
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     found = inspect(tokenizer, pixels_of(pictures, tokenizer))
     drawn = page_of(tokenizer, found)
-    counts = [int(re.search(r": (\d+) time", span["title"])[1]) for span in drawn.all("span", "used")]  # type: ignore[index]
+    counts = [int(re.search(r": (\d+) time", span["title"])[1]) for span in drawn.find_all("span", "used")]  # type: ignore[index]
     assert found.codes is not None
     assert counts == torch.bincount(found.codes.flatten()).sort(descending=True).values[:5].tolist()
     assert "The 5 most used codes, of 16" in said(drawn)
@@ -257,7 +257,7 @@ def test_a_residual_code_is_shown_with_the_codes_it_comes_with() -> None:
 
 
 def test_residual_codes_are_told_by_level(pictures: Path) -> None:
-    tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 2})
+    tokenizer = small_tokenizer(quantizer={"name": "residual", "depth": 2})
     found = inspect(tokenizer, pixels_of(pictures, tokenizer))
     assert found.codes is not None
     first, second = by_level(found.codes, 16)
@@ -267,9 +267,9 @@ def test_residual_codes_are_told_by_level(pictures: Path) -> None:
     used = [level.usage.codes_used for level in (first, second)]
     assert f"Codes used{sum(used)} of 32" in text
     assert "Bits an image12832 codes of 4 bits" in text
-    assert len(drawn.all("svg", "heat")) == 4
-    assert len(drawn.all("g", "curve")) == 2
-    assert len([span for span in drawn.all("span") if "--share" in span.get("style", "")]) == 32
+    assert len(drawn.find_all("svg", "heat")) == 4
+    assert len(drawn.find_all("g", "curve")) == 2
+    assert len([span for span in drawn.find_all("span") if "--share" in span.get("style", "")]) == 32
 
 
 def test_a_position_that_always_has_the_same_code_has_a_perplexity_of_one_and_others_more() -> None:
@@ -301,18 +301,18 @@ def test_the_map_of_the_page_holds_the_perplexity_of_each_position(pictures: Pat
 
 def test_a_map_is_dark_where_values_are_low_and_light_where_they_are_high() -> None:
     drawn = Page(heat_map("Perplexity", "codes", torch.tensor([[1.0, 5.5], [10.0, 1.0]]), (1, 10)))
-    fills = [cell["fill"] for cell in drawn.all("rect")]
+    fills = [cell["fill"] for cell in drawn.find_all("rect")]
     assert (fills[0], fills[2], fills[3]) == (SCALE[0], SCALE[-1], SCALE[0])
     assert fills[1] not in SCALE
-    assert [text["class"] for text in drawn.all("text")] == ["pale", "pale", "dark", "pale"]
+    assert [text["class"] for text in drawn.find_all("text")] == ["pale", "pale", "dark", "pale"]
 
 
 def test_codes_by_use_fall_from_the_most_used_to_the_last_used() -> None:
     counts = torch.tensor([0, 50, 5, 30, 15])
     drawn = Page(codes_by_use([("codes", counts), ("all alike", torch.full((5,), 20))], "a note"))
-    (level,) = (path["d"] for path in drawn.all("path", "level"))
+    (level,) = (path["d"] for path in drawn.find_all("path", "level"))
     falling, flat = (
-        [tuple(map(float, place.split(","))) for place in line["points"].split()] for line in drawn.all("polyline")
+        [tuple(map(float, place.split(","))) for place in line["points"].split()] for line in drawn.find_all("polyline")
     )
     assert [x for x, _ in falling] == sorted({x for x, _ in falling})
     assert [y for _, y in falling] == sorted({y for _, y in falling})  # y points down the page
@@ -329,11 +329,11 @@ def test_a_tokenizer_without_a_codebook_has_a_page_of_its_latents(kind: type[Tok
     tokenizer = kind()
     found = inspect(tokenizer, pixels_of(pictures, tokenizer))
     drawn = page_of(tokenizer, found)
-    assert [section["id"] for section in drawn.all("section")] == ["reconstructions", "latents"]
+    assert [section["id"] for section in drawn.find_all("section")] == ["reconstructions", "latents"]
     text = said(drawn)
     assert f"A tokenizer of the kind {type(tokenizer).__name__} has no codebook" in text
     assert "Perplexity" not in text
-    assert len(drawn.all("svg", "bars")) == tokenizer.latent_channels
+    assert len(drawn.find_all("svg", "bars")) == tokenizer.latent_channels
     assert ("every image comes back as it was" in text) == isinstance(tokenizer, IdentityTokenizer)
 
 
@@ -394,10 +394,10 @@ def test_the_page_is_one_file_without_addresses_or_scripts(drawn: Path) -> None:
             assert (attributes.get(name) or "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]!r}>"
     text = re.sub(r'"data:image[^"]*"', "", drawn.read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|<script", text)
-    assert len(found.pictures()) == 3 * 9 + 16
-    assert all(image["alt"] for image in found.all("img"))
-    assert all(drawing["aria-label"] for drawing in found.all("svg"))
-    assert found.all("b") == []  # the folder of the images is called <b>pictures
+    assert len(found.images()) == 3 * 9 + 16
+    assert all(image["alt"] for image in found.find_all("img"))
+    assert all(drawing["aria-label"] for drawing in found.find_all("svg"))
+    assert found.find_all("b") == []  # the folder of the images is called <b>pictures
     assert "<b>pictures" in found.text
 
 
@@ -409,7 +409,7 @@ def test_the_same_tokenizer_and_images_give_the_same_bytes(pictures: Path, drawn
 
 
 def test_pictures_smaller_than_the_window_of_ssim_and_fewer_than_examples_have_a_page() -> None:
-    tokenizer = whole_tokenizer(image_size=(8, 8), image_channels=1)
+    tokenizer = small_tokenizer(image_size=(8, 8), image_channels=1)
     found = inspect(tokenizer, ImageLoader(tiny_split(2, size=(8, 8)), tokenizer.config.image_processor))
     text = said(page_of(tokenizer, found))
     assert "SSIM" not in text
@@ -436,8 +436,8 @@ def with_scripts(text: str) -> str:
 def test_a_browser_shows_every_picture_and_nothing_lies_beyond_the_screen(
     width: int, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(html_pages, "LAST", SEEN)
-    seen, console = browse(drawn, with_scripts, width)
+    monkeypatch.setattr(html_pages, "PROBE_SCRIPT", SEEN)
+    seen, console = open_in_browser(drawn, with_scripts, width)
     assert console == []
     assert seen["wrong"] == []
     assert seen["images"] == [16] * 27 + [4] * 16

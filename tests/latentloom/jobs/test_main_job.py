@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import CHECKOUT, digests, in_new_process, latentloom
+from command_line import CHECKOUT, hash_files, latentloom, run_python
 from hub_stand_in import StandInHub
 from PIL import Image
 from safetensors.torch import load_file
-from small_parts import write_pictures
+from small_parts import write_images
 
 from latentloom.commands import quickstart
 from latentloom.jobs import main_job
@@ -71,7 +71,7 @@ def test_the_pipeline_of_a_job_samples_bitwise_the_same_images_in_a_new_process(
     here = LatentGenerationPipeline.from_pretrained(folder)(
         ["class 3", 5], 2, generator=torch.Generator().manual_seed(7), output_type="np"
     ).images
-    there = in_new_process(
+    there = run_python(
         "-c",
         f"""
 import hashlib, torch
@@ -87,20 +87,20 @@ print(hashlib.sha256(images.tobytes()).hexdigest())""",
 def test_a_finished_job_that_is_run_again_says_so_and_changes_no_file(
     finished_job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(finished_job)
+    before = hash_files(finished_job)
     assert latentloom(*quick(real_images, finished_job, steps=STEPS)) == 0
     said = capsys.readouterr()
     assert "has finished its 4 steps of the tokenizer and 4 steps of the prior; give a larger --max-steps" in said.out
     assert "will take" not in said.out  # no time is announced, or measured, for a job that is done
     assert f"PSNR {metrics_of(finished_job)['psnr']:.2f} dB" in said.out
-    assert digests(finished_job) == before
+    assert hash_files(finished_job) == before
 
 
 @pytest.mark.parametrize("verb", ["train-tokenizer", "tokenize", "train-prior"])
 def test_a_finished_stage_that_is_run_again_says_so_and_changes_no_file(
     verb: str, finished_job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(finished_job)
+    before = hash_files(finished_job)
     words = {
         "train-tokenizer": ["--config", finished_job / "tokenizer" / "config.yaml"],
         "tokenize": [
@@ -115,13 +115,13 @@ def test_a_finished_stage_that_is_run_again_says_so_and_changes_no_file(
     }[verb]
     assert latentloom(verb, *words) == 0
     assert re.search(r"has finished its 4 steps|holds these codes already", capsys.readouterr().out)
-    assert digests(finished_job) == before
+    assert hash_files(finished_job) == before
 
 
 def test_a_larger_max_steps_extends_a_job_and_renews_what_depends_on_its_tokenizer(
     job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    earlier = digests(job / "prior")
+    earlier = hash_files(job / "prior")
     before = VQGAN.from_pretrained(job / "tokenizer" / "model").config.tokenizer_id
     assert latentloom(*quick(real_images, job, steps=STEPS + 2)) == 0
     assert "the prior starts again" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_a_larger_max_steps_extends_a_job_and_renews_what_depends_on_its_tokeniz
     pipeline = LatentGenerationPipeline.from_pretrained(job)
     assert pipeline.tokenizer.config.tokenizer_id == pipeline.prior.config.tokenizer_id != before
     assert names(job) == {*JOB, f"prior-{STEPS}-steps"}
-    assert digests(job / f"prior-{STEPS}-steps") == earlier  # moved aside, with its pipeline
+    assert hash_files(job / f"prior-{STEPS}-steps") == earlier  # moved aside, with its pipeline
 
 
 def test_a_job_interrupted_before_its_figures_goes_on_there(
@@ -144,9 +144,9 @@ def test_a_job_interrupted_before_its_figures_goes_on_there(
         patch.setattr(main_job, "write_results", interrupted)
         assert latentloom(*quick(real_images, tmp_path / "job")) == 130
     assert "run the same command again" in capsys.readouterr().err
-    trained = digests(tmp_path / "job" / "prior")
+    trained = hash_files(tmp_path / "job" / "prior")
     assert latentloom(*quick(real_images, tmp_path / "job")) == 0
-    assert digests(tmp_path / "job" / "prior") == trained
+    assert hash_files(tmp_path / "job" / "prior") == trained
     assert names(tmp_path / "job") == JOB
 
 
@@ -215,9 +215,9 @@ def test_every_verb_does_its_part_on_real_images(
     assert names(out) == {"grid.png", "samples.json", "00000-class-7.png", "00001-class-7.png", "00002-class-2.png"}
     assert Image.open(out / "00000-class-7.png").size == (16, 16)
     assert latentloom("sample", *words, "--output", tmp_path / "again") == 0
-    assert digests(out) == digests(tmp_path / "again")
+    assert hash_files(out) == hash_files(tmp_path / "again")
     assert latentloom("sample", *words[:-1], 6, "--output", tmp_path / "other") == 0
-    assert digests(out) != digests(tmp_path / "other")
+    assert hash_files(out) != hash_files(tmp_path / "other")
 
     rebuilt = tmp_path / "rebuilt"
     assert (
@@ -243,15 +243,15 @@ def test_a_pushed_pipeline_samples_by_its_repository_name(finished_job: Path, tm
     with StandInHub() as hub:
         environment = hub.environment(tmp_path / "home")
         words = ["push", "--pipeline", finished_job, "--repo-id", "stand-in/clothes"]
-        pushed = in_new_process("-m", "latentloom.cli", *words, **environment)
+        pushed = run_python("-m", "latentloom.cli", *words, **environment)
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.startswith("pushed: ")
         files = hub.repos["stand-in/clothes"].files
         words = ["sample", "--pipeline", "stand-in/clothes", *samples, tmp_path / "from-hub"]
-        sampled = in_new_process("-m", "latentloom.cli", *words, **environment)
+        sampled = run_python("-m", "latentloom.cli", *words, **environment)
         assert sampled.returncode == 0, sampled.stderr
     assert latentloom("sample", "--pipeline", finished_job, *samples, tmp_path / "from-folder") == 0
-    assert digests(tmp_path / "from-hub") == digests(tmp_path / "from-folder")
+    assert hash_files(tmp_path / "from-hub") == hash_files(tmp_path / "from-folder")
     weights = (finished_job / "pipeline" / "prior" / "model.safetensors").read_bytes()
     assert files["prior/model.safetensors"] == weights
     assert {"README.md", "samples.png", "metrics.json", "model_index.json", "tokenizer/config.json"} <= files.keys()
@@ -278,14 +278,14 @@ def test_quickstart_does_the_whole_job_in_the_minutes_it_is_given(
     steps = [metrics_of(output)["steps"][stage] for stage in ("tokenizer", "prior")]
     assert list(map(int, fits)) == steps
 
-    before = digests(output)
+    before = hash_files(output)
     assert latentloom("quickstart", "--output", output, "--minutes", 99, "--num-images", 40) == 0  # they are set once
     assert "has finished" in capsys.readouterr().out
-    assert digests(output) == before
+    assert hash_files(output) == before
 
 
 def test_train_takes_colour_pictures_that_are_not_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_pictures(tmp_path / "pictures", count=40, size=(64, 96))
+    data = write_images(tmp_path / "pictures", count=40, size=(64, 96))
     job = tmp_path / "job"
     assert (
         latentloom("train", "--data", data, "--output", job, "--max-steps", 1, "--batch-size", 8, "--num-images", 8)
@@ -441,7 +441,7 @@ def test_photographs_are_reduced_to_at_most_256_codes_in_about_their_shape(size:
 def launched(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1, "--cpu"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    return in_new_process(*launch, CHECKOUT / "scripts" / script, *words, timeout=240, PYTHONPATH=str(CHECKOUT))
+    return run_python(*launch, CHECKOUT / "scripts" / script, *words, timeout=240, PYTHONPATH=str(CHECKOUT))
 
 
 def test_two_processes_train_one_tokenizer(real_images: Path, tmp_path: Path) -> None:

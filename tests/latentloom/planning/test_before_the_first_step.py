@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import digests, latentloom
-from small_parts import write_pictures
-from small_runs import prepare
+from command_line import hash_files, latentloom
+from small_parts import write_images
+from small_runs import write_training_data
 
 from training_harness.metric_log import read_metrics
 
@@ -16,14 +16,14 @@ SMALL = ("--model.hidden-size", 32, "--model.num-layers", 1, "--model.num-heads"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("before")
-    prepare(folder)
+    write_training_data(folder)
     return folder
 
 
 def test_a_dry_run_of_a_prior_says_what_it_takes_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(folder)
+    before = hash_files(folder)
     words = ("--codes", folder / "codes", "--output", folder / "run", "--batch-size", 8, "--max-steps", 30, "--dry-run")
     assert latentloom("train-prior", *words, *SMALL) == 0
     said = capsys.readouterr().out
@@ -33,11 +33,11 @@ def test_a_dry_run_of_a_prior_says_what_it_takes_and_writes_nothing(
     assert "30 steps, 6.0 epochs" in lines["length"]
     counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"])]
     assert counts[0] == sum(counts[1:])
-    assert digests(folder) == before
+    assert hash_files(folder) == before
 
 
 def test_a_dry_run_of_the_main_job_adds_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = write_pictures(tmp_path / "pictures")
+    pictures = write_images(tmp_path / "pictures")
     assert latentloom("train", "--data", pictures, "--output", tmp_path / "job", "--batch-size", 2, "--dry-run") == 0
     said = capsys.readouterr().out
     assert re.search(r"^tokenizer vqgan-f4$", said, re.MULTILINE)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import in_new_process
-from small_runs import prepare
+from command_line import run_python
+from small_runs import write_training_data
 from tiny_models import tiny_tokenizer
 
 from latentloom.planning.memory_estimate import advice_when_memory_runs_out, estimate_memory, recommendations
@@ -167,12 +167,12 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
 def test_a_run_without_enough_memory_ends_in_one_line_and_the_advised_command_trains(tmp_path: Path) -> None:
-    prepare(tmp_path)
+    write_training_data(tmp_path)
     words = ["train-prior", "--codes", tmp_path / "codes", "--output", tmp_path / "run", "--max-steps", 1]
-    done = in_new_process("-c", LIMITED, *words, "--batch-size", 40_000)
+    done = run_python("-c", LIMITED, *words, "--batch-size", 40_000)
     assert done.returncode == 2, done.stderr[-2000:]
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory on this machine with batches of 40000 images"), line
     assert "--batch-size 20000 --accumulation-steps 2" in line
-    done = in_new_process("-m", "latentloom", *words, "--batch-size", 4)
+    done = run_python("-m", "latentloom", *words, "--batch-size", 4)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import digests, in_new_process, latentloom
-from html_pages import Page, browse
+from command_line import hash_files, latentloom, run_python
+from html_pages import Page, open_in_browser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -148,9 +148,9 @@ def test_a_page_holds_its_pictures_and_asks_no_one_for_anything(
             assert (attributes.get(name) or "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]!r}>"
     text = re.sub(r'"data:image[^"]*"', "", (folder / "report.html").read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|(src|href)\s*=\s*[\"']?//", text)
-    assert len(page.pictures()) == pictures
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(drawing["aria-label"] for drawing in page.all("svg"))
+    assert len(page.images()) == pictures
+    assert all(image["alt"] for image in page.find_all("img"))
+    assert all(drawing["aria-label"] for drawing in page.find_all("svg"))
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "prior"])
@@ -167,7 +167,7 @@ def test_every_logged_figure_is_a_curve_from_its_first_value_to_its_last(
 
 def test_a_page_of_a_job_has_both_stages_and_the_final_figures(whole_job: Path) -> None:
     page = report(whole_job)
-    assert [section["id"] for section in page.all("section")] == ["results", "tokenizer", "prior"]
+    assert [section["id"] for section in page.find_all("section")] == ["results", "tokenizer", "prior"]
     for shown in (
         "24.5",
         "0.4567",
@@ -185,7 +185,7 @@ def test_a_job_whose_prior_has_not_begun_has_a_page_of_its_tokenizer(whole_job: 
     shutil.rmtree(whole_job / "prior")
     for name in ("metrics.json", "samples.png", "reconstructions.png"):
         (whole_job / name).unlink()
-    assert [section["id"] for section in report(whole_job).all("section")] == ["tokenizer"]
+    assert [section["id"] for section in report(whole_job).find_all("section")] == ["tokenizer"]
 
 
 def test_the_page_says_where_the_run_stands_and_ran(tokenizer: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_run_in_progress_has_a_page(tmp_path: Path) -> None:
     assert "step 75 of 1,000" in page.text
     assert "finished" not in page.text
     assert "no environment.json" in page.text
-    assert page.all("img") == []
+    assert page.find_all("img") == []
     assert "L1" in page.curves()
 
 
@@ -222,8 +222,8 @@ def test_a_run_that_was_taken_up_again_shows_where_on_every_chart(tmp_path: Path
     resumed = report(
         write_run(tmp_path / "resumed", TOKENIZER, [*rows[:at], {"step": 500, "resumed_from": 500}, *rows[at:]])
     )
-    assert whole.all("g", "resumed") == []
-    assert len(resumed.all("g", "resumed")) == len(resumed.all("svg"))
+    assert whole.find_all("g", "resumed") == []
+    assert len(resumed.find_all("g", "resumed")) == len(resumed.find_all("svg"))
     assert "From step 500" in resumed.text
     assert resumed.curves() == whole.curves()
 
@@ -236,7 +236,7 @@ def test_spikes_are_marked_and_skipped_steps_listed(tokenizer: Path) -> None:
         row = {"step": 333, "process": process, "source_ids": ["a<b>.png", "c", "d", "e"], "l1": "nan"}
         write_json(tokenizer / f"skipped_steps.{process}.jsonl", row)
     page = report(tokenizer)
-    assert len(page.all("path", "mark")) == 2
+    assert len(page.find_all("path", "mark")) == 2
     assert "the largest is 77.7 at step 610" in page.text
     assert "1 gradient spike of the discriminator" in page.text
     assert "1 step skipped" in page.text
@@ -250,7 +250,7 @@ def test_values_that_are_no_finite_numbers_are_counted_and_not_drawn(tmp_path: P
     page = report(write_run(tmp_path / "nan", TOKENIZER, rows))
     assert len(page.curves()["L1"]) == 38
     assert "2 values that are no finite number left out" in page.text
-    assert "nan" not in " ".join(f"{line}" for line in page.all("polyline"))
+    assert "nan" not in " ".join(f"{line}" for line in page.find_all("polyline"))
 
 
 def test_a_figure_that_no_panel_knows_gets_a_chart_of_its_own(tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_nothing_in_a_file_becomes_markup(whole_job: Path) -> None:
     )
     folder = whole_job.rename(whole_job.with_name("<script>1"))
     page = report(folder)
-    assert len(page.all("script")) == len(plain.all("script")) == 1
-    assert len(page.all("img")) == len(plain.all("img"))
+    assert len(page.find_all("script")) == len(plain.find_all("script")) == 1
+    assert len(page.find_all("img")) == len(plain.find_all("img"))
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count('document.title="taken"') >= 6
     assert HOSTILE.replace("_", " ") in page.curves()
@@ -337,15 +337,15 @@ def test_grids_are_thinned_evenly_and_the_first_and_last_kept(found: int, size: 
 
 def test_only_the_last_grid_is_in_view_before_a_script_runs(tokenizer: Path) -> None:
     page = report(tokenizer)
-    assert ["hidden" in image for image in page.all("img")] == [True, True, True, False]
-    assert page.all("img")[-1]["alt"].endswith("at step 1,000")
-    assert "hidden" in page.all("div", "controls")[0]
+    assert ["hidden" in image for image in page.find_all("img")] == [True, True, True, False]
+    assert page.find_all("img")[-1]["alt"].endswith("at step 1,000")
+    assert "hidden" in page.find_all("div", "controls")[0]
 
 
 def test_a_page_says_how_many_of_the_grids_it_shows(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_GRIDS", 3)
     page = report(tokenizer)
-    assert len(page.all("img")) == 3
+    assert len(page.find_all("img")) == 3
     assert "3 grids of 4, evenly spread" in page.text
 
 
@@ -354,7 +354,7 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tokenizer: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:60])
     (tokenizer / "samples" / "step_001000.png").write_text("<svg onload=alert(1)>")
     (tokenizer / "samples" / "mine.png").write_bytes(b"")
-    assert len(report(tokenizer).pictures()) == 2
+    assert len(report(tokenizer).images()) == 2
 
 
 # -- verdicts -----------------------------------------------------------------------------------------------------------
@@ -425,12 +425,12 @@ def test_a_tokenizer_s_codebook_is_known_from_a_model_of_any_format(saved: Row, 
 
 
 def test_the_same_folder_gives_the_same_bytes_and_nothing_else_is_touched(tokenizer: Path, tmp_path: Path) -> None:
-    before = digests(tokenizer)
+    before = hash_files(tokenizer)
     assert latentloom("report", tokenizer, "--output", tmp_path / "pages" / "a.html") == 0
-    assert digests(tokenizer) == before
+    assert hash_files(tokenizer) == before
     report(tokenizer)
     assert (tokenizer / "report.html").read_bytes() == (tmp_path / "pages" / "a.html").read_bytes()
-    assert digests(tokenizer) == before | {"report.html": digests(tokenizer)["report.html"]}
+    assert hash_files(tokenizer) == before | {"report.html": hash_files(tokenizer)["report.html"]}
 
 
 def test_the_current_folder_is_the_run_when_none_is_named(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +441,7 @@ def test_the_current_folder_is_the_run_when_none_is_named(tokenizer: Path, monke
 
 def test_a_page_is_drawn_without_torch(tokenizer: Path) -> None:
     code = "import sys; from latentloom.commands.report import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = in_new_process("-c", code, tokenizer)
+    done = run_python("-c", code, tokenizer)
     assert done.stdout.splitlines() == [f"report: {tokenizer / 'report.html'}", "False"], done.stderr
 
 
@@ -480,14 +480,14 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
     write_picture(tmp_path / "images" / "a.png", 0)
     (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    before = digests(tmp_path)
+    before = hash_files(tmp_path)
     assert latentloom("report", *words.split()) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
     assert line.count("\n") == 1
     assert found in line
     assert remedy in line
-    assert digests(tmp_path) == before
+    assert hash_files(tmp_path) == before
 
 
 def test_the_figures_of_the_real_loops_have_their_place_in_a_panel(finished_job: Path, tmp_path: Path) -> None:
@@ -500,7 +500,7 @@ def test_the_figures_of_the_real_loops_have_their_place_in_a_panel(finished_job:
         assert [name for name in run.figures if name not in known and not marks_something(name)] == []
     assert latentloom("report", finished_job, "--output", tmp_path / "page.html") == 0
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert len(page.pictures()) == 4
+    assert len(page.images()) == 4
     assert "log K is 6" in page.text
 
 
@@ -531,7 +531,7 @@ def test_numbers_have_four_digits_and_their_thousands_apart(value: float, text: 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_every_picture_and_chart_and_moves_through_the_grids(width: int, whole_job: Path) -> None:
     report(whole_job)
-    seen, console = browse(whole_job / "report.html", width=width)
+    seen, console = open_in_browser(whole_job / "report.html", width=width)
     assert console == []
     assert seen["wrong"] == []
     assert seen["images"] == [120] * 6
@@ -553,13 +553,15 @@ def test_a_browser_shows_every_picture_and_chart_and_moves_through_the_grids(wid
 def test_the_browser_test_sees_a_broken_picture_and_a_script_that_throws(whole_job: Path) -> None:
     """Or it would pass on any page."""
     report(whole_job)
-    seen, _ = browse(whole_job / "report.html", lambda text: text.replace("base64,iVBOR", "base64,AAAAA", 1))
+    seen, _ = open_in_browser(whole_job / "report.html", lambda text: text.replace("base64,iVBOR", "base64,AAAAA", 1))
     assert seen["images"][0] == 0
     assert len(seen["wrong"]) == 1
-    seen, console = browse(whole_job / "report.html", lambda text: text.replace('"use strict";', "nothing.here();"))
+    seen, console = open_in_browser(
+        whole_job / "report.html", lambda text: text.replace('"use strict";', "nothing.here();")
+    )
     assert seen["wrong"]
     assert "nothing is not defined" in console[0]
-    seen, console = browse(
+    seen, console = open_in_browser(
         whole_job / "report.html",
         lambda text: text.replace("<main>", '<main><img alt="" src="https://example.org/a.png">'),
     )

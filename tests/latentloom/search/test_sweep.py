@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import digests, latentloom
+from command_line import hash_files, latentloom
 from hypothesis import given
 from hypothesis import strategies as st
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.recipes import recipe_names, recipe_values
@@ -150,7 +150,7 @@ REFUSED = {
 def test_a_word_that_does_not_fit_is_one_line(word: str, found: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_space([word], PRIOR)
-    line = one_line(error)
+    line = error_message(error)
     assert found in line
     assert remedy in line
 
@@ -381,7 +381,7 @@ def test_a_folder_with_another_search_or_with_anything_else_is_left_alone(tmp_pa
     search(plan)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    before = digests(tmp_path)
+    before = hash_files(tmp_path)
     others = {
         f"search.{DROPOUT} is '0.0..0.5' there and '0.0..0.1' here": plan_in(
             plan.folder, (*WORDS[::2], f"{DROPOUT}=0..0.1")
@@ -394,9 +394,9 @@ def test_a_folder_with_another_search_or_with_anything_else_is_left_alone(tmp_pa
     for found, other in others.items():
         with pytest.raises(UserError) as error:
             search(other)
-        assert found in one_line(error)
-        assert "choose another --output" in one_line(error)
-    assert digests(tmp_path) == before
+        assert found in error_message(error)
+        assert "choose another --output" in error_message(error)
+    assert hash_files(tmp_path) == before
 
 
 # -- searches that train --------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
-    write_pictures(folder / "pictures")
+    write_images(folder / "pictures")
     (folder / "prior.yaml").write_text(yaml.safe_dump(SMALL_PRIOR))
     model = {"channels": [8, 8], "blocks": [0, 1], "latent_channels": 4, "codebook_size": 16}
     training = {"batch_size": 4, "max_steps": 40, "resolution": 16, "adversarial": {"weight": 0.0}}
@@ -442,11 +442,11 @@ def test_a_search_leaves_the_trial_of_the_least_validation_figure_as_a_recipe(
     best = min(found, key=lambda trial: min(found[trial]))
     assert f"trial {int(best)}, the best of 4, seed 3" in (output / "best.yaml").read_text().splitlines()[0]
 
-    recipe = AutoregressiveTraining.migration.present(read_yaml(output / "best.yaml"))
+    recipe = AutoregressiveTraining.migration.migrate(read_yaml(output / "best.yaml"))
     assert not {"output", "codes"} & set(recipe)
     config = prior_training(recipe | {"output": "there", "codes": "codes"})
     trial = prior_training(
-        AutoregressiveTraining.migration.present(read_yaml(output / "trials" / best / "config.yaml"))
+        AutoregressiveTraining.migration.migrate(read_yaml(output / "trials" / best / "config.yaml"))
     )
     assert (config.model, config.optimizer, config.seed) == (trial.model, trial.optimizer, trial.seed)
     assert (config.max_steps, trial.max_steps, trial.seed) == (40, 8, 3)
@@ -456,11 +456,11 @@ def test_a_search_leaves_the_trial_of_the_least_validation_figure_as_a_recipe(
     assert not list(output.glob("trials/*/samples"))
     assert f"--config {output / 'best.yaml'}" in said.splitlines()[-1]
 
-    before = digests(output)
+    before = hash_files(output)
     assert latentloom(*words) == 0
     assert "has finished its 4 trials" in capsys.readouterr().out
     del before["study.log"]
-    assert {file: digest for file, digest in digests(output).items() if file != "study.log"} == before
+    assert {file: digest for file, digest in hash_files(output).items() if file != "study.log"} == before
 
 
 def test_the_recipe_repeats_through_the_command_that_is_named(
@@ -519,7 +519,7 @@ def test_a_tokenizers_search_reads_each_picture_once_and_looks_for_the_highest_p
     with (output / "trials.csv").open() as file:
         assert {f"{int(row['trial']):03d}": float(row["validation_psnr"]) for row in csv.DictReader(file)} == found
     recipe, trial = (
-        TokenizerTraining.migration.present(read_yaml(path))
+        TokenizerTraining.migration.migrate(read_yaml(path))
         for path in (output / "best.yaml", output / "trials" / best / "config.yaml")
     )
     config = from_mapping(TokenizerTraining, recipe | {"output": "there", "data": "here"})
@@ -571,14 +571,14 @@ def test_a_search_that_cannot_be_is_refused_in_one_line_before_anything_is_writt
 ) -> None:
     monkeypatch.chdir(place)
     (place / "heads.yaml").write_text("model: {num_heads: 5}")
-    before = digests(place)
+    before = hash_files(place)
     assert latentloom("sweep", "--output", "new", *words.split()) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
     assert line.count("\n") == 1
     assert found in line
     assert remedy in line
-    assert digests(place) == before
+    assert hash_files(place) == before
 
 
 def test_a_search_in_which_nothing_finished_says_why(

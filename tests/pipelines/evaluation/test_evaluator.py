@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
+from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
 from torch import Tensor
 
 from pipelines.evaluation.evaluator import Evaluator, Measured, memorisation
@@ -269,12 +269,12 @@ def test_a_judges_verdicts_give_the_agreement_overall_and_by_class(tmp_path: Pat
     with Evaluator(BY_FIRST_PIXEL, tmp_path) as evaluator:
         samples = evaluator.measure_stream(images.split(4), labels, "samples")
         real = measured(evaluator, reference, real_labels)
-        figures = evaluator.sample_metrics(samples, real, real, NAMES)
+        figures = evaluator.sample_metrics(samples, real, real, LABEL_NAMES)
         without = evaluator.sample_metrics(samples, real, real)
     assert figures["class_agreement"] == pytest.approx(14 / 21)
     assert figures["floor"]["class_agreement"] == 1
-    assert list(figures["by_class"]) == list(NAMES)
-    for label, name in enumerate(NAMES):
+    assert list(figures["by_class"]) == list(LABEL_NAMES)
+    for label, name in enumerate(LABEL_NAMES):
         row, mine = figures["by_class"][name], labels == label
         assert row["class_agreement"] == pytest.approx((seen[mine] == label).double().mean())
         assert row["num_images"] == mine.sum()
@@ -300,11 +300,11 @@ def test_without_a_judge_a_probe_trained_on_real_images_gives_the_agreement(eval
     wrong = torch.tensor(labels)
     wrong[:4] = (wrong[:4] + 1) % 3
     samples = evaluator.measure_stream([images], wrong, "samples")
-    figures = evaluator.sample_metrics(samples, real, train, NAMES)
+    figures = evaluator.sample_metrics(samples, real, train, LABEL_NAMES)
     assert figures["class_agreement"] == pytest.approx(8 / 12)
     assert figures["floor"]["class_agreement"] == 1
     unlabelled = measured(evaluator, shades(30, 1)[0])
-    assert evaluator.sample_metrics(samples, real, unlabelled, NAMES)["class_agreement"] is None
+    assert evaluator.sample_metrics(samples, real, unlabelled, LABEL_NAMES)["class_agreement"] is None
 
 
 @pytest.mark.parametrize(("count", "reference"), [(5, 8), (8, 5)])
@@ -396,7 +396,7 @@ def test_a_pipelines_report_has_its_tokenizers_its_priors_and_its_samples_figure
     labels = balanced_labels(pipeline, 30)
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
         samples = evaluator.measure_stream(sampled_batches(pipeline, labels, 0), labels, "sample")
-        figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, NAMES)
+        figures = pipeline_metrics(evaluator, pipeline, samples, held_out, train, LABEL_NAMES)
     assert {"psnr", "ssim", "perplexity", "bits_per_token", "frechet", "kid", "coverage", "floor"} <= figures.keys()
     assert figures["floor"]["frechet"] < figures["frechet"]  # the models are untrained
     assert (figures["num_images"], figures["num_reference_images"], figures["num_training_images"]) == (30, 23, 40)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, stored
-from small_parts import one_line
+from feature_sets import normal, stored_features
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def rows() -> Tensor:
 
 @pytest.fixture
 def file(rows: Tensor, tmp_path: Path) -> FeatureFile:
-    return stored(tmp_path / "set", rows)
+    return stored_features(tmp_path / "set", rows)
 
 
 def test_batches_of_any_size_come_back_as_one_set_of_rows(rows: Tensor, tmp_path: Path):
@@ -108,7 +108,7 @@ def test_slices_together_are_the_whole_as_float64(rows: Tensor, file: FeatureFil
 
 def test_no_slice_has_more_rows_than_stated(tmp_path: Path):
     many = torch.arange(2.0 * SLICE + 1)[:, None]
-    for whole in (many, stored(tmp_path / "many", many)):
+    for whole in (many, stored_features(tmp_path / "many", many)):
         assert [len(part) for part in slices(whole)] == [SLICE, SLICE, 1]
         assert torch.equal(torch.cat(list(slices(whole))), many.double())
 
@@ -139,7 +139,7 @@ def test_rows_that_are_not_finite_are_refused_with_their_count_and_nothing_stays
     with Evaluator(FeatureExtractor("broken", extract, weights="a"), tmp_path) as evaluator:
         with pytest.raises(UserError, match="2 of 10 rows") as error:
             evaluator.measure(Pictures(40), "images")
-        one_line(error)
+        error_message(error)
         assert not list(tmp_path.glob("broken*"))
         assert len(evaluator.measure(Pictures(20), "images").features) == 20  # the first twenty are sound
     assert len(list(tmp_path.glob("broken*"))) == 1
@@ -160,6 +160,6 @@ def test_a_pair_of_sets_is_checked_for_its_widths_and_its_numbers(rows: Tensor, 
         check_pair(rows, file, at_least=51, needed_for="a test")
     with pytest.raises(UserError, match=r"\(50, 6\) and \(50, 7\)") as error:
         check_pair(rows[:, 1:], file, at_least=1, needed_for="a test")
-    one_line(error)
+    error_message(error)
     with pytest.raises(UserError, match="1 of 50 rows"):
         check_pair(file, rows.index_fill(0, torch.tensor([2]), math.nan), at_least=1, needed_for="a test")

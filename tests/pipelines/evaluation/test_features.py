@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as library
@@ -85,7 +85,7 @@ def test_a_name_gives_the_extractor_of_that_name_and_no_judge_is_an_error(tmp_pa
     assert feature_extractor("efficientnet-lite0").name == "efficientnet-lite0"
     with pytest.raises(UserError, match="no classifier") as error:
         feature_extractor("classifier")
-    one_line(error)
+    error_message(error)
 
 
 # -- EfficientNet -----------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_missing_weights_are_one_line_that_names_their_place_and_their_source(fe
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError) as error:
         feature_extractor("inception")
-    message = one_line(error)
+    message = error_message(error)
     assert str(fetched) in message
     assert library.URL_INCEPTION_V3 in message
     assert not fetched.exists()
@@ -233,7 +233,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(form, tmp_path: Path):
     weights.write_bytes(form({"fc.weight": Harmful(made)}))
     with pytest.raises(UserError) as error:
         inception_features(weights=weights)
-    assert str(weights) in one_line(error)
+    assert str(weights) in error_message(error)
     assert not made.exists()
     pickle.loads(pickle.dumps(Harmful(made)))  # or there was nothing to run
     assert made.exists()
@@ -248,7 +248,7 @@ def test_a_file_that_holds_no_weights_of_inception_is_one_line_that_names_it(con
     weights.write_bytes(content)
     with pytest.raises(UserError) as error:
         inception_features(weights=weights)
-    assert str(weights) in one_line(error)
+    assert str(weights) in error_message(error)
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):

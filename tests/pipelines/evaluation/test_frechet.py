@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, read_by, stored
+from feature_sets import normal, set_slice_size, stored_features
 from scipy.linalg import sqrtm
-from small_parts import one_line
+from small_parts import error_message
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -82,7 +82,7 @@ def test_the_distance_of_gaussians_whose_axes_differ_has_the_closed_form_of_two_
 @pytest.mark.parametrize("count", [2, 10, 500])  # fewer images than features, and more
 def test_a_set_is_at_distance_zero_from_itself_and_not_from_another(count: int, tmp_path: Path):
     features = 100 * normal(count, 64).relu().float()
-    file, backwards = stored(tmp_path / "a", features), stored(tmp_path / "b", features.flip(0))
+    file, backwards = stored_features(tmp_path / "a", features), stored_features(tmp_path / "b", features.flip(0))
     assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(file, file) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(file, backwards) == pytest.approx(0, abs=1e-6)
@@ -118,8 +118,8 @@ def test_fewer_images_than_features_give_the_distance_in_the_subspace_that_they_
 @pytest.mark.parametrize("rows", [1, 7, 44, 1000])
 def test_the_distance_does_not_depend_on_the_rows_in_memory_at_once(rows: int, tmp_path: Path, monkeypatch):
     a, b = correlated(61, 12, 1).float(), (correlated(45, 12, 2) + 1).float()
-    files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
-    read_by(rows, frechet, monkeypatch)
+    files = stored_features(tmp_path / "a", a), stored_features(tmp_path / "b", b)
+    set_slice_size(rows, frechet, monkeypatch)
     expected = scipy_frechet(a.double(), b.double())
     assert frechet_distance(*files) == pytest.approx(expected, rel=1e-8)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
@@ -129,7 +129,7 @@ def test_a_file_of_more_rows_than_two_slices_has_the_moments_of_the_whole(tmp_pa
     features = (
         correlated(2 * SLICE + 37, 5, 1) + torch.arange(2 * SLICE + 37)[:, None] / 500
     ).float()  # drifting means
-    fitted, whole = fit_gaussian(stored(tmp_path / "a", features)), features.double()
+    fitted, whole = fit_gaussian(stored_features(tmp_path / "a", features)), features.double()
     torch.testing.assert_close(fitted.mean, whole.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(covariance_of(fitted), whole.T.cov(), rtol=1e-11, atol=1e-11)
     assert not torch.allclose(fitted.mean, whole[:SLICE].mean(0), rtol=0.1)  # or the first slice alone would pass
@@ -148,7 +148,7 @@ def test_the_root_has_the_unbiased_covariance_and_no_more_rows_than_features(cou
 @pytest.mark.parametrize("rows", [3, 1000])
 def test_a_weight_counts_an_image_as_often_as_it_says(rows: int, monkeypatch):
     features, weights = correlated(12, 4, 1), torch.tensor([0, 0, 0, 2, 1, 0, 5, 1, 1, 0, 3, 1])  # a slice without any
-    read_by(rows, frechet, monkeypatch)
+    set_slice_size(rows, frechet, monkeypatch)
     weighted, repeated = fit_gaussian(features, weights), fit_gaussian(features.repeat_interleave(weights, 0))
     torch.testing.assert_close(weighted.mean, repeated.mean)
     torch.testing.assert_close(covariance_of(weighted), covariance_of(repeated))
@@ -186,7 +186,7 @@ NOT_FINITE = torch.tensor([1.0, math.nan, 0.0, 0.0])
 def test_moments_that_are_none_are_an_error_that_says_what_was_found(mean: Tensor, covariance: Tensor, found: str):
     with pytest.raises(UserError) as error:
         gaussian_of_moments(mean, covariance)
-    assert found in one_line(error)
+    assert found in error_message(error)
 
 
 def test_an_eigenvalue_below_zero_by_rounding_is_taken_for_zero():
@@ -206,7 +206,7 @@ def test_the_interval_contains_the_distance_and_repeats_with_its_seed(tmp_path: 
     a, b = correlated(80, 3, 1).float(), (correlated(70, 3, 2) + 1).float()
     low, high = bootstrap_interval(a, b, seed=4)
     assert 0 < low < frechet_distance(a, b) < high
-    files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
+    files = stored_features(tmp_path / "a", a), stored_features(tmp_path / "b", b)
     assert bootstrap_interval(*files, seed=4) == pytest.approx((low, high), rel=1e-9)
     assert bootstrap_interval(a, b, seed=5) != (low, high)
 
@@ -254,13 +254,13 @@ def test_rows_that_are_not_finite_are_counted_in_the_error():
     for sets in ((broken, normal(10, 4)), (normal(10, 4), broken)):
         with pytest.raises(UserError, match="3 of 10 rows") as error:
             frechet_distance(*sets)
-        one_line(error)
+        error_message(error)
 
 
 def test_sets_of_different_features_are_an_error_that_names_both():
     with pytest.raises(UserError, match=r"\(5, 4\) and \(5, 3\)") as error:
         frechet_distance(normal(5, 4), normal(5, 3))
-    one_line(error)
+    error_message(error)
     with pytest.raises(UserError, match="reference has 3 features and the images 4") as error:
         distance_between(fit_gaussian(normal(5, 4)), fit_gaussian(normal(5, 3)))
-    one_line(error)
+    error_message(error)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from feature_sets import normal
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def test_a_stream_that_fails_is_abandoned_or_too_short_or_too_long_leaves_no_fil
     for count in (7, 9):
         with pytest.raises(UserError, match=f"8 images.*{count}") as error:
             list(written(path, pictures(8).split(4), count))
-        assert str(path) in one_line(error)
+        assert str(path) in error_message(error)
         assert not list(tmp_path.iterdir())
     list(written(path, pictures(8).split(4), 8))
     assert [found.name for found in tmp_path.iterdir()] == ["samples.npz"]
@@ -213,24 +213,24 @@ def test_a_file_that_holds_no_images_or_damaged_ones_is_one_line_that_names_it(m
     make(path)
     with pytest.raises(UserError) as error:
         list(ImageArray(path).batches(7))
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)
     with pytest.raises(UserError) as error:
         list(read_reference(path).images.batches(7))
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)
 
 
 def test_a_missing_file_is_one_line_that_names_it(tmp_path: Path):
     for read in (ImageArray, read_reference):
         with pytest.raises(UserError, match="No such file") as error:
             read(tmp_path / "none.npz")
-        assert "none.npz" in one_line(error)
+        assert "none.npz" in error_message(error)
 
 
 def test_a_file_that_holds_neither_images_nor_moments_is_told_by_what_it_holds(tmp_path: Path):
     np.savez(tmp_path / "other.npz", labels=np.arange(3), mu=np.zeros(3))
     with pytest.raises(UserError, match="holds labels, mu;") as error:
         read_reference(tmp_path / "other.npz")
-    assert "other.npz" in one_line(error)
+    assert "other.npz" in error_message(error)
 
 
 @pytest.mark.parametrize(
@@ -250,4 +250,4 @@ def test_moments_that_are_none_are_one_line_that_names_the_file(mu: np.ndarray, 
     np.savez(path, mu=mu, sigma=sigma)
     with pytest.raises(UserError) as error:
         read_reference(path)
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, stored
+from feature_sets import normal, stored_features
 from tiny_models import seeded
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def test_it_is_fitted_to_no_more_images_than_the_limit_drawn_by_its_seed(tmp_pat
     used = fit_probe(features, labels, CLASSES, seed=1).mean > 0  # each image has a feature of its own
     assert used.sum() == 15
     alone = fit_probe(features[used], labels[used], CLASSES)
-    again = fit_probe(stored(tmp_path / "a", features), labels, CLASSES, seed=1)
+    again = fit_probe(stored_features(tmp_path / "a", features), labels, CLASSES, seed=1)
     for ours, theirs in zip(again, alone, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not torch.equal(fit_probe(features, labels, CLASSES, seed=2).mean > 0, used)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from small_parts import one_line, whole_tokenizer, write_pictures
+from small_parts import error_message, small_tokenizer, write_images
 
 from stage1_tokenizer.codes import manifest, writer
 from stage1_tokenizer.codes.manifest import codes_fingerprint
@@ -25,7 +25,7 @@ from training_harness.errors import UserError
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> ImageSource:
-    folder = write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+    folder = write_images(tmp_path_factory.mktemp("source") / "pictures")
     (folder / "a" / "00.png").write_bytes(b"a letter")
     return open_source(folder)
 
@@ -33,7 +33,7 @@ def source(tmp_path_factory) -> ImageSource:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[VQGAN, Path]:
     folder = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     tokenizer.save_pretrained(folder)
     return tokenizer, folder
@@ -66,7 +66,7 @@ def readable(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
 
 def test_a_cache_with_the_same_classes_in_another_order_is_known(tmp_path, model, capsys):
     for name in ("1", "2", "10"):
-        write_pictures(tmp_path / "pictures" / name, count=4)
+        write_images(tmp_path / "pictures" / name, count=4)
     source = open_source(tmp_path / "pictures")
     assert source.label_names == ("1", "2", "10")
     old = source.numbered_as(["1", "10", "2"])  # as earlier versions sorted them
@@ -85,7 +85,7 @@ def test_a_cache_knows_the_classes_that_have_training_images(tmp_path, model, so
 
 @torch.no_grad()
 def test_residual_codes_come_back_level_by_level(tmp_path, source):
-    tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 3})
+    tokenizer = small_tokenizer(quantizer={"name": "residual", "depth": 3})
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     tokenizer.save_pretrained(tmp_path / "model")
     cache = CodeCache(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
@@ -131,7 +131,7 @@ def test_only_what_was_asked_for_is_written(tmp_path, model, source, contents, c
 
 
 def test_a_codebook_beyond_uint16_is_written_as_int32(tmp_path, source):
-    tokenizer = whole_tokenizer(codebook_size=2**16 + 1)
+    tokenizer = small_tokenizer(codebook_size=2**16 + 1)
     tokenizer.save_pretrained(tmp_path / "model")
     rows = rows_of(written((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
     assert rows.features["indices"].feature.dtype == "int32"
@@ -209,13 +209,13 @@ def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp
     elif change == "views":
         options = {"views": ("flip",)}
     elif change == "spec":
-        tokenizer = whole_tokenizer()
+        tokenizer = small_tokenizer()
         tokenizer.config.tokenizer_id = "another"
         other = tokenizer, model[1]
     elif change == "images":
-        pictures = open_source(write_pictures(tmp_path / "pictures", count=30))
+        pictures = open_source(write_images(tmp_path / "pictures", count=30))
     else:  # files of the same names, one of which shows something else
-        other_folder = write_pictures(tmp_path / "pictures")
+        other_folder = write_images(tmp_path / "pictures")
         (other_folder / "a" / "00.png").write_bytes(b"a letter")
         same = open_source(other_folder)
         assert same.train.fingerprint() == source.train.fingerprint()
@@ -223,7 +223,7 @@ def test_another_request_is_refused_with_what_differs_and_the_old_codes_stay(tmp
         pictures = open_source(other_folder)
     with pytest.raises(UserError) as caught:
         written(other, pictures, folder, **options)
-    assert f"another {change}" in one_line(caught)
+    assert f"another {change}" in error_message(caught)
     assert (folder / "manifest.json").read_bytes() == before
 
 

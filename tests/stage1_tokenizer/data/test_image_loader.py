@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
@@ -18,13 +18,13 @@ PROCESSOR = ImageProcessor(channels=3, content_size=(16, 16), image_size=(16, 16
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures")
+    return write_images(tmp_path / "pictures")
 
 
 @pytest.fixture
 def harmed(tmp_path: Path) -> Path:
     """24 pictures of which three cannot be read: no picture, cut short, empty."""
-    folder = write_pictures(tmp_path / "pictures")
+    folder = write_images(tmp_path / "pictures")
     whole = (folder / "a" / "04.png").read_bytes()
     for name, content in (("04.png", b"a letter"), ("10.png", whole[: len(whole) // 2]), ("16.png", b"")):
         (folder / "a" / name).write_bytes(content)
@@ -68,7 +68,7 @@ def test_indexing_and_random_batches_give_the_same_from_memory_and_from_disk(pic
     for first in (0, 5):
         streams = [pixels.random_batches(order, first) for pixels in (kept, lazy)]
         for number in range(first, first + 6):
-            expected = kept[order.batch(number)]
+            expected = kept[order.batch_indices(number)]
             assert all(torch.equal(next(stream), expected) for stream in streams)
     assert not torch.equal(kept[np.array([0])], kept[np.array([1])])
 
@@ -100,5 +100,5 @@ def test_nothing_readable_is_one_line_that_names_a_picture(tmp_path, limit):
     split = split_of(tmp_path)
     with pytest.raises(UserError) as caught:
         ImageLoader(split, PROCESSOR, limit)[[0]]
-    assert "none of 3 images" in one_line(caught)
+    assert "none of 3 images" in error_message(caught)
     assert ".png" in str(caught.value)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_parts import one_line, some_pixels, whole_config
+from small_parts import error_message, random_pixels, small_config
 from tiny_models import seeded
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ def shaken(tokenizer: Autoencoder) -> Autoencoder:
 def vqgan(**fields) -> VQGAN:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return shaken(VQGAN(whole_config(**fields)))
+        return shaken(VQGAN(small_config(**fields)))
 
 
 def kl(**fields) -> AutoencoderKL:
@@ -94,7 +94,7 @@ TILES = pytest.mark.parametrize(("size", "tile_size"), [(SIZE, 40), ((56, 24), 1
 @TILES
 @torch.no_grad()
 def test_the_latents_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile_size):
-    x = some_pixels(2, 3, *size)
+    x = random_pixels(2, 3, *size)
     whole = tokenizer.encode_latents(x)
     assert whole.std() > 0.1
     assert deviation(tiled(tokenizer, tile_size, "encode_latents", x), whole) < TOLERANCE
@@ -113,7 +113,7 @@ def test_the_pixels_of_tiles_are_those_of_the_whole_image(tokenizer, size, tile_
 @torch.no_grad()
 def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are_equally_near(fields):
     # A tie: the two nearest codes differ in squared distance by less than 1e-3, some hundred times what rounding moves it.
-    tokenizer, x = vqgan(**fields), some_pixels(2, 3, *SIZE)
+    tokenizer, x = vqgan(**fields), random_pixels(2, 3, *SIZE)
     raw = tokenizer.encoder(x)
     tokenizer.quantizer.codebook.copy_(raw.flatten(2).mT.flatten(0, 1)[::7][:16])  # so that all codes are in use
     whole = tokenizer.encode_indices(x)
@@ -135,7 +135,7 @@ def test_the_codes_of_tiles_are_those_of_the_whole_image_but_where_two_codes_are
 )
 @torch.no_grad()
 def test_naive_tiles_do_not_give_what_the_whole_image_gives(plain, monkeypatch, part, replacement):
-    x, latents = some_pixels(2, 3, *SIZE), some_latents(plain)
+    x, latents = random_pixels(2, 3, *SIZE), some_latents(plain)
     encoded, decoded = plain.encode_latents(x), plain.decode_latents(latents)
     monkeypatch.setattr(tiling, part, replacement)
     assert deviation(tiled(plain, 32, "encode_latents", x), encoded) > 100 * TOLERANCE
@@ -202,7 +202,7 @@ def test_a_norm_costs_a_pass_that_ends_there_and_the_output_one_more():
 
     for module in passes:
         module.register_forward_hook(count)
-    tiled(tokenizer, 32, "encode_indices", some_pixels(1, 3, 64, 96))
+    tiled(tokenizer, 32, "encode_indices", random_pixels(1, 3, 64, 96))
     # Two norms in the block before the first halving, four in the two blocks between it and the second; 6 tiles.
     assert list(passes.values()) == [(2 + 4 + 1) * 6, (4 + 1) * 6, 6]
 
@@ -224,7 +224,7 @@ def peak_values(tokenizer: Autoencoder, tile_size: int | None, height: int, widt
     handles = [convolution.register_forward_hook(see) for convolution in convolutions]
     if tile_size:
         tokenizer.enable_tiling(tile_size)
-    tokenizer.decode_indices(tokenizer.encode_indices(some_pixels(1, 3, height, width)))
+    tokenizer.decode_indices(tokenizer.encode_indices(random_pixels(1, 3, height, width)))
     tokenizer.disable_tiling()
     for handle in handles:
         handle.remove()
@@ -248,7 +248,7 @@ def test_no_map_grows_with_the_image_under_tiling(plain):
 def test_a_tile_size_that_f_does_not_divide_is_one_line(plain, tile_size):
     with pytest.raises(ConfigError) as caught:
         plain.enable_tiling(tile_size)
-    message = one_line(caught)
+    message = error_message(caught)
     assert f"tile_size is {tile_size!r}" in message
     assert "multiple of the downsampling factor 4" in message
     assert plain.tile_size is None
@@ -256,7 +256,7 @@ def test_a_tile_size_that_f_does_not_divide_is_one_line(plain, tile_size):
 
 @torch.no_grad()
 def test_disabling_restores_the_plain_path_bit_by_bit_and_an_image_of_one_tile_never_leaves_it(plain):
-    x, small = some_pixels(2, 3, *SIZE), some_pixels(2, 3, 32, 24)
+    x, small = random_pixels(2, 3, *SIZE), random_pixels(2, 3, 32, 24)
     before = [plain.encode_latents(x), plain.decode_indices(plain.encode_indices(x)), plain.encode_latents(small)]
     assert not torch.equal(tiled(plain, 32, "encode_latents", x), before[0])  # or the rest would say nothing
     after = [plain.encode_latents(x), plain.decode_indices(plain.encode_indices(x))]
@@ -265,11 +265,11 @@ def test_disabling_restores_the_plain_path_bit_by_bit_and_an_image_of_one_tile_n
 
 
 def test_tiles_refuse_gradients_in_one_line_and_serve_a_frozen_model(plain):
-    x, raw = some_pixels(1, 3, *SIZE), some_latents(plain)
+    x, raw = random_pixels(1, 3, *SIZE), some_latents(plain)
     for call, given in (("encode_indices", x), ("decode_latents", raw)):
         with pytest.raises(UserError) as caught:
             tiled(plain, 32, call, given)
-        assert "torch.no_grad()" in one_line(caught)
+        assert "torch.no_grad()" in error_message(caught)
     plain.requires_grad_(False)
     assert deviation(tiled(plain, 32, "encode_latents", x), plain.encode_latents(x)) < TOLERANCE
     with pytest.raises(UserError):

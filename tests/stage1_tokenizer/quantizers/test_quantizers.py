@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, LFQConfig, Quantizer, VectorQuantizerConfig, ibq
 from stage1_tokenizer.quantizers.binary import code_probabilities
 from stage1_tokenizer.quantizers.vector_quantizer import kmeans, rotate_gradient
-from training_harness.configuration import section
+from training_harness.configuration import build_section
 from training_harness.errors import ConfigError
 
 # K and the latent channels that suit each
@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def built(case: str, **fields: Any) -> Quantizer:
     size, channels, own = SIZES[case]
-    config = section(AnyQuantizerConfig, {"name": case} | own | fields, "model.quantizer")
+    config = build_section(AnyQuantizerConfig, {"name": case} | own | fields, "model.quantizer")
     config.check(size, channels)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -355,8 +355,8 @@ def test_settings_that_do_not_go_together_are_one_line(
     fields: dict[str, Any], size: int, channels: int, said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
-    assert said in one_line(caught)
+        build_section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
+    assert said in error_message(caught)
 
 
 def test_the_hint_for_a_codebook_of_signs_is_a_power_of_two_that_is_taken() -> None:

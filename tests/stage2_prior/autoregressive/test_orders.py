@@ -78,7 +78,7 @@ def test_the_share_of_random_orders_goes_from_one_to_the_other() -> None:
 
 
 def test_orders_are_drawn_at_the_rate_that_is_asked_for_and_all_are_permutations() -> None:
-    draws = torch.from_numpy(BatchOrder(4000, 4000, seed=0).draws(0, 17))
+    draws = torch.from_numpy(BatchOrder(4000, 4000, seed=0).random_numbers(0, 17))
     orders = random_orders(draws, 0.3)
     assert orders is not None
     assert torch.equal(orders.sort(1).values, torch.arange(16).expand(4000, -1))

@@ -22,7 +22,7 @@ def test_a_missing_label_is_the_null_class_whose_id_follows_from_the_data() -> N
 
 def test_labels_are_left_out_at_their_rate() -> None:
     labels = torch.arange(3).repeat(10_000)
-    draws = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))[:, 0]
+    draws = torch.from_numpy(BatchOrder(10, len(labels), seed=0).random_numbers(0))[:, 0]
     left_out = drop_classes(labels, draws, 0.2) == -1
     # 30,000 draws: six standard deviations are 0.014, passed by chance once in 5 · 10⁸ seeds.
     assert float(left_out.float().mean()) == pytest.approx(0.2, abs=0.014)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import NAMES, seeded, their, tiny_diffusion, tiny_tokenizer
+from tiny_models import LABEL_NAMES, diffusers_scheduler, seeded, tiny_diffusion, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -21,18 +21,18 @@ def drawn(prior: DiffusionPrior, scheduler: Any = None, on_step: Any = None, **o
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     prior.scheduler = scheduler
     chosen = DiffusionOptions(**{"num_inference_steps": 5} | options)
-    labels, generators = torch.arange(3) % len(NAMES), image_generators(seeded(4), 3)
+    labels, generators = torch.arange(3) % len(LABEL_NAMES), image_generators(seeded(4), 3)
     return prior.sample(tokenizer.latent_spec(), labels, chosen, generators, on_step)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
     prior, trailing = tiny_diffusion(schedule="linear", prediction=kind), {"timestep_spacing": "trailing"}
-    ddim = their("DDIMScheduler", **LINEAR, **trailing, clip_sample=False)
+    ddim = diffusers_scheduler("DDIMScheduler", **LINEAR, **trailing, clip_sample=False)
     assert_close(drawn(prior, ddim), drawn(prior, sampler="ddim"), rtol=1e-3, atol=1e-3)
-    solver = their("DPMSolverMultistepScheduler", **LINEAR, **trailing, prediction_type="v_prediction")
+    solver = diffusers_scheduler("DPMSolverMultistepScheduler", **LINEAR, **trailing, prediction_type="v_prediction")
     assert_close(drawn(prior, solver), drawn(prior, sampler="dpm-solver++"), rtol=1e-3, atol=1e-3)
-    ancestral = their("DDPMScheduler", **LINEAR, **trailing, clip_sample=False)
+    ancestral = diffusers_scheduler("DDPMScheduler", **LINEAR, **trailing, clip_sample=False)
     assert drawn(prior, ancestral).isfinite().all()
 
 
@@ -45,7 +45,7 @@ def test_its_schedulers_draw_what_our_samplers_draw(kind: str) -> None:
 )
 def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, Any]) -> None:
     prior = tiny_diffusion()
-    scheduler = their(name, **fields)
+    scheduler = diffusers_scheduler(name, **fields)
     assert_close(
         drawn(prior, scheduler, num_inference_steps=200), drawn(prior, num_inference_steps=200), rtol=0, atol=0.05
     )
@@ -57,14 +57,14 @@ def test_its_flow_schedulers_draw_what_euler_draws(name: str, fields: dict[str, 
 def test_schedulers_that_we_have_not_end_near_the_exact_solution(name: str) -> None:
     prior = tiny_diffusion(schedule="linear", prediction="epsilon")
     exact = drawn(prior, sampler="ddim", num_inference_steps=1000)
-    scheduler = their(name, **LINEAR, prediction_type="epsilon")
+    scheduler = diffusers_scheduler(name, **LINEAR, prediction_type="epsilon")
     error = (drawn(prior, scheduler, num_inference_steps=200) - exact).abs().mean() / exact.abs().mean()
     assert error < 0.05
 
 
 def test_the_steps_announced_are_those_that_a_scheduler_takes() -> None:
     prior, seen = tiny_diffusion(schedule="linear", prediction="epsilon"), list[int]()
-    scheduler = their("HeunDiscreteScheduler", **LINEAR, prediction_type="epsilon")
+    scheduler = diffusers_scheduler("HeunDiscreteScheduler", **LINEAR, prediction_type="epsilon")
     drawn(prior, scheduler, on_step=lambda step, latents: seen.append(step))
     announced = prior.num_steps(tiny_tokenizer().latent_spec(), DiffusionOptions(num_inference_steps=5))
     assert seen == list(range(announced)) == list(range(9))  # two evaluations of each of the five but for the last
@@ -85,4 +85,4 @@ def test_a_scheduler_of_another_noise_is_refused(
 ) -> None:
     prior = tiny_diffusion(schedule=schedule, prediction="v_prediction")
     with pytest.raises(UserError, match=rf"{said}.*; expected"):
-        drawn(prior, their(scheduler[0], **scheduler[1]))
+        drawn(prior, diffusers_scheduler(scheduler[0], **scheduler[1]))

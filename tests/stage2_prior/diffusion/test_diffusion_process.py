@@ -6,7 +6,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from tiny_models import seeded, their
+from tiny_models import diffusers_scheduler, seeded
 from torch.testing import assert_close
 
 from stage2_prior.diffusion.process import (
@@ -27,7 +27,7 @@ BETAS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012), "cosine": (1
 
 def their_schedule(name: str, **fields: Any) -> Any:
     first, last = BETAS[name]
-    return their("DDIMScheduler", beta_start=first, beta_end=last, beta_schedule=THEIRS[name], **fields)
+    return diffusers_scheduler("DDIMScheduler", beta_start=first, beta_end=last, beta_schedule=THEIRS[name], **fields)
 
 
 def some(

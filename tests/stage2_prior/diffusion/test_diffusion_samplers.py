@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import seeded, their
+from tiny_models import diffusers_scheduler, seeded
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -165,7 +165,7 @@ SETTINGS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_steps_of_ddim_are_those_of_diffusers(kind: Prediction, eta: float) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = their("DDIMScheduler", **fields)
+    scheduler = diffusers_scheduler("DDIMScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = levels_of("scaled-linear", 10), torch.randn(2, 3, generator=seeded(0))
     found = ours(partial(ddim, eta=eta), levels, kind, x)
@@ -176,7 +176,7 @@ def test_steps_of_ddim_are_those_of_diffusers(kind: Prediction, eta: float) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = their("DDPMScheduler", **fields)
+    scheduler = diffusers_scheduler("DDPMScheduler", **fields)
     scheduler.set_timesteps(20)
     levels, x = levels_of("scaled-linear", 20), torch.randn(2, 3, generator=seeded(0))
     mine, his = ours(ddpm, levels, kind, x), steps_of(scheduler, [level.time for level in levels], x)
@@ -189,7 +189,7 @@ def test_steps_of_ddpm_are_those_of_diffusers(kind: Prediction) -> None:
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "algorithm_type": algorithm}
-    scheduler = their("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
+    scheduler = diffusers_scheduler("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
     scheduler.set_timesteps(12)
     levels, x = levels_of("scaled-linear", 12), torch.randn(2, 3, generator=seeded(0))
     assert [round(level.time * LEVELS) - 1 for level in levels[:-1]] == scheduler.timesteps.tolist()
@@ -199,7 +199,7 @@ def test_steps_of_dpm_solver_are_those_of_diffusers(algorithm: str, kind: Predic
 
 
 def test_steps_of_euler_are_those_of_diffusers_for_a_flow() -> None:
-    scheduler = their("FlowMatchEulerDiscreteScheduler")
+    scheduler = diffusers_scheduler("FlowMatchEulerDiscreteScheduler")
     levels, x = levels_of("flow", 8), torch.randn(2, 3, generator=seeded(0))
     scheduler.set_timesteps(sigmas=[level.sigma for level in levels[:-1]])
     found = ours(euler, levels, "flow", x)
@@ -210,7 +210,7 @@ def test_steps_of_euler_are_those_of_diffusers_for_a_flow() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_euler_are_those_of_diffusers_in_its_own_scale(kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "final_sigmas_type": "zero"}
-    scheduler = their("EulerDiscreteScheduler", **fields)
+    scheduler = diffusers_scheduler("EulerDiscreteScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = levels_of("scaled-linear", 10), torch.randn(2, 3, dtype=torch.float64, generator=seeded(0))
     found, scaled = ours(euler, levels, kind, x), x / levels[0].alpha

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from training_harness.checkpoints import checkpoint_path, newest_step
-from training_harness.files import up_to_date, write_json
+from training_harness.files import is_up_to_date, write_json
 
-RUN_FACTS = "run.json"
+RUN_METADATA_FILE = "run.json"
 
 
-def run_facts(folder: Path) -> dict[str, Any]:
+def read_run_metadata(folder: Path) -> dict[str, Any]:
     """Empty for runs of versions that had no such file."""
-    path = folder / RUN_FACTS
+    path = folder / RUN_METADATA_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def record_run(folder: Path, **facts: Any) -> None:
-    write_json(folder / RUN_FACTS, run_facts(folder) | facts)
+def update_run_metadata(folder: Path, **facts: Any) -> None:
+    write_json(folder / RUN_METADATA_FILE, read_run_metadata(folder) | facts)
 
 
 def mark_finished(folder: Path) -> None:
     """Notes that everything was written that follows from the newest checkpoint."""
-    record_run(folder, finished_step=newest_step(folder))
+    update_run_metadata(folder, finished_step=newest_step(folder))
 
 
 def finished_step(folder: Path) -> int:
@@ -36,8 +36,8 @@ def finished_step(folder: Path) -> int:
     """
     if not (folder / "model" / "config.json").exists():
         return 0
-    if (noted := run_facts(folder).get("finished_step")) is not None:
+    if (noted := read_run_metadata(folder).get("finished_step")) is not None:
         return int(noted)
     step = newest_step(folder)
     checkpoint = checkpoint_path(folder, step) / "state.pt"
-    return step if up_to_date(folder / "model" / "config.json", made_from=checkpoint) else 0
+    return step if is_up_to_date(folder / "model" / "config.json", made_from=checkpoint) else 0
