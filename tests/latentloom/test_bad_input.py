@@ -128,7 +128,7 @@ CASES = {
     "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
     "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
     "a value for a section": (f"{TOKENIZER} --config section.yaml", "model is 5", "expected a section"),
-    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
+    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "correct the file"),
     "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
     "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),
     "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
@@ -463,7 +463,7 @@ def test_checkpoints_that_may_no_longer_be_written_end_the_run_in_one_line_and_t
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the checkpoint of step 4 could not be saved" in line
     assert "Permission denied" in line
-    assert "the newest whole one is of step 2" in line
+    assert "the newest complete one is of step 2" in line
     assert hash_files(folder) == before
     folder.chmod(0o700)
     assert latentloom(*command.split(), "--max-steps", 4) == 0

@@ -315,7 +315,7 @@ def test_a_disk_that_is_full_ends_in_one_line_and_leaves_what_was_whole(tmp_path
         signal.signal(signal.SIGXFSZ, before)
     message = str(caught.value)
     assert "the checkpoint of step 2 could not be saved" in message
-    assert "the newest whole one is of step 1" in message
+    assert "the newest complete one is of step 1" in message
     assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_000001"]
 
 

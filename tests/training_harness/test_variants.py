@@ -59,7 +59,7 @@ def test_the_name_chooses_the_variant_and_without_one_it_is_the_first() -> None:
         ({"name": ["square"]}, "shape.name is ['square']; did you mean 'square'?"),
         (
             {"corners": 4},
-            "unknown field 'shape.corners' for the shape square; expected it with polygon alone; leave it out",
+            "unknown field 'shape.corners' for the shape square; expected it only with polygon; remove it",
         ),
         ({"sides": 4}, "unknown field 'shape.sides' for the shape square; did you mean 'side'?"),
         ({"name": "polygon"}, "missing field 'shape.corners'; expected"),
