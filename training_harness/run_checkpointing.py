@@ -1,4 +1,4 @@
-"""What a run saves and goes on from: the state of every object registered with `track`."""
+"""Checkpoints of a run: the state of every object registered with `track`."""
 
 import sys
 from collections import defaultdict
@@ -25,6 +25,8 @@ from training_harness.sharding import gather_tensors, load_state
 
 
 class Stateful(Protocol):
+    """An object with a state that a checkpoint can store."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
@@ -41,13 +43,13 @@ class RunCheckpointing:
     def __init__(self) -> None:
         self.step = 0
         self.best: dict[str, float] | None = None
-        """Step and value of the best validation metric so far."""
+        """Step and value of the best validation metric so far; lower is better."""
         self.guards: defaultdict[str, NonFiniteGuard] = defaultdict(NonFiniteGuard)
-        """By the name of the optimizer, "" for the main one."""
+        """Guards by the name of the optimizer; "" is the main one."""
         self.on_validation: Callable[[int, float], None] = lambda step, metric: None
-        """Called with each validation metric, lower is better; an exception that it raises ends the run."""
+        """Called with (step, validation metric); an exception that it raises ends the run."""
         self._tracked: dict[str, Stateful] = {}
-        self._inputs: dict[nn.Module, tuple[Any, ...]] = {}  # of each network's last forward pass
+        self._inputs: dict[nn.Module, tuple[Any, ...]] = {}  # inputs of the last forward pass of each network
 
     @property
     def is_sharded(self) -> bool:
@@ -55,11 +57,11 @@ class RunCheckpointing:
         return self.accelerator.distributed_type is DistributedType.FSDP
 
     def unwrap(self, model: nn.Module) -> Any:
-        """The model inside the wrappers of `prepare`."""
+        """Return the model without the wrappers of `accelerator.prepare`."""
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def track(self, **objects: Stateful) -> None:
-        """Registers what a checkpoint holds, and loads the checkpoint to resume from where there is one."""
+        """Register the objects that checkpoints store, and load the checkpoint to resume from if there is one."""
         self._tracked = {
             name: self.unwrap(thing) if isinstance(thing, nn.Module) else getattr(thing, "optimizer", thing)
             for name, thing in objects.items()
@@ -80,10 +82,10 @@ class RunCheckpointing:
             self.log_file.rewind(self.step)
             if self.step:
                 self.log_file.append({"step": self.step, "resumed_from": self.step})
-                print(f"{self.folder}: going on from step {self.step}", file=sys.stderr)
+                print(f"{self.folder}: resuming from step {self.step}", file=sys.stderr)
 
     def _record_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inputs[module] = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
+        self._inputs[module] = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
 
     def _state_to_resume(self) -> dict[str, Any] | None:
         if self.config.resume != "latest":
@@ -93,10 +95,11 @@ class RunCheckpointing:
                 return read_checkpoint(path)
             except CorruptCheckpointError as error:
                 if self.accelerator.is_main_process:
-                    print(f"passing over {path}: {error}", file=sys.stderr)
+                    print(f"skipping corrupt checkpoint {path}: {error}", file=sys.stderr)
         return None
 
     def _checkpoint_to_resume(self) -> Path:
+        """Return the checkpoint that `--resume` names; raise UserError if it does not exist."""
         existing = {path.name: path for path in list_checkpoints(self.folder)}
         if self.config.resume not in existing:
             raise UserError(
@@ -106,18 +109,18 @@ class RunCheckpointing:
         return existing[self.config.resume]
 
     def record_validation(self, step: int, metric: float) -> None:
-        """Notes a validation metric, lower is better: the checkpoint of the best one is kept."""
+        """Record a validation metric, lower is better; the checkpoint of the best one is kept."""
         if self.best is None or metric < self.best["value"]:
             self.best = {"step": step, "value": metric}
         self.on_validation(step, metric)
 
     def is_checkpoint_due(self, step: int) -> bool:
-        every = self.config.checkpoint_every
-        best = self.best is not None and self.best["step"] == step
-        return step % every == 0 or step == self.config.max_steps or best
+        """Return whether to save at this step: every `checkpoint_every` steps, at the last step and at the best step."""
+        is_best = self.best is not None and self.best["step"] == step
+        return step % self.config.checkpoint_every == 0 or step == self.config.max_steps or is_best
 
     def checkpoint(self, step: int) -> None:
-        """Writes the state of every tracked object; keeps the newest `keep_checkpoints` and the best."""
+        """Save the state of every tracked object; delete all but the newest `keep_checkpoints` and the best checkpoint."""
         objects: dict[str, Any] = {}
         if self.accelerator.is_main_process or self.is_sharded:  # all processes gather shards
             objects = {name: gather_tensors(thing.state_dict()) for name, thing in self._tracked.items()}

@@ -1,7 +1,7 @@
-"""`run.json`: what a run folder knows of itself beside its configuration.
+"""`run.json`: metadata of a run that is not part of its configuration.
 
-trained_on       fingerprint of its images or codes
-finished_step    the step whose model, and whatever follows from it, was written as a whole
+trained_on       fingerprint of the images or codes
+finished_step    the step for which the model and all other outputs were written
 """
 
 import json
@@ -15,29 +15,30 @@ RUN_METADATA_FILE = "run.json"
 
 
 def read_run_metadata(folder: Path) -> dict[str, Any]:
-    """Empty for runs of versions that had no such file."""
+    """Read `run.json`; empty for runs of earlier versions, which have no such file."""
     path = folder / RUN_METADATA_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def update_run_metadata(folder: Path, **facts: Any) -> None:
-    write_json(folder / RUN_METADATA_FILE, read_run_metadata(folder) | facts)
+def update_run_metadata(folder: Path, **values: Any) -> None:
+    """Add or replace values in `run.json`."""
+    write_json(folder / RUN_METADATA_FILE, read_run_metadata(folder) | values)
 
 
 def mark_finished(folder: Path) -> None:
-    """Notes that everything was written that follows from the newest checkpoint."""
+    """Record that all outputs of the newest checkpoint were written."""
     update_run_metadata(folder, finished_step=newest_step(folder))
 
 
 def finished_step(folder: Path) -> int:
-    """The step for which everything was written; 0 while something is missing.
+    """Return the step for which all outputs were written, or 0 if outputs are missing.
 
-    In a run without that note, the model is the newest checkpoint's when it was written after it.
+    Runs of earlier versions do not record it. Their model belongs to the newest checkpoint if it is not older than it.
     """
     if not (folder / "model" / "config.json").exists():
         return 0
-    if (noted := read_run_metadata(folder).get("finished_step")) is not None:
-        return int(noted)
+    if (recorded := read_run_metadata(folder).get("finished_step")) is not None:
+        return int(recorded)
     step = newest_step(folder)
     checkpoint = checkpoint_path(folder, step) / "state.pt"
-    return step if is_up_to_date(folder / "model" / "config.json", made_from=checkpoint) else 0
+    return step if is_up_to_date(folder / "model" / "config.json", source=checkpoint) else 0

@@ -74,7 +74,7 @@ def test_another_precision_than_the_launchers_is_one_line(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert latentloom("train-tokenizer", "--data", pictures, "--output", tmp_path / "run", "--max-steps", 1) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: accelerate launch asks for the mixed precision bf16 and --mixed-precision is no; expected the same; give "
+        "error: accelerate launch sets mixed precision bf16 and --mixed-precision is no; expected the same; pass "
         "--mixed-precision bf16"
     )
     assert not (tmp_path / "run").exists()

@@ -303,17 +303,17 @@ CASES = {
     "a run below a file": ("train-tokenizer --data images --output notes.txt/run", "notes.txt", "expected"),
     "a run folder of another configuration": (
         "train-tokenizer --config job/tokenizer/config.yaml --output job/tokenizer --seed 3 --model.codebook-size 64",
-        "seed is 0 there and 3 here; model.codebook_size is 512 there and 64 here",
+        "seed is 0 in the run and 3 in this command; model.codebook_size is 512 in the run and 64 in this command",
         "choose another --output",
     ),
     "a job of another configuration": (
         "train --data images --output job --resolution 16 --batch-size 8 --max-steps 4 --seed 3",
-        "seed is 0 there and 3 here",
+        "seed is 0 in the run and 3 in this command",
         "choose another --output",
     ),
     "somebody else's folder with a config.yaml": (
         "train-tokenizer --data images --output project",
-        "project is not empty and holds no tokenizer run",
+        "project is not empty and contains no tokenizer run",
         "choose another --output",
     ),
     "somebody else's folder, in so many minutes": (
@@ -341,7 +341,7 @@ CASES = {
     ),
     "a prior's folder for a tokenizer": (
         "train-tokenizer --data images --output job/prior",
-        "job/prior holds a run with another configuration",
+        "job/prior contains a run with another configuration",
         "choose another --output",
     ),
 }
@@ -428,7 +428,7 @@ def test_a_prior_does_not_go_on_with_the_codes_of_another_tokenizer(
     capsys.readouterr()
     before = hash_files(place / "new" / "model")
     assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
-    assert "holds a run on other codes: of another tokenizer or other images" in capsys.readouterr().err
+    assert "contains a run on other codes (of another tokenizer or other images)" in capsys.readouterr().err
     assert hash_files(place / "new" / "model") == before
 
 

@@ -111,8 +111,8 @@ def test_a_new_field_does_not_make_an_old_run_another_configuration(tmp_path: Pa
     config = Later(output=begun(tmp_path / "run"), max_steps=4)
     check_run_folder(config, "test")
     for other, found in (
-        (replace(config, added=True), "added is False there and True here"),
-        (replace(config, inner=LaterInner(momentum=0.5)), "inner.momentum is 0.9 there and 0.5 here"),
+        (replace(config, added=True), "added is False in the run and True in this command"),
+        (replace(config, inner=LaterInner(momentum=0.5)), "inner.momentum is 0.9 in the run and 0.5 in this command"),
     ):
         with pytest.raises(UserError) as error:
             check_run_folder(other, "test")
@@ -127,7 +127,7 @@ def test_a_renamed_field_is_found_in_an_old_run(tmp_path: Path) -> None:
     assert held["hidden_size"] == 8
     with pytest.raises(UserError) as error:
         check_run_folder(replace(config, hidden_size=4), "test")
-    assert "hidden_size is 8 there and 4 here" in error_message(error)
+    assert "hidden_size is 8 in the run and 4 in this command" in error_message(error)
 
 
 def test_a_run_of_a_later_version_is_refused_by_its_number(tmp_path: Path) -> None:

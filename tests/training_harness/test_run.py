@@ -395,8 +395,8 @@ def test_another_configuration_is_refused_with_what_differs_and_nothing_is_touch
     with pytest.raises(UserError) as caught:
         check_run_folder(replace(config, width=8, seed=3), "tokenizer")
     message = error_message(caught)
-    assert "width is 4 there and 8 here" in message
-    assert "seed is 0 there and 3 here" in message
+    assert "width is 4 in the run and 8 in this command" in message
+    assert "seed is 0 in the run and 3 in this command" in message
     assert (config.output / "config.yaml").read_bytes() == held
     assert check_run_folder(replace(config, log_every=1, checkpoint_every=7), "tokenizer") is None
 
@@ -427,7 +427,7 @@ def test_a_run_without_a_fingerprint_is_known_by_where_its_data_lie(tmp_path, mo
     checkpointed(config, 2)
     for data in ("images/", "./images", str(tmp_path / "images")):
         assert check_run_folder(replace(config, data=data), "tokenizer", "a hash") is None
-    with pytest.raises(UserError, match="data is 'images' there and 'others' here"):
+    with pytest.raises(UserError, match="data is 'images' in the run and 'others' in this command"):
         check_run_folder(replace(config, data="others"), "tokenizer", "a hash")
 
 
@@ -435,7 +435,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     write_text(tmp_path / "run" / "thesis.tex", "years of work")
     with pytest.raises(UserError) as caught:
         check_run_folder(training(tmp_path), "tokenizer")
-    assert "holds no tokenizer run" in error_message(caught)
+    assert "contains no tokenizer run" in error_message(caught)
 
 
 @pytest.mark.parametrize(
