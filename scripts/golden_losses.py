@@ -1,8 +1,8 @@
-"""Writes tests/golden: the losses of the first steps of every recipe, which the tests compare with.
+"""Write tests/golden: the losses of the first steps of every recipe. The tests compare with these files.
 
-    python scripts/golden_losses.py        # or: make golden. Say in the commit why the numbers moved
+    python scripts/golden_losses.py        # or: make golden. Explain in the commit why the losses changed
 
-Float32 throughout, one thread, one seed, batches of 4: small pictures of discs for tokenizers, random codes for priors.
+Setting: float32, one thread, one seed, batches of 4; small images of discs for tokenizers, random codes for priors.
 """
 
 import sys

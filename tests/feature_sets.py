@@ -1,4 +1,4 @@
-"""Sets of features for the tests of `pipelines.evaluation`: drawn at random, kept in files, read in slices of any size."""
+"""Sets of features for the tests of `pipelines.evaluation`: random, stored in files, or read in slices of any size."""
 
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,16 @@ from pipelines.evaluation.features import ImageFeatures
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Draw normal features in float64."""
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def stored_features(folder: Path, features: Tensor) -> FeatureFile:
-    """The features as a file in a new folder, which rounds them to float32."""
+    """Write the features to a file in a new folder; the file rounds them to float32."""
     folder.mkdir()
     return write_features(folder, [ImageFeatures(features)])["features"]
 
 
 def set_slice_size(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """From here on `module` holds that many rows in memory at once."""
+    """Make `module` read `rows` rows at a time."""
     patch.setattr(module, "slices", partial(slices, size=rows))

@@ -66,7 +66,7 @@ def test_a_block_is_that_of_diffusers_with_the_same_weights() -> None:
 
 @pytest.mark.parametrize("look", TRANSFORMERS)
 def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(look: str) -> None:
-    prior = tiny_diffusion(trained=False, **LOOKS[look])
+    prior = tiny_diffusion(randomize_zeros=False, **LOOKS[look])
     latents, times, labels = some_latents()
     x, condition = torch.randn(3, 16, 32, generator=seeded(1)), torch.randn(3, 32, generator=seeded(2))
     assert torch.equal(prior.denoiser.blocks[0](x, condition, None), x)
@@ -75,7 +75,7 @@ def test_every_block_starts_as_the_identity_and_the_network_predicts_nothing(loo
 
 def test_a_unet_starts_by_predicting_nothing_and_its_lowest_resolution_sees_the_whole_picture() -> None:
     latents, times, labels = some_latents()
-    assert not tiny_diffusion(trained=False, **UNET).denoiser(latents, times, labels).any()
+    assert not tiny_diffusion(randomize_zeros=False, **UNET).denoiser(latents, times, labels).any()
     denoiser = tiny_diffusion(**UNET).denoiser
     altered = latents.clone()
     altered[:, :, 0, 0] += 1
