@@ -43,7 +43,7 @@ RUN_FIELDS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 
 
 def write_training_data(folder: Path) -> None:
     """Write images, a tokenizer and a code cache for the runs."""
-    write_images(folder / "pictures")
+    write_images(folder / "images")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
 
@@ -55,11 +55,11 @@ def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropou
         codes = CodeCache(folder / "codes")
         train_prior(AutoregressiveTraining(output=output, codes=codes.path, model=model, **fields), codes)
         return
-    source = open_source(folder / "pictures")
+    source = open_source(folder / "images")
     statistics = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
     adversarial_config = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
-    config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=adversarial_config, **fields)
+    config = TokenizerTraining(output=output, data="images", model=model, adversarial=adversarial_config, **fields)
     config = completed(config, statistics)
     model_fields = model_config(config, statistics)
     train_tokenizer(

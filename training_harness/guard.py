@@ -68,15 +68,15 @@ class NonFiniteGuard:
         )
 
     def detect_spike(self, gradient_norm: float) -> float | None:
-        """Record a gradient norm; return the usual norm if this one is a spike, else None.
+        """Record a gradient norm; return the median norm if this one is a spike, else None.
 
         Non-finite norms, which fp16 overflow causes, are ignored.
         """
         if not math.isfinite(gradient_norm):
             return None
-        usual = statistics.median(self._norms) if len(self._norms) >= SPIKE_WINDOW // 5 else math.inf
+        median_norm = statistics.median(self._norms) if len(self._norms) >= SPIKE_WINDOW // 5 else math.inf
         self._norms.append(gradient_norm)
-        return usual if gradient_norm > SPIKE_RATIO * usual else None
+        return median_norm if gradient_norm > SPIKE_RATIO * median_norm else None
 
 
 @torch.no_grad()

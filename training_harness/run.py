@@ -170,9 +170,9 @@ class Run(RunLogging, RunCheckpointing):
             all_finite = guard.allows(terms, checked_norm, self._max_over_processes)
             if not all_finite:
                 self._record_skipped_step(step, model, guard)
-            elif (usual_norm := guard.detect_spike(norm)) is not None:
+            elif (median_norm := guard.detect_spike(norm)) is not None:
                 prefix = name and f"{name}_"
-                self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": usual_norm})
+                self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": median_norm})
             if all_finite or has_scaler:
                 optimizer.step()
             all_finite = all_finite and (not has_scaler or math.isfinite(norm))

@@ -63,15 +63,15 @@ class RunCheckpointing:
     def track(self, **objects: Stateful) -> None:
         """Register the objects that checkpoints store, and load the checkpoint to resume from if there is one."""
         self._tracked = {
-            name: self.unwrap(thing) if isinstance(thing, nn.Module) else getattr(thing, "optimizer", thing)
-            for name, thing in objects.items()
+            name: self.unwrap(stateful) if isinstance(stateful, nn.Module) else getattr(stateful, "optimizer", stateful)
+            for name, stateful in objects.items()
         }
-        for thing in self._tracked.values():
-            if isinstance(thing, nn.Module):
-                thing.register_forward_pre_hook(self._record_inputs)
+        for stateful in self._tracked.values():
+            if isinstance(stateful, nn.Module):
+                stateful.register_forward_pre_hook(self._record_inputs)
         if (state := self._state_to_resume()) is not None:
-            for name, thing in self._tracked.items():
-                load_state(thing, state["objects"][name])
+            for name, stateful in self._tracked.items():
+                load_state(stateful, state["objects"][name])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.best = state["step"], state["best"]
@@ -104,7 +104,7 @@ class RunCheckpointing:
         if self.config.resume not in existing:
             raise UserError(
                 f"--resume is {self.config.resume} and {self.folder} has {', '.join(existing) or 'no checkpoint'}; expected one "
-                "of those, or latest"
+                "of these checkpoints or latest"
             )
         return existing[self.config.resume]
 
@@ -123,7 +123,7 @@ class RunCheckpointing:
         """Save the state of every tracked object; delete all but the newest `keep_checkpoints` and the best checkpoint."""
         objects: dict[str, Any] = {}
         if self.accelerator.is_main_process or self.is_sharded:  # all processes gather shards
-            objects = {name: gather_tensors(thing.state_dict()) for name, thing in self._tracked.items()}
+            objects = {name: gather_tensors(stateful.state_dict()) for name, stateful in self._tracked.items()}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {

@@ -276,7 +276,7 @@ def test_selecting_a_missing_or_corrupt_checkpoint_is_an_error(tmp_path):
     write_checkpoints(config, 1, 2)
     with pytest.raises(UserError) as caught:
         Run(replace(config, resume="step_000007")).track()
-    assert "has step_000001, step_000002; expected one of those" in error_message(caught)
+    assert "has step_000001, step_000002; expected one of these checkpoints" in error_message(caught)
     (config.output / "checkpoints" / "step_000002" / "state.pt").write_bytes(b"")
     with pytest.raises(UserError, match="step_000002"):
         Run(replace(config, resume="step_000002")).track()

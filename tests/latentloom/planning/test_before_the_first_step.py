@@ -51,9 +51,7 @@ def test_one_batch_is_learnt_by_heart_and_the_run_folder_stays_free(
     folder: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = (
-        ("--data", folder / "pictures", "--recipe", "vqgan-f4")
-        if stage == "tokenizer"
-        else ("--codes", folder / "codes")
+        ("--data", folder / "images", "--recipe", "vqgan-f4") if stage == "tokenizer" else ("--codes", folder / "codes")
     )
     words = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 60, "--overfit-batch")
     for _ in range(2):  # the second check takes the place of the first
