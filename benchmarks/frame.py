@@ -23,7 +23,7 @@ import torch
 
 from latentloom.commands.arguments import training_values
 from training_harness.configuration import from_mapping
-from training_harness.provenance import machine, versions
+from training_harness.provenance import describe_machine, library_versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS_FOLDER = ROOT / "docs" / "benchmarks"
@@ -41,13 +41,15 @@ class Report:
     peers: Sequence[str] = ()
     """Packages to report with their versions."""
     chart: Callable[[Path], None] | None = None
-    provenance: dict[str, Any] = field(default_factory=lambda: {"date": date.today().isoformat(), "machine": machine()})
+    provenance: dict[str, Any] = field(
+        default_factory=lambda: {"date": date.today().isoformat(), "machine": describe_machine()}
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return self.provenance | {"versions": self.versions(), "results": self.results}
 
     def versions(self) -> dict[str, str]:
-        return versions() | {name: version(name) for name in self.peers}
+        return library_versions() | {name: version(name) for name in self.peers}
 
     def format_page(self) -> str:
         hardware, package_versions = self.provenance["machine"], self.versions()

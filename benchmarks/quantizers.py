@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig
 from stage1_tokenizer.quantizers.protocol import as_vectors
 from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS
-from training_harness.configuration import section
+from training_harness.configuration import build_section
 from training_harness.processes import accelerated_device
 
 DIFFUSERS, LUCIDRAINS, MATMUL = "diffusers", "vector-quantize-pytorch", "bare matmul"
@@ -49,7 +49,7 @@ class Contender(NamedTuple):
 
 def build_ours(name: str, codebook: Tensor) -> Contender:
     options = {"name": name, "usage_decay": DECAY, "restart_threshold": 0}
-    config = section(AnyQuantizerConfig, options, "model.quantizer")
+    config = build_section(AnyQuantizerConfig, options, "model.quantizer")
     quantizer: Any = QUANTIZERS[name](config, *codebook.shape)
     quantizer.codebook.data.copy_(codebook)
     quantizer.usage.fill_(1)  # otherwise the first batch would replace every code

@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"latentloom {__version__}")
         return 0
     verb, *rest = words
-    from training_harness.configuration import nearest
+    from training_harness.configuration import suggest_nearest
     from training_harness.errors import UserError
     from training_harness.signals import Interrupted
 
     try:
         if verb not in VERBS:
-            raise UserError(f"unknown verb '{verb}'; {nearest(verb, list(VERBS))}")
+            raise UserError(f"unknown verb '{verb}'; {suggest_nearest(verb, list(VERBS))}")
         from training_harness.allocator import keep_freed_memory
 
         keep_freed_memory()
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + stopped.number
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130

@@ -10,7 +10,7 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
-from training_harness.processes import joined
+from training_harness.processes import join_processes
 
 
 def sample_across_processes(
@@ -31,7 +31,7 @@ def sample_across_processes(
     Returns:
         (N, C, h, w) uint8 on the CPU.
     """
-    state = joined()
+    state = join_processes()
     generators = image_generators(generator, len(labels))
     count, num_processes = len(labels), state.num_processes
     share = -(-count // num_processes)

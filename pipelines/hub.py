@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training_harness.errors import UserError
-from training_harness.model_cards import CARD
+from training_harness.model_cards import CARD_FILE
 
 
 def local_folder(
@@ -78,8 +78,8 @@ def fetch_card(repo_id: str, folder: Path, *, token: str | None) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with _push_errors(repo_id), suppress(EntryNotFoundError):
-        cached = hf_hub_download(repo_id, CARD, token=token)
-        shutil.copyfile(cached, folder / CARD)
+        cached = hf_hub_download(repo_id, CARD_FILE, token=token)
+        shutil.copyfile(cached, folder / CARD_FILE)
 
 
 def upload_folder(folder: Path, repo_id: str, *, token: str | None, commit_message: str) -> str:

@@ -26,7 +26,7 @@ from stage1_tokenizer.data.image_loader import inference_batch_size
 from stage1_tokenizer.data.image_processor import to_pil
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.prior import UNKNOWN, KnownCodes, Prior, randn_per_image
-from training_harness.configuration import nearest
+from training_harness.configuration import suggest_nearest
 from training_harness.errors import SpecMismatchError, UserError
 from training_harness.processes import accelerated_device
 from training_harness.progress import progress_bar
@@ -281,7 +281,9 @@ class LatentGenerationPipeline:
         if class_id is not None and 0 <= class_id < count:
             return class_id
         expected = (
-            nearest(str(label), list(names)) if names and class_id is None else f"expected an id from 0 to {count - 1}"
+            suggest_nearest(str(label), list(names))
+            if names and class_id is None
+            else f"expected an id from 0 to {count - 1}"
         )
         raise UserError(f"no class {label!r}; {expected}")
 

@@ -24,8 +24,8 @@ from stage2_prior.prior import Prior
 from stage2_prior.registry import PRIORS
 from training_harness.configuration import from_mapping
 from training_harness.errors import UserError
-from training_harness.files import files_into, write_json
-from training_harness.model_cards import CARD, write_card
+from training_harness.files import update_folder, write_json
+from training_harness.model_cards import CARD_FILE, write_card
 
 INDEX, SAMPLES, METRICS = "model_index.json", "samples.png", "metrics.json"
 PARTS = ("tokenizer", "prior")
@@ -56,7 +56,7 @@ def save_parts(
         UserError: if a file with one of the pipeline's names exists and no pipeline wrote it.
     """
     check_pipeline_folder(folder)
-    with files_into(folder, last=INDEX) as temporary:
+    with update_folder(folder, last=INDEX) as temporary:
         parts.tokenizer.save_pretrained(temporary / "tokenizer")
         parts.prior.save_pretrained(temporary / "prior")
         if samples is not None:
@@ -94,7 +94,7 @@ def _remove_stale_files(folder: Path, new_folder: Path) -> None:
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     """Return the size in bytes of every file except the model card, which users edit."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD)
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD_FILE)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
@@ -134,7 +134,7 @@ def load_parts(folder: Path, dtype: torch.dtype | None) -> PipelineParts:
     tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer", dtype=dtype)
     prior = prior_class.from_pretrained(folder / "prior", dtype=dtype)
     names = index.get("label_names")
-    sampling = from_mapping(prior.options_class, SAMPLING.present(index.get("sampling") or {}), "sampling.")
+    sampling = from_mapping(prior.options_class, SAMPLING.migrate(index.get("sampling") or {}), "sampling.")
     trained_classes = tuple(index.get("trained_classes") or range(prior.config.num_classes))
     return PipelineParts(tokenizer, prior, tuple(names) if names else None, sampling, trained_classes)
 

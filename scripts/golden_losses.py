@@ -1,8 +1,8 @@
-"""Writes tests/golden: the losses of the first steps of every recipe, which the tests compare with.
+"""Write tests/golden: the losses of the first steps of every recipe. The tests compare with these files.
 
-    python scripts/golden_losses.py        # or: make golden. Say in the commit why the numbers moved
+    python scripts/golden_losses.py        # or: make golden. Explain in the commit why the losses changed
 
-Float32 throughout, one thread, one seed, batches of 4: small pictures of discs for tokenizers, random codes for priors.
+Setting: float32, one thread, one seed, batches of 4; small images of discs for tokenizers, random codes for priors.
 """
 
 import sys
@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from golden_runs import FOLDER, RECIPES, losses_of, text_of  # noqa: E402
+from golden_runs import GOLDEN_FOLDER, RECIPES, compute_losses, format_losses  # noqa: E402
 
-FOLDER.mkdir(exist_ok=True)
+GOLDEN_FOLDER.mkdir(exist_ok=True)
 for stage, name in RECIPES:
     with TemporaryDirectory() as folder:
-        (FOLDER / f"{name}.txt").write_text(text_of(losses_of(stage, name, Path(folder))))
+        (GOLDEN_FOLDER / f"{name}.txt").write_text(format_losses(compute_losses(stage, name, Path(folder))))
     print(name)

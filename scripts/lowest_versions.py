@@ -1,4 +1,4 @@
-"""Prints the lowest versions that pyproject.toml allows, of the trackers and the search too, as pip constraints."""
+"""Print the lowest versions that pyproject.toml allows (dependencies, trackers, search) as pip constraints."""
 
 import re
 import tomllib

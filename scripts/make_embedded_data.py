@@ -1,9 +1,9 @@
-"""Makes the embedded image set: 10,000 + 2,000 images of Fashion-MNIST, equally many a class, as PNG in Parquet.
+"""Make the embedded image set: 10,000 + 2,000 images of Fashion-MNIST, balanced over the classes, as PNG in Parquet.
 
     python scripts/make_embedded_data.py                    # needs the Debian package dataset-fashion-mnist
 
-The choice does not depend on any library's random numbers: of each class it takes the images whose
-SHA-256 of "SEED/source_id" is smallest, and keeps them in the order of the original file.
+The selection does not depend on any library's random numbers. For each class it takes the images with the smallest SHA-256 of
+"SEED/source_id", in the order of the original file.
 Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747.
 """
 
@@ -34,11 +34,11 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "latentloom" / "data" / "fashion-m
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array from a gzipped IDX file: two zero bytes, type 8 (uint8), rank r, then r big-endian uint32 sizes."""
+    """Read an array from a gzipped IDX file: two zero bytes, type 8 (uint8), rank r, then r big-endian uint32 sizes."""
     if not path.is_file():
         raise SystemExit(
             f"error: {path} is missing; expected the IDX files of Fashion-MNIST there. "
-            "Install the Debian package dataset-fashion-mnist, or name their folder with --source"
+            "Install the Debian package dataset-fashion-mnist, or pass their folder with --source"
         )
     content = gzip.decompress(path.read_bytes())
     if content[:3] != b"\0\0\x08":
@@ -51,40 +51,40 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def read_split(source: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (N, 28, 28) uint8 and class ids (N,) uint8 of the original "train" or "test" split."""
+    """Return images (N, 28, 28) uint8 and class ids (N,) uint8 of the original "train" or "test" split."""
     prefix = FILE_PREFIXES[split]
     return read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
 
 
-def choose(labels: NDArray[np.uint8], source_ids: list[str], images_per_class: int) -> list[int]:
-    """Ascending indices of `images_per_class` images of each class."""
+def select_images(labels: NDArray[np.uint8], source_ids: list[str], images_per_class: int) -> list[int]:
+    """Return the ascending indices of `images_per_class` images of each class."""
 
-    def rank(index: int) -> str:
+    def sha256_rank(index: int) -> str:
         return hashlib.sha256(f"{SEED}/{source_ids[index]}".encode()).hexdigest()
 
-    members = [np.flatnonzero(labels == label).tolist() for label in range(len(CLASS_NAMES))]
-    return sorted(index for indices in members for index in sorted(indices, key=rank)[:images_per_class])
+    class_indices = [np.flatnonzero(labels == label).tolist() for label in range(len(CLASS_NAMES))]
+    return sorted(index for indices in class_indices for index in sorted(indices, key=sha256_rank)[:images_per_class])
 
 
-def png_bytes(image: NDArray[np.uint8]) -> bytes:
-    """An (H, W) uint8 image as an optimised grey PNG."""
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Encode an (H, W) uint8 image as an optimized grey PNG."""
     buffer = io.BytesIO()
     PILImage.fromarray(image).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def make_split(source: Path, split: str, path: Path) -> int:
-    """Writes one split to `path`; returns how many images it holds."""
+    """Write one split to `path`; return the number of images."""
     images, labels = read_split(source, split)
     source_ids = [f"{split}/{index:05d}" for index in range(len(images))]
-    chosen = choose(labels, source_ids, IMAGES_PER_CLASS[split])
+    selected = select_images(labels, source_ids, IMAGES_PER_CLASS[split])
     rows = [
-        {"image": {"bytes": png_bytes(images[i]), "path": None}, "label": int(labels[i]), "source_id": source_ids[i]}
-        for i in chosen
+        {"image": {"bytes": encode_png(images[i]), "path": None}, "label": int(labels[i]), "source_id": source_ids[i]}
+        for i in selected
     ]
     table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)  # the schema carries the features of `datasets`
-    with atomic_file(path) as beside:
-        pq.write_table(table, beside, compression="zstd", use_dictionary=False, row_group_size=1000)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, row_group_size=1000)
     return len(rows)
 
 

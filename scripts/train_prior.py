@@ -1,4 +1,4 @@
-"""For `accelerate launch scripts/train_prior.py --codes … --output …`: the verb train-prior."""
+"""Entry point for `accelerate launch scripts/train_prior.py --codes … --output …`: the command train-prior."""
 
 import sys
 

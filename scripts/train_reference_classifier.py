@@ -1,9 +1,9 @@
-"""Trains the judge on all 60,000 training images of Fashion-MNIST and tests it on the 10,000 others.
+"""Train the reference classifier on the 60,000 training images of Fashion-MNIST and test it on the 10,000 test images.
 
     python scripts/train_reference_classifier.py                           # needs the Debian package dataset-fashion-mnist
 
-SGD with Nesterov momentum on one cycle of the learning rate; images are flipped at random and shifted by up to two
-pixels. The judge is small so that its figures come fast. It never meets a generated image in training.
+SGD with Nesterov momentum and a one-cycle learning rate; images are flipped at random and shifted by up to two pixels. The
+classifier is small so that metrics are fast to compute. It is trained on real images only.
 """
 
 import argparse
@@ -31,12 +31,12 @@ WEIGHT_DECAY = 5e-4
 MAX_SHIFT = 2
 
 README = """\
-# The judge of the embedded Fashion-MNIST set
+# Reference classifier of the embedded Fashion-MNIST set
 
-A convolutional classifier ({parameters:,} parameters) of 28×28 grey images, classes in the original order. It gives the
-class agreement of generated images; their Fréchet distance (which is not FID) and recall are measured in its {width}
-penultimate activations. It is trained on real images alone and takes no part in training a generator. Of the embedded
-set it has seen the training images, not the test images.
+A convolutional classifier ({parameters:,} parameters) of 28×28 grey images, classes in the original order. It measures the
+class agreement of generated images. Its {width} penultimate activations are the features for their Fréchet distance (which is not
+FID) and recall. It is trained on real images only and is not used to train a generator. Its training data include the training
+images of the embedded set, but not the test images.
 
 - Data: all 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence).
 - Recipe (`scripts/train_reference_classifier.py`): {epochs} epochs of batches of {batch_size}; SGD with Nesterov momentum
@@ -47,16 +47,16 @@ set it has seen the training images, not the test images.
 
 
 def load_split(source: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) uint8 and class ids (N,) int64 of the original "train" or "test" split."""
+    """Return images (N, 1, 28, 28) uint8 and class ids (N,) int64 of the original "train" or "test" split."""
     images, labels = read_split(source, split)
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) uint8, each image flipped with probability ½ and moved by up to MAX_SHIFT pixels; black moves in."""
+    """Flip each image (B, 1, H, W) uint8 with probability ½ and shift it by up to MAX_SHIFT pixels, padded with black."""
     count, _, height, width = images.shape
-    flipped = torch.rand(count, generator=generator) < 0.5
-    images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+    is_flipped = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(is_flipped[:, None, None, None], images.flip(3), images)
     padded = F.pad(images, [MAX_SHIFT] * 4)[:, 0]  # (B, H + 4, W + 4)
     offsets = torch.randint(2 * MAX_SHIFT + 1, (2, count, 1), generator=generator)
     rows = (offsets[0] + torch.arange(height))[:, :, None]  # (B, H, 1)
@@ -64,27 +64,28 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(count)[:, None, None], rows, columns].unsqueeze(1)
 
 
-def batches(images: Tensor, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order, whole batches only: augmented pixels (B, 1, H, W) in [0, 1] and class ids (B,)."""
+def iterate_batches(images: Tensor, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one epoch in random order, without the last partial batch: pixels (B, 1, H, W) in [0, 1], class ids (B,)."""
     order = torch.randperm(len(images), generator=generator)
-    for chosen in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
-        yield augment(images[chosen], generator).float() / 255, labels[chosen]
+    for indices in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+        yield augment(images[indices], generator).float() / 255, labels[indices]
 
 
 def train(classifier: ReferenceClassifier, images: Tensor, labels: Tensor, epochs: int) -> None:
+    """Train the classifier in place."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=PEAK_LEARNING_RATE, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
-    steps_an_epoch = len(images) // BATCH_SIZE
+    steps_per_epoch = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LEARNING_RATE, epochs * steps_an_epoch, cycle_momentum=False
+        optimizer, PEAK_LEARNING_RATE, epochs * steps_per_epoch, cycle_momentum=False
     )
     classifier.train()
     for epoch in range(epochs):
         total = torch.zeros(())
         start = time.perf_counter()
-        for pixels, targets in batches(images, labels, generator):
+        for pixels, targets in iterate_batches(images, labels, generator):
             loss = F.cross_entropy(classifier(pixels).logits, targets)
             optimizer.zero_grad()
             loss.backward()
@@ -92,13 +93,14 @@ def train(classifier: ReferenceClassifier, images: Tensor, labels: Tensor, epoch
             schedule.step()
             total += loss.detach()
         print(
-            f"epoch {epoch + 1}/{epochs}: loss {total / steps_an_epoch:.4f}, {time.perf_counter() - start:.0f} s",
+            f"epoch {epoch + 1}/{epochs}: loss {total / steps_per_epoch:.4f}, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
     classifier.eval()
 
 
 def save(classifier: ReferenceClassifier, accuracy: float, epochs: int, folder: Path) -> None:
+    """Save the classifier with its README."""
     readme = README.format(
         parameters=classifier.num_parameters(),
         width=classifier.config.widths[-1],
@@ -112,18 +114,18 @@ def save(classifier: ReferenceClassifier, accuracy: float, epochs: int, folder: 
         accuracy=accuracy,
         torch_version=torch.__version__.split("+")[0],
     )
-    with atomic_folder(folder) as beside:
-        classifier.save_pretrained(beside)
-        (beside / "README.md").write_text(readme, encoding="utf-8")
+    with atomic_folder(folder) as temporary:
+        classifier.save_pretrained(temporary)
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the judge of the embedded Fashion-MNIST set.")
+    parser = argparse.ArgumentParser(description="Train the reference classifier of the embedded Fashion-MNIST set.")
     parser.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder with the four *.gz files")
     parser.add_argument("--output", type=Path, default=CLASSIFIER_FOLDER)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     arguments = parser.parse_args()
-    torch.manual_seed(SEED)  # the initial weights; everything later draws from its own generator
+    torch.manual_seed(SEED)  # for the initial weights; training uses its own generator
     classifier = ReferenceClassifier(ReferenceClassifierConfig(id2label=dict(enumerate(CLASS_NAMES))))
     classifier.trunk.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
     train(classifier, *load_split(arguments.source, "train"), arguments.epochs)
@@ -131,7 +133,7 @@ def main() -> None:
     accuracy = class_agreement(classifier.classify_images(images).logits, labels)
     classifier.trunk.to(memory_format=torch.contiguous_format)
     save(classifier, accuracy, arguments.epochs, arguments.output)
-    print(f"{arguments.output}: {accuracy:.2%} of {len(images):,} test images named right")
+    print(f"{arguments.output}: {accuracy:.2%} of {len(images):,} test images classified correctly")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""For `accelerate launch scripts/train_tokenizer.py --data … --output …`: the verb train-tokenizer."""
+"""Entry point for `accelerate launch scripts/train_tokenizer.py --data … --output …`: the command train-tokenizer."""
 
 import sys
 

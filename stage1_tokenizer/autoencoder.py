@@ -13,9 +13,9 @@ from stage1_tokenizer.networks.decoder import Decoder
 from stage1_tokenizer.networks.encoder import Encoder
 from stage1_tokenizer.networks.tiling import apply_tiled
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig, TokenizerModel
-from training_harness.configuration import changed_values
+from training_harness.configuration import non_default_values
 from training_harness.errors import ConfigError
-from training_harness.pretrained import stored_config
+from training_harness.pretrained import strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class AutoencoderModel(TokenizerModel):
         return 2 ** (len(self.channels) - 1)
 
 
-@stored_config
+@strict_config
 class AutoencoderConfig(TokenizerConfig):
     format_1_options: ClassVar[tuple[str, ...]] = ("name", *SHAPE_OPTIONS)
     """Model options of format 1. Their names never change."""
@@ -66,7 +66,7 @@ class AutoencoderConfig(TokenizerConfig):
 
     def id_fields(self) -> dict[str, Any]:
         shape = {name: getattr(self.model, name) for name in SHAPE_OPTIONS}
-        newer = changed_values(self.model, self.format_1_options)
+        newer = non_default_values(self.model, self.format_1_options)
         return super().id_fields() | shape | {f"model.{name}": value for name, value in newer.items()}
 
     def build_encoder(self, output_channels: int) -> Encoder:

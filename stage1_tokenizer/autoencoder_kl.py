@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderModel
 from stage1_tokenizer.tokenizer import TokenizerOutput
-from training_harness.precision import widened
-from training_harness.pretrained import stored_config
+from training_harness.precision import upcast
+from training_harness.pretrained import strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class AutoencoderKLModel(AutoencoderModel):
         return self.prior == "standard_normal"
 
 
-@stored_config
+@strict_config
 class AutoencoderKLConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-kl"
     model_options: ClassVar[Any] = AutoencoderKLModel
@@ -71,7 +71,7 @@ class AutoencoderKL(Autoencoder):
 
     def _posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of the latents, both float32 (B, c, h, w)."""
-        mean, log_variance = widened(self._encode(pixel_values)).chunk(2, dim=1)
+        mean, log_variance = upcast(self._encode(pixel_values)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)  # e^20 and e^−30 are still finite in float32
 
 

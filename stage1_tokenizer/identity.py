@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from stage1_tokenizer.tokenizer import Tokenizer, TokenizerConfig, TokenizerModel, TokenizerOutput
-from training_harness.pretrained import WeightlessModel, stored_config
+from training_harness.pretrained import WeightlessModel, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class IdentityModel(TokenizerModel):
         return False
 
 
-@stored_config
+@strict_config
 class IdentityConfig(TokenizerConfig):
     model_type: ClassVar[str] = "latentloom-identity"
     model_options: ClassVar[Any] = IdentityModel

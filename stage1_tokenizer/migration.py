@@ -7,7 +7,7 @@ without sections. Format 2 has one dataclass per quantizer and per tokenizer.
 from collections.abc import Mapping
 from typing import Any
 
-from training_harness.migration import MODEL_KEY, Migration, Step, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
 
 SHAPE_OPTIONS = ("channels", "blocks", "attention", "latent_channels")
 CODEBOOK_OPTIONS = ("usage_decay", "restart_threshold", "kmeans_iterations", "normalize", "gradient")
@@ -85,7 +85,7 @@ def nest_model_options(values: Values) -> Values:
     return values | {"model": model} if model else values
 
 
-TRAINING = Migration("tokenizer configuration", (Step(change=drop_other_variants),))
+TRAINING = Migration("tokenizer configuration", (MigrationStep(convert=drop_other_variants),))
 # The names of the code cache did not change. Its fingerprints of format 1 cover the source ids only.
-CODE_CACHE = Migration("manifest of a code cache", (Step(),))
-MODEL = Migration("tokenizer's config.json", (Step(change=nest_model_options),), MODEL_KEY)
+CODE_CACHE = Migration("manifest of a code cache", (MigrationStep(),))
+MODEL = Migration("tokenizer's config.json", (MigrationStep(convert=nest_model_options),), MODEL_FORMAT_KEY)

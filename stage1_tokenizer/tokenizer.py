@@ -17,10 +17,10 @@ from torch import Tensor
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.migration import MODEL
-from training_harness.configuration import changed_values
+from training_harness.configuration import non_default_values
 from training_harness.errors import ConfigError, UserError
 from training_harness.migration import Migration
-from training_harness.pretrained import StrictConfig, StrictModel, stored_config
+from training_harness.pretrained import StrictConfig, StrictModel, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class TokenizerModel:
         return False
 
 
-@stored_config
+@strict_config
 class TokenizerConfig(StrictConfig):
     migration: ClassVar[Migration] = MODEL
 
@@ -82,7 +82,7 @@ class TokenizerConfig(StrictConfig):
         """
         format_1_fields = ("image_channels", "image_size", "content_size", "latent_mean", "latent_std")
         library_fields = StrictConfig.__dataclass_fields__
-        return {name: getattr(self, name) for name in format_1_fields} | changed_values(
+        return {name: getattr(self, name) for name in format_1_fields} | non_default_values(
             self, {*format_1_fields, *library_fields, "tokenizer_id", "model"}
         )
 

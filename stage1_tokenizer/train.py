@@ -28,10 +28,10 @@ from stage1_tokenizer.vqgan import VQGANModel
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import UserError
-from training_harness.files import files_into
+from training_harness.files import update_folder
 from training_harness.model_cards import write_card
 from training_harness.optimization import build_optimizer, set_learning_rate
-from training_harness.processes import mean_over_processes, share_of
+from training_harness.processes import mean_over_processes, process_indices
 from training_harness.run import Run
 
 PREVIEW_IMAGES, VALIDATION_IMAGES = 20, 1_000
@@ -56,7 +56,7 @@ def train_tokenizer(
     Raises:   UserError when the processes were launched with FSDP.
     """
     run = Run(config, train.split.fingerprint())
-    if run.sharded:
+    if run.is_sharded:
         raise UserError(
             "the processes were launched with FSDP; a tokenizer expects DDP. Launch without FSDP, as in "
             "scripts/accelerate/8_gpus.yaml"
@@ -70,7 +70,7 @@ def train_tokenizer(
     tokenizer.to(memory_format=torch.channels_last)  # before DDP allocates its buckets
     discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     if config.gradient_checkpointing:
-        tokenizer.recompute_blocks()
+        tokenizer.enable_gradient_checkpointing()
     if config.compile and adversarial.weight > 0:
         prepare_for_compile(discriminator, adversarial)
     optimizer = build_optimizer(tokenizer, config.optimizer)
@@ -95,7 +95,7 @@ def train_tokenizer(
     )
     order = BatchOrder(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
     batches = train.random_batches(order, run.step * config.accumulation_steps)
-    run.sources = lambda step: train.source_ids(order.examples(step, config.accumulation_steps))
+    run.source_ids = lambda step: train.source_ids(order.step_indices(step, config.accumulation_steps))
 
     for step in run.steps(config.batch_size, "tokenizer"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
@@ -157,7 +157,7 @@ def train_tokenizer(
                 usage.update(output.indices)
         ema.update(step)
         run.log(step, terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
-        if run.due(step, config.sample_every):
+        if run.is_due(step, config.sample_every):
             validated_psnr = validation_psnr(ema.model, validation)
             assignments, usage_metrics = usage.assignments, usage.compute_and_reset()
             run.log_row(step, {"validation_psnr": validated_psnr} | usage_metrics)
@@ -169,9 +169,9 @@ def train_tokenizer(
                 run.warn(step, topic, text)
             run.record_validation(step, -validated_psnr)
             if accelerator.is_main_process:
-                save_preview(ema.model, validation, run.image_path(step))
-            run.log_image(step)
-        if run.checkpoint_due(step):
+                save_preview(ema.model, validation, run.samples_path(step))
+            run.log_samples(step)
+        if run.is_checkpoint_due(step):
             run.checkpoint(step)
     return export_model(run, ema.model, train)
 
@@ -192,7 +192,7 @@ def reconstruct_images(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_psnr(tokenizer: Tokenizer, validation: ImageLoader) -> float:
     """Compute the mean PSNR in dB over at most 1,000 validation images, split over the processes."""
-    positions, total = share_of(min(VALIDATION_IMAGES, len(validation))), 0.0
+    positions, total = process_indices(min(VALIDATION_IMAGES, len(validation))), 0.0
     batch_size = inference_batch_size(tokenizer.config.image_size)
     for start in range(0, len(positions), batch_size):
         images = validation[positions[start : start + batch_size]]
@@ -235,7 +235,7 @@ def export_model(run: Run, tokenizer: Tokenizer, train: ImageLoader) -> Path:
         measure_latent_statistics(tokenizer, train)
         tokenizer.config.tokenizer_id = None
         tokenizer.config.tokenizer_id = tokenizer.compute_id()
-        with files_into(folder, last="config.json") as temporary_folder:
+        with update_folder(folder, last="config.json") as temporary_folder:
             tokenizer.save_pretrained(temporary_folder)
             write_card(folder, temporary_folder, tokenizer_card(tokenizer, run.log_file.path))
     run.accelerator.wait_for_everyone()

@@ -18,9 +18,9 @@ from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, Autoenc
 from stage1_tokenizer.migration import FORMAT_1_QUANTIZER, SHAPE_OPTIONS, drop_unused_options
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, EMAVectorQuantizerConfig, QuantizerConfig
 from stage1_tokenizer.tokenizer import TokenizerOutput
-from training_harness.configuration import changed_values, section, to_mapping
+from training_harness.configuration import build_section, non_default_values, to_mapping
 from training_harness.errors import ConfigError, UserError
-from training_harness.pretrained import stored_config
+from training_harness.pretrained import strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class VQGANModel(AutoencoderModel):
         self.quantizer.check(self.codebook_size, self.latent_channels)
 
 
-@stored_config
+@strict_config
 class VQGANConfig(AutoencoderConfig):
     model_type: ClassVar[str] = "latentloom-vqgan"
     model_options: ClassVar[Any] = VQGANModel
@@ -48,8 +48,8 @@ class VQGANConfig(AutoencoderConfig):
     """The quantizer's section of a format 1 file, from which the id was computed. None computes it from all fields."""
 
     @classmethod
-    def present_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        migrated = super().present_values(values)
+    def migrate_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        migrated = super().migrate_values(values)
         stored = migrated.get("id_quantizer")
         if stored and json.dumps(stored, sort_keys=True) == json.dumps(
             format_1_section(migrated["model"].quantizer), sort_keys=True
@@ -61,9 +61,9 @@ class VQGANConfig(AutoencoderConfig):
         quantizer, stored = self.model.quantizer, self.id_quantizer
         if stored is not None:
             used_options = drop_unused_options(stored, stored.get("name", FORMAT_1_QUANTIZER["name"]))
-            if section(AnyQuantizerConfig, used_options, "id_quantizer") != quantizer:
+            if build_section(AnyQuantizerConfig, used_options, "id_quantizer") != quantizer:
                 stored = None  # the quantizer was changed after loading
-        newer = changed_values(quantizer, FORMAT_1_QUANTIZER)
+        newer = non_default_values(quantizer, FORMAT_1_QUANTIZER)
         fields = super().id_fields() | {f"model.quantizer.{name}": value for name, value in newer.items()}
         fields.pop("id_quantizer", None)
         return fields | {"codebook_size": self.model.codebook_size, "quantizer": stored or format_1_section(quantizer)}

@@ -4,7 +4,7 @@ Format 1 had one section for all denoisers, `class_dropout` in the section `mode
 Its config.json had no sections. Format 2 has a dataclass for each denoiser and one for the mean flow.
 """
 
-from training_harness.migration import MODEL_KEY, Migration, Step, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
 
 TRANSFORMER_FIELDS = (
     "hidden_size",
@@ -82,9 +82,9 @@ def _nest_model_options(values: Values, options: tuple[str, ...]) -> Values:
 TRAINING = Migration(
     "prior configuration",
     (
-        Step(
-            change=split_denoiser_variants,
-            renamed={
+        MigrationStep(
+            convert=split_denoiser_variants,
+            renamed_fields={
                 "model.class_dropout": "class_dropout",
                 "model.denoiser": "model.name",
                 **MEAN_FLOW_RENAMES,
@@ -93,11 +93,17 @@ TRAINING = Migration(
         ),
     ),
 )
-AUTOREGRESSIVE_MODEL = Migration("prior's config.json", (Step(change=nest_autoregressive_options),), MODEL_KEY)
+AUTOREGRESSIVE_MODEL = Migration(
+    "prior's config.json", (MigrationStep(convert=nest_autoregressive_options),), MODEL_FORMAT_KEY
+)
 DIFFUSION_MODEL = Migration(
     "prior's config.json",
-    (Step(change=nest_diffusion_options, renamed={"model.denoiser": "model.name", **MEAN_FLOW_RENAMES}),),
-    MODEL_KEY,
+    (
+        MigrationStep(
+            convert=nest_diffusion_options, renamed_fields={"model.denoiser": "model.name", **MEAN_FLOW_RENAMES}
+        ),
+    ),
+    MODEL_FORMAT_KEY,
 )
 SAMPLING = Migration("sampling options")
 """Sampling options of all priors."""

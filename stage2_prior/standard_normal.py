@@ -11,7 +11,7 @@ from torch import Tensor
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage2_prior.prior import KnownCodes, Prior, randn_per_image
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, WeightlessModel, stored_config
+from training_harness.pretrained import StrictConfig, WeightlessModel, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class StandardNormalOptions:
             )
 
 
-@stored_config
+@strict_config
 class StandardNormalPriorConfig(StrictConfig):
     model_type: ClassVar[str] = "latentloom-standard-normal"
 

@@ -17,7 +17,7 @@ from stage2_prior.training_config import DiffusionTraining, PriorTraining
 from training_harness.batch_order import BatchOrder
 from training_harness.ema import EMA
 from training_harness.errors import SpecMismatchError
-from training_harness.files import files_into
+from training_harness.files import update_folder
 from training_harness.model_cards import write_card
 from training_harness.optimization import build_optimizer, set_learning_rate
 from training_harness.run import Run
@@ -66,16 +66,16 @@ def train_prior(
     accelerator = run.accelerator
     prior = objective.new_prior()
     if config.gradient_checkpointing:
-        prior.recompute_blocks()
+        prior.enable_gradient_checkpointing()
     optimizer = build_optimizer(prior, config.optimizer)
     ema = EMA(prior, config.ema)  # before the model is sharded
     model, optimizer = accelerator.prepare(prior, optimizer)
-    ema.follow(run.unwrap(model))
+    ema.set_source(run.unwrap(model))
     run.track(model=model, ema=ema, optimizer=optimizer, codes=TokenizerIdState(codes))
     order = BatchOrder(
         len(codes.train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
-    run.sources = lambda step: codes.train.source_ids(order.examples(step, config.accumulation_steps))
+    run.source_ids = lambda step: codes.train.source_ids(order.step_indices(step, config.accumulation_steps))
 
     if run.step == 0:
         for warning in objective.list_warnings():
@@ -83,9 +83,9 @@ def train_prior(
     warned = False
     for step in run.steps(config.batch_size, "prior"):
         set_learning_rate(optimizer, config.schedule.at(step, config.max_steps))
-        for number in order.numbers(step, config.accumulation_steps):
-            rows = order.batch(number)
-            uniform = torch.from_numpy(order.draws(number, objective.num_random))
+        for number in order.batch_numbers(step, config.accumulation_steps):
+            rows = order.batch_indices(number)
+            uniform = torch.from_numpy(order.random_numbers(number, objective.num_random))
             inputs = [
                 x if x is None else x.to(accelerator.device) for x in objective.prepare_inputs(rows, uniform, step)
             ]
@@ -95,8 +95,8 @@ def train_prior(
                 run.optimizer_step(step, optimizer, model, loss.terms, config.optimizer.max_grad_norm)
         ema.update(step)
         run.log(step, loss.terms | {"learning_rate": optimizer.param_groups[0]["lr"]})
-        if run.due(step, config.sample_every):
-            averaged = ema.collect()
+        if run.is_due(step, config.sample_every):
+            averaged = ema.gather_model()
             metrics = objective.validate(averaged)
             validation_loss = next(iter(metrics.values()))
             run.log_row(step, metrics)
@@ -107,14 +107,14 @@ def train_prior(
                     run.warn(step, "validation", message)
                     warned = True
             if preview is not None:
-                preview(averaged, run.image_path(step))
-                run.log_image(step)
-        if run.checkpoint_due(step):
+                preview(averaged, run.samples_path(step))
+                run.log_samples(step)
+        if run.is_checkpoint_due(step):
             run.checkpoint(step)
 
-    folder, averaged = run.folder / "model", ema.collect()
+    folder, averaged = run.folder / "model", ema.gather_model()
     if accelerator.is_main_process:
-        with files_into(folder, last="config.json") as temporary_folder:
+        with update_folder(folder, last="config.json") as temporary_folder:
             averaged.save_pretrained(temporary_folder)
             write_card(folder, temporary_folder, prior_card(averaged, run.log_file.path))
     accelerator.wait_for_everyone()

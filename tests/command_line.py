@@ -1,4 +1,4 @@
-"""The command `latentloom` as tests call it: in this process, since a new one spends seconds on importing torch, or in another."""
+"""Helpers that run the command `latentloom`, in this process (a new one needs seconds to import torch) or in a new one."""
 
 import ctypes
 import hashlib
@@ -14,15 +14,15 @@ from latentloom.cli import main
 CHECKOUT = Path(__file__).parents[1]
 
 
-def latentloom(*words: object) -> int:
-    """Runs a verb here; returns its exit status."""
-    return main([str(word) for word in words])
+def latentloom(*arguments: object) -> int:
+    """Run a command in this process; return its exit status."""
+    return main([str(argument) for argument in arguments])
 
 
-def in_new_process(*words: object, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with `words` in the checkout, with one thread as in conftest: results are compared bit by bit."""
+def run_python(*arguments: object, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the checkout; it uses one thread as in conftest, because tests compare results bit by bit."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
+        [sys.executable, *map(str, arguments)],
         cwd=CHECKOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -31,8 +31,8 @@ def in_new_process(*words: object, timeout: int = 120, **environment: str) -> su
     )
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its relative path; folders are listed too."""
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder by its relative path; subfolders are listed as "folder"."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
@@ -40,21 +40,22 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def bound_by_permissions() -> Iterator[None]:
-    """Root may write anywhere; within this, not: the thread goes without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+def without_root_access() -> Iterator[None]:
+    """Apply file permissions to root too, within the block.
+
+    The thread drops CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+    """
     if os.geteuid() != 0:
         yield
         return
     libc, version = ctypes.CDLL(None, use_errno=True), 0x20080522
-    header, held = (
-        (ctypes.c_uint32 * 2)(version, 0),
-        (ctypes.c_uint32 * 6)(),
-    )  # effective, permitted, inheritable; twice
-    assert libc.capget(header, held) == 0
-    fewer = (ctypes.c_uint32 * 6)(*held)
-    fewer[0] &= ~0b110
-    assert libc.capset(header, fewer) == 0
+    header = (ctypes.c_uint32 * 2)(version, 0)
+    capabilities = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, in two groups of 32 bits
+    assert libc.capget(header, capabilities) == 0
+    reduced = (ctypes.c_uint32 * 6)(*capabilities)
+    reduced[0] &= ~0b110
+    assert libc.capset(header, reduced) == 0
     try:
         yield
     finally:
-        assert libc.capset(header, held) == 0
+        assert libc.capset(header, capabilities) == 0

@@ -1,4 +1,4 @@
-"""Puts this folder on the import path, so that tests in any folder can use its helpers (`tiny_models`, `hub_stand_in`)."""
+"""Settings of all tests. This file also puts its folder on the import path, for helpers such as `tiny_models`."""
 
 import os
 import tempfile
@@ -9,17 +9,17 @@ from hypothesis import settings
 
 from latentloom.environment import quiet_libraries
 
-# On models this small two threads wait for one another longer than they compute: thirty times as long beside other work.
+# With models this small, two threads wait for each other longer than they compute: up to thirty times as long on a busy machine.
 torch.set_num_threads(1)
-os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # not the user's own
-quiet_libraries()  # before a test module imports them; the command does the same
+os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # instead of the user's cache
+quiet_libraries()  # before test modules import the libraries, as the command does
 
-settings.register_profile("CI", derandomize=True)  # a run that decides anything draws the same examples every time
+settings.register_profile("CI", derandomize=True)  # the same examples in every run
 if "CI" in os.environ:
     settings.load_profile("CI")
 
-# Begun first, so that no core waits for a long file at the end.
-LONG = (
+# These files run first, so that no core waits for a long file at the end.
+LONG_TEST_FILES = (
     "test_main_job.py",
     "test_killed_runs.py",
     "test_golden_losses.py",
@@ -31,4 +31,5 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    position = {name: i for i, name in enumerate(LONG_TEST_FILES)}
+    items.sort(key=lambda item: position.get(item.path.name, len(position)))

@@ -14,15 +14,16 @@ from pipelines.evaluation.features import ImageFeatures
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Draw normal features in float64."""
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def stored(folder: Path, features: Tensor) -> FeatureFile:
-    """Store features in a new folder, which rounds them to float32."""
+def stored_features(folder: Path, features: Tensor) -> FeatureFile:
+    """Write the features to a file in a new folder; the file rounds them to float32."""
     folder.mkdir()
     return write_features(folder, [ImageFeatures(features)])["features"]
 
 
-def read_by(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """Let `module` read slices of at most `rows` rows from now on."""
-    patch.setattr(module, "iterate_slices", partial(iterate_slices, size=rows))
+def set_slice_size(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Make `module` read `rows` rows at a time."""
+    patch.setattr(module, "slices", partial(iterate_slices, size=rows))

@@ -1,10 +1,10 @@
-"""The first steps of a recipe on fixed data: what `tests/golden` holds and `make golden` writes."""
+"""The first training steps of each recipe on fixed data. `make golden` writes their losses to `tests/golden`."""
 
 import json
 from pathlib import Path
 
 import torch
-from small_parts import write_pictures
+from small_parts import write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.commands.arguments import training_values
@@ -18,41 +18,42 @@ from stage2_prior.training_config import parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.run import Run
 
-# What learns nothing, and what a test could not train.
-WITHOUT = ("identity", "ar-llamagen", "diffusion-dit")
+# Recipes without training, and recipes that are too large for a test.
+EXCLUDED = ("identity", "ar-llamagen", "diffusion-dit")
 RECIPES = [
-    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(WITHOUT)
+    (stage, name) for stage in ("tokenizer", "prior") for name in recipe_names(stage) if not name.startswith(EXCLUDED)
 ]
-LARGE = {"ar-small": 6, "kl-f16": 4, "vqgan-f16": 4}  # steps of what takes seconds a step on a core
-FOLDER = Path(__file__).parent / "golden"
+STEPS_OF_LARGE_RECIPES = {"ar-small": 6, "kl-f16": 4, "vqgan-f16": 4}  # these need seconds per step on one core
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
 
-def steps_of(recipe: str) -> int:
-    return LARGE.get(recipe, 10)
+def step_count(recipe: str) -> int:
+    """Return the number of steps of a recipe's golden losses."""
+    return STEPS_OF_LARGE_RECIPES.get(recipe, 10)
 
 
-def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
-    """Loss terms by name, a step each."""
-    steps = steps_of(recipe)
+def compute_losses(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
+    """Train the first steps of a recipe; return the loss terms of each step by name."""
+    steps = step_count(recipe)
     size = min(
         64, 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1)
     )  # 4×4 codes or fewer
     fields = {"output": str(folder / "run"), "max_steps": steps, "batch_size": 4, "log_every": 1, "seed": 0}
     fields |= {"sample_every": steps, "checkpoint_every": steps, "matmul_precision": "highest"}
-    logged: list[dict[str, float]] = []
-    log, threads = Run.log, torch.get_num_threads()
+    step_losses: list[dict[str, float]] = []
+    original_log, threads = Run.log, torch.get_num_threads()
 
-    def note(run: Run, step: int, values: dict[str, torch.Tensor]) -> None:
-        logged.append(
+    def record(run: Run, step: int, values: dict[str, torch.Tensor]) -> None:
+        step_losses.append(
             {name: torch.as_tensor(value).item() for name, value in values.items() if name != "learning_rate"}
         )
-        log(run, step, values)
+        original_log(run, step, values)
 
     torch.set_num_threads(1)
-    Run.log = note  # type: ignore[method-assign, assignment]
+    Run.log = record  # type: ignore[method-assign, assignment]
     try:
         if stage == "tokenizer":
-            data = write_pictures(folder / "pictures", size=(size, size))
+            data = write_images(folder / "images", size=(size, size))
             values = training_values(stage, recipe, None, fields | {"data": str(data)})
             run_tokenizer(tokenizer_inputs(from_mapping(TokenizerTraining, values), open_source(data)))
         else:
@@ -68,14 +69,16 @@ def losses_of(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
             )
             run_prior(parse_prior_training(values))
     finally:
-        Run.log = log  # type: ignore[method-assign]
+        Run.log = original_log  # type: ignore[method-assign]
         torch.set_num_threads(threads)
-    return logged
+    return step_losses
 
 
-def text_of(losses: list[dict[str, float]]) -> str:
+def format_losses(losses: list[dict[str, float]]) -> str:
+    """Format losses as JSON lines with six significant digits."""
     return "".join(json.dumps({name: float(f"{value:.6g}") for name, value in step.items()}) + "\n" for step in losses)
 
 
-def kept(recipe: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (FOLDER / f"{recipe}.txt").read_text().splitlines()]
+def stored_losses(recipe: str) -> list[dict[str, float]]:
+    """Read the golden losses of a recipe."""
+    return [json.loads(line) for line in (GOLDEN_FOLDER / f"{recipe}.txt").read_text().splitlines()]

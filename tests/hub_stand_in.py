@@ -1,19 +1,19 @@
-"""A Hugging Face Hub on the loopback: as much of it as pushing and pulling needs.
+"""A stand-in for the Hugging Face Hub on the loopback interface; it supports pushing and pulling.
 
     push   create → validate-yaml → preupload → LFS batch → PUT each object → verify → commit (ndjson)
     pull   repo info → tree → resolve (HEAD, then GET)
 
-The client reads HF_ENDPOINT once, when it is imported, so it runs in a process of its own:
+The client reads HF_ENDPOINT only when it is imported, so it runs in its own process:
 
     with StandInHub() as hub:
         subprocess.run([sys.executable, "push.py"], env=hub.environment(tmp_path / "home"), check=True)
         assert hub.repos["stand-in/tiny"].files["config.json"] == b"{}"
 
-A model's key is "owner/name", a data set's "datasets/owner/name". Unlike the real Hub, a new repo is empty (without
-.gitattributes), "main" is its only branch, and a download comes whole and from here (no redirect, no ranges). There are
-no pull requests, discussions, pages of a listing, or Xet; a request that has no route is answered 501 and named.
+The key of a model is "owner/name", the key of a data set is "datasets/owner/name". Unlike on the real Hub, a new repo is empty
+(without .gitattributes), "main" is its only branch, and downloads have no redirects and no ranges. Pull requests, discussions,
+paginated lists and Xet are not supported; an unknown request gets status 501 with its method and path.
 
-Sources: the Git LFS batch API, transfer "basic", for large files; what huggingface_hub sends and reads for the rest.
+Sources: the Git LFS batch API with transfer "basic" for large files; the requests of huggingface_hub for the rest.
 """
 
 import base64
@@ -33,23 +33,25 @@ import yaml
 
 USER = "stand-in"
 TOKEN = "hf_stand_in"
-INLINE_LIMIT = 10 * 2**20  # bytes; a larger file goes through LFS, and so does one with a zero byte near its beginning
+INLINE_LIMIT = 10 * 2**20  # bytes; larger files use LFS, and so do files with a zero byte near the beginning
 
 
 class Blob(NamedTuple):
+    """Content of a file."""
+
     content: bytes
     lfs: bool
 
     @property
     def oid(self) -> str:
-        """SHA-256 in LFS, else Git's SHA-1: the client compares it with the file that it is about to send."""
+        """SHA-256 for LFS, else Git's SHA-1; the client compares it with the file to send."""
         if self.lfs:
             return sha256(self.content).hexdigest()
         return sha1(b"blob %d\0%b" % (len(self.content), self.content)).hexdigest()
 
 
 class Repo:
-    """A line of commits on "main", the first of them empty."""
+    """Commits on "main"; the first one is empty."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
@@ -59,16 +61,19 @@ class Repo:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Path → content at the head of "main"."""
+        """Content of each path at the head of "main"."""
         return {path: blob.content for path, blob in self.commits[self.head].items()}
 
     def commit(self, summary: str, blobs: dict[str, Blob]) -> None:
+        """Add a commit with these files."""
         content = sorted((path, blob.oid) for path, blob in blobs.items())
         self.head = sha1(repr((self.head, summary, content)).encode()).hexdigest()
         self.commits[self.head] = blobs
 
 
 class Request(NamedTuple):
+    """An HTTP request."""
+
     method: str
     path: str
     query: dict[str, list[str]]
@@ -80,6 +85,8 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
+    """An HTTP response."""
+
     status: int
     body: bytes
     headers: dict[str, str]
@@ -90,7 +97,7 @@ class Reply(NamedTuple):
 
 
 class HubError(Exception):
-    """A refusal. The client chooses its exception by X-Error-Code, then by status, and shows X-Error-Message."""
+    """An error response. The client selects its exception by X-Error-Code, then by status, and shows X-Error-Message."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         super().__init__(message)
@@ -99,10 +106,12 @@ class HubError(Exception):
 
 
 class StandInHub:
+    """The server; as a context manager it runs in a thread."""
+
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS: SHA-256 → content
-        self.requests: list[tuple[str, str]] = []  # (method, path) of all that was asked, in order
+        self.requests: list[tuple[str, str]] = []  # (method, path) of all requests, in order
         self._announced: set[str] = set()
         self._lock = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Connection, self))
@@ -117,20 +126,21 @@ class StandInHub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables for a process whose client shall talk to this Hub and keep its cache under `home`."""
-        # A proxy, or the user's own settings (offline mode, cache folders, other tokens), would lead past this Hub.
+        """Return the environment of a client process that uses this Hub and has its cache in `home`."""
+        # A proxy or the user's settings (offline mode, cache folders, other tokens) would bypass this Hub.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         hub = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
         switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
         return inherited | hub | switches | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
     def answer(self, request: Request) -> Reply:
+        """Call the handler of a request's route."""
         with self._lock:
             self.requests.append((request.method, request.path))
             try:
-                asked = "GET" if request.method == "HEAD" else request.method
+                requested_method = "GET" if request.method == "HEAD" else request.method
                 for method, path, needs_token, handler in ROUTES:
-                    if method == asked and (match := re.fullmatch(path, request.path)):
+                    if method == requested_method and (match := re.fullmatch(path, request.path)):
                         if needs_token and not request.authorised:
                             raise HubError(401, "Invalid username or password.")
                         groups = match.groupdict(default="")
@@ -146,7 +156,7 @@ class StandInHub:
         return repo
 
     def _checkout(self, request: Request, key: str, revision: str) -> tuple[str, dict[str, Blob]]:
-        """Commit id and blobs at a revision, which is "main" or a commit id."""
+        """Return the commit id and the blobs of a revision, which is "main" or a commit id."""
         repo = self._repo(request, key)
         commit = repo.head if revision == "main" else revision
         if commit not in repo.commits:
@@ -159,19 +169,19 @@ class StandInHub:
         return Reply.json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
 
     def create(self, request: Request) -> Reply:
-        asked = request.json()
-        prefix = "datasets/" if asked.get("type") == "dataset" else ""
-        key = f"{prefix}{asked['organization'] or USER}/{asked['name']}"
+        body = request.json()
+        prefix = "datasets/" if body.get("type") == "dataset" else ""
+        key = f"{prefix}{body['organization'] or USER}/{body['name']}"
         exists = key in self.repos
         if not exists:
-            self.repos[key] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
+            self.repos[key] = Repo(private=body.get("visibility") == "private" or bool(body.get("private")))
         return Reply.json({"url": f"{self.endpoint}/{key}"}, 409 if exists else 200)
 
     def info(self, request: Request, key: str, revision: str) -> Reply:
         commit, blobs = self._checkout(request, key, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(blobs)]
-        about = {"id": key.removeprefix("datasets/"), "private": self.repos[key].private, "tags": []}
-        return Reply.json({**about, "sha": commit, "siblings": siblings})
+        information = {"id": key.removeprefix("datasets/"), "private": self.repos[key].private, "tags": []}
+        return Reply.json({**information, "sha": commit, "siblings": siblings})
 
     # Push
 
@@ -197,8 +207,8 @@ class StandInHub:
         self._repo(request, key)
         objects = request.json()["objects"]
         for item in objects:
-            if item["oid"] not in self.objects:  # without actions the client sends nothing
-                # The PUT carries no token: being announced is its permission, as a signed address would be.
+            if item["oid"] not in self.objects:  # without actions the client does not upload
+                # The PUT has no token: the batch announces the object, like a signed address on the real Hub.
                 self._announced.add(item["oid"])
                 upload, verify = f"{self.endpoint}/lfs/{item['oid']}", f"{self.endpoint}/lfs/verify"
                 item["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
@@ -213,9 +223,9 @@ class StandInHub:
         return Reply.json({})
 
     def lfs_verify(self, request: Request) -> Reply:
-        asked = request.json()
-        if len(self.objects.get(asked["oid"], b"")) != asked["size"]:
-            raise HubError(404, f"object {asked['oid']} of {asked['size']} bytes is not here")
+        body = request.json()
+        if len(self.objects.get(body["oid"], b"")) != body["size"]:
+            raise HubError(404, f"object {body['oid']} of {body['size']} bytes does not exist")
         return Reply.json({})
 
     def commit(self, request: Request, key: str, revision: str) -> Reply:
@@ -240,7 +250,7 @@ class StandInHub:
                         raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
                 case "deletedFolder":
                     folder = path.rstrip("/") + "/"
-                    blobs = {kept: blob for kept, blob in blobs.items() if not kept.startswith(folder)}
+                    blobs = {name: blob for name, blob in blobs.items() if not name.startswith(folder)}
                 case unknown:
                     raise HubError(501, f"the stand-in Hub does not know the commit operation {unknown}")
         repo.commit(header["value"]["summary"], blobs)
@@ -253,14 +263,14 @@ class StandInHub:
         if folder and not any(e["type"] == "directory" and e["path"] == folder for e in entries):
             raise HubError(404, "Entry not found", "EntryNotFound")
         prefix = f"{folder}/" if folder else ""
-        deep = request.query["recursive"] == ["true"]
-        below = (entry for entry in entries if entry["path"].startswith(prefix))
-        listed = [entry for entry in below if deep or "/" not in entry["path"].removeprefix(prefix)]
+        recursive = request.query["recursive"] == ["true"]
+        inside = (entry for entry in entries if entry["path"].startswith(prefix))
+        listed = [entry for entry in inside if recursive or "/" not in entry["path"].removeprefix(prefix)]
         return Reply.json(sorted(listed, key=lambda entry: entry["path"]))
 
     def paths_info(self, request: Request, key: str, revision: str) -> Reply:
-        asked = parse_qs(request.body.decode()).get("paths", [])
-        return Reply.json([entry for entry in self._entries(request, key, revision) if entry["path"] in asked])
+        paths = parse_qs(request.body.decode()).get("paths", [])
+        return Reply.json([entry for entry in self._entries(request, key, revision) if entry["path"] in paths])
 
     def _entries(self, request: Request, key: str, revision: str) -> list[dict[str, Any]]:
         _, blobs = self._checkout(request, key, revision)
@@ -276,13 +286,13 @@ class StandInHub:
 
     def resolve(self, request: Request, key: str, revision: str, path: str) -> Reply:
         commit, blobs = self._checkout(request, key, revision)
-        about = {"X-Repo-Commit": commit}
+        headers = {"X-Repo-Commit": commit}
         if path not in blobs:
-            raise HubError(404, "Entry not found", "EntryNotFound", **about)
+            raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         content, etag = blobs[path].content, f'"{blobs[path].oid}"'
         if blobs[path].lfs:
-            about |= {"X-Linked-ETag": etag, "X-Linked-Size": str(len(content))}
-        return Reply(200, content, {"ETag": etag, "Content-Type": "application/octet-stream", **about})
+            headers |= {"X-Linked-ETag": etag, "X-Linked-Size": str(len(content))}
+        return Reply(200, content, {"ETag": etag, "Content-Type": "application/octet-stream", **headers})
 
 
 REPO = "(?P<key>(?:datasets/)?[^/]+/[^/]+?)"
@@ -306,8 +316,10 @@ ROUTES: list[tuple[str, str, bool, Callable[..., Reply]]] = [
 
 
 class Connection(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keep-alive, as the client's pool expects
-    wbufsize = -1  # head and body leave together: apart, each answer would wait for a delayed acknowledgement
+    """Passes the requests of a connection to the Hub."""
+
+    protocol_version = "HTTP/1.1"  # keep-alive, which the client expects
+    wbufsize = -1  # send headers and body together; separately, each response would wait for a delayed acknowledgement
 
     def __init__(self, hub: StandInHub, *connection: Any) -> None:
         self.hub = hub
@@ -328,4 +340,4 @@ class Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 (the names that http.server calls)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: `StandInHub.requests` remembers."""
+        """Print nothing: `StandInHub.requests` records all requests."""

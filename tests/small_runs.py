@@ -1,4 +1,4 @@
-"""Small runs of both stages in processes of their own, which a test may stop, or compare with others."""
+"""Small training runs of both stages in separate processes, which a test can stop or compare."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from small_parts import write_pictures
+from small_parts import write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.codes.reader import CodeCache
@@ -38,36 +38,39 @@ from training_harness.processes import accelerated_device
 from training_harness.run import Run
 from training_harness.signals import Interrupted
 
-STEPS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 10, "checkpoint_every": 3}
+RUN_FIELDS = {"max_steps": 40, "batch_size": 4, "log_every": 1, "sample_every": 10, "checkpoint_every": 3}
 
 
-def prepare(folder: Path) -> None:
-    """What the runs are trained on."""
-    write_pictures(folder / "pictures")
+def write_training_data(folder: Path) -> None:
+    """Write images, a tokenizer and a code cache for the runs."""
+    write_images(folder / "images")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
 
 
 def train(stage: str, folder: Path, output: Path, fields: dict[str, Any], dropout: float, adversarial: float) -> None:
+    """Train a tiny model of a stage; `fields` are fields of its configuration."""
     if stage == "prior":
         model = AutoregressiveModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, dropout=dropout)
         codes = CodeCache(folder / "codes")
         train_prior(AutoregressiveTraining(output=output, codes=codes.path, model=model, **fields), codes)
         return
-    source = open_source(folder / "pictures")
-    seen = dataset_statistics(source.train)
+    source = open_source(folder / "images")
+    statistics = dataset_statistics(source.train)
     model = VQGANModel(channels=(8, 8), blocks=(0, 1), attention=(2,), latent_channels=4, codebook_size=16)
-    judged = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
-    config = TokenizerTraining(output=output, data="pictures", model=model, adversarial=judged, **fields)
-    config = complete_config(config, seen)
-    shape = build_model_config(config, seen)
+    adversarial_config = AdversarialConfig(weight=adversarial, start=5, warmup=2, ramp=4, channels=4, layers=2)
+    config = TokenizerTraining(output=output, data="images", model=model, adversarial=adversarial_config, **fields)
+    config = complete_config(config, statistics)
+    model_fields = build_model_config(config, statistics)
     train_tokenizer(
-        config, shape, *(ImageLoader(split, shape.image_processor) for split in (source.train, source.validation))
+        config,
+        model_fields,
+        *(ImageLoader(split, model_fields.image_processor) for split in (source.train, source.validation)),
     )
 
 
 def train_in_float64(stage: str, folder: Path, output: Path, processes: int, fields: dict[str, Any]) -> None:
-    """20 steps of 32 images in all, without dropout and discriminator; `exact.jsonl` has the log without rounding."""
+    """Train 20 steps of 32 images in total in float64, without dropout and discriminator; `exact.jsonl` is not rounded."""
     torch.set_default_dtype(torch.float64)
     log = MetricLog(output / "exact.jsonl")
 
@@ -76,20 +79,20 @@ def train_in_float64(stage: str, folder: Path, output: Path, processes: int, fie
             log.append({"step": step, **row})
 
     Run.log_row = log_exactly
-    fields = STEPS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20} | fields
+    fields = RUN_FIELDS | {"max_steps": 20, "batch_size": 32 // processes, "checkpoint_every": 20} | fields
     train(stage, folder, output, fields, dropout=0.0, adversarial=0.0)
 
 
-def take_place(rank: int, processes: int, port: int) -> None:
-    """Makes this process one of several, as `accelerate launch` does; Accelerate then starts the group, on gloo."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(place | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
+def set_launch_environment(rank: int, processes: int, port: int) -> None:
+    """Set the environment of one of several processes, like `accelerate launch`; Accelerate then uses gloo."""
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(variables | {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
 
 
-def shard() -> None:
-    """Lays models over the processes as scripts/accelerate/8_gpus_fsdp.yaml does.
+def enable_fsdp() -> None:
+    """Shard models over the processes with the settings of scripts/accelerate/8_gpus_fsdp.yaml.
 
-    Accelerate leaves FSDP out on CPUs: the group is told to be one of GPUs.
+    Accelerate does not use FSDP on CPUs, so its state is changed to a group of GPUs.
     """
     accelerated_device()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -99,33 +102,34 @@ def shard() -> None:
 
 
 def launcher_environment(configuration: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file` adds to the environment of each process."""
-    words = ["--config_file", str(configuration), "script.py"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    """Return the variables that `accelerate launch --config_file` adds to the environment of each process."""
+    command = ["--config_file", str(configuration), "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     return prepare_multi_gpu_env(arguments)
 
 
-def save_slowly() -> None:
-    """A checkpoint's file is half written for half a second."""
-    save = checkpoints.torch.save
+def slow_down_saves() -> None:
+    """Make each checkpoint file stay half written for half a second."""
+    original_save = checkpoints.torch.save
 
-    def slow(state: Any, path: Path) -> None:
-        save(state, path)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
+    def slow_save(state: Any, path: Path) -> None:
+        original_save(state, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
         time.sleep(0.5)
-        path.write_bytes(whole)
+        path.write_bytes(content)
 
-    checkpoints.torch = SimpleNamespace(save=slow, load=checkpoints.torch.load)
+    checkpoints.torch = SimpleNamespace(save=slow_save, load=checkpoints.torch.load)
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a free TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def one(
+def run_process(
     rank: int,
     processes: int,
     port: int,
@@ -137,26 +141,27 @@ def one(
     slow_saves: bool,
     fields: dict[str, Any],
 ) -> None:
+    """Train in this process, which is process `rank` of `processes`."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
-        take_place(rank, processes, port)
+        set_launch_environment(rank, processes, port)
     if sharded:
-        shard()
+        enable_fsdp()
     if slow_saves:
-        save_slowly()
+        slow_down_saves()
     try:
         if in_float64:
             train_in_float64(stage, folder, output, processes, fields)
         else:
-            train(stage, folder, output, STEPS | fields, dropout=0.1, adversarial=0.5)
-    except Interrupted as stopped:
-        os._exit(128 + stopped.number)
+            train(stage, folder, output, RUN_FIELDS | fields, dropout=0.1, adversarial=0.5)
+    except Interrupted as interruption:
+        os._exit(128 + interruption.signal_number)
     if processes > 1:
         torch.distributed.destroy_process_group()
 
 
-def start(
+def start_run(
     stage: str,
     folder: Path,
     output: Path,
@@ -166,47 +171,49 @@ def start(
     slow_saves: bool = False,
     **fields: Any,
 ) -> list[BaseProcess]:
-    """A run in processes of their own; `fields` of its configuration."""
-    return forked(one, processes, stage, folder, output, in_float64, sharded, slow_saves, fields)
+    """Start a run in new processes; `fields` are fields of its configuration."""
+    return start_processes(run_process, processes, stage, folder, output, in_float64, sharded, slow_saves, fields)
 
 
-def forked(target: Callable[..., None], processes: int, *arguments: Any) -> list[BaseProcess]:
-    """`target(rank, processes, port, *arguments)` for each rank, forked from a server that has imported what a run needs."""
+def start_processes(target: Callable[..., None], processes: int, *arguments: Any) -> list[BaseProcess]:
+    """Start `target(rank, processes, port, *arguments)` for each rank, forked from a server with all imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
-    # the server looks for it before it is told where
+    # The server imports the module before it receives sys.path.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     port = free_port()
-    started = [context.Process(target=target, args=(rank, processes, port, *arguments)) for rank in range(processes)]
-    for process in started:
+    running = [context.Process(target=target, args=(rank, processes, port, *arguments)) for rank in range(processes)]
+    for process in running:
         process.start()
-    return started
+    return running
 
 
-def stop(started: list[BaseProcess], number: signal.Signals) -> list[int | None]:
-    """Sends the signal to all; returns their exit codes."""
-    for process in started:
+def stop_processes(processes: list[BaseProcess], number: signal.Signals) -> list[int | None]:
+    """Send a signal to all processes; return their exit codes."""
+    for process in processes:
         assert process.pid is not None
         os.kill(process.pid, number)
-    return finish(started)
+    return wait_for_exit(processes)
 
 
-def finish(started: list[BaseProcess]) -> list[int | None]:
-    for process in started:
+def wait_for_exit(processes: list[BaseProcess]) -> list[int | None]:
+    """Wait until all processes end; return their exit codes."""
+    for process in processes:
         process.join(120)
-    return [process.exitcode for process in started]
+    return [process.exitcode for process in processes]
 
 
-def resumptions(output: Path) -> list[int]:
+def resumed_steps(output: Path) -> list[int]:
+    """Return the steps from which the run was resumed."""
     return [row["resumed_from"] for row in read_metrics(output / "metrics.jsonl") if "resumed_from" in row]
 
 
-def wait_for(output: Path, step: int, started: list[BaseProcess], resumed: int = 0) -> None:
-    """Until the run has been taken up again `resumed` times and has logged `step`, or is over."""
+def wait_for_step(output: Path, step: int, processes: list[BaseProcess], resumed: int = 0) -> None:
+    """Wait until the run has been resumed `resumed` times and has logged `step`, or has ended."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(process.is_alive() for process in started):
+    while time.monotonic() < deadline and any(process.is_alive() for process in processes):
         rows = read_metrics(output / "metrics.jsonl")
-        if len(resumptions(output)) == resumed and any(row["step"] >= step for row in rows):
+        if len(resumed_steps(output)) == resumed and any(row["step"] >= step for row in rows):
             return
         time.sleep(0.002)

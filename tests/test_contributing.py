@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md says where things are: the paths exist, and the files define the names."""
+"""The paths in CONTRIBUTING.md exist, and the files define the names that it mentions."""
 
 import ast
 import re
@@ -15,26 +15,26 @@ QUESTIONS = (
 )
 
 
-def paths() -> set[str]:
-    """What stands in backticks and looks like a path in the repository."""
-    found = re.findall(rf"`({PATH})`", TEXT)
-    return {path for path in found if "/" in path or path.endswith((".md", ".toml", ".py"))}
+def mentioned_paths() -> set[str]:
+    """Return the texts in backticks that look like paths in the repository."""
+    paths = re.findall(rf"`({PATH})`", TEXT)
+    return {path for path in paths if "/" in path or path.endswith((".md", ".toml", ".py"))}
 
 
 def names_with_files() -> list[tuple[str, str]]:
-    """Names in the answers, each with the file that is named next in parentheses: `sample_codes` (`stage2_prior/…/sampling.py`)."""
+    """Return the names in the answers with the file in the next parentheses, as in `draw` (`stage2_prior/…/sampling.py`)."""
     answers = TEXT.partition("## Four questions")[2].partition("\n## ")[0]
     pairs: list[tuple[str, str]] = []
-    waiting: list[str] = []
+    names: list[str] = []
     for name, path in re.findall(rf"`([A-Za-z_][\w.]*)`|\([^()`]*`({PATH}\.py)`\)", answers):
         if path:
-            pairs += [(each, path) for each in waiting]
-        waiting = [] if path else [*waiting, name]
+            pairs += [(name, path) for name in names]
+        names = [] if path else [*names, name]
     return pairs
 
 
-def defined(path: Path) -> set[str]:
-    """Names that a file defines: functions, classes, their members, and variables."""
+def defined_names(path: Path) -> set[str]:
+    """Return the functions, classes, their members and the variables that a file defines."""
     names: set[str] = set()
 
     def collect(body: list[ast.stmt], prefix: str = "") -> None:
@@ -57,16 +57,16 @@ def defined(path: Path) -> set[str]:
 
 
 def test_every_path_in_contributing_exists() -> None:
-    found = paths()
-    assert "stage1_tokenizer/data/sources.py" in found
-    assert [path for path in sorted(found) if not (ROOT / path).exists()] == []
+    paths = mentioned_paths()
+    assert "stage1_tokenizer/data/sources.py" in paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-def test_the_four_questions_are_answered_with_names_that_their_files_define() -> None:
+def test_the_answers_to_the_four_questions_use_names_that_their_files_define() -> None:
     for question in QUESTIONS:
         assert f"**{question}**" in TEXT
     pairs = names_with_files()
     for name in ("ImageSplit.image", "sample_codes", "truncate_logits", "Quantizer", "QUANTIZERS"):
         assert name in dict(pairs), name
-    wrong = [(name, path) for name, path in pairs if name not in defined(ROOT / path)]
-    assert wrong == []
+    undefined = [(name, path) for name, path in pairs if name not in defined_names(ROOT / path)]
+    assert undefined == []

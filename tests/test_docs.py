@@ -1,4 +1,4 @@
-"""The pages name commands, options, targets, names and files that exist."""
+"""The commands, options, make targets, names and files in the documentation exist."""
 
 import ast
 import importlib
@@ -27,46 +27,45 @@ PAGES = [
     if not str(path.relative_to(ROOT)).startswith(GENERATED) and path.name != "LOG.md"
 ]
 PACKAGES = ("latentloom", "pipelines", "stage1_tokenizer", "stage2_prior", "training_harness")
-# Options that the pages name and that are not a verb's own.
-ELSEWHERE = {"--debug", "--version", "--machine_rank", "--main_process_ip"}
+# Options in the documentation that belong to no single command of latentloom.
+OTHER_OPTIONS = {"--debug", "--version", "--machine_rank", "--main_process_ip"}
 
 
 def blocks(text: str, *languages: str) -> Iterator[str]:
-    """The text of fenced blocks, also within lists."""
-    for found in re.finditer(rf"^( *)```(?:{'|'.join(languages)})\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE):
-        yield textwrap.dedent(found[2])
+    """Yield the text of fenced blocks, including those in lists."""
+    for match in re.finditer(rf"^( *)```(?:{'|'.join(languages)})\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE):
+        yield textwrap.dedent(match[2])
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of each command in the shell blocks."""
     for block in blocks(text, "sh", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield words
+            if command := shlex.split(line, comments=True):
+                yield command
 
 
-def latentloom_words(words: list[str]) -> list[str] | None:
-    """A verb and its words; None for another command."""
-    if words[0] == "latentloom":
-        return words[1:]
-    return (
-        words[words.index("-m") + 2 :]
-        if words[0] in ("accelerate", "torchrun", "python") and "latentloom" in words
-        else None
-    )
+def latentloom_arguments(command: list[str]) -> list[str] | None:
+    """Return the verb and its arguments; None for other commands."""
+    if command[0] == "latentloom":
+        return command[1:]
+    is_launcher = command[0] in ("accelerate", "torchrun", "python") and "latentloom" in command
+    return command[command.index("-m") + 2 :] if is_launcher else None
 
 
 @cache
 def options_of(verb: str, *recipe: str) -> set[str]:
+    """Return the options of a verb."""
     return command_help.option_names(verb, *recipe)
 
 
-def wrong_with(words: list[str]) -> str | None:
-    """What a command line has that its verb does not know."""
-    verb, *rest = words
+def find_error(arguments: list[str]) -> str | None:
+    """Return the unknown verb or options of a command, or None."""
+    verb, *rest = arguments
     if verb not in VERBS:
         return f"no verb {verb}"
-    given = dict(pairwise(rest))
-    recipe = ("--recipe", given["--recipe"]) if verb == "train-prior" and "--recipe" in given else ()
+    values = dict(pairwise(rest))
+    recipe = ("--recipe", values["--recipe"]) if verb == "train-prior" and "--recipe" in values else ()
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in options_of(verb, *recipe)]
     return f"{verb} has no {', '.join(unknown)}" if unknown else None
 
@@ -74,56 +73,56 @@ def wrong_with(words: list[str]) -> str | None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_on_a_page_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for words in command_lines(page.read_text(encoding="utf-8")):
-        if words[0] == "make":
-            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
-        elif (own := latentloom_words(words)) is not None:
-            assert wrong_with(own) is None, words
+    for command in command_lines(page.read_text(encoding="utf-8")):
+        if command[0] == "make":
+            assert re.search(rf"^{command[1]}:", makefile, flags=re.MULTILINE), command
+        elif (arguments := latentloom_arguments(command)) is not None:
+            assert find_error(arguments) is None, command
         else:
-            assert words[:2] in (["pip", "install"], ["hf", "auth"]), words
+            assert command[:2] in (["pip", "install"], ["hf", "auth"]), command
 
 
-def test_a_wrong_verb_and_a_wrong_option_are_found() -> None:
-    assert wrong_with(["samples", "--pipeline", "x"]) == "no verb samples"
-    assert wrong_with(["sample", "--pipeline", "x", "--pictures", "3"]) == "sample has no --pictures"
-    assert wrong_with(["train-prior", "--recipe", "ar-tiny", "--model.patch-size", "1"]) is not None
-    assert wrong_with(["train-prior", "--recipe", "diffusion-tiny", "--model.patch-size", "1"]) is None
-    assert latentloom_words(shlex.split("accelerate launch --config_file x -m latentloom sample --seed 1")) == [
+def test_an_unknown_verb_and_an_unknown_option_are_errors() -> None:
+    assert find_error(["samples", "--pipeline", "x"]) == "no verb samples"
+    assert find_error(["sample", "--pipeline", "x", "--pictures", "3"]) == "sample has no --pictures"
+    assert find_error(["train-prior", "--recipe", "ar-tiny", "--model.patch-size", "1"]) is not None
+    assert find_error(["train-prior", "--recipe", "diffusion-tiny", "--model.patch-size", "1"]) is None
+    assert latentloom_arguments(shlex.split("accelerate launch --config_file x -m latentloom sample --seed 1")) == [
         *("sample", "--seed", "1")
     ]
     assert list(command_lines("1. x\n\n   ```sh\n   make test  # all\n   ```\n")) == [["make", "test"]]
 
 
-def test_every_option_in_running_text_belongs_to_a_verb() -> None:
-    known = set(ELSEWHERE).union(*(options_of(verb) for verb in VERBS))
+def test_every_option_in_the_text_belongs_to_a_verb() -> None:
+    known = set(OTHER_OPTIONS).union(*(options_of(verb) for verb in VERBS))
     known |= options_of("train-prior", "--recipe", "diffusion-tiny")
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for code in re.findall(r"`(--[^`]+)`", text):
-            named = {word.split("=")[0] for word in code.split() if word.startswith("--")}
-            assert named <= known, f"{page.relative_to(ROOT)}: {code}"
+            options = {word.split("=")[0] for word in code.split() if word.startswith("--")}
+            assert options <= known, f"{page.relative_to(ROOT)}: {code}"
 
 
 def test_every_verb_is_in_the_command_line_reference_with_its_options() -> None:
     for verb in VERBS:
-        found = command_help.groups(verb)
-        assert found, verb
-        helps = " ".join(option.help for group in found for option in group.options)
+        groups = command_help.groups(verb)
+        assert groups, verb
+        helps = " ".join(option.help for group in groups for option in group.options)
         assert not re.search(r"[│╭╰]|\(default", helps), verb
-        named = {name for group in found for option in group.options for name in option.names}
+        documented = {name for group in groups for option in group.options for name in option.names}
         printed = set(
             re.findall(r"(?<![\w-])--[\w.-]+(?= |,|$)", _left_column(command_help.help_text(verb)), flags=re.MULTILINE)
         )
-        assert named >= printed - {"--help"}, verb
+        assert documented >= printed - {"--help"}, verb
 
 
 def _left_column(text: str) -> str:
-    """The beginnings of the lines of a help text that name an option."""
+    """Return the lines of a help text that start with an option."""
     return "\n".join(line[2:].strip() for line in text.splitlines() if line.startswith("│ --"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_python_on_a_page_is_python_and_imports_what_there_is(page: Path) -> None:
+def test_the_python_on_a_page_parses_and_its_imports_exist(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
@@ -132,7 +131,7 @@ def test_the_python_on_a_page_is_python_and_imports_what_there_is(page: Path) ->
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_the_links_of_pages_outside_of_the_site_lead_somewhere(name: str) -> None:
+def test_the_links_of_pages_outside_the_site_exist(name: str) -> None:
     targets = re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / t.partition("#")[0]).exists()]
     assert missing == []

@@ -1,4 +1,4 @@
-"""Files that earlier commits wrote still load, and runs that they began go on to the same end (`tests/fixtures/README.md`)."""
+"""Files of earlier commits still load, and their runs resume with the same results (`tests/fixtures/README.md`)."""
 
 import json
 import shutil
@@ -30,9 +30,9 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the fixtures, which is the current folder: what they name is relative to it."""
+    """Copy the fixtures to the current folder: their paths are relative to it."""
     shutil.copytree(FIXTURES, tmp_path, dirs_exist_ok=True)
-    for name in ("model/config.json", "pipeline/model_index.json"):  # in the order in which they were written
+    for name in ("model/config.json", "pipeline/model_index.json"):  # restore the order of modification times
         for path in tmp_path.glob(f"*/*/*/{name}"):
             path.touch()
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", EXPECTED["tokenizers"])
-def test_a_tokenizer_has_its_id_codes_and_pixels(name: str) -> None:
+def test_a_tokenizer_has_the_same_id_codes_and_pixels(name: str) -> None:
     tokenizer = saved_tokenizer(FIXTURES / "tokenizers" / name)
     stored = EXPECTED["tokenizers"][name]["tokenizer_id"]
     assert tokenizer.config.tokenizer_id == tokenizer.compute_id() == stored
@@ -55,19 +55,19 @@ def test_a_tokenizer_has_its_id_codes_and_pixels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED["pipelines"])
-def test_a_pipeline_samples_what_it_did(name: str) -> None:
+def test_a_pipeline_generates_the_same_samples(name: str) -> None:
     pipeline = LatentGenerationPipeline.from_pretrained(FIXTURES / "pipelines" / name)
     pipeline.set_progress_bar_config(disable=True)
     image = Image.open(FIXTURES / "images" / "disc" / "00.png")
-    given = {"image": image} if name == "diffusion-restore" else {}
+    conditions = {"image": image} if name == "diffusion-restore" else {}
     classes = ["tree", "disc"] if pipeline.label_names else None
-    samples = pipeline(classes, 1 if classes else 2, generator=seeded(0), output_type="pt", **given).images
+    samples = pipeline(classes, 1 if classes else 2, generator=seeded(0), output_type="pt", **conditions).images
     torch.testing.assert_close(samples, TENSORS[f"pipelines.{name}.samples"], rtol=0, atol=1e-3)
     if (expected := TENSORS.get(f"pipelines.{name}.edited")) is not None:
         mask = np.zeros((16, 16), np.uint8)
         mask[4:12, 4:12] = 255
-        known = {"image": image, "mask_image": Image.fromarray(mask)}
-        edited = pipeline(["tree"], generator=seeded(0), output_type="pt", **known).images
+        inpainting = {"image": image, "mask_image": Image.fromarray(mask)}
+        edited = pipeline(["tree"], generator=seeded(0), output_type="pt", **inpainting).images
         torch.testing.assert_close(edited, expected, rtol=0, atol=1e-3)
 
 
@@ -80,46 +80,46 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_a_code_cache_is_known_by_its_request_and_holds_the_same_codes(
+def test_a_code_cache_matches_its_request_and_has_the_same_codes(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, fields = CACHES[name]
     tokenizer = saved_tokenizer(folder / "tokenizers" / kind)
     source = open_source("images")
-    held = CodeCache(folder / "codes" / name)
-    held.verify()
+    stored = CodeCache(folder / "codes" / name)
+    stored.verify()
     write_code_cache(tokenizer, folder / "tokenizers" / kind, source, folder / "codes" / name, **fields)
     assert "already" in capsys.readouterr().out
     write_code_cache(tokenizer, folder / "tokenizers" / kind, source, folder / "again", **fields)
-    again = CodeCache(folder / "again")
-    rows = np.arange(len(held.train))
-    assert held.train.source_ids(rows) == again.train.source_ids(rows)
-    assert torch.equal(held.train.labels(rows), again.train.labels(rows))
+    rewritten = CodeCache(folder / "again")
+    rows = np.arange(len(stored.train))
+    assert stored.train.source_ids(rows) == rewritten.train.source_ids(rows)
+    assert torch.equal(stored.train.labels(rows), rewritten.train.labels(rows))
     if fields["contents"] != "latents":
-        assert torch.equal(held.train.indices(rows), again.train.indices(rows))
+        assert torch.equal(stored.train.indices(rows), rewritten.train.indices(rows))
     if fields["contents"] != "indices":
         column = "degraded" if name == "degraded" else "latents"
         torch.testing.assert_close(
-            held.train.latents(rows, column), again.train.latents(rows, column), rtol=0, atol=2e-3
+            stored.train.latents(rows, column), rewritten.train.latents(rows, column), rtol=0, atol=2e-3
         )
 
 
-def check_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]], late: float) -> None:
-    """The first step is the same; later ones differ by rounding, which training makes larger (see test_golden_losses)."""
-    assert [row["step"] for row in found] == [row["step"] for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        assert row.keys() - {"images_per_second"} == other.keys()
-    same = {name for name in expected[0] if name != "step"}
-    assert {name: found[0][name] for name in same} == pytest.approx(
-        {n: expected[0][n] for n in same}, rel=1e-3, abs=1e-5
+def check_rows(actual: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    """Check that the first rows are equal; later ones differ by rounding that grows in training (see test_golden_losses)."""
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    for row, expected_row in zip(actual, expected, strict=True):
+        assert row.keys() - {"images_per_second"} == expected_row.keys()
+    names = {name for name in expected[0] if name != "step"}
+    assert {name: actual[0][name] for name in names} == pytest.approx(
+        {n: expected[0][n] for n in names}, rel=1e-3, abs=1e-5
     )
     for name in {name for row in expected for name, value in row.items() if not isinstance(value, str)}:
-        means = [fmean(row[name] for row in rows if name in row) for rows in (found, expected)]
-        assert means[0] == pytest.approx(means[1], rel=late, abs=1e-3), name
+        means = [fmean(row[name] for row in rows if name in row) for rows in (actual, expected)]
+        assert means[0] == pytest.approx(means[1], rel=tolerance, abs=1e-3), name
 
 
 @pytest.mark.parametrize("name", EXPECTED["runs"])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(name: str, folder: Path) -> None:
+def test_a_stopped_run_resumes_with_the_same_results(name: str, folder: Path) -> None:
     expected = EXPECTED["runs"][name]
     assert latentloom(*expected["command"]) == 0
     rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
@@ -133,11 +133,11 @@ def small_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "recipe_values", lambda name, stage: json.loads(json.dumps(recipes[name])))
 
 
-def test_a_job_that_was_stopped_in_its_prior_goes_on_to_the_same_end(folder: Path, small_recipes: None) -> None:
+def test_a_job_stopped_in_its_prior_resumes_with_the_same_results(folder: Path, small_recipes: None) -> None:
     expected = EXPECTED["jobs"]["half"]
-    untouched = (folder / "jobs" / "half" / "tokenizer" / "metrics.jsonl").read_text()
+    tokenizer_log = (folder / "jobs" / "half" / "tokenizer" / "metrics.jsonl").read_text()
     assert latentloom(*expected["command"]) == 0
-    assert (folder / "jobs" / "half" / "tokenizer" / "metrics.jsonl").read_text() == untouched
+    assert (folder / "jobs" / "half" / "tokenizer" / "metrics.jsonl").read_text() == tokenizer_log
     rows = read_metrics(folder / "jobs" / "half" / "prior" / "metrics.jsonl")
     check_rows([row for row in rows if row["step"] > 4], expected["rows"], 5e-3)
     metrics = json.loads((folder / "jobs" / "half" / "metrics.json").read_text())
@@ -147,16 +147,16 @@ def test_a_job_that_was_stopped_in_its_prior_goes_on_to_the_same_end(folder: Pat
         assert metrics[field] == pytest.approx(expected["metrics"][field], rel=0.02), field
 
 
-def test_a_finished_job_is_left_as_it_is(folder: Path, small_recipes: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_job_is_not_changed(folder: Path, small_recipes: None, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "jobs" / "finished" / "metrics.json").read_text()
-    command = [word.replace("half", "finished") for word in EXPECTED["jobs"]["half"]["command"]]
+    command = [argument.replace("half", "finished") for argument in EXPECTED["jobs"]["half"]["command"]]
     assert latentloom(*command) == 0
     assert "has finished" in capsys.readouterr().out
     assert (folder / "jobs" / "finished" / "metrics.json").read_text() == before
 
 
-def test_a_search_and_its_recipe_are_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_and_its_best_recipe_load(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latentloom(*EXPECTED["sweeps"]["prior"]["command"]) == 0
     assert "has finished its 2 trials" in capsys.readouterr().out
-    best = ["--codes", "codes/indices", "--config", "sweeps/prior/best.yaml", "--max-steps", 2]
-    assert latentloom("train-prior", *best, "--output", "runs/best") == 0
+    options = ["--codes", "codes/indices", "--config", "sweeps/prior/best.yaml", "--max-steps", 2]
+    assert latentloom("train-prior", *options, "--output", "runs/best") == 0

@@ -1,4 +1,4 @@
-"""Imports point one way, packages stand without optional libraries, and the front door opens quickly."""
+"""Imports point one way, packages do not need optional libraries, and `latentloom --help` is fast."""
 
 import ast
 import subprocess
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOUSE = ("scripts", "latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
-PACKAGES = HOUSE[1:]
+LAYERS = ("scripts", "latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
+PACKAGES = LAYERS[1:]
 NEVER_IMPORTED = {"scripts", "tests", "benchmarks"}
-LATE = (
+LAZY_LIBRARIES = (
     "datasets",
     "matplotlib",
     "tyro",
@@ -27,8 +27,8 @@ LATE = (
 )
 
 
-def imported(text: str) -> set[str]:
-    """Top-level names that a module imports anywhere in it, in functions too."""
+def imported_names(text: str) -> set[str]:
+    """Return the top-level names that a module imports, including imports in functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -39,36 +39,37 @@ def imported(text: str) -> set[str]:
             first = node.value.split(".")[0]
             names |= (
                 {first}
-                if first in HOUSE and node.value.replace(".", "").isidentifier() and "." in node.value
+                if first in LAYERS and node.value.replace(".", "").isidentifier() and "." in node.value
                 else set()
             )
     return names
 
 
 def modules(package: str) -> list[Path]:
-    found = sorted((ROOT / package).rglob("*.py"))
-    assert found, package
-    return found
+    """Return the files of a package."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert paths, package
+    return paths
 
 
-@pytest.mark.parametrize("package", HOUSE)
-def test_no_module_imports_from_a_package_above_its_own(package):
-    above = set(HOUSE[: HOUSE.index(package)]) | (NEVER_IMPORTED - {package})
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_module_imports_from_a_higher_package(package):
+    above = set(LAYERS[: LAYERS.index(package)]) | (NEVER_IMPORTED - {package})
     for path in modules(package):
-        wrong = imported(path.read_text(encoding="utf-8")) & (above | {"."})
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+        forbidden = imported_names(path.read_text(encoding="utf-8")) & (above | {"."})
+        assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
-def test_an_import_against_the_rule_would_be_seen():
-    late = "def f():\n    from pipelines.hub import push\n"
-    assert imported(late) == {"pipelines"}
-    assert imported("import stage2_prior.train as t, os") == {"stage2_prior", "os"}
-    assert imported("from . import x") == {"."}
-    assert imported("NAMES = {'Pipeline': 'pipelines.latent_generation'}") == {"pipelines"}
+def test_all_kinds_of_imports_are_detected():
+    import_in_function = "def f():\n    from pipelines.hub import push\n"
+    assert imported_names(import_in_function) == {"pipelines"}
+    assert imported_names("import stage2_prior.train as t, os") == {"stage2_prior", "os"}
+    assert imported_names("from . import x") == {"."}
+    assert imported_names("NAMES = {'Pipeline': 'pipelines.latent_generation'}") == {"pipelines"}
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Every module of the packages with the modules that it imports, at any place in it."""
+    """Return the imported modules of each module, including imports in functions."""
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for package in PACKAGES
@@ -76,19 +77,19 @@ def import_graph() -> dict[str, set[str]]:
     }
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
-        found: set[str] = set()
+        imports: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                imports |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                whole = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
-                found |= whole or {node.module}
-        graph[name] = (found & files.keys()) - {name}
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
+                imports |= submodules or {node.module}
+        graph[name] = (imports & files.keys()) - {name}
     return graph
 
 
-def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
-    """The names of a circle, or nothing."""
+def find_cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return the modules of an import cycle, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -96,45 +97,46 @@ def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_modules_import_one_another_in_a_circle():
+def test_modules_have_no_import_cycle():
     graph = import_graph()
     assert len(graph) > 150
-    assert circle_in(graph) == []
-    assert circle_in(graph | {"training_harness.errors": {"stage1_tokenizer.train"}}) != []
+    assert find_cycle(graph) == []
+    assert find_cycle(graph | {"training_harness.errors": {"stage1_tokenizer.train"}}) != []
 
 
-def test_the_folders_of_latentloom_do_not_import_one_another_in_a_circle():
-    rooms: dict[str, set[str]] = {}
+def test_the_folders_of_latentloom_have_no_import_cycle():
+    folders: dict[str, set[str]] = {}
     for name, imported_modules in import_graph().items():
         if name.startswith("latentloom.") and name.count(".") > 1:
-            others = {
-                other.split(".")[1]
-                for other in imported_modules
-                if other.startswith("latentloom.") and "." in other[11:]
+            imported_folders = {
+                module.split(".")[1]
+                for module in imported_modules
+                if module.startswith("latentloom.") and "." in module[11:]
             }
-            rooms.setdefault(name.split(".")[1], set()).update(others - {name.split(".")[1]})
-    assert {"commands", "jobs", "planning"} <= rooms.keys()
-    assert circle_in(rooms) == []
+            folders.setdefault(name.split(".")[1], set()).update(imported_folders - {name.split(".")[1]})
+    assert {"commands", "jobs", "planning"} <= folders.keys()
+    assert find_cycle(folders) == []
 
 
-def python(code: str, *arguments: str) -> str:
-    done = subprocess.run(
+def run_code(code: str, *arguments: str) -> str:
+    """Run Python code in a new process; return its output."""
+    completed = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout.strip()
 
 
-REPORT = f"; import sys; print(*[name for name in {LATE!r} if name in sys.modules])"
+PRINT_LOADED_LIBRARIES = f"; import sys; print(*[name for name in {LAZY_LIBRARIES!r} if name in sys.modules])"
 
 
-def test_importing_every_package_brings_none_of_the_libraries_that_are_needed_late():
-    names = python("".join(f"import {package}; " for package in PACKAGES).rstrip("; ") + REPORT)
+def test_importing_the_packages_does_not_import_lazy_libraries():
+    names = run_code("".join(f"import {package}; " for package in PACKAGES).rstrip("; ") + PRINT_LOADED_LIBRARIES)
     assert names == ""
-    assert python("import tyro" + REPORT) == "tyro"
+    assert run_code("import tyro" + PRINT_LOADED_LIBRARIES) == "tyro"
 
 
-def test_models_loops_and_pipelines_import_and_a_model_runs_where_optional_libraries_cannot_be_imported():
+def test_models_loops_and_pipelines_work_without_optional_libraries():
     blocked = "import sys\nfor name in ('datasets', 'tyro', 'matplotlib', 'diffusers'): sys.modules[name] = None\n"
     use = """
 import torch
@@ -146,18 +148,18 @@ from stage1_tokenizer import open_source, train_tokenizer
 tokenizer = VQGAN(VQGANConfig(image_size=(16, 16), channels=(4, 4), blocks=(0, 0)))
 print(tuple(tokenizer.encode_indices(torch.zeros(1, 3, 16, 16)).shape))
 """
-    assert python(blocked + use) == "(1, 8, 8)"
+    assert run_code(blocked + use) == "(1, 8, 8)"
 
 
-def test_the_help_of_the_command_loads_no_large_library():
+def test_the_help_imports_no_large_library():
     code = "import sys\nfrom latentloom.cli import main\nmain(['--help'])\nprint('loaded:', *sorted(sys.modules))"
-    usage, loaded = python(code).split("loaded: ")
+    usage, loaded = run_code(code).split("loaded: ")
     assert "train-tokenizer" in usage
     assert not {"torch", "transformers", "numpy", "accelerate", "datasets", "tyro", "matplotlib"} & set(loaded.split())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_lazy_name_of_a_package_is_there(package):
+def test_every_lazy_name_of_a_package_exists(package):
     module = __import__(package)
     for name in [] if not hasattr(module, "__getattr__") else dir(module):
         assert getattr(module, name) is not None

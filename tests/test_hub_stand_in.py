@@ -1,6 +1,6 @@
-"""The stand-in Hub, asked by the real client: what was pushed comes back, and what the Hub refuses is refused.
+"""The real Hub client pushes to and pulls from the stand-in Hub, and gets the errors of the real Hub.
 
-Each claim runs its client in a process of its own (see hub_stand_in) and reads back the JSON that it prints last.
+Each test runs its client in a new process (see hub_stand_in) and reads the JSON in the last line of its output.
 """
 
 import json
@@ -13,7 +13,7 @@ from textwrap import dedent
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
-from urllib.request import Request as Send
+from urllib.request import Request as HTTPRequest
 
 import pytest
 from hub_stand_in import TOKEN, StandInHub
@@ -43,7 +43,7 @@ def hub() -> Iterator[StandInHub]:
 
 @pytest.fixture
 def client(hub: StandInHub, tmp_path: Path) -> Client:
-    """Runs code in a new Python process, in a folder that holds FILES as `pushed/`, and returns its `result`."""
+    """Return a function that runs code in a new process and returns its `result`; the folder has FILES in `pushed/`."""
     for name, content in FILES.items():
         (tmp_path / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pushed" / name).write_bytes(content)
@@ -51,17 +51,17 @@ def client(hub: StandInHub, tmp_path: Path) -> Client:
     def run(code: str, token: str | None = TOKEN) -> Any:
         environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": token or ""}
         program = dedent(code) + "\nimport json\nprint(json.dumps(result))"
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        assert completed.returncode == 0, completed.stderr
+        return json.loads(completed.stdout.splitlines()[-1])
 
     return run
 
 
 def errors_of(*calls: str) -> str:
-    """Code whose result is, for each call, the exception's class and HTTP status, or None where it raised nothing."""
+    """Return code whose result has, for each call, the class and HTTP status of its exception, or None."""
     return f"""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     def error_of(call):
@@ -88,12 +88,14 @@ def test_a_pushed_folder_comes_back_byte_for_byte(hub: StandInHub, client: Clien
     assert hub.repos[REPO].files == FILES
     assert listed == sorted(FILES)
     assert info == [REPO, hub.repos[REPO].head, sorted(FILES)]
-    came = {str(path.relative_to(snapshot)): path.read_bytes() for path in Path(snapshot).rglob("*") if path.is_file()}
-    assert came == FILES
+    downloaded = {
+        str(path.relative_to(snapshot)): path.read_bytes() for path in Path(snapshot).rglob("*") if path.is_file()
+    }
+    assert downloaded == FILES
     assert (tmp_path / single).read_bytes() == FILES["decoder/model.safetensors"]
 
 
-def test_only_the_weights_go_through_lfs(hub: StandInHub, client: Client) -> None:
+def test_only_the_weights_use_lfs(hub: StandInHub, client: Client) -> None:
     client(PUSH)
     assert list(hub.objects) == [sha256(FILES["decoder/model.safetensors"]).hexdigest()]
     assert {path: blob.lfs for path, blob in hub.repos[REPO].commits[hub.repos[REPO].head].items()} == {
@@ -101,16 +103,14 @@ def test_only_the_weights_go_through_lfs(hub: StandInHub, client: Client) -> Non
     }
 
 
-def test_a_second_push_commits_what_changed_and_an_unchanged_one_commits_nothing(
-    hub: StandInHub, client: Client, tmp_path: Path
-) -> None:
+def test_a_second_push_commits_only_changed_files(hub: StandInHub, client: Client, tmp_path: Path) -> None:
     first = client(PUSH)
     (tmp_path / "pushed/decoder/config.json").write_bytes(b'{"width": 16}')
     second = client(PUSH)
     assert client(PUSH) == second != first
     assert list(hub.repos[REPO].commits)[1:] == [first, second]
     assert hub.repos[REPO].files == FILES | {"decoder/config.json": b'{"width": 16}'}
-    assert [method for method, _ in hub.requests].count("PUT") == 1, "the weights were sent again"
+    assert [method for method, _ in hub.requests].count("PUT") == 1, "the weights were uploaded again"
     texts = client(f"""
         from huggingface_hub import hf_hub_download
         revisions = ("{first}", "main", "{second}")
@@ -120,19 +120,19 @@ def test_a_second_push_commits_what_changed_and_an_unchanged_one_commits_nothing
     assert texts == ['{"width": 8}', '{"width": 16}', '{"width": 16}']
 
 
-def test_deleting_takes_a_file_and_a_folder_away(hub: StandInHub, client: Client) -> None:
+def test_files_and_folders_can_be_deleted(hub: StandInHub, client: Client) -> None:
     client(PUSH)
-    left = client(f"""
+    remaining = client(f"""
         from huggingface_hub import HfApi
         HfApi().delete_file("README.md", "{REPO}")
         after_the_file = HfApi().list_repo_files("{REPO}")
         HfApi().delete_folder("decoder", "{REPO}")
         result = [after_the_file, HfApi().list_repo_files("{REPO}")]
     """)
-    assert left == [["decoder/config.json", "decoder/model.safetensors"], []]
+    assert remaining == [["decoder/config.json", "decoder/model.safetensors"], []]
 
 
-def test_what_is_missing_raises_the_errors_of_the_real_hub(client: Client) -> None:
+def test_missing_repos_files_and_revisions_raise_the_errors_of_the_real_hub(client: Client) -> None:
     client(PUSH)
     missing = errors_of(
         'snapshot_download("stand-in/nowhere")',
@@ -151,8 +151,8 @@ def test_what_is_missing_raises_the_errors_of_the_real_hub(client: Client) -> No
     """)
 
 
-@pytest.mark.parametrize("token", [None, "hf_of_somebody_else"])
-def test_without_the_token_one_may_read_and_not_write(hub: StandInHub, client: Client, token: str | None) -> None:
+@pytest.mark.parametrize("token", [None, "hf_of_another_user"])
+def test_clients_without_the_token_can_read_but_not_write(hub: StandInHub, client: Client, token: str | None) -> None:
     client(PUSH)
     before = hub.repos[REPO].head
     writes_and_reads = errors_of(
@@ -168,15 +168,15 @@ def test_without_the_token_one_may_read_and_not_write(hub: StandInHub, client: C
     assert hub.repos[REPO].head == before
 
 
-def test_a_private_repo_is_seen_with_the_token_alone(hub: StandInHub, client: Client) -> None:
+def test_a_private_repo_needs_the_token(hub: StandInHub, client: Client) -> None:
     client(f"""
         from huggingface_hub import HfApi
         result = HfApi().create_repo("{REPO}", private=True)
     """)
-    look = errors_of(f'HfApi().model_info("{REPO}")')
+    calls = errors_of(f'HfApi().model_info("{REPO}")')
     assert hub.repos[REPO].private
-    assert client(look) == [None]
-    assert client(look, token=None) == [["RepositoryNotFoundError", 404]]
+    assert client(calls) == [None]
+    assert client(calls, token=None) == [["RepositoryNotFoundError", 404]]
 
 
 def test_creating_a_repo_twice_needs_exist_ok(client: Client) -> None:
@@ -188,7 +188,7 @@ def test_creating_a_repo_twice_needs_exist_ok(client: Client) -> None:
     ]
 
 
-def test_a_card_whose_header_is_no_yaml_is_refused_before_anything_is_sent(
+def test_a_card_with_invalid_yaml_is_an_error_before_the_upload(
     hub: StandInHub, client: Client, tmp_path: Path
 ) -> None:
     (tmp_path / "pushed/README.md").write_text("---\nlicense: [apache-2.0\n---\n")
@@ -198,15 +198,15 @@ def test_a_card_whose_header_is_no_yaml_is_refused_before_anything_is_sent(
     assert not hub.objects
 
 
-def test_an_lfs_object_is_taken_when_announced_and_whole(hub: StandInHub, client: Client) -> None:
+def test_an_lfs_object_must_be_announced_and_complete(hub: StandInHub, client: Client) -> None:
     client(PUSH)
     content = b"\0 weights"
     oid = sha256(content).hexdigest()
 
     def status(method: str, path: str, body: bytes) -> int:
-        send = Send(hub.endpoint + path, body, {"Authorization": f"Bearer {TOKEN}"}, method=method)
+        request = HTTPRequest(hub.endpoint + path, body, {"Authorization": f"Bearer {TOKEN}"}, method=method)
         try:
-            with build_opener(ProxyHandler({})).open(send) as reply:
+            with build_opener(ProxyHandler({})).open(request) as reply:
                 return reply.status
         except HTTPError as error:
             with error:
@@ -256,7 +256,7 @@ def test_a_data_set_comes_back_by_its_repo_id(hub: StandInHub, client: Client) -
     assert list(hub.repos) == [f"datasets/{REPO}"]
 
 
-def test_the_users_own_hub_settings_do_not_reach_the_client(
+def test_the_client_ignores_the_hub_settings_of_the_user(
     hub: StandInHub, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,16 +1,16 @@
-"""glibc's allocator, told to keep what tensors free."""
+"""Settings of glibc's memory allocator for training."""
 
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep the blocks that tensors free, up to 32 MiB each, for the next ones.
+    """Let glibc keep freed blocks of up to 32 MiB for the next tensors.
 
-    Otherwise it hands them back to the system, and the pages of every large activation are mapped and cleared anew in each
-    step, which took up to half of it. The process stays as large as it once was.
+    By default glibc returns such blocks to the system. The system then maps and clears the pages of every large activation
+    again in each step, which took up to half of the step time. The process keeps its peak size.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 26)):

@@ -1,56 +1,72 @@
-"""Which examples make up which batch, as a function of seed and step alone.
+"""The order of the training examples, as a function of the seed and the step alone.
 
-    epoch e is the permutation drawn from (seed, e); batch s of process r takes the next `batch_size` entries of it
+    epoch e is a random permutation drawn from (seed, e); batch s of process r takes the next `batch_size` entries of it
 
-Nothing about the place in the data needs to be stored: a resumed run asks for the step it stands at. N processes at batch
-size B see together what one process sees at batch size N · B.
+The position in the data does not need to be stored: a resumed run computes it from its step. N processes with batch size B
+see together the same examples as one process with batch size N · B.
 """
 
 import numpy as np
 
 
 class BatchOrder:
-    """Indices of every batch; the sequence goes on over the ends of epochs, so that no example is dropped."""
+    """Indices of the examples of each batch.
+
+    A batch may span the end of an epoch, so no example is dropped.
+
+    Args:
+        size: Number of examples.
+        batch_size: Examples per batch and process.
+        seed: Seed of the permutations.
+        rank: Index of this process.
+        processes: Number of processes.
+    """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.processes = rank, processes
-        self._epochs: dict[int, np.ndarray] = {}
+        self._permutations: dict[int, np.ndarray] = {}
 
-    def batch(self, number: int) -> np.ndarray:
-        """Indices (batch_size,) int64 of this process's batch `number`, from 0."""
+    def batch_indices(self, number: int) -> np.ndarray:
+        """Return the example indices (batch_size,) int64 of batch `number` of this process; batches count from 0."""
         start = (number * self.processes + self.rank) * self.batch_size
-        places = np.arange(start, start + self.batch_size)
-        epochs = places // self.size
-        return np.concatenate([self._permutation(int(e))[places[epochs == e] % self.size] for e in np.unique(epochs)])
+        positions = np.arange(start, start + self.batch_size)
+        epochs = positions // self.size
+        return np.concatenate(
+            [self._permutation(int(epoch))[positions[epochs == epoch] % self.size] for epoch in np.unique(epochs)]
+        )
 
     @staticmethod
-    def numbers(step: int, accumulated: int) -> range:
-        """The batches of optimiser step `step`, from 1."""
-        return range((step - 1) * accumulated, step * accumulated)
+    def batch_numbers(step: int, accumulation_steps: int) -> range:
+        """Return the numbers of the batches of optimizer step `step`; steps count from 1."""
+        return range((step - 1) * accumulation_steps, step * accumulation_steps)
 
-    def examples(self, step: int, accumulated: int) -> np.ndarray:
-        """What this process sees in optimiser step `step`, from 1."""
-        return np.concatenate([self.batch(number) for number in self.numbers(step, accumulated)])
+    def step_indices(self, step: int, accumulation_steps: int) -> np.ndarray:
+        """Return the example indices of this process in optimizer step `step`; steps count from 1."""
+        return np.concatenate([self.batch_indices(number) for number in self.batch_numbers(step, accumulation_steps)])
 
-    def draws(self, number: int, count: int = 1) -> np.ndarray:
-        """(batch_size, count) numbers in [0, 1), `count` for each example of `batch(number)`.
+    def random_numbers(self, number: int, count: int = 1) -> np.ndarray:
+        """Return (batch_size, count) uniform random numbers in [0, 1), `count` for each example of batch `number`.
 
-        They are a function of the seed, the example's place among all batches and their column, so the same whatever the number
-        of processes. splitmix64 (Steele, Lea, Flood 2014).
+        They depend on the seed, the position of the example and the column, and not on the number of processes.
+        Generator: splitmix64 (Steele, Lea, Flood 2014).
         """
         start = (number * self.processes + self.rank) * self.batch_size
-        places = np.arange(start, start + self.batch_size, dtype=np.uint64)[:, None]
+        positions = np.arange(start, start + self.batch_size, dtype=np.uint64)[:, None]
         columns = np.arange(count, dtype=np.uint64)
         with np.errstate(over="ignore"):
-            x = places + np.uint64(self.seed) * np.uint64(0xD1342543DE82EF95) + columns * np.uint64(0xA24BAED4963EE407)
+            x = (
+                positions
+                + np.uint64(self.seed) * np.uint64(0xD1342543DE82EF95)
+                + columns * np.uint64(0xA24BAED4963EE407)
+            )
             x = x * np.uint64(0x9E3779B97F4A7C15)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        return self._epochs[epoch]
+        if epoch not in self._permutations:  # a batch spans at most the last epochs; older permutations are dropped
+            self._permutations = {e: order for e, order in self._permutations.items() if e >= epoch - 1}
+            self._permutations[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        return self._permutations[epoch]

@@ -1,9 +1,9 @@
-"""Checkpoints: what an interrupted run goes on from.
+"""Checkpoints: the files from which an interrupted run resumes.
 
     checkpoints/step_000500/state.pt           tensors and plain values, loaded with weights_only
     checkpoints/step_000500/checkpoint.json    step, and bytes and sha256 of state.pt
 
-A checkpoint appears whole or not at all, and what is loaded is what was written: another length or sha256 is a torn one.
+Each checkpoint folder is written atomically. Loading compares length and sha256, so a corrupt file is detected.
 """
 
 import json
@@ -15,75 +15,91 @@ from typing import Any
 import torch
 
 from training_harness.errors import UserError
-from training_harness.files import atomic_folder, sha256_of, write_json
+from training_harness.files import atomic_folder, compute_sha256, write_json
 
-STATE, DESCRIPTION = "state.pt", "checkpoint.json"
+STATE_FILE, DESCRIPTION_FILE = "state.pt", "checkpoint.json"
 
 
-class TornCheckpointError(UserError):
-    """A checkpoint that is not what was written."""
+class CorruptCheckpointError(UserError):
+    """A checkpoint is unreadable, or differs from its description."""
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
     return run_folder / "checkpoints" / f"step_{step:06d}"
 
 
 def write_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Raises UserError when there is no room, or the folder may not be written; earlier checkpoints stay."""
+    """Write a checkpoint atomically.
+
+    Raises:
+        UserError: The disk is full or the folder is not writable. Earlier checkpoints are unchanged.
+    """
     try:
         with atomic_folder(checkpoint_path(run_folder, step)) as folder:
-            torch.save(state, folder / STATE)
-            found = {"step": step, "bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
-            write_json(folder / DESCRIPTION, found)
+            torch.save(state, folder / STATE_FILE)
+            size, sha256 = (folder / STATE_FILE).stat().st_size, compute_sha256(folder / STATE_FILE)
+            write_json(folder / DESCRIPTION_FILE, {"step": step, "bytes": size, "sha256": sha256})
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        held = newest_step(run_folder)
-        left = f"the newest whole one is of step {held}" if held else "there is none yet"
+        newest = newest_step(run_folder)
+        newest_text = f"the newest complete one is of step {newest}" if newest else "there is no complete one yet"
         raise UserError(
-            f"the checkpoint of step {step} could not be saved in {run_folder} ({_reason(error)}); {left}; make room there and "
-            "run the same command again"
+            f"the checkpoint of step {step} could not be saved in {run_folder} ({_short_reason(error)}); {newest_text}; "
+            "free some disk space and run the same command again"
         ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that was written. Raises TornCheckpointError."""
+    """Load the state of a checkpoint on the CPU.
+
+    Raises:
+        CorruptCheckpointError: A file is missing or unreadable, or `state.pt` has another size or sha256 than described.
+    """
     try:
-        described = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        held = {"bytes": (path / STATE).stat().st_size, "sha256": sha256_of(path / STATE)}
-        for name, value in held.items():
-            if described[name] != value:
-                raise TornCheckpointError(f"{path / STATE} has {name} {value}; expected {described[name]}")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        description = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        actual = {"bytes": (path / STATE_FILE).stat().st_size, "sha256": compute_sha256(path / STATE_FILE)}
+        for name, value in actual.items():
+            if description[name] != value:
+                raise CorruptCheckpointError(f"{path / STATE_FILE} has {name} {value}; expected {description[name]}")
+        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TornCheckpointError(f"{path} cannot be read ({_reason(error)})") from error
+        raise CorruptCheckpointError(f"{path} cannot be read ({_short_reason(error)})") from error
 
 
-def checkpoints_in(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run by their step: names alone would put step_1000000 before step_999999."""
-    found = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-    return sorted(found, key=step_of)
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the checkpoint folders of a run in the order of their steps."""
+    paths = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return sorted(paths, key=checkpoint_step)  # by number: the name step_1000000 sorts before step_999999
 
 
 def newest_step(run_folder: Path) -> int:
-    """Step of the newest checkpoint; 0 without one."""
-    return max(map(step_of, checkpoints_in(run_folder)), default=0)
+    """Return the step of the newest checkpoint, or 0 if there is none."""
+    return max(map(checkpoint_step, list_checkpoints(run_folder)), default=0)
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def prune(run_folder: Path, step: int, newest: int, best: int | None) -> None:
-    """Keeps the checkpoint of `step`, the newest ones up to it, `newest` in all, and that of step `best`.
+def prune_checkpoints(run_folder: Path, step: int, newest: int, best: int | None) -> None:
+    """Delete all checkpoints except the `newest` ones up to `step` and the best one.
 
-    Those of later steps belong to a run that was taken up again before them.
+    Checkpoints of later steps are deleted too: the run was resumed from an earlier step.
+
+    Args:
+        run_folder: Folder of the run.
+        step: Current step.
+        newest: Number of checkpoints to keep.
+        best: Step of the best checkpoint, which is kept as well.
     """
-    held = checkpoints_in(run_folder)
-    kept = [path for path in held if step_of(path) <= step][-newest:]
-    for path in held:
-        if path not in kept and step_of(path) != best:
+    checkpoints = list_checkpoints(run_folder)
+    newest_checkpoints = [path for path in checkpoints if checkpoint_step(path) <= step][-newest:]
+    for path in checkpoints:
+        if path not in newest_checkpoints and checkpoint_step(path) != best:
             shutil.rmtree(path)
 
 
-def _reason(error: BaseException) -> str:
+def _short_reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0][:120]

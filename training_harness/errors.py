@@ -1,13 +1,13 @@
-"""Failures that a user can cause, as one class that the command line turns into one line and exit status 2."""
+"""Errors that a user can cause. The command line prints one line for them and exits with status 2."""
 
 
 class UserError(ValueError):
-    """Something the user gave does not fit. The message says what was found, what was expected and what to do."""
+    """An input does not fit. The message says what is wrong, what was expected and what to do."""
 
 
 class ConfigError(UserError):
-    """A configuration holds an unknown field, a value of another type, or values that contradict each other."""
+    """A configuration has an unknown field, a value of the wrong type, or values that contradict each other."""
 
 
 class SpecMismatchError(UserError):
-    """Two artefacts (tokenizer, code cache, prior, image set) do not belong together; the message lists what differs."""
+    """Two artefacts (tokenizer, code cache, prior, image set) do not fit together; the message lists the differences."""

@@ -1,6 +1,7 @@
-"""Atomic writes: a file or folder is written beside its place, flushed to disk, and renamed into place.
+"""Atomic writes: a file or folder is written to a temporary path, flushed to disk, and renamed.
 
-A reader sees the old content or the new one, never a part. Symbolic links are followed: what a link points to receives the files.
+A reader sees either the complete old content or the complete new content. Symbolic links are followed: the files are written to
+the target of the link.
 """
 
 import errno
@@ -13,29 +14,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LOCK = ".latentloom.lock"  # of `output_lock`
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF}
+LOCK_FILE = ".latentloom.lock"  # created by `output_lock`
+UNSUPPORTED_ERRORS = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+}
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file or a folder to disk, where the file system can."""
+    """Flush a file or a folder to disk if the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        if path.is_dir() and error.errno in UNSUPPORTED:
+        if path.is_dir() and error.errno in UNSUPPORTED_ERRORS:
             return
         raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
     finally:
         os.close(descriptor)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Renames; copies and removes where the file system refuses to rename, as overlays do with folders of a lower layer."""
+    """Rename a file or folder; copy and delete it if renaming is not possible, as on overlay file systems."""
     try:
         source.replace(target)
     except OSError as error:
@@ -51,105 +60,111 @@ def _move(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to. It replaces `path` when the block ends without an error."""
+    """Yield a temporary path to write to; the file replaces `path` when the block ends without an error."""
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     try:
-        yield beside
-        _sync(beside)
-        _move(beside, path)
+        yield temporary
+        _sync(temporary)
+        _move(temporary, path)
         _sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `path` to fill. It replaces `path` when the block ends without an error.
+    """Yield an empty temporary folder to fill; it replaces `path` when the block ends without an error.
 
-    For folders that are ours alone: what `path` held before is removed.
+    The previous content of `path` is deleted, so `path` must not contain files of the user.
     """
     path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name[:200]}.{os.getpid()}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield beside
-        for file in sorted(beside.rglob("*")):
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 _sync(file)
         if path.exists():
             _move(path, old)
         try:
-            _move(beside, path)
+            _move(temporary, path)
         except OSError:
             if old.exists():
                 _move(old, path)
             raise
         _sync(path.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def files_into(folder: Path, last: str) -> Iterator[Path]:
-    """Gives an empty folder to fill, whose files then take their places in `folder` one by one, the file `last` at the end.
+def update_folder(folder: Path, last: str) -> Iterator[Path]:
+    """Yield an empty temporary folder; its files replace those in `folder` one by one when the block ends without an error.
 
-    Other files of `folder` stay as they are. Whoever reads the folder looks for `last` first: without it nothing is there.
+    Other files in `folder` are unchanged.
+
+    Args:
+        folder: Target folder; it may contain files of the user.
+        last: Name of the file that is moved last. Readers look for it first and treat a folder without it as empty.
     """
     folder = folder.expanduser().resolve()
-    made = not folder.exists()
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{os.getpid()}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = folder / f".{os.getpid()}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield beside
-        files = sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
+        yield temporary
+        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
         for name in sorted(files, key=lambda name: name == Path(last)):
-            target = (folder / name).resolve()  # through a link of the user's
+            target = (folder / name).resolve()  # follows a symbolic link
             target.parent.mkdir(parents=True, exist_ok=True)
-            _sync(beside / name)
-            _move(beside / name, target)
+            _sync(temporary / name)
+            _move(temporary / name, target)
         _sync(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if made and not any(folder.iterdir()):
+        shutil.rmtree(temporary, ignore_errors=True)
+        if created and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Removes what a killed process left half written in a folder."""
+    """Remove the temporary files that a killed process left in a folder."""
     for path in folder.glob(".*.partial") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder holds anything but what this package itself leaves in an unfinished one."""
+    """Return whether a folder contains files other than this package's lock and temporary files."""
     if not folder.exists():
         return False
-    return any(path.name != LOCK and not path.name.endswith(".partial") for path in folder.iterdir())
+    return any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in folder.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a UTF-8 text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """64 hexadecimal digits."""
+def compute_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def up_to_date(path: Path, made_from: Path) -> bool:
-    """Whether `path` exists and was written after what it is made from."""
-    return path.exists() and (not made_from.exists() or path.stat().st_mtime_ns >= made_from.stat().st_mtime_ns)
+def is_up_to_date(path: Path, source: Path) -> bool:
+    """Return whether `path` exists and is not older than `source`, the file from which it is made."""
+    return path.exists() and (not source.exists() or path.stat().st_mtime_ns >= source.stat().st_mtime_ns)

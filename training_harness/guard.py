@@ -1,6 +1,6 @@
-"""Watches loss terms and gradients: skips bad steps, stops a run that stays bad, and says where it went wrong.
+"""Check loss terms and gradients: skip non-finite steps, stop the run if they continue, and name their origin.
 
-A spike is a gradient norm of more than `SPIKE` times the median of the last `WINDOW` ones.
+A spike is a gradient norm greater than `SPIKE_RATIO` times the median of the last `SPIKE_WINDOW` norms.
 """
 
 import math
@@ -13,68 +13,83 @@ import torch
 from torch import Tensor, nn
 
 from training_harness.errors import UserError
-from training_harness.sharding import whole
+from training_harness.sharding import gather_tensors
 
-PATIENCE, WINDOW, SPIKE = 5, 100, 10.0
+PATIENCE, SPIKE_WINDOW, SPIKE_RATIO = 5, 100, 10.0
 
 
 class NonFiniteLossError(UserError):
-    """Several steps in a row had a loss or a gradient that is not a finite number."""
+    """The loss or a gradient was not finite in several steps in a row."""
 
 
 class NonFiniteGuard:
-    """Lets single bad steps be skipped; `exhausted` after `patience` of them in a row."""
+    """Decide which steps to skip because the loss or a gradient is not finite.
+
+    Args:
+        patience: Number of skipped steps in a row after which `is_exhausted` is true.
+    """
 
     def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
-        self.in_a_row = 0
-        self.wrong: dict[str, float] = {}
-        """What was not finite at the last step."""
-        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self.consecutive_skips = 0
+        self.non_finite_values: dict[str, float] = {}
+        """Non-finite values of the last step by name."""
+        self._norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
-    def allows(self, terms: Mapping[str, Tensor], gradient_norm: float, anywhere: Callable[[int], int] = int) -> bool:
-        """Whether the step may be taken: every loss term and the gradient's norm are finite.
+    def allows(
+        self, terms: Mapping[str, Tensor], gradient_norm: float, max_over_processes: Callable[[int], int] = int
+    ) -> bool:
+        """Return whether the optimizer step may be taken: all loss terms and the gradient norm are finite.
 
-        `anywhere` says of how many terms are wrong on this process how many are on the worst, so that all skip together.
+        Args:
+            terms: Scalar loss terms by name.
+            gradient_norm: Global norm of the gradients.
+            max_over_processes: Returns the maximum of a number over all processes, so that all processes skip together.
         """
-        found = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one wait for the device
-        values = dict(zip(terms, found, strict=True)) | {"gradient norm": gradient_norm}
-        self.wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        skipped = anywhere(len(self.wrong)) > 0
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        term_values = torch.stack([term.detach().float() for term in terms.values()]).tolist()  # one device sync
+        values = dict(zip(terms, term_values, strict=True)) | {"gradient norm": gradient_norm}
+        self.non_finite_values = {name: value for name, value in values.items() if not math.isfinite(value)}
+        skipped = max_over_processes(len(self.non_finite_values)) > 0
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         return not skipped
 
     @property
-    def exhausted(self) -> bool:
-        return self.in_a_row >= self.patience
+    def is_exhausted(self) -> bool:
+        """Whether `patience` steps in a row were skipped."""
+        return self.consecutive_skips >= self.patience
 
-    def error(self, step: int, where: str) -> NonFiniteLossError:
-        wrong = ", ".join(f"{name} = {value}" for name, value in self.wrong.items()) or "a number of another process"
+    def build_error(self, step: int, origin: str) -> NonFiniteLossError:
+        """Return the error of an exhausted guard; `origin` names the first non-finite tensor."""
+        values = ", ".join(f"{name} = {value}" for name, value in self.non_finite_values.items())
+        values = values or "a value on another process"
         return NonFiniteLossError(
-            f"step {step}: {wrong}, {self.in_a_row} steps in a row, first in {where}; expected finite numbers; lower "
-            "--optimizer.learning-rate or use --mixed-precision no, then run again to go on from the last checkpoint"
+            f"step {step}: {values}, {self.consecutive_skips} steps in a row, first in {origin}; expected finite numbers; "
+            "lower --optimizer.learning-rate or pass --mixed-precision no, then run again to resume from the last checkpoint"
         )
 
-    def spike(self, gradient_norm: float) -> float | None:
-        """The usual norm when this one is far above it; one that is no number, as when fp16 overflows, does not count."""
+    def detect_spike(self, gradient_norm: float) -> float | None:
+        """Record a gradient norm; return the median norm if this one is a spike, else None.
+
+        Non-finite norms, which fp16 overflow causes, are ignored.
+        """
         if not math.isfinite(gradient_norm):
             return None
-        usual = statistics.median(self._norms) if len(self._norms) >= WINDOW // 5 else math.inf
+        median_norm = statistics.median(self._norms) if len(self._norms) >= SPIKE_WINDOW // 5 else math.inf
         self._norms.append(gradient_norm)
-        return usual if gradient_norm > SPIKE * usual else None
+        return median_norm if gradient_norm > SPIKE_RATIO * median_norm else None
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """The first tensor that is not finite: a parameter, a layer's output for `inputs`, or else a gradient."""
+def find_first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Return the name of the first non-finite tensor: a parameter, a layer's output for `inputs`, or a gradient."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not _finite(tensor):
+        if not _is_finite(tensor):
             return f"the parameter {name}"
-    found: list[str] = []
+    outputs: list[str] = []
     hooks = [
         module.register_forward_hook(
             lambda _, __, output, name=name: (
-                None if _finite(output) else found.append(f"the output of {name or 'the model'}")
+                None if _is_finite(output) else outputs.append(f"the output of {name or 'the model'}")
             )
         )
         for name, module in model.named_modules()
@@ -85,18 +100,17 @@ def first_non_finite(model: nn.Module, inputs: tuple[Any, ...]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    return (
-        f"the gradient of {gradients[-1]}" if gradients else "a term outside the model"
-    )  # the last is nearest to the loss
+    if outputs:
+        return outputs[0]
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+    # The last layer is nearest to the loss, so its gradient is computed first.
+    return f"the gradient of {gradients[-1]}" if gradients else "a term outside the model"
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
-        value = whole(value)
+        value = gather_tensors(value)
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, Mapping):
         value = tuple(value.values())
-    return all(map(_finite, value)) if isinstance(value, tuple | list) else True
+    return all(map(_is_finite, value)) if isinstance(value, tuple | list) else True

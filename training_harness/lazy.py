@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when first used (PEP 562), so that importing the package is quick."""
+"""Lazy imports of a package's public names (PEP 562): a module is imported when one of its names is first used."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,11 +6,16 @@ from typing import Any
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package whose public names live in the modules that `names` gives."""
+    """Return `__getattr__` and `__dir__` for a package.
 
-    def get(name: str) -> Any:
+    Args:
+        package: Name of the package.
+        names: Module of each public name.
+    """
+
+    def get_attribute(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(names[name]), name)
 
-    return get, lambda: sorted(names)
+    return get_attribute, lambda: sorted(names)

@@ -1,8 +1,9 @@
-"""What makes one machine fast, for as long as a training loop runs.
+"""Matmul precision during training.
 
-Products of float32 matrices and convolutions may round their factors: to TF32 on a GPU, to bfloat16 on a CPU with AMX, which
-multiplies it several times as fast. Sums stay float32, and so do weights, activations and losses. A CPU that knows bfloat16 and has
-no AMX gives the products to oneDNN in the same way, which there rounds nothing and is up to a fifth faster than what torch takes.
+With reduced precision, float32 matrix products and convolutions round their factors: to TF32 on a GPU, to bfloat16 on a CPU with
+AMX, which multiplies bfloat16 several times as fast. Accumulation, weights, activations and losses stay float32. On a CPU with
+bfloat16 instructions but without AMX, the same setting selects oneDNN's float32 kernels: they round nothing and are up to a fifth
+faster than torch's default.
 """
 
 from collections.abc import Iterator
@@ -11,23 +12,23 @@ from typing import Any
 
 import torch
 
-CUDNN: Any = torch.backends.cudnn  # modules only at first sight
+CUDNN: Any = torch.backends.cudnn  # Any: type checkers see modules without these attributes
 MKLDNN: Any = torch.backends.mkldnn
 
 
 def supports_bf16_matmul() -> bool:
-    """Whether this CPU does; on others bfloat16 products can be hundreds of times slower than float32."""
+    """Return whether this CPU has bfloat16 instructions; without them bfloat16 can be hundreds of times slower."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def supports_bf16_convolution() -> bool:
-    """Whether this CPU gains from it in convolutions too: it has AMX."""
+    """Return whether this CPU has AMX, which makes bfloat16 convolutions faster too."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 @contextmanager
 def reduced_matmul_precision(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Within it, products of float32 on `device` round their factors where that is faster."""
+    """Allow reduced precision of float32 products on `device` within the block, if it is faster."""
     settings: dict[Any, bool]
     if device.type == "cuda":
         settings, precision = {torch.backends.cuda.matmul: True, CUDNN.conv: True}, "tf32"
@@ -36,8 +37,8 @@ def reduced_matmul_precision(device: torch.device, enabled: bool) -> Iterator[No
         enabled = enabled and device.type == "cpu"
     before = {setting: setting.fp32_precision for setting in settings}
     try:
-        for setting, gains in settings.items():
-            if enabled and gains:
+        for setting, is_faster in settings.items():
+            if enabled and is_faster:
                 setting.fp32_precision = precision
         yield
     finally:
@@ -47,7 +48,7 @@ def reduced_matmul_precision(device: torch.device, enabled: bool) -> Iterator[No
 
 @contextmanager
 def full_matmul_precision(device: torch.device) -> Iterator[None]:
-    """Within it, products of float32 matrices on `device` round nothing, whatever is set around it."""
+    """Compute float32 matrix products on `device` in full precision within the block."""
     setting: Any = torch.backends.cuda.matmul if device.type == "cuda" else MKLDNN.matmul
     before, setting.fp32_precision = setting.fp32_precision, "ieee"
     try:
@@ -56,10 +57,11 @@ def full_matmul_precision(device: torch.device) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def matmul_in_bf16(device: torch.device) -> bool:
-    """Whether products on a CPU may be in bfloat16 now, and are fast in it."""
+def uses_bf16_matmul(device: torch.device) -> bool:
+    """Return whether matrix products on a CPU may use bfloat16 now; False for other devices."""
     return device.type == "cpu" and MKLDNN.matmul.fp32_precision == "bf16"
 
 
-def convolution_in_bf16(device: torch.device) -> bool:
+def uses_bf16_convolution(device: torch.device) -> bool:
+    """Return whether convolutions on a CPU may use bfloat16 now; False for other devices."""
     return device.type == "cpu" and MKLDNN.conv.fp32_precision == "bf16"

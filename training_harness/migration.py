@@ -1,8 +1,8 @@
-"""Stored mappings of earlier formats, brought to the present one before they are read or compared.
+"""Migration of stored mappings from earlier formats to the current format.
 
-Each kind of file has a format number and a list of steps, each from one format to the next. A file without a number is of
-the first format, or was written by hand: a step goes by the names that it finds and leaves present names as they are.
-A field that was added needs no step: it takes its default where a mapping is read (`configuration.with_defaults`).
+Each kind of file has a format number and a list of migration steps. Each step converts one format to the next. A file without a
+number has the first format or was written by hand. A step therefore converts only old names and keeps current names.
+A new field needs no step: it gets its default when a mapping is read (`configuration.fill_defaults`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,86 +12,93 @@ from typing import Any
 from training_harness.errors import ConfigError
 
 Values = dict[str, Any]
-MODEL_KEY = "latentloom_format"
-"""Where a model's config.json, which is one of transformers', has its number."""
+MODEL_FORMAT_KEY = "latentloom_format"
+"""Key of the format number in a model's config.json, which it shares with transformers."""
 
 
-def unchanged(values: Values) -> Values:
+def identity(values: Values) -> Values:
+    """Return the values unchanged."""
     return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """From one format to the next: first `change`, then the fields that have another name, by their whole names."""
+class MigrationStep:
+    """Conversion from one format to the next: `convert` runs first, then the fields are renamed."""
 
-    change: Callable[[Values], Values] = unchanged
-    """What renaming cannot express; it is given a copy."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    convert: Callable[[Values], Values] = identity
+    """Conversion that renaming cannot express; it receives a copy of the values."""
+    renamed_fields: Mapping[str, str] = field(default_factory=dict)
+    """New name of each renamed field; nested fields are written as "model.name"."""
 
 
 @dataclass(frozen=True)
 class Migration:
-    """How the files of one kind are brought to the present format."""
+    """Migration of one kind of file to the current format."""
 
     kind: str
-    """For messages, such as "tokenizer configuration"."""
-    steps: tuple[Step, ...] = ()
-    """From format 1 to 2, from 2 to 3 and so on."""
+    """Name for error messages, such as "tokenizer configuration"."""
+    steps: tuple[MigrationStep, ...] = ()
+    """Steps from format 1 to 2, from 2 to 3 and so on."""
     key: str = "format"
-    """Under which a file holds its number."""
+    """Key of the format number in a file."""
 
     @property
     def format(self) -> int:
-        """The number of the present format."""
+        """Number of the current format."""
         return 1 + len(self.steps)
 
     @property
-    def renamed(self) -> dict[str, str]:
-        """Present names of the fields that had another one in any format."""
+    def renamed_fields(self) -> dict[str, str]:
+        """Current name of each field that was renamed in any format."""
         names: dict[str, str] = {}
         for step in self.steps:
-            names = {old: step.renamed.get(new, new) for old, new in names.items()} | dict(step.renamed)
+            names = {old: step.renamed_fields.get(new, new) for old, new in names.items()} | dict(step.renamed_fields)
         return names
 
-    def present(self, values: Mapping[str, Any]) -> Values:
-        """`values` in the present format, without the number. Raises ConfigError for a format that is not known."""
-        found = _copied(values)
-        number = found.pop(self.key, 1)
+    def migrate(self, values: Mapping[str, Any]) -> Values:
+        """Return `values` in the current format, without the format number.
+
+        Raises:
+            ConfigError: The format number is unknown.
+        """
+        migrated = _copy_nested(values)
+        number = migrated.pop(self.key, 1)
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= self.format:
             raise ConfigError(
-                f"{self.key} is {number!r} in a {self.kind}; expected a whole number from 1 to {self.format}; a larger one was "
-                "written by a later version of latentloom, which reads it"
+                f"{self.key} is {number!r} in a {self.kind}; expected a whole number from 1 to {self.format}; "
+                "for a larger number install the later version of latentloom that wrote the file"
             )
         for step in self.steps[number - 1 :]:
-            found = step.change(found)
-            for old, new in step.renamed.items():
-                _rename(found, old.split("."), new.split("."))
-        return found
+            migrated = step.convert(migrated)
+            for old, new in step.renamed_fields.items():
+                _rename(migrated, old.split("."), new.split("."))
+        return migrated
 
-    def numbered(self, values: Mapping[str, Any]) -> Values:
-        """`values` as a file holds them. The first format has no number."""
+    def add_format_number(self, values: Mapping[str, Any]) -> Values:
+        """Return `values` with the format number, as a file stores them; the first format has no number."""
         return {self.key: self.format, **values} if self.format > 1 else dict(values)
 
 
-def _copied(values: Mapping[str, Any]) -> Values:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+def _copy_nested(values: Mapping[str, Any]) -> Values:
+    return {name: _copy_nested(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def _rename(values: Values, old: list[str], new: list[str]) -> None:
-    """Leaves the field where it is when the new name is taken, so that reading refuses it."""
+    """Rename a field; keep it if the new name is taken, so that the reader reports the old name as unknown."""
     source = _section(values, old[:-1])
     if source is not None and old[-1] in source:
-        target = _section(values, new[:-1], make=True)
+        target = _section(values, new[:-1], create=True)
         if target is not None and new[-1] not in target:
             target[new[-1]] = source.pop(old[-1])
 
 
-def _section(values: Values, path: list[str], make: bool = False) -> Values | None:
+def _section(values: Values, path: list[str], create: bool = False) -> Values | None:
+    """Return the nested mapping at `path`, or None if it does not exist."""
     for name in path:
-        if make and values.get(name) is None:
+        if create and values.get(name) is None:
             values[name] = {}
-        below = values.get(name)
-        if not isinstance(below, dict):
+        section = values.get(name)
+        if not isinstance(section, dict):
             return None
-        values = below
+        values = section
     return values

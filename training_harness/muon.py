@@ -5,11 +5,12 @@ r"""Muon: momentum, then the nearest orthogonal matrix, for hidden matrices; Ada
 NS(X) pushes the singular values of X / ‖X‖ towards 1 by five steps of X ← aX + (bA + cA²)X, A = XXᵀ, with
 (a, b, c) = (3.4445, −4.7750, 2.0315). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
-torch.optim.Muon iterates in bfloat16, matrix by matrix, and refuses convolution kernels. Here matrices of one shape
-are iterated together, in bfloat16 on GPUs and where products of float32 may be rounded to it, in float32 elsewhere (on a
-CPU that does not know bfloat16 its products can be hundreds of times slower). Kernels are seen as (out, in · height · width), and
-one optimiser holds both kinds of parameters, so that a loop has a single `step()`. Of a sharded model every process
-iterates the whole matrices, since their singular values belong to no shard: for large priors AdamW is the quicker one.
+torch.optim.Muon iterates in bfloat16, one matrix at a time, and does not accept convolution kernels. Here all matrices of one
+shape are iterated together. The iterations are in bfloat16 on GPUs and with reduced matmul precision, and in float32 elsewhere: on
+a CPU without bfloat16 instructions bfloat16 products can be hundreds of times slower. A kernel is reshaped to
+(out, in · height · width). One optimizer holds both kinds of parameters, so a loop has a single `step()`. With a sharded model
+every process iterates the complete matrices, because singular values cannot be computed from one shard; for large priors AdamW
+is faster.
 """
 
 from collections import defaultdict
@@ -19,36 +20,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_harness.matmul_precision import matmul_in_bf16
-from training_harness.sharding import sharded_as, whole
+from training_harness.matmul_precision import uses_bf16_matmul
+from training_harness.sharding import gather_tensors, shard_like
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and within `reduced_matmul_precision`, two to five times as fast there; float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" or matmul_in_bf16(device) else torch.float32
+    """Return bfloat16 on GPUs and within `reduced_matmul_precision` (two to five times as fast), else float32."""
+    return torch.bfloat16 if device.type == "cuda" or uses_bf16_matmul(device) else torch.float32
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Five Newton–Schulz iterations on (N, rows, columns); singular values end within about [0.7, 1.2]."""
+def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Orthogonalize matrices by five Newton–Schulz iterations.
+
+    Args:
+        matrices: (N, rows, columns).
+        dtype: Type of the iterations; `iteration_dtype` by default.
+
+    Returns:
+        (N, rows, columns) in the type of `matrices`, with singular values in about [0.7, 1.2].
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype or iteration_dtype(matrices.device))
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonalize=True` follow Muon, the others AdamW.
+    """Muon for parameter groups with `orthogonalize=True`, AdamW for the other groups.
 
     Args:
-        params: groups; a Muon group takes lr, weight_decay, momentum, an AdamW group lr, betas, eps, weight_decay.
+        params: Parameter groups. A Muon group has lr, weight_decay and momentum; an AdamW group has lr, betas, eps and
+            weight_decay.
+        lr: Default learning rate.
     """
 
     def __init__(self, params: Any, lr: float = 0.02) -> None:
@@ -72,13 +83,13 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"]
             momentum.mul_(group["momentum"]).add_(gradient)
-            update = whole(gradient.add(momentum, alpha=group["momentum"])).to(p.device).flatten(1)
+            update = gather_tensors(gradient.add(momentum, alpha=group["momentum"])).to(p.device).flatten(1)
             by_shape[update.shape[0], update.shape[1]].append((p, update))
         for (rows, columns), pairs in by_shape.items():
-            updates = orthogonalized(torch.stack([update for _, update in pairs]))
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(sharded_as(update.view(p.shape), p), alpha=-rate)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shard_like(update.view(p.shape), p), alpha=-rate)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -95,5 +106,5 @@ class Muon(torch.optim.Optimizer):
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "parameters without a gradient are filtered out before"
+    assert parameter.grad is not None, "parameters without a gradient are skipped by step()"
     return parameter.grad

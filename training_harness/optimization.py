@@ -1,9 +1,9 @@
-"""The optimiser and its learning rate, counted in optimiser steps.
+"""The optimizer and its learning rate schedule, counted in optimizer steps.
 
     rate(s) = peak · min(1, s / warmup) · decay((s − warmup) / (S − warmup)),    s = 1 … S
 
-A learning rate depends on the step alone, so there is no scheduler to store or restore, and one and many processes follow
-the same curve.
+The learning rate depends on the step alone. There is no scheduler state to save, and the schedule does not depend on the number of
+processes.
 """
 
 import math
@@ -19,17 +19,20 @@ from training_harness.muon import Muon
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """Options of the optimizer."""
+
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the update of each hidden matrix and leaves the other parameters to AdamW."""
+    """Optimizer: `muon` orthogonalizes the updates of hidden matrices and uses AdamW for all other parameters."""
     learning_rate: float = 3e-4
-    """Peak rate of AdamW's parameters."""
+    """Peak learning rate of the parameters that AdamW updates."""
     matrix_learning_rate: float = 0.02
-    """Peak rate of Muon's matrices; unused by `adamw`."""
+    """Peak learning rate of the matrices that Muon updates; not used by `adamw`."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moments, each in [0, 1)."""
     weight_decay: float = 0.01
-    """Decoupled; applied to matrices and convolution kernels, never to gains, biases and embeddings."""
+    """Decoupled weight decay of matrices and convolution kernels; gains, biases and embeddings do not decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them."""
+    """Maximum global norm for gradient clipping; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "matrix_learning_rate"):
@@ -44,24 +47,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    """Options of the learning rate schedule."""
+
     warmup: int | float = 0.02
-    """An int is a number of steps, a float a share of the run in [0, 1]."""
+    """Length of the linear warm-up: an int is a number of steps, a float a fraction of the run in [0, 1]."""
     decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up."""
     final: float = 0.0
-    """Where the decay ends, as a share of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak in [0, 1]."""
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
             raise ConfigError(
-                f"schedule.warmup is {self.warmup}; expected a share of the run in [0, 1], or steps as an int"
+                f"schedule.warmup is {self.warmup}; expected a fraction of the run in [0, 1], or steps as an int"
             )
-
         if not 0 <= self.final <= 1:
-            raise ConfigError(f"schedule.final is {self.final}; expected a share of the peak rate in [0, 1]")
+            raise ConfigError(f"schedule.final is {self.final}; expected a fraction of the peak rate in [0, 1]")
 
     def at(self, step: int, max_steps: int) -> float:
-        """Share of the peak rate at optimiser step `step` in [1, max_steps]."""
-        warmup = steps_of(self.warmup, max_steps)
+        """Return the learning rate at optimizer step `step` in [1, max_steps], as a fraction of the peak."""
+        warmup = resolve_steps(self.warmup, max_steps)
         if step <= warmup:
             return step / warmup
         progress = (step - warmup) / max(1, max_steps - warmup)
@@ -69,18 +74,18 @@ class ScheduleConfig:
         return self.final + (1 - self.final) * shape[self.decay]
 
 
-def steps_of(amount: int | float, max_steps: int) -> int:
-    """Steps meant by an int (steps) or a float (a share of the run)."""
+def resolve_steps(amount: int | float, max_steps: int) -> int:
+    """Return a number of steps; an int is the number itself, a float a fraction of the run."""
     return amount if isinstance(amount, int) else round(amount * max_steps)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon over the parameters that train, each group remembering its peak rate as `peak_lr`."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """Create AdamW or Muon for the trainable parameters; each group stores its peak learning rate as `peak_lr`."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    embeddings |= {id(p) for name, p in trained if name in getattr(model, "embedding_tables", ())}
-    matrices = [p for _, p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for _, p in trained if p.ndim < 2 or id(p) in embeddings]
+    embeddings |= {id(p) for name, p in trainable if name in getattr(model, "embedding_tables", ())}
+    matrices = [p for _, p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for _, p in trainable if p.ndim < 2 or id(p) in embeddings]
     adamw = {"lr": config.learning_rate, "betas": config.betas}
     optimizer: torch.optim.Optimizer
     if config.name == "adamw":
@@ -92,8 +97,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             fused=True,
         )
     else:
-        ends = [p for name, p in trained if p.ndim >= 2 and id(p) not in embeddings and is_end(model, name)]
-        end_ids = {id(p) for p in ends}
+        end_matrices = [
+            p for name, p in trainable if p.ndim >= 2 and id(p) not in embeddings and is_in_end_layer(model, name)
+        ]
+        end_ids = {id(p) for p in end_matrices}
         optimizer = Muon(
             [
                 {
@@ -102,7 +109,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
                     "weight_decay": config.weight_decay,
                     "orthogonalize": True,
                 },
-                {"params": ends, "weight_decay": config.weight_decay, "orthogonalize": False, **adamw},
+                {"params": end_matrices, "weight_decay": config.weight_decay, "orthogonalize": False, **adamw},
                 {"params": others, "weight_decay": 0.0, "orthogonalize": False, **adamw},
             ]
         )
@@ -111,11 +118,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
-def is_end(model: nn.Module, parameter_name: str) -> bool:
-    """Whether a matrix belongs to a model's first or last layer, which the model lists in `end_layers`."""
-    return any(parameter_name.startswith(f"{end}.") for end in getattr(model, "end_layers", ()))
+def is_in_end_layer(model: nn.Module, parameter_name: str) -> bool:
+    """Return whether a parameter belongs to the first or last layer of a model, as listed in its `end_layers`."""
+    return any(parameter_name.startswith(f"{layer}.") for layer in getattr(model, "end_layers", ()))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Set the learning rate of each group to a fraction of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
+        group["lr"] = group["peak_lr"] * fraction

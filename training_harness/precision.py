@@ -1,9 +1,9 @@
-"""Where half precision would not do."""
+"""Casts for computations that need more than half precision."""
 
 import torch
 from torch import Tensor
 
 
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32; float64 stays."""
+def upcast(x: Tensor) -> Tensor:
+    """Cast to float32; float64 is not changed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

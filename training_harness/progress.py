@@ -1,6 +1,6 @@
-"""Progress of long work: a bar in a terminal or a notebook, and elsewhere a line every 30 seconds.
+"""Progress of long work: a progress bar in a terminal or a notebook, otherwise a line every 30 seconds.
 
-A log file or a pipe would hold every redrawn bar as one endless line, and says nothing at all when bars are switched off.
+In a log file or a pipe, a redrawn bar would become one endless line.
 """
 
 import sys
@@ -10,35 +10,37 @@ from tqdm.auto import tqdm as auto_tqdm
 from tqdm.std import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
-LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 
 
 class LineProgress(tqdm):
-    """A progress bar that prints a line where a bar would be redrawn."""
+    """A progress bar that prints a new line instead of redrawing the bar."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._lines = 0
-        # Every update looks at the clock: tqdm would skip more and more of them, and with them the line that is due.
-        every = {"mininterval": SECONDS_BETWEEN_LINES, "miniters": 1, "bar_format": LINE, "ascii": True}
-        super().__init__(*arguments, **options | every)
+        # miniters=1: each update checks the time. tqdm would otherwise skip updates, and lines would come late.
+        line_options = {"mininterval": SECONDS_BETWEEN_LINES, "miniters": 1, "bar_format": LINE, "ascii": True}
+        super().__init__(*arguments, **options | line_options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if self.n > self.initial and (self._lines or self.n < (self.total or self.n)):  # short work prints nothing
+        is_short = not self._lines and self.n >= (self.total or self.n)  # short work prints nothing
+        if self.n > self.initial and not is_short:
             self._lines += 1
             print(self if msg is None else msg, file=self.fp, flush=True)
         return True
 
     def moveto(self, n: int) -> None:
-        """Stays where it is: there is no cursor to move."""
+        """Do nothing: there is no cursor to move."""
 
     def close(self) -> None:
         self.disable = True
 
 
 def progress_bar(**options: Any) -> tqdm:
-    """A progress bar with tqdm's options; `disable=True` shows nothing, `disable=False` a bar also where there is no terminal.
+    """Create a progress bar with tqdm's options.
 
-    By default it prints there a line every 30 seconds, with what `set_postfix` was given.
+    Without `disable`, it is a bar in a terminal or a notebook, and otherwise a line every 30 seconds. `disable=True` shows
+    nothing; `disable=False` always shows a bar.
     """
     in_notebook = "ipykernel" in sys.modules
     if options.get("disable") is not None or in_notebook or sys.stderr.isatty():

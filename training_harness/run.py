@@ -1,9 +1,9 @@
-"""One training run: its folder, its processes, its steps.
+"""A training run: its folder, its processes and its steps.
 
     runs/NAME/config.yaml   environment.json   metrics.jsonl   samples/   checkpoints/step_000500/   model/
 
-A step is an optimizer step, counted from 1. What a step draws at random is a function of (seed, step, process), so a resumed run
-needs no stored generator.
+A step is an optimizer step; steps count from 1. The random numbers of a step depend on (seed, step, process) alone, so a
+checkpoint stores no generator state.
 """
 
 import math
@@ -22,35 +22,38 @@ from training_harness.allocator import keep_freed_memory
 from training_harness.checkpoints import newest_step
 from training_harness.configuration import to_mapping, write_yaml
 from training_harness.errors import UserError
-from training_harness.guard import NonFiniteGuard, first_non_finite
+from training_harness.guard import NonFiniteGuard, find_first_non_finite
 from training_harness.matmul_precision import reduced_matmul_precision
 from training_harness.metric_log import MetricLog
 from training_harness.processes import accelerated_device
 from training_harness.provenance import record_environment
 from training_harness.run_checkpointing import RunCheckpointing
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import record_run
 from training_harness.run_logging import RunLogging
-from training_harness.sharding import whole
+from training_harness.run_metadata import update_run_metadata
+from training_harness.sharding import gather_tensors
 from training_harness.signals import Interrupted, StopRequest, stop_on_signal
 from training_harness.trackers import check_trackers, start_trackers
 
 
 class Run(RunLogging, RunCheckpointing):
+    """A training run that logs, saves checkpoints and resumes."""
+
     def __init__(self, config: RunConfig, trained_on: str = "") -> None:
-        """Starts a run, or continues the one in the folder.
+        """Start a run, or resume the run in the output folder.
 
         Args:
-            trained_on: fingerprint of the images or codes. The run is known by it when folders were moved or renamed.
+            config: Configuration of the run.
+            trained_on: Fingerprint of the images or codes. It identifies the data when folders were moved or renamed.
         """
         RunLogging.__init__(self)
         RunCheckpointing.__init__(self)
         self.config, self.folder = config, config.output
         keep_freed_memory()
         check_trackers(config.report_to)
-        check_launcher(config)
+        check_launcher_precision(config)
         accelerated_device()  # joins the other processes
-        AcceleratorState._reset_state()  # or a second run in one process could not have a precision of its own
+        AcceleratorState._reset_state()  # allows another precision for a second run in one process
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation_steps,
@@ -60,65 +63,74 @@ class Run(RunLogging, RunCheckpointing):
             project_config=ProjectConfiguration(logging_dir=str(self.folder / "tensorboard")),
         )
         self.log_file = MetricLog(self.folder / "metrics.jsonl")
-        self.sources: Callable[[int], list[str]] = lambda step: []
-        """Ids of the examples that this process saw in a step; the loop sets it."""
-        self.accelerator.wait_for_everyone()  # until each has looked at the folder as it was
+        self.source_ids: Callable[[int], list[str]] = lambda step: []
+        """Returns the source ids of the examples of a step on this process; the training loop sets it."""
+        self.accelerator.wait_for_everyone()  # all processes have checked the unchanged folder
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The next command goes on from the newest checkpoint.
+            # "latest": the next command resumes from the newest checkpoint.
             write_yaml(self.folder / "config.yaml", replace(config, resume="latest"))
             if trained_on:
-                record_run(self.folder, trained_on=trained_on)
+                update_run_metadata(self.folder, trained_on=trained_on)
             run_id = record_environment(self.folder, self.accelerator)
             if config.report_to:
                 start_trackers(self.accelerator, self.folder, run_id, to_mapping(config))
         torch.manual_seed(config.seed)  # initial weights: the same on every process
 
-    def steps(self, unit: int, describe: str) -> Iterator[int]:
-        """Steps left to do, with a progress bar in images; seeds torch for each from (seed, step, process)."""
+    def steps(self, batch_images: int, description: str) -> Iterator[int]:
+        """Yield the remaining steps, each with torch seeded from (seed, step, process).
+
+        Args:
+            batch_images: Images per process and batch, for the progress bar.
+            description: Label of the progress bar.
+
+        Raises:
+            Interrupted: A process received SIGTERM or SIGINT; the run was saved.
+        """
         config, processes = self.config, self.accelerator.num_processes
-        images = unit * config.accumulation_steps * processes
-        bar = self.start_progress(self.step, images, describe)
-        rounded = reduced_matmul_precision(self.accelerator.device, config.matmul_precision == "high")
-        with bar, rounded, stop_on_signal() as wish:
+        images_per_step = batch_images * config.accumulation_steps * processes
+        bar = self.start_progress(self.step, images_per_step, description)
+        precision = reduced_matmul_precision(self.accelerator.device, config.matmul_precision == "high")
+        with bar, precision, stop_on_signal() as stop_request:
             for step in range(self.step + 1, config.max_steps + 1):
-                self._seed(seed_of(config.seed, step, self.accelerator.process_index))
+                self._seed(step_seed(config.seed, step, self.accelerator.process_index))
                 yield step
                 self.step = step
-                bar.update(images)
-                self._stop_if_requested(wish)
-            if self.step and newest_step(self.folder) > self.step:  # chosen to be the last: later checkpoints give way
+                bar.update(images_per_step)
+                self._stop_if_requested(stop_request)
+            if (
+                self.step and newest_step(self.folder) > self.step
+            ):  # resumed from the last step: delete later checkpoints
                 self.checkpoint(self.step)
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
     def _seed(self, seed: int) -> None:
-        """What torch.manual_seed does, without a record of the call for each kind of device that is not there."""
+        """Seed torch like `torch.manual_seed`, without queueing a call for each absent kind of device."""
         torch.default_generator.manual_seed(seed)
         if self.accelerator.device.type != "cpu":
             torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
-    def _on_any_process(self, number: int) -> int:
-        """The largest of the processes' numbers: what one of them found is then known to all."""
+    def _max_over_processes(self, number: int) -> int:
+        """Return the maximum of a number over all processes."""
         if self.accelerator.num_processes == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
-    def _stop_if_requested(self, wish: StopRequest) -> None:
-        """Saves and raises Interrupted once any process was told to stop, on all of them after the same step."""
-        if not (number := self._on_any_process(wish.number)):
+    def _stop_if_requested(self, stop_request: StopRequest) -> None:
+        """Save and raise Interrupted on all processes after the same step, once any process received a signal."""
+        if not (signal_number := self._max_over_processes(stop_request.signal_number)):
             return
         if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
             self.checkpoint(self.step)
         self.accelerator.wait_for_everyone()
+        how = (
+            "run the same command again" if self.config.resume == "latest" else "run the command again without --resume"
+        )
         raise Interrupted(
-            number,
-            f"stopped by {signal.Signals(number).name} after step {self.step} of {self.config.max_steps}; saved in {self.folder}; "
-            + (
-                "run the same command again to go on"
-                if self.config.resume == "latest"
-                else "run the command again without --resume to go on"
-            ),
+            signal_number,
+            f"stopped by {signal.Signals(signal_number).name} after step {self.step} of {self.config.max_steps}; "
+            f"saved in {self.folder}; {how} to resume",
         )
 
     def optimizer_step(
@@ -130,49 +142,64 @@ class Run(RunLogging, RunCheckpointing):
         max_norm: float,
         name: str = "",
     ) -> bool:
-        """Clips and steps once gradients are complete, unless the loss or a gradient is not finite; clears them then.
+        """Clip the gradients, take the optimizer step if all values are finite, and clear the gradients.
 
-        `name` tells a second optimiser from the main one. Returns whether all was finite, as far as was looked at.
+        Before the last batch of a gradient accumulation, no step is taken and nothing is checked.
+
+        Args:
+            step: Current step.
+            optimizer: Prepared optimizer.
+            model: Model of the optimizer.
+            terms: Scalar loss terms by name.
+            max_norm: Maximum global norm of the gradients; 0 disables clipping.
+            name: Name of a second optimizer; empty for the main one.
+
+        Returns:
+            False if a checked value was not finite.
+
+        Raises:
+            NonFiniteLossError: Too many steps in a row were not finite.
         """
-        finite = True
+        all_finite = True
         if self.accelerator.sync_gradients:
-            found = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            norm = self.gradient_norms[name] = math.nan if found is None else float(whole(found))
-            scaled = self.accelerator.scaler is not None  # fp16: overflow is the scaler's to skip, and to learn from
+            total_norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+            norm = self.gradient_norms[name] = math.nan if total_norm is None else float(gather_tensors(total_norm))
+            has_scaler = self.accelerator.scaler is not None  # fp16: the scaler skips overflow and lowers its scale
             guard = self.guards[name]
-            finite = guard.allows(terms, 0.0 if scaled or found is None else norm, self._on_any_process)
-            if not finite:
-                self._skip(step, model, guard)
-            elif (usual := guard.spike(norm)) is not None:
+            checked_norm = 0.0 if has_scaler or total_norm is None else norm
+            all_finite = guard.allows(terms, checked_norm, self._max_over_processes)
+            if not all_finite:
+                self._record_skipped_step(step, model, guard)
+            elif (median_norm := guard.detect_spike(norm)) is not None:
                 prefix = name and f"{name}_"
-                self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": usual})
-            if finite or scaled:
+                self.log_row(step, {f"{prefix}gradient_norm_spike": norm, f"usual_{prefix}gradient_norm": median_norm})
+            if all_finite or has_scaler:
                 optimizer.step()
-            finite = finite and (not scaled or math.isfinite(norm))
+            all_finite = all_finite and (not has_scaler or math.isfinite(norm))
         optimizer.zero_grad()
-        return finite
+        return all_finite
 
-    def _skip(self, step: int, model: nn.Module, guard: NonFiniteGuard) -> None:
-        """Notes the examples of a step that is not taken; raises NonFiniteLossError after too many in a row."""
-        process, network = self.accelerator.process_index, self.unwrap(model)
-        row = {"step": step, "process": process, "source_ids": self.sources(step)}
-        row |= {name: str(value) for name, value in guard.wrong.items()}  # JSON knows no NaN
+    def _record_skipped_step(self, step: int, model: nn.Module, guard: NonFiniteGuard) -> None:
+        """Record the examples of a skipped step; raise NonFiniteLossError after too many in a row."""
+        process, unwrapped = self.accelerator.process_index, self.unwrap(model)
+        row = {"step": step, "process": process, "source_ids": self.source_ids(step)}
+        row |= {name: str(value) for name, value in guard.non_finite_values.items()}  # JSON has no NaN
         MetricLog(self.folder / f"skipped_steps.{process}.jsonl").append(row)
-        if guard.exhausted:
-            raise guard.error(step, first_non_finite(network, self._inputs.get(network, ())))
+        if guard.is_exhausted:
+            raise guard.build_error(step, find_first_non_finite(unwrapped, self._inputs.get(unwrapped, ())))
 
 
-def seed_of(seed: int, step: int, process: int) -> int:
-    """A seed that differs for every (seed, step, process); the constants are 64-bit odd multipliers."""
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Return a different seed in [0, 2^63) for each (seed, step, process). The constants are odd 64-bit multipliers."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)
 
 
-def check_launcher(config: RunConfig) -> None:
-    """Raises UserError when `accelerate launch` was asked for another precision than the run."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", config.mixed_precision):
+def check_launcher_precision(config: RunConfig) -> None:
+    """Raise UserError if `accelerate launch` and the run have different mixed precisions."""
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher_precision not in ("no", config.mixed_precision):
         raise UserError(
-            f"accelerate launch asks for the mixed precision {launched} and --mixed-precision is {config.mixed_precision}; "
-            f"expected the same; give --mixed-precision {launched}"
+            f"accelerate launch sets mixed precision {launcher_precision} and --mixed-precision is {config.mixed_precision}; "
+            f"expected the same; pass --mixed-precision {launcher_precision}"
         )

@@ -1,4 +1,4 @@
-"""The part of a training configuration that both stages have."""
+"""Training options that both stages share."""
 
 import re
 from dataclasses import dataclass
@@ -12,35 +12,40 @@ from training_harness.trackers import TrackerName
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run writes, how long it trains, and how often it logs, samples and saves."""
+    """Options of a run: output folder, length, precision, and intervals of logging, sampling and saving."""
 
     migration: ClassVar[Migration] = Migration("run configuration")
 
     output: Path
     """Run folder."""
     seed: int = 0
+    """Seed of initial weights, data order and random numbers, from 0 to 2^63 − 1."""
     max_steps: int = 2000
-    """Optimiser steps; a larger number extends a finished run."""
+    """Number of optimizer steps; a larger number extends a finished run."""
     batch_size: int = 64
-    """Images a process and step."""
+    """Images per process and batch."""
     accumulation_steps: int = 1
-    """Batches whose gradients make up one optimiser step."""
+    """Number of batches per optimizer step; their gradients are accumulated."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast type of the forward pass; `no` trains in float32."""
     matmul_precision: Literal["highest", "high"] = "high"
-    """Of products of float32 in training: `high` lets GPUs use TF32 and CPUs with AMX bfloat16 inside."""
+    """Precision of float32 matrix products in training: `high` uses TF32 on GPUs and bfloat16 on CPUs with AMX."""
     compile: bool = False
-    """Compiles the networks with torch.compile: some minutes once, then quicker steps on most GPUs."""
+    """Compile the networks with torch.compile: takes some minutes once, then steps are faster on most GPUs."""
     gradient_checkpointing: bool = False
-    """Computes each block's activations again in the backward pass: much less memory, about a third more time."""
+    """Recompute the activations of each block in the backward pass: much less memory, about a third more time."""
     report_to: tuple[TrackerName, ...] = ()
-    """Trackers that get figures and samples too: tensorboard, wandb, trackio; needs `pip install "latentloom[track]"`."""
+    """Trackers that receive metrics and samples: tensorboard, wandb, trackio; needs `pip install "latentloom[track]"`."""
     log_every: int = 25
+    """Interval of logging, in steps."""
     sample_every: int = 500
+    """Interval of validation and samples, in steps."""
     checkpoint_every: int = 500
+    """Interval of checkpoints, in steps."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the one of the best validation figure."""
+    """Number of newest checkpoints to keep, in addition to the one with the best validation metric."""
     resume: str = "latest"
-    """Checkpoint that a run goes on from, such as step_000500; those of later steps give way to the new ones."""
+    """Checkpoint to resume from: `latest` or a name such as step_000500; checkpoints of later steps are replaced."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", self.output.expanduser())

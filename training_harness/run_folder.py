@@ -1,7 +1,7 @@
-"""Whether a configuration may continue the run in a folder, begin one there, or must look for another folder.
+"""Check whether a configuration may resume the run in a folder or start a new run there.
 
-A run is known by its configuration and by the fingerprint of what it is trained on, not by paths: a run, its images and its codes
-may be moved, renamed or named in another way.
+A run is identified by its configuration and by the fingerprint of its images or codes, not by paths. The run, its images and its
+codes may be moved or renamed.
 """
 
 from contextlib import suppress
@@ -9,98 +9,103 @@ from pathlib import Path
 from typing import Any
 
 from training_harness.checkpoints import newest_step
-from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.configuration import fill_defaults, find_differences, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files
 from training_harness.migration import Migration
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import finished_step, run_facts
+from training_harness.run_metadata import finished_step, read_run_metadata
 
-# What may differ between a run folder and the command that goes on with it.
-CHANGEABLE = (
+# Fields that may differ between a run and the command that resumes it.
+CHANGEABLE_FIELDS = (
     *("output", "max_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume"),
     *("compile", "gradient_checkpointing", "report_to", "ema.device"),
 )
-PATH_FIELDS = ("data", "codes")  # fields that name what a run is trained on
+PATH_FIELDS = ("data", "codes")  # fields with the path of the training data
 
 
 def stored_configuration(folder: Path, migration: Migration) -> dict[str, Any] | None:
-    """The configuration that the run in a folder was begun with, in the present format.
-
-    None where there is no run, whatever else may be there.
-    """
+    """Read the configuration of the run in a folder, in the current format; None if the folder contains no run."""
     try:
-        held = read_yaml(folder / "config.yaml")
+        stored = read_yaml(folder / "config.yaml")
     except (UserError, OSError):
         return None
-    held = migration.present(held)
-    return held if {"output", "max_steps", "batch_size", "seed"} <= held.keys() else None
+    stored = migration.migrate(stored)
+    return stored if {"output", "max_steps", "batch_size", "seed"} <= stored.keys() else None
 
 
-def check_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | None:
-    """Refuses a folder that `config` may not write to.
+def check_run_folder(config: RunConfig, kind: str, trained_on: str = "") -> int | None:
+    """Check that `config` may write to its output folder.
 
     Args:
-        trained_on: fingerprint of the images or codes.
+        config: Configuration of the run.
+        kind: "tokenizer" or "prior", for error messages.
+        trained_on: Fingerprint of the images or codes.
+
     Returns:
-        The steps of the run that is there, when it is finished and `config` asks for no more; else none.
+        The number of steps of the run in the folder if it is finished and `config` requires no more steps, else None.
+
     Raises:
-        UserError when the folder holds something else, a run with another configuration or other images, or an unfinished run
-        that has done more steps than `config` asks for.
+        UserError: The folder contains other files, a run with another configuration or other data, or an unfinished run
+            that has more steps than `config` requires.
     """
     folder = config.output
-    held = stored_configuration(folder, config.migration)
-    if held is None:
+    stored = stored_configuration(folder, config.migration)
+    if stored is None:
         if holds_files(folder):
             raise UserError(
-                f"{folder} is not empty and holds no {kind} run; expected a new or empty folder; choose another --output"
+                f"{folder} is not empty and contains no {kind} run; expected a new or empty folder; choose another --output"
             )
         return None
     if not (newest_step(folder) or (folder / "model").exists()):
-        return None  # nothing was saved that another configuration could not go on with
-    with suppress(ConfigError):  # a run of another kind, which then differs
-        held = with_defaults(type(config), held)
-    different = {
-        name: values for name, values in differences(held, to_mapping(config)).items() if name not in CHANGEABLE
+        return None  # nothing was saved, so any configuration may start here
+    with suppress(ConfigError):  # a run of another kind: the comparison below reports it
+        stored = fill_defaults(type(config), stored)
+    changed = {
+        name: values
+        for name, values in find_differences(stored, to_mapping(config)).items()
+        if name not in CHANGEABLE_FIELDS
     }
     for name in PATH_FIELDS:
-        if name in different and _same_path(folder, *different[name], trained_on):
-            del different[name]
-    if different:
-        listed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in different.items()]
+        if name in changed and _name_same_data(folder, *changed[name], trained_on):
+            del changed[name]
+    if changed:
+        listed = [f"{name} is {old!r} in the run and {new!r} in this command" for name, (old, new) in changed.items()]
         raise UserError(
-            f"{folder} holds a run with another configuration ({'; '.join(listed[:4])}); "
-            "expected the same; give the same values to go on with it, or choose another --output"
+            f"{folder} contains a run with another configuration ({'; '.join(listed[:4])}); "
+            "expected the same; pass the same values to resume it, or choose another --output"
         )
-    stored = run_facts(folder).get("trained_on")
-    if stored and trained_on and stored != trained_on:
-        what = (
-            "codes: of another tokenizer or other images"
+    fingerprint = read_run_metadata(folder).get("trained_on")
+    if fingerprint and trained_on and fingerprint != trained_on:
+        data = (
+            "codes (of another tokenizer or other images)"
             if kind == "prior"
-            else "images: some were added, removed or changed"
+            else "images (some were added, removed or changed)"
         )
-        raise UserError(f"{folder} holds a run on other {what}; expected the same; choose another --output")
+        raise UserError(f"{folder} contains a run on other {data}; expected the same; choose another --output")
     if config.resume != "latest":
         return None
-    done = newest_step(folder)
-    if done >= config.max_steps and finished_step(folder) == done:
-        return done
-    if done > config.max_steps:
+    steps = newest_step(folder)
+    if steps >= config.max_steps and finished_step(folder) == steps:
+        return steps
+    if steps > config.max_steps:
         raise UserError(
-            f"{folder} holds an unfinished run that has done {done} steps and --max-steps is {config.max_steps}; "
-            f"expected at least {done}, to finish it"
+            f"{folder} contains an unfinished run with {steps} steps and --max-steps is {config.max_steps}; "
+            f"expected at least {steps}; pass --max-steps {steps} or more to finish it"
         )
     return None
 
 
-def _same_path(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
-    """Whether two paths name the same images or codes: by the fingerprint, or for runs without one by where they lead.
+def _name_same_data(folder: Path, old: Any, new: Any, trained_on: str) -> bool:
+    """Return whether two paths name the same images or codes.
 
-    A run of an earlier version has none. Its codes are compared by their tokenizer's id when the checkpoint is loaded.
+    Fingerprints are compared if the run has one. Runs of earlier versions have none: then the paths are compared, and codes
+    also by the id of their tokenizer when the checkpoint is loaded.
     """
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    if stored := run_facts(folder).get("trained_on"):
-        return stored == trained_on
-    there, here = (Path(path).expanduser() for path in (old, new))
-    return there.resolve() == here.resolve() or (not there.exists() and there.name == here.name)
+    if fingerprint := read_run_metadata(folder).get("trained_on"):
+        return fingerprint == trained_on
+    old_path, new_path = (Path(path).expanduser() for path in (old, new))
+    was_moved = not old_path.exists() and old_path.name == new_path.name
+    return old_path.resolve() == new_path.resolve() or was_moved

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: the loop ends its step, saves, and goes."""
+"""SIGTERM and SIGINT as a stop request: the loop completes its step, saves and stops."""
 
 import signal
 import threading
@@ -7,41 +7,43 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):  # noqa: N818 - what was asked for; no error of the program
-    """A run that saved and stopped because it was told to."""
+class Interrupted(Exception):  # noqa: N818 - a requested stop is not an error
+    """A signal stopped the run; the run was saved."""
 
-    def __init__(self, number: int, message: str) -> None:
+    def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
-        self.number = number
+        self.signal_number = signal_number
 
 
 class StopRequest:
-    """`number` is the signal that came, 0 before one came."""
+    """`signal_number` is the received signal, or 0 if none was received."""
 
-    number = 0
+    signal_number = 0
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or SIGINT; a second one does what it did before.
+    """Record the first SIGTERM or SIGINT within the block; a second one has its previous effect.
 
-    Outside the main thread, where Python has no handlers, none is ever noted.
+    Outside the main thread no signal is recorded, because Python allows signal handlers only there.
     """
-    wish = StopRequest()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        wish.number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield wish
-    finally:
-        for number, handler in before.items():
+    def restore_handlers() -> None:
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+
+    def record_signal(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        restore_handlers()
+
+    for number in previous_handlers:
+        signal.signal(number, record_signal)
+    try:
+        yield request
+    finally:
+        restore_handlers()

@@ -127,9 +127,9 @@ def training_values(
 ) -> dict[str, object]:
     """A training configuration's values: those of the recipe, those of a YAML file over them, then `given`."""
     migration = MIGRATIONS[stage]
-    values = migration.present(recipe_values(recipe, stage)) if recipe else {}
+    values = migration.migrate(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
-        values = override_values(stage, values, migration.present(read_yaml(config)))
+        values = override_values(stage, values, migration.migrate(read_yaml(config)))
     return override_values(stage, values, given or {})
 
 

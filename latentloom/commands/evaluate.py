@@ -47,7 +47,7 @@ from stage1_tokenizer.data.image_processor import ImageProcessor, as_rgb
 from stage1_tokenizer.data.sources import ImageSource, ImageSplit, UnreadableImage, open_source
 from stage1_tokenizer.data.statistics import dataset_statistics
 from training_harness.errors import UserError
-from training_harness.files import sha256_of, write_json
+from training_harness.files import compute_sha256, write_json
 from training_harness.processes import accelerated_device, is_main_process, print_once
 
 
@@ -193,7 +193,7 @@ def measure_array_samples(a: Arguments) -> dict[str, Any]:
     with Evaluator(extractor, features_folder(), a.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         figures: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
-        figures["reference_hash"] = sha256_of(Path(a.reference))[:16]
+        figures["reference_hash"] = compute_sha256(Path(a.reference))[:16]
         if reference.images is not None:
             real = evaluator.measure(reference.images, "reference images")
             figures |= evaluator.sample_metrics(measured, real)

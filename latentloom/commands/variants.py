@@ -10,7 +10,15 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from latentloom.commands.arguments import peek
-from training_harness.configuration import draft, field_names, merged, nearest, optional_section, owners, variants
+from training_harness.configuration import (
+    build_unchecked,
+    field_names,
+    merge_mappings,
+    optional_section_type,
+    suggest_nearest,
+    variants_by_name,
+    variants_with_field,
+)
 from training_harness.errors import ConfigError
 
 Training = TypeVar("Training")
@@ -23,19 +31,23 @@ def starting_point(cls: type[Training], values: dict[str, Any], words: Sequence[
     MISSING, for the command line to fill.
     """
     values, words = _with_variants(cls, values, list(words), "")
-    return draft(cls, values, tyro.MISSING), words
+    return build_unchecked(cls, values, tyro.MISSING), words
 
 
 def _with_variants(cls: Any, values: dict[str, Any], words: list[str], where: str) -> tuple[dict[str, Any], list[str]]:
     """`values` of the dataclass `cls` with the variants and the optional sections that the words ask for."""
     for name, hint in get_type_hints(cls).items():
-        option, known, optional = f"--{where}{name}".replace("_", "-"), variants(hint), optional_section(hint)
+        option, known, optional = (
+            f"--{where}{name}".replace("_", "-"),
+            variants_by_name(hint),
+            optional_section_type(hint),
+        )
         if known:
             given = peek(words, f"{option}.name").get(f"{option}.name")
             if given is not None and given not in known:
-                raise ConfigError(f"{option}.name is {given!r}; {nearest(given, list(known))}")
+                raise ConfigError(f"{option}.name is {given!r}; {suggest_nearest(given, list(known))}")
             if given is not None:
-                values = merged(values, {name: {"name": given}}, cls)
+                values = merge_mappings(values, {name: {"name": given}}, cls)
             section = values.get(name, {})
             optional = known.get(str(section.get("name", next(iter(known))))) if isinstance(section, dict) else None
         elif optional:
@@ -69,14 +81,14 @@ def _asked_for(option: str, section: type[Any], words: list[str]) -> tuple[bool 
 def explained(training: Any, option: str) -> str | None:
     """What is known of an option that a configuration does not have: its present name, or the variants that have it."""
     path = option.removeprefix("--").replace("-", "_").split(".")
-    if new := training.migration.renamed.get(".".join(path)):
+    if new := training.migration.renamed_fields.get(".".join(path)):
         return f"it is --{new.replace('_', '-')} now"
     for depth, name in enumerate(path[:-1]):
-        known = variants(get_type_hints(type(training)).get(name))
+        known = variants_by_name(get_type_hints(type(training)).get(name))
         training, field = getattr(training, name, None), path[depth + 1]
         if training is None:
             return None
-        others = owners(known, field)
+        others = variants_with_field(known, field)
         if others and training.name not in others:
             where = ".".join(path[: depth + 1]).replace("_", "-")
             return f"it belongs to another variant; give --{where}.name {' or '.join(others)}"

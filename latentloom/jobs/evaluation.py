@@ -16,7 +16,7 @@ from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_grids import image_grid
 from stage1_tokenizer.data.image_processor import ImageProcessor
 from training_harness.processes import accelerated_device, print_once
-from training_harness.provenance import machine, versions
+from training_harness.provenance import describe_machine, library_versions
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
 
@@ -71,8 +71,8 @@ def collect_evaluation_settings(
         "image_resize": "Lanczos after a centre crop; images of the size are not resampled",
         "seed": seed,
         "weights": "averaged (EMA), as the training run saved them",
-        "versions": versions(),
-        "machine": machine(),
+        "versions": library_versions(),
+        "machine": describe_machine(),
     }
     if pipeline is not None:
         settings |= {

@@ -54,7 +54,7 @@ from training_harness.processes import (
     wait_for_everyone,
 )
 from training_harness.run_config import RunConfig
-from training_harness.run_folder import check_folder
+from training_harness.run_folder import check_run_folder
 
 # Shares of --minutes. The rest is for reading, tokenizing, sampling and evaluating.
 TOKENIZER_SHARE, PRIOR_SHARE = 0.42, 0.42
@@ -175,8 +175,8 @@ def load_finished_metrics(
         prior = replace(prior, max_steps=stored_steps(prior) or prior.max_steps)
     manifest = find_manifest(prior.codes)
     finished_steps = {
-        "tokenizer": check_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),
-        "prior": check_folder(prior, "prior", codes_fingerprint(manifest) if manifest else ""),
+        "tokenizer": check_run_folder(tokenizer, "tokenizer", inputs.source.train.fingerprint()),
+        "prior": check_run_folder(prior, "prior", codes_fingerprint(manifest) if manifest else ""),
     }
     path = output / "metrics.json"
     if not path.exists() or not (output / "pipeline" / INDEX).exists():

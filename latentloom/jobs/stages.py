@@ -47,8 +47,8 @@ from training_harness.processes import (
     wait_for_everyone,
 )
 from training_harness.run_config import RunConfig
-from training_harness.run_facts import mark_finished
-from training_harness.run_folder import check_folder, stored_configuration
+from training_harness.run_folder import check_run_folder, stored_configuration
+from training_harness.run_metadata import mark_finished
 
 Training = TypeVar("Training", bound=RunConfig)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
@@ -99,7 +99,7 @@ def run_tokenizer(inputs: TokenizerInputs, minutes: float | None = None) -> Path
     folder = config.output / "model"
     samples_without_prior = config.model.samples_without_prior
     with output_lock(config.output):
-        finished_steps = check_folder(config, "tokenizer", inputs.source.train.fingerprint())
+        finished_steps = check_run_folder(config, "tokenizer", inputs.source.train.fingerprint())
         if finished_steps is not None and (not samples_without_prior or (config.output / "pipeline" / INDEX).exists()):
             print_once(f"{config.output} has finished its {finished_steps} steps; pass a larger --max-steps to go on")
             return folder
@@ -182,7 +182,7 @@ def run_prior(config: PriorTraining, minutes: float | None = None) -> Path:
         config = limit_steps(config, minutes, build_step)
     folder = config.output / "pipeline"
     with output_lock(config.output):
-        finished_steps = check_folder(config, "prior", codes.fingerprint)
+        finished_steps = check_run_folder(config, "prior", codes.fingerprint)
         if finished_steps is not None and (folder / INDEX).exists():
             print_once(f"{config.output} has finished its {finished_steps} steps; pass a larger --max-steps to go on")
             return folder

@@ -110,7 +110,7 @@ def time_tokenizer_step(config: TokenizerTraining, model_config: TokenizerConfig
         discriminator = PatchDiscriminator(model_config.image_channels, adversarial.channels, adversarial.layers)
     model.train()
     if config.gradient_checkpointing:
-        model.recompute_blocks()
+        model.enable_gradient_checkpointing()
 
     if config.compile and adversarial.weight > 0:
         prepare_for_compile(discriminator, adversarial)
@@ -156,7 +156,7 @@ def time_prior_step(config: PriorTraining, spec: LatentSpec, num_classes: int) -
     with device:
         prior = config.new_prior(spec, num_classes).train()
     if config.gradient_checkpointing:
-        prior.recompute_blocks()
+        prior.enable_gradient_checkpointing()
 
     step_numbers = itertools.count()
 

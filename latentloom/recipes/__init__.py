@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from training_harness.configuration import merged, nearest, read_yaml
+from training_harness.configuration import merge_mappings, read_yaml, suggest_nearest
 from training_harness.errors import ConfigError
 
 PRIOR_PREFIXES = ("ar-", "diffusion-")
@@ -35,7 +35,7 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
                 f"{name} is a recipe of the {other_stage}; expected one of the {stage}: {', '.join(names)}. latentloom train "
                 f"takes it as {option}, latentloom train-{other_stage} takes it as --recipe"
             )
-        raise ConfigError(f"no {stage} recipe '{name}'; {nearest(name, names)}")
+        raise ConfigError(f"no {stage} recipe '{name}'; {suggest_nearest(name, names)}")
     values = read_yaml(Path(str(files(__name__) / f"{name}.yaml")))
     base = values.pop("base", None)
     return values if base is None else override_values(stage, recipe_values(base, stage), values)
@@ -43,7 +43,7 @@ def recipe_values(name: str, stage: str) -> dict[str, Any]:
 
 def override_values(stage: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration `base` of a stage with new values of some fields; see `merged`."""
-    return merged(base, values, training_type(stage, {**base, **values}))
+    return merge_mappings(base, values, training_type(stage, {**base, **values}))
 
 
 def training_type(stage: str, values: Mapping[str, Any]) -> Any:

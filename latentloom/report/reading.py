@@ -168,7 +168,7 @@ def read_run(folder: Path) -> RunRecord:
     rows = read_rows(folder / "metrics.jsonl")
     columns = {name for row in rows for name in row}
     stage: Stage = "prior" if "codes" in configuration or columns & {"nats_per_token", "squared_error"} else "tokenizer"
-    configuration = MIGRATIONS[stage].present(configuration)
+    configuration = MIGRATIONS[stage].migrate(configuration)
     skipped_rows = [row for path in sorted(folder.glob("skipped_steps.*.jsonl")) for row in read_rows(path)]
     grid_paths = {
         int(match[1]): path
@@ -247,7 +247,7 @@ def find_codebook_size(folder: Path, stage: Stage, configuration: dict[str, Any]
     """
     saved = read_json(folder / "model" / "config.json")
     if stage == "tokenizer":
-        saved = MODEL.present(saved)
+        saved = MODEL.migrate(saved)
     sections = (configuration.get("model"), saved, saved.get("model"))
     sizes = [section.get("codebook_size") for section in sections if isinstance(section, dict)]
     size = next(filter(None, sizes), None)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from latentloom.search.space import Space, Training
-from training_harness.configuration import stored
+from training_harness.configuration import to_stored_mapping
 from training_harness.files import atomic_file, write_text
 
 MAX_TABLE_ROWS = 5
@@ -118,6 +118,6 @@ def write_trials(path: Path, results: Sequence[TrialResult], metric: Metric, spa
 
 def write_recipe(path: Path, config: Training, header: Sequence[str]) -> None:
     """Write `config` without its input and output paths as a YAML recipe, below the lines of `header` as comments."""
-    values = {name: value for name, value in stored(config).items() if name not in RUN_PATHS}
+    values = {name: value for name, value in to_stored_mapping(config).items() if name not in RUN_PATHS}
     comment = "".join(f"# {line}\n" for line in header)
     write_text(path, comment + yaml.safe_dump(values, sort_keys=False))

@@ -19,7 +19,7 @@ import yaml
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANModel
 from stage2_prior.training_config import PriorTraining
-from training_harness.configuration import flat, from_mapping, merged, nearest, to_mapping
+from training_harness.configuration import flatten, from_mapping, merge_mappings, suggest_nearest, to_mapping
 from training_harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def expression_error(expression: str) -> ConfigError:
 def check_field(field: str, base: Training) -> None:
     """Raise ConfigError when `field` is not a setting of `base` that can be searched."""
     names = [
-        name for name in flat(to_mapping(base)) if name not in FIXED_FIELDS and not name.startswith(SAMPLING_PREFIX)
+        name for name in flatten(to_mapping(base)) if name not in FIXED_FIELDS and not name.startswith(SAMPLING_PREFIX)
     ]
     is_sampling_field = field.startswith(SAMPLING_PREFIX)
     reason = "does not change the validation metric" if is_sampling_field else FIXED_FIELDS.get(field)
@@ -160,10 +160,10 @@ def check_field(field: str, base: Training) -> None:
         raise ConfigError(
             f"--search has {field}, which {reason}; expected a setting of the training, such as optimizer.learning_rate"
         )
-    if field not in names and (new_name := base.migration.renamed.get(field)):
+    if field not in names and (new_name := base.migration.renamed_fields.get(field)):
         raise ConfigError(f"--search has {field}, which has a new name; expected {new_name}")
     if field not in names:
-        raise ConfigError(f"--search has the unknown field '{field}'; {nearest(field, names)}")
+        raise ConfigError(f"--search has the unknown field '{field}'; {suggest_nearest(field, names)}")
 
 
 def validate_value(expression: str, field: str, value: Any, base: Training) -> Any:
@@ -184,7 +184,7 @@ def replace_values(base: Training, values: Mapping[str, Any]) -> Any:
     for field, value in values.items():
         for name in reversed(field.split(".")):
             value = {name: value}
-        mapping = merged(mapping, value, type(base))
+        mapping = merge_mappings(mapping, value, type(base))
     return from_mapping(type(base), mapping)
 
 

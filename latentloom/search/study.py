@@ -18,7 +18,7 @@ import yaml
 
 from latentloom.search.results import Metric, TrialResult
 from latentloom.search.space import Space, Training, base_optuna_values, replace_values
-from training_harness.configuration import differences, read_yaml, to_mapping, with_defaults
+from training_harness.configuration import fill_defaults, find_differences, read_yaml, to_mapping
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import holds_files, write_text
 
@@ -97,7 +97,7 @@ def is_resumable(plan: SearchPlan) -> bool:
                 f"{plan.folder} is not empty and holds no search; expected a new or empty folder; choose another --output"
             )
         return False
-    changes = differences(read_stored_request(plan), plan.request)
+    changes = find_differences(read_stored_request(plan), plan.request)
     descriptions = [f"{name} was {stored!r}, now {requested!r}" for name, (stored, requested) in changes.items()]
     if descriptions:
         raise UserError(
@@ -110,14 +110,14 @@ def is_resumable(plan: SearchPlan) -> bool:
 def read_stored_request(plan: SearchPlan) -> dict[str, Any]:
     """Read the request of the search in the folder, in the present format and with defaults for newer fields."""
     migration = plan.base.migration
-    fields = migration.present(read_yaml(plan.folder / "search.yaml"))
+    fields = migration.migrate(read_yaml(plan.folder / "search.yaml"))
     search_fields = {name: fields.pop(name, None) for name in ("trial_steps", "trained_on", "search")}
     if isinstance(search_fields["search"], dict):
         search_fields["search"] = {
-            migration.renamed.get(field, field): spec for field, spec in search_fields["search"].items()
+            migration.renamed_fields.get(field, field): spec for field, spec in search_fields["search"].items()
         }
     with suppress(ConfigError):  # the search of another kind of prior: it differs from the plan
-        fields = with_defaults(type(plan.base), fields)
+        fields = fill_defaults(type(plan.base), fields)
         del fields["output"]
     return search_fields | fields
 
@@ -125,7 +125,7 @@ def read_stored_request(plan: SearchPlan) -> dict[str, Any]:
 def write_request(plan: SearchPlan) -> None:
     """Write `search.yaml`."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    request = plan.base.migration.numbered(plan.request)
+    request = plan.base.migration.add_format_number(plan.request)
     write_text(plan.folder / "search.yaml", yaml.safe_dump(request, sort_keys=False))
 
 
@@ -186,7 +186,7 @@ def read_results(study: "optuna.Study", plan: SearchPlan) -> list[TrialResult]:
 def map_journal_names(plan: SearchPlan, study: "optuna.Study") -> dict[str, str]:
     """Map each searched field to its name in the journal, which is an earlier one in a search of an earlier version."""
     stored_names = {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
-    earlier_names = {new: old for old, new in plan.base.migration.renamed.items() if old in stored_names}
+    earlier_names = {new: old for old, new in plan.base.migration.renamed_fields.items() if old in stored_names}
     return {parameter.field: earlier_names.get(parameter.field, parameter.field) for parameter in plan.space}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training_harness.errors import UserError
-from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, stored_config
+from training_harness.pretrained import StrictConfig, StrictModel, parameter_device, strict_config
 
 
 class ClassifierOutput(NamedTuple):
@@ -24,7 +24,7 @@ class ClassifierOutput(NamedTuple):
     features: Tensor  # (N, F) float32, ≥ 0; F is the last width
 
 
-@stored_config
+@strict_config
 class ReferenceClassifierConfig(StrictConfig):
     """Sizes of the training images and channels of each stage; `id2label` holds the names of the classes.
 

@@ -23,7 +23,7 @@ from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.migration import CODE_CACHE
-from training_harness.configuration import with_defaults
+from training_harness.configuration import fill_defaults
 from training_harness.errors import ConfigError, UserError
 from training_harness.files import write_json
 
@@ -92,9 +92,9 @@ class CodeRequest:
         del expected["format"], expected["source"]
         if manifest.get("format") == 1:
             expected["fingerprint"] = self.legacy_fingerprint
-        stored = CODE_CACHE.present(manifest)
+        stored = CODE_CACHE.migrate(manifest)
         with suppress(ConfigError):  # an unknown spec stays as it is, and differs
-            stored["spec"] = with_defaults(type(self.spec), stored["spec"])
+            stored["spec"] = fill_defaults(type(self.spec), stored["spec"])
         return [name for name, value in expected.items() if stored.get(name) != value]
 
 

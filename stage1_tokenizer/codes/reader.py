@@ -14,7 +14,7 @@ from stage1_tokenizer.data.degradation import Degradation
 from stage1_tokenizer.latent_spec import LatentSpec
 from stage1_tokenizer.registry import saved_tokenizer
 from training_harness.errors import UserError
-from training_harness.files import sha256_of
+from training_harness.files import compute_sha256
 
 
 class CodeSplit:
@@ -156,7 +156,7 @@ class CodeCache:
         """
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
-                digest = sha256_of(self.path / shard["file"])
+                digest = compute_sha256(self.path / shard["file"])
                 if digest != shard["sha256"]:
                     raise UserError(
                         f"{self.path / shard['file']} has sha256 {digest[:12]}…; expected {shard['sha256'][:12]}…; "

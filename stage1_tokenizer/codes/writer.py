@@ -24,7 +24,7 @@ from stage1_tokenizer.data.image_loader import ImageLoader, LoadedSource, infere
 from stage1_tokenizer.data.sources import ImageSource
 from stage1_tokenizer.tokenizer import Tokenizer
 from training_harness.errors import UserError
-from training_harness.files import files_into, holds_files, sha256_of
+from training_harness.files import compute_sha256, holds_files, update_folder
 from training_harness.progress import progress_bar
 
 SHARD_IMAGES = 100_000  # rows of one shard, approximately
@@ -80,7 +80,7 @@ def write_code_cache(
         return output
     if holds_files(output):
         raise UserError(f"{output} is not empty and holds no code cache; choose another --output")
-    with files_into(output, last=MANIFEST_FILE) as folder:
+    with update_folder(output, last=MANIFEST_FILE) as folder:
         shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
         splits, skipped = {}, []
         images = images or LoadedSource(source, tokenizer.config.image_processor)
@@ -163,5 +163,5 @@ def _write_shard(path: Path, columns: dict[str, np.ndarray]) -> dict[str, Any]:
     batch = pa.RecordBatch.from_pydict(arrays)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
-    size, digest = path.stat().st_size, sha256_of(path)
+    size, digest = path.stat().st_size, compute_sha256(path)
     return {"file": path.name, "rows": batch.num_rows, "bytes": size, "sha256": digest}

@@ -110,12 +110,12 @@ class ImageLoader:
     def random_batches(self, order: BatchOrder, first: int) -> Iterator[Tensor]:
         """Yield the batches of `order` from number `first` without end; threads decode the next ones in advance."""
         if self._images is not None:
-            yield from (self[order.batch(number)] for number in count(first))
+            yield from (self[order.batch_indices(number)] for number in count(first))
         with ThreadPoolExecutor(max_workers=2) as pool:
-            queue = deque(pool.submit(self.__getitem__, order.batch(first + i)) for i in range(3))
+            queue = deque(pool.submit(self.__getitem__, order.batch_indices(first + i)) for i in range(3))
             for number in count(first + 3):
                 yield queue.popleft().result()
-                queue.append(pool.submit(self.__getitem__, order.batch(number)))
+                queue.append(pool.submit(self.__getitem__, order.batch_indices(number)))
 
     def _read_all(self, positions: range, describe: str | None) -> Iterator[Tensor | None]:
         disable = None if describe and len(positions) > 2000 else True

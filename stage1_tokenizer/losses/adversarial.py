@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.quantizers.protocol import all_reduce_mean
 from training_harness.errors import ConfigError
-from training_harness.optimization import steps_of
-from training_harness.precision import widened
+from training_harness.optimization import resolve_steps
+from training_harness.precision import upcast
 
 LECAM_DECAY = 0.99
 MINIMUM_VALUES = {"weight": 0, "learning_rate": 0, "channels": 1, "layers": 1, "lecam": 0, "r1": 0}
@@ -69,14 +69,14 @@ class AdversarialConfig:
 
     def trains_discriminator(self, step: int, max_steps: int) -> bool:
         """Whether the discriminator is trained at `step`, in [1, max_steps]."""
-        return self.weight > 0 and step > steps_of(self.start, max_steps)
+        return self.weight > 0 and step > resolve_steps(self.start, max_steps)
 
     def ramp_factor(self, step: int, max_steps: int) -> float:
         """Compute r(s), the factor in [0, 1] of the generator's loss at `step`."""
         if self.weight == 0:
             return 0.0
-        first_step = steps_of(self.start, max_steps) + steps_of(self.warmup, max_steps)
-        return min(1.0, max(0.0, (step - first_step) / max(1, steps_of(self.ramp, max_steps))))
+        first_step = resolve_steps(self.start, max_steps) + resolve_steps(self.warmup, max_steps)
+        return min(1.0, max(0.0, (step - first_step) / max(1, resolve_steps(self.ramp, max_steps))))
 
 
 def prepare_for_compile(discriminator: nn.Module, config: AdversarialConfig) -> None:
@@ -92,7 +92,7 @@ def prepare_for_compile(discriminator: nn.Module, config: AdversarialConfig) -> 
 
 def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
     """Compute the generator's loss G of the module's header."""
-    logits = widened(fake_logits)
+    logits = upcast(fake_logits)
     if kind == "hinge":
         return -logits.mean()
     return F.softplus(-logits).mean() if kind == "non_saturating" else -F.softplus(logits).mean()
@@ -100,7 +100,7 @@ def generator_loss(kind: str, fake_logits: Tensor) -> Tensor:
 
 def discriminator_loss(kind: str, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Compute the discriminator's loss D of the module's header, without regularization."""
-    real, fake = widened(real_logits), widened(fake_logits)
+    real, fake = upcast(real_logits), upcast(fake_logits)
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
@@ -114,7 +114,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
         images: the whole batch (B, C, H, W), with gradients enabled.
     """
     (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
-    return 0.5 * widened(gradient[: len(real_logits)]).square().flatten(1).sum(1).mean()
+    return 0.5 * upcast(gradient[: len(real_logits)]).square().flatten(1).sum(1).mean()
 
 
 class LeCAM:
@@ -125,7 +125,7 @@ class LeCAM:
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Update the moving averages, and penalize the distance of logits to the average of the other class."""
-        real, fake = widened(real_logits), widened(fake_logits)
+        real, fake = upcast(real_logits), upcast(fake_logits)
         means = all_reduce_mean(torch.stack([real.detach().mean(), fake.detach().mean()])).tolist()
         if all(map(math.isfinite, means)):  # a bad batch would spoil the averages for good
             self.real += (1 - LECAM_DECAY) * (means[0] - self.real)
@@ -146,5 +146,5 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
-    weight = widened(reconstruction_gradient).norm() / (widened(adversarial_gradient).norm() + 1e-4)
+    weight = upcast(reconstruction_gradient).norm() / (upcast(adversarial_gradient).norm() + 1e-4)
     return all_reduce_mean(weight.clamp(0, 1e4).detach())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 CHARBONNIER_EPSILON = 1e-3  # for pixels in [-1, 1]; an eighth of an 8-bit level
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
@@ -61,12 +61,12 @@ def reconstruction_terms(
     Args:     reconstruction, pixel_values (B, C, H, W) in [-1, 1].
     Returns:  `l1` and `l2` always, because they are logged; `charbonnier` and `perceptual` when they are in use.
     """
-    reconstruction, pixel_values = widened(reconstruction), widened(pixel_values)
+    reconstruction, pixel_values = upcast(reconstruction), upcast(pixel_values)
     terms = {"l1": F.l1_loss(reconstruction, pixel_values), "l2": F.mse_loss(reconstruction, pixel_values)}
     if weights.charbonnier > 0:
         terms["charbonnier"] = ((reconstruction - pixel_values).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
     if perceptual is not None:
-        terms["perceptual"] = widened(perceptual(reconstruction, pixel_values))
+        terms["perceptual"] = upcast(perceptual(reconstruction, pixel_values))
     return terms
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from training_harness.matmul_precision import convolution_in_bf16
+from training_harness.matmul_precision import uses_bf16_convolution
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -69,7 +69,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not convolution_in_bf16(x.device):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not uses_bf16_convolution(x.device):
             kernel = (
                 F.avg_pool2d(F.pad(self.conv.weight.flip(-2, -1), (1, 1, 1, 1)), 2, stride=1) * 4
             )  # (out, in, 4, 4)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.networks.blocks import AttentionBlock, Downsample, Upsample
 from training_harness.errors import UserError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 class Span(NamedTuple):
@@ -81,7 +81,7 @@ class GlobalNorm(nn.Module):
         weight, bias = (parameter.view(self.norm.num_groups, -1) for parameter in (self.norm.weight, self.norm.bias))
         counts, moments = [], []
         for core in cores:
-            groups = widened(core).unflatten(1, weight.shape).flatten(2)  # (B, groups, n)
+            groups = upcast(core).unflatten(1, weight.shape).flatten(2)  # (B, groups, n)
             counts.append(groups.shape[2])
             moments.append(torch.stack(torch.var_mean(groups, dim=2, correction=0)))
         shares = (torch.tensor(counts, dtype=torch.float64) / sum(counts)).view(-1, 1, 1)
@@ -97,7 +97,7 @@ class GlobalNorm(nn.Module):
         if self.affine is None:
             raise MissingStatistics(self, x)
         scale, shift = self.affine
-        return torch.addcmul(shift, widened(x), scale).to(torch.promote_types(x.dtype, self.norm.weight.dtype))
+        return torch.addcmul(shift, upcast(x), scale).to(torch.promote_types(x.dtype, self.norm.weight.dtype))
 
 
 class MissingStatistics(BaseException):  # not an Exception, so that no handler for `Exception` catches it

@@ -28,7 +28,7 @@ from stage1_tokenizer.quantizers.protocol import (
     as_vectors,
 )
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 def binary_entropy(logits: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class LFQ(Quantizer):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = self._project(widened(as_vectors(latents)))
+            vectors = self._project(upcast(as_vectors(latents)))
             codes = torch.where(vectors.detach() > 0, self._magnitude, -self._magnitude)
             logits = self.logit_scale * vectors / self.config.entropy_temperature
             entropy = binary_entropy(logits).sum(1).mean() - self._batch_entropy(logits.sigmoid())

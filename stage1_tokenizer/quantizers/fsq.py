@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 EPSILON = 1e-3  # ε: makes the outermost values reachable
 
@@ -56,13 +56,13 @@ class FSQ(Quantizer):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
-            bounded = self._bound(widened(latents))
+            bounded = self._bound(upcast(latents))
             values = bounded + (bounded.round() - bounded).detach()
             quantized = (values / self._half_levels).to(latents.dtype)
         return QuantizerOutput(quantized, self._values_to_indices(values.detach()), {})
 
     def quantize(self, latents: Tensor) -> Tensor:
-        return self._values_to_indices(self._bound(widened(latents)).round())
+        return self._values_to_indices(self._bound(upcast(latents)).round())
 
     def lookup(self, indices: Tensor) -> Tensor:
         digits = indices.unsqueeze(1) // self._per_channel(self.strides) % self._per_channel(self.levels)

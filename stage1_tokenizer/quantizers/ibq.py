@@ -27,7 +27,7 @@ from stage1_tokenizer.quantizers.protocol import (
     as_vectors,
 )
 from stage1_tokenizer.quantizers.vector_quantizer import CHUNK_ELEMENTS, chunked_argmin
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 def most_similar_code(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class IBQ(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = widened(as_vectors(latents))
+            vectors = upcast(as_vectors(latents))
             indices = most_similar_code(vectors.detach(), self.codebook.detach())
             quantized = soft_lookup(vectors, self.codebook, indices, self.config.entropy_temperature)
             codes = self.codebook[indices]
@@ -91,7 +91,7 @@ class IBQ(Quantizer):
 
     def quantize(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
-        return most_similar_code(widened(as_vectors(latents)), self.codebook).view(batch, height, width)
+        return most_similar_code(upcast(as_vectors(latents)), self.codebook).view(batch, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook).movedim(-1, 1)

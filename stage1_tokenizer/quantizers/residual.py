@@ -17,7 +17,7 @@ from stage1_tokenizer.quantizers.ema_quantizer import EMAVectorQuantizer, EMAVec
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput, as_maps, as_vectors
 from stage1_tokenizer.quantizers.vector_quantizer import CodebookConfig, rotate_gradient
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ResidualQuantizer(Quantizer):
         return cast("Iterator[EMAVectorQuantizer]", iter(self.levels))
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        residual, total, indices, commitments = widened(latents), torch.zeros_like(widened(latents)), [], []
+        residual, total, indices, commitments = upcast(latents), torch.zeros_like(upcast(latents)), [], []
         for level in self._levels:
             output = level(residual)
             codes = output.quantized.detach()
@@ -61,14 +61,14 @@ class ResidualQuantizer(Quantizer):
             indices.append(output.indices)
             commitments.append(output.losses["commitment"])
         if self.config.gradient == "rotation":
-            quantized = as_maps(rotate_gradient(as_vectors(widened(latents)), as_vectors(total)), latents)
+            quantized = as_maps(rotate_gradient(as_vectors(upcast(latents)), as_vectors(total)), latents)
         else:
             quantized = latents + (total - latents).detach().to(latents.dtype)
         return QuantizerOutput(quantized, torch.stack(indices, 1), {"commitment": torch.stack(commitments).mean()})
 
     def quantize(self, latents: Tensor) -> Tensor:
         """Return the indices (B, depth, h, w) of latents (B, c, h, w)."""
-        residual, indices = widened(latents), []
+        residual, indices = upcast(latents), []
         for level in self._levels:
             indices.append(level.quantize(residual))
             residual = residual - level.lookup(indices[-1])

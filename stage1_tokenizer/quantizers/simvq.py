@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerConfig, QuantizerOutput, as_maps, as_vectors
 from stage1_tokenizer.quantizers.vector_quantizer import nearest_code
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SimVQ(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors, codebook = widened(as_vectors(latents)), self.codebook
+            vectors, codebook = upcast(as_vectors(latents)), self.codebook
             indices = nearest_code(vectors.detach(), codebook.detach())
             codes = F.embedding(indices, codebook)
             losses = {

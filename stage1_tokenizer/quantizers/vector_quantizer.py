@@ -34,7 +34,7 @@ from stage1_tokenizer.quantizers.protocol import (
 )
 from training_harness.errors import ConfigError
 from training_harness.matmul_precision import full_matmul_precision
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 CHUNK_ELEMENTS = 1 << 21  # size of the distance table of one chunk: 8 MiB of float32
 
@@ -45,7 +45,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     Args:     vectors (N, D), codebook (K, D).
     Returns:  (N,) int64 in [0, K).
     """
-    return chunked_argmin(vectors, codebook, widened(codebook).square().sum(1))  # ‖z − e‖² without its constant ‖z‖²
+    return chunked_argmin(vectors, codebook, upcast(codebook).square().sum(1))  # ‖z − e‖² without its constant ‖z‖²
 
 
 @torch.compiler.disable  # it writes in place and changes settings that the compiler does not see
@@ -58,7 +58,7 @@ def chunked_argmin(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor
     """
     device = vectors.device
     with torch.autocast(device.type, enabled=False), full_matmul_precision(device):
-        vectors, codebook = widened(vectors), widened(codebook)
+        vectors, codebook = upcast(vectors), upcast(codebook)
         chunk_rows = max(1, CHUNK_ELEMENTS // len(codebook))
         table = vectors.new_empty(min(chunk_rows, len(vectors)), len(codebook))
         minima, indices = vectors.new_empty(len(vectors)), torch.empty(len(vectors), dtype=torch.int64, device=device)
@@ -134,7 +134,7 @@ class VectorQuantizer(Quantizer):
         """Quantize latents (B, c, h, w); in training mode also update the usage and restart dead entries."""
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = self._project(widened(as_vectors(latents)))  # (N, c)
+            vectors = self._project(upcast(as_vectors(latents)))  # (N, c)
             update = self.training and all_finite(vectors)  # a bad batch would spoil the moving averages for good
             if update:
                 self._restart_dead_entries(vectors.detach())
@@ -155,7 +155,7 @@ class VectorQuantizer(Quantizer):
 
     def quantize(self, latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
-        vectors = self._project(widened(as_vectors(latents)))
+        vectors = self._project(upcast(as_vectors(latents)))
         return nearest_code(vectors, self._project(self.codebook)).view(batch, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:

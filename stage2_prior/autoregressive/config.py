@@ -7,7 +7,7 @@ from stage2_prior.checks import check_share, check_sizes
 from stage2_prior.migration import AUTOREGRESSIVE_MODEL
 from training_harness.errors import ConfigError
 from training_harness.migration import Migration
-from training_harness.pretrained import StrictConfig, stored_config
+from training_harness.pretrained import StrictConfig, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class AutoregressiveModel:
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
 
-@stored_config
+@strict_config
 class AutoregressivePriorConfig(StrictConfig):
     """Fields of config.json."""
 

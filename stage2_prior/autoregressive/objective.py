@@ -12,7 +12,7 @@ from stage2_prior.autoregressive.orders import random_orders
 from stage2_prior.conditioning.classes import drop_classes
 from stage2_prior.training_config import AutoregressiveTraining
 from training_harness.errors import UserError
-from training_harness.processes import mean_over_processes, share_of
+from training_harness.processes import mean_over_processes, process_indices
 
 VALIDATION_BATCH = 250
 
@@ -58,7 +58,7 @@ class AutoregressiveObjective:
 @torch.no_grad()
 def validation_loss(prior: AutoregressivePrior, split: CodeSplit, limit: int) -> float:
     """Compute the loss, in nats per token, on the first `limit` images of a split; each process takes its share."""
-    all_rows, total = np.array(share_of(min(limit, len(split)))), 0.0
+    all_rows, total = np.array(process_indices(min(limit, len(split)))), 0.0
     for start in range(0, len(all_rows), VALIDATION_BATCH):
         rows = all_rows[start : start + VALIDATION_BATCH]
         loss = prior(split.indices(rows).to(prior.device), split.labels(rows).to(prior.device))

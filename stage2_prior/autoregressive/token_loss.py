@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 LOGITS_PER_CHUNK = {"cpu": 2**20}  # on a CPU, the logits of a chunk stay in its cache
 DEFAULT_LOGITS_PER_CHUNK = 2**26
@@ -38,11 +38,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         needs_grad, count = any(ctx.needs_input_grad), len(targets)
-        total = widened(hidden.new_zeros(()))
-        hidden_grads, weight_grad = [], torch.zeros_like(widened(weight)) if needs_grad else None
+        total = upcast(hidden.new_zeros(()))
+        hidden_grads, weight_grad = [], torch.zeros_like(upcast(weight)) if needs_grad else None
         for part, codes in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(part, weight)
-            log_probabilities = widened(logits).log_softmax(1)  # (chunk, K)
+            log_probabilities = upcast(logits).log_softmax(1)  # (chunk, K)
             total -= log_probabilities.gather(1, codes[:, None]).sum()
             if weight_grad is not None:
                 gradient = log_probabilities.exp_().scatter_add_(1, codes[:, None], -total.new_ones(len(codes), 1))

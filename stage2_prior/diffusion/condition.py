@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stage2_prior.conditioning.classes import ClassEmbedding
 from stage2_prior.diffusion.config import DiffusionPriorConfig
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 NUM_WAVES = 256
 SCALE, MEAN_FLOW_SCALE = 1000.0, 16.0
@@ -64,6 +64,6 @@ class NumberEmbedding(nn.Module):
     def forward(self, numbers: Tensor) -> Tensor:
         half = NUM_WAVES // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=numbers.device) / half)
-        angles = self.scale * widened(numbers)[:, None] * frequencies
+        angles = self.scale * upcast(numbers)[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))

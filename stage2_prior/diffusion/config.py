@@ -12,7 +12,7 @@ from stage2_prior.diffusion.schedule import NUM_LEVELS, Schedule
 from stage2_prior.migration import DIFFUSION_MODEL
 from training_harness.errors import ConfigError, UserError
 from training_harness.migration import Migration
-from training_harness.pretrained import StrictConfig, stored_config
+from training_harness.pretrained import StrictConfig, strict_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ DiffusionModel = DiTModel | UNetModel
 """A section without a name is a DiTModel."""
 
 
-@stored_config
+@strict_config
 class DiffusionPriorConfig(StrictConfig):
     """Fields of config.json."""
 

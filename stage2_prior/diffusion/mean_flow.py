@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from stage2_prior.conditioning.classes import apply_guidance, has_class
 from training_harness.errors import ConfigError
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +86,16 @@ def mean_flow_errors(
         (B, c, h, w) in float32 or wider.
     """
     guidance = torch.where(has_class(classes, null_class), guidance, 1.0)
-    predicted = widened(network(noisy, times, classes, ends, guidance))
+    predicted = upcast(network(noisy, times, classes, ends, guidance))
     with torch.no_grad():
-        target = widened(velocity).clone()
+        target = upcast(velocity).clone()
         if len(rows := (guidance > 1).nonzero()[:, 0]):
             null, row_times = torch.full_like(classes[rows], null_class), times[rows]
-            null_prediction = widened(network(noisy[rows], row_times, null, row_times, torch.ones_like(row_times)))
+            null_prediction = upcast(network(noisy[rows], row_times, null, row_times, torch.ones_like(row_times)))
             target[rows] = apply_guidance(target[rows], null_prediction, guidance[rows].view(-1, 1, 1, 1))
         if len(rows := (ends < times).nonzero()[:, 0]):
             derivative = total_derivative(network, noisy[rows], times[rows], classes[rows], ends[rows], guidance[rows])
-            target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * widened(derivative)
+            target[rows] -= (times - ends)[rows].view(-1, 1, 1, 1) * upcast(derivative)
     return predicted - target
 
 

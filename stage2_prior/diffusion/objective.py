@@ -11,7 +11,7 @@ from stage2_prior.diffusion.model import DiffusionPrior
 from stage2_prior.diffusion.schedule import NoiseSchedule
 from stage2_prior.training_config import DiffusionTraining
 from training_harness.errors import UserError
-from training_harness.processes import mean_over_processes, share_of
+from training_harness.processes import mean_over_processes, process_indices
 
 VALIDATION_BATCH = 250
 BANDS = 5  # intervals of time with a validation error each
@@ -72,7 +72,7 @@ class DiffusionObjective:
         shape = (limit, self.prior_config.channels, self.prior_config.height, self.prior_config.width)
         noise, ranks = torch.randn(shape, generator=generator), torch.randperm(limit, generator=generator)
         times = self.schedule.training_times((ranks + 0.5) / limit)
-        process_rows, totals, counts = torch.tensor(share_of(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
+        process_rows, totals, counts = torch.tensor(process_indices(limit)), torch.zeros(BANDS), torch.zeros(BANDS)
         for rows in process_rows.split(VALIDATION_BATCH):
             batch = split.latents(rows.numpy()), split.labels(rows.numpy()), times[rows], noise[rows]
             latents, labels, batch_times, batch_noise = (x.to(prior.device) for x in batch)

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from training_harness.matmul_precision import matmul_in_bf16
+from training_harness.matmul_precision import uses_bf16_matmul
 
 MAX_PLAIN_TOKENS, MAX_PLAIN_TOKENS_BF16 = 64, 256  # plain matmuls are faster up to this number of tokens
 
 
 def prefers_plain_attention(tokens: int, device: torch.device) -> bool:
     """Return whether `plain_attention` is faster than torch's fused kernel."""
-    max_tokens = MAX_PLAIN_TOKENS_BF16 if matmul_in_bf16(device) else MAX_PLAIN_TOKENS
+    max_tokens = MAX_PLAIN_TOKENS_BF16 if uses_bf16_matmul(device) else MAX_PLAIN_TOKENS
     return tokens <= max_tokens and device.type == "cpu" and torch.is_grad_enabled()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_harness.precision import widened
+from training_harness.precision import upcast
 
 
 class RMSNorm(nn.RMSNorm):
@@ -27,7 +27,7 @@ class RMSNorm(nn.RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = widened(x)
+        wide = upcast(x)
         scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         normalized = wide * scale
         ctx.save_for_backward(normalized, scale, weight)

@@ -9,7 +9,7 @@ import pytest
 import quantizers
 import tokenizer_step
 import torch
-from command_line import in_new_process
+from command_line import run_python
 from quantizers import AVERAGES, CONTENDERS, GRADIENT, JOBS, OURS
 from tiny_models import seeded
 from tokenizer_step import FULL, NETWORKS, PEER, PLAIN
@@ -100,7 +100,7 @@ print(measure_growth_mib(lambda: [torch.ones(16 << 20) for _ in range(2)]))
 
 @needs_proc
 def test_the_memory_growth_is_the_peak_and_not_the_sum_of_freed_tensors() -> None:
-    process = in_new_process("-c", GROWTH)  # a new process, because this one may hold freed memory to use again
+    process = run_python("-c", GROWTH)  # a new process, because this one may hold freed memory to use again
     assert [float(line) for line in process.stdout.split()] == pytest.approx([64, 128], abs=10), process.stderr
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import bound_by_permissions, digests, latentloom
+from command_line import hash_files, latentloom, without_root_access
 from PIL import Image
 
 PIECES = {
@@ -70,7 +70,7 @@ def place(finished_job: Path, real_images: Path, tmp_path: Path, monkeypatch: py
 
 def refusal(capsys: pytest.CaptureFixture[str], command: str) -> str:
     """The line that a command is refused with, once all that a refusal promises was seen to hold."""
-    before = digests(Path.cwd())
+    before = hash_files(Path.cwd())
     capsys.readouterr()
     status = latentloom(*command.split())
     said = capsys.readouterr()
@@ -78,7 +78,7 @@ def refusal(capsys: pytest.CaptureFixture[str], command: str) -> str:
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1, said.err
     assert said.err.endswith("\n")
-    assert digests(Path.cwd()) == before
+    assert hash_files(Path.cwd()) == before
     return said.err.removeprefix("error: ")
 
 
@@ -128,7 +128,7 @@ CASES = {
     "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
     "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
     "a value for a section": (f"{TOKENIZER} --config section.yaml", "model is 5", "expected a section"),
-    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
+    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "correct the file"),
     "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
     "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),
     "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
@@ -303,17 +303,17 @@ CASES = {
     "a run below a file": ("train-tokenizer --data images --output notes.txt/run", "notes.txt", "expected"),
     "a run folder of another configuration": (
         "train-tokenizer --config job/tokenizer/config.yaml --output job/tokenizer --seed 3 --model.codebook-size 64",
-        "seed is 0 there and 3 here; model.codebook_size is 512 there and 64 here",
+        "seed is 0 in the run and 3 in this command; model.codebook_size is 512 in the run and 64 in this command",
         "choose another --output",
     ),
     "a job of another configuration": (
         "train --data images --output job --resolution 16 --batch-size 8 --max-steps 4 --seed 3",
-        "seed is 0 there and 3 here",
+        "seed is 0 in the run and 3 in this command",
         "choose another --output",
     ),
     "somebody else's folder with a config.yaml": (
         "train-tokenizer --data images --output project",
-        "project is not empty and holds no tokenizer run",
+        "project is not empty and contains no tokenizer run",
         "choose another --output",
     ),
     "somebody else's folder, in so many minutes": (
@@ -341,7 +341,7 @@ CASES = {
     ),
     "a prior's folder for a tokenizer": (
         "train-tokenizer --data images --output job/prior",
-        "job/prior holds a run with another configuration",
+        "job/prior contains a run with another configuration",
         "choose another --output",
     ),
 }
@@ -426,10 +426,10 @@ def test_a_prior_does_not_go_on_with_the_codes_of_another_tokenizer(
     shutil.rmtree(place / "job" / "codes")
     assert latentloom("tokenize", "--tokenizer", "other", "--data", "images", "--output", "job/codes") == 0
     capsys.readouterr()
-    before = digests(place / "new" / "model")
+    before = hash_files(place / "new" / "model")
     assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
-    assert "holds a run on other codes: of another tokenizer or other images" in capsys.readouterr().err
-    assert digests(place / "new" / "model") == before
+    assert "contains a run on other codes (of another tokenizer or other images)" in capsys.readouterr().err
+    assert hash_files(place / "new" / "model") == before
 
 
 def test_a_refused_configuration_does_not_take_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,7 +443,7 @@ def test_a_place_that_may_not_be_written_is_named(
     command: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "locked").mkdir(mode=0o500)
-    with bound_by_permissions():
+    with without_root_access():
         line = refusal(capsys, f"{command} --output locked/new")
     assert "locked" in line
     assert "Permission denied" in line
@@ -456,15 +456,15 @@ def test_checkpoints_that_may_no_longer_be_written_end_the_run_in_one_line_and_t
     command = f"{stage} --output new --batch-size 4 --checkpoint-every 2 --sample-every 2"
     assert latentloom(*command.split(), "--max-steps", 2) == 0
     folder = place / "new" / "checkpoints"
-    before = digests(folder)
+    before = hash_files(folder)
     folder.chmod(0o500)
-    with bound_by_permissions():
+    with without_root_access():
         assert latentloom(*command.split(), "--max-steps", 4) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the checkpoint of step 4 could not be saved" in line
     assert "Permission denied" in line
-    assert "the newest whole one is of step 2" in line
-    assert digests(folder) == before
+    assert "the newest complete one is of step 2" in line
+    assert hash_files(folder) == before
     folder.chmod(0o700)
     assert latentloom(*command.split(), "--max-steps", 4) == 0
 

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from command_line import CHECKOUT, in_new_process, latentloom
+from command_line import CHECKOUT, latentloom, run_python
 
 from latentloom import __version__
 from latentloom.cli import VERBS
@@ -48,7 +48,7 @@ def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(3):  # the fastest of three: the claim is about the command, not about what else runs here
         begin = time.perf_counter()
-        done = in_new_process("-c", program)
+        done = run_python("-c", program)
         seconds.append(time.perf_counter() - begin)
     assert done.stdout.splitlines()[-1] == "0 []"
     assert all(verb in done.stdout for verb in VERBS)
@@ -57,13 +57,13 @@ def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
 
 def test_importing_the_packages_imports_nothing_heavy() -> None:
     packages = "latentloom, pipelines, stage2_prior, stage1_tokenizer, training_harness"
-    done = in_new_process("-c", f"import sys, {packages}; print(sorted(set({HEAVY}) & set(sys.modules)))")
+    done = run_python("-c", f"import sys, {packages}; print(sorted(set({HEAVY}) & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_no_verb_imports_datasets_or_matplotlib_before_it_needs_them() -> None:
     modules = [f"latentloom.commands.{verb.replace('-', '_')}" for verb in VERBS]
-    done = in_new_process(
+    done = run_python(
         "-c", f"import sys, {', '.join(modules)}; print(sorted({{'datasets', 'matplotlib'}} & set(sys.modules)))"
     )
     assert done.stdout.strip() == "[]", done.stderr
@@ -134,7 +134,7 @@ def test_of_many_processes_one_speaks(
 def test_long_work_is_quiet_where_no_one_watches(real_images: Path, tmp_path: Path) -> None:
     """Without a terminal neither our bars nor those, warnings and advice of the libraries below fill a log."""
     words = ["train", "--data", real_images, "--output", tmp_path / "job", "--resolution", 16, "--batch-size", 8]
-    done = in_new_process(*CLI, *words, "--max-steps", 1, "--num-images", 20)
+    done = run_python(*CLI, *words, "--max-steps", 1, "--num-images", 20)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\r" not in done.stdout
@@ -154,4 +154,4 @@ def test_the_script_is_the_module() -> None:
     if not script.exists():
         pytest.skip("latentloom is not installed beside this Python")
     said = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert said == in_new_process(*CLI, "--help").stdout
+    assert said == run_python(*CLI, "--help").stdout

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import CHECKOUT, in_new_process, latentloom
+from command_line import CHECKOUT, latentloom, run_python
 from hub_stand_in import StandInHub
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
             if verb == "push":  # the Hub's address is read when its client is imported
                 words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
                 environment = hub.environment(tmp_path / "home")
-                done = in_new_process("-m", "latentloom.cli", verb, *words, **environment)
+                done = run_python("-m", "latentloom.cli", verb, *words, **environment)
                 assert done.returncode == 0, done.stderr
             else:
                 assert latentloom(verb, *words, *SHORTER.get(verb, [])) == 0, verb

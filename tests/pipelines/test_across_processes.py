@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import finish, forked, take_place
+from small_runs import set_launch_environment, start_processes, wait_for_exit
 from tiny_models import seeded, tiny_pipeline
 
 from pipelines.across_processes import sample_across_processes
@@ -19,7 +19,7 @@ def sample(count: int) -> torch.Tensor:
 
 def sample_in_process(rank: int, processes: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    take_place(rank, processes, port)
+    set_launch_environment(rank, processes, port)
     torch.save({count: sample(count) for count in (1, 2, 7)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -27,7 +27,7 @@ def sample_in_process(rank: int, processes: int, port: int, folder: Path) -> Non
 @pytest.fixture(scope="module")
 def images_by_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("together")
-    assert finish(forked(sample_in_process, 2, folder)) == [0, 0]
+    assert wait_for_exit(start_processes(sample_in_process, 2, folder)) == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import latentloom
 from PIL import ExifTags, Image
-from tiny_models import NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
+from tiny_models import LABEL_NAMES, diffusion_pipeline, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.editing import Edit, fill_masked_pixels
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -32,7 +32,7 @@ def any_order_pipeline() -> LatentGenerationPipeline:
     prior = tiny_prior(
         height=spec.height, width=spec.width, tokenizer_id=spec.tokenizer_id, learned_positions=True, random_order=1.0
     )
-    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES)
+    pipeline = LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -41,7 +41,7 @@ def residual_pipeline() -> LatentGenerationPipeline:
     tokenizer = tiny_tokenizer(quantizer={"name": "residual", "depth": 2})
     spec = tokenizer.latent_spec()
     prior = tiny_prior(height=spec.height, width=spec.width, levels=2, tokenizer_id=spec.tokenizer_id)
-    return LatentGenerationPipeline(tokenizer, prior, NAMES)
+    return LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES)
 
 
 @pytest.mark.parametrize("make_pipeline", [tiny_pipeline, any_order_pipeline, residual_pipeline, diffusion_pipeline])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hub_stand_in import TOKEN, StandInHub
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded, tiny_pipeline
 
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -163,7 +163,7 @@ def test_the_error_for_a_push_in_offline_mode_names_the_variable(monkeypatch: py
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set") as caught:
         tiny_pipeline().push_to_hub("me/tiny", token="hf_x")
-    one_line(caught)
+    error_message(caught)
 
 
 def test_an_unreachable_hub_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
+from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -313,7 +313,7 @@ def test_a_tokenizer_and_a_prior_that_do_not_match_are_an_error() -> None:
     with pytest.raises(SpecMismatchError, match="codebook_size 16 ≠ 32"):
         LatentGenerationPipeline(tiny_tokenizer(codebook_size=32), tiny_prior())
     with pytest.raises(SpecMismatchError, match="2 label names were given for a prior of 3 classes"):
-        LatentGenerationPipeline(tokenizer, tiny_prior(tokenizer_id=tokenizer.compute_id()), NAMES[:2])
+        LatentGenerationPipeline(tokenizer, tiny_prior(tokenizer_id=tokenizer.compute_id()), LABEL_NAMES[:2])
 
 
 def test_both_parts_sample_in_evaluation_mode() -> None:

@@ -13,8 +13,8 @@ import torch
 import yaml
 from command_line import CHECKOUT, latentloom
 from PIL import Image
-from small_parts import one_line
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
+from small_parts import error_message
+from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
 
 from pipelines.evaluation.pipeline_metrics import balanced_labels
 from pipelines.latent_generation import LatentGenerationPipeline
@@ -66,12 +66,12 @@ def test_classes_without_training_images_are_sampled_only_when_named(folder: Pat
     pipeline = LatentGenerationPipeline.from_pretrained(folder)
     assert pipeline.trained_classes == (0, 1, 2)
     assert "trained_classes" not in json.loads((folder / "model_index.json").read_text())
-    two_classes = LatentGenerationPipeline(pipeline.tokenizer, pipeline.prior, NAMES, trained_classes=[2, 0])
+    two_classes = LatentGenerationPipeline(pipeline.tokenizer, pipeline.prior, LABEL_NAMES, trained_classes=[2, 0])
     two_classes.save_pretrained(tmp_path / "two classes")
     loaded = LatentGenerationPipeline.from_pretrained(tmp_path / "two classes")
     assert loaded.trained_classes == (0, 2)
     assert balanced_labels(loaded, 4).tolist() == [0, 0, 2, 2]
-    assert loaded.label_ids(NAMES[1]) == [1]
+    assert loaded.label_ids(LABEL_NAMES[1]) == [1]
     assert (
         latentloom(
             "sample", "--pipeline", tmp_path / "two classes", "--num-images", 4, "--output", tmp_path / "samples"
@@ -79,7 +79,7 @@ def test_classes_without_training_images_are_sampled_only_when_named(folder: Pat
         == 0
     )
     names = {path.stem.split("-")[1] for path in (tmp_path / "samples").glob("0*.png")}
-    assert names == {NAMES[0], NAMES[2]}
+    assert names == {LABEL_NAMES[0], LABEL_NAMES[2]}
 
 
 def test_a_new_process_samples_the_same_images_bit_by_bit(folder: Path, tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_names_options_and_all_weights_are_loaded(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prior = tiny_prior(tokenizer_id=tokenizer.compute_id())
     sampling = SamplingOptions(guidance_scale=1.75, temperature=0.9, top_k=12, top_p=0.95)
-    LatentGenerationPipeline(tokenizer, prior, NAMES, sampling).save_pretrained(tmp_path / "pipeline")
+    LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES, sampling).save_pretrained(tmp_path / "pipeline")
     assert set(read_files(tmp_path / "pipeline")) == {*PARTS, "README.md"}
     loaded = LatentGenerationPipeline.from_pretrained(tmp_path / "pipeline")
-    assert loaded.label_names == NAMES
+    assert loaded.label_names == LABEL_NAMES
     assert loaded.sampling == sampling
     for saved_model, loaded_model in ((tokenizer, loaded.tokenizer), (prior, loaded.prior)):
         assert saved_model.config.to_diff_dict() == loaded_model.config.to_diff_dict()
@@ -266,7 +266,7 @@ def test_saving_over_files_that_no_pipeline_wrote_is_an_error_and_changes_nothin
         before = read_files(tmp_path)
         with pytest.raises(UserError, match=message) as caught:
             tiny_pipeline().save_pretrained(target)
-        one_line(caught)
+        error_message(caught)
         assert read_files(tmp_path) == before
 
 
@@ -286,7 +286,7 @@ def test_an_interrupted_save_is_detected_and_saving_again_repairs_it(
             tiny_pipeline().save_pretrained(folder)
     with pytest.raises(UserError, match="cut short") as caught:
         LatentGenerationPipeline.from_pretrained(folder)
-    one_line(caught)
+    error_message(caught)
     tiny_pipeline().save_pretrained(folder)
     LatentGenerationPipeline.from_pretrained(folder)
 

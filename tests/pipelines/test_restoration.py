@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import NAMES, seeded, tiny_diffusion, tiny_source, tiny_tokenizer
+from tiny_models import LABEL_NAMES, seeded, tiny_diffusion, tiny_source, tiny_tokenizer
 from torch import Tensor
 
 from pipelines.editing import Edit
@@ -32,7 +32,7 @@ MODEL = DiTModel(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48
 def restoring_pipeline(degradation: Degradation = "downscale-2x") -> LatentGenerationPipeline:
     tokenizer = tiny_tokenizer()
     prior = tiny_diffusion(tokenizer_id=tokenizer.config.tokenizer_id, degradation=degradation)
-    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES, DiffusionOptions(num_inference_steps=4))
+    pipeline = LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES, DiffusionOptions(num_inference_steps=4))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

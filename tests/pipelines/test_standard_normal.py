@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 from tiny_models import seeded, tiny_prior, tiny_tokenizer
 
 from latentloom.cli import main
@@ -70,7 +70,7 @@ def test_the_temperature_scales_the_latents_and_other_options_are_a_one_line_err
         pipeline(guidance_scale=2.0)
     with pytest.raises(UserError) as caught:
         StandardNormalOptions(temperature=0.0)
-    one_line(caught)
+    error_message(caught)
 
 
 def test_a_loaded_pipeline_samples_the_same_images(pipeline, tmp_path):
@@ -94,7 +94,7 @@ def test_a_prior_for_latents_of_another_tokenizer_is_an_error_with_the_differenc
 
 
 def test_one_recipe_trains_a_pipeline_that_samples_and_is_evaluated(tmp_path, capsys):
-    data, output = write_pictures(tmp_path / "pictures"), tmp_path / "vae"
+    data, output = write_images(tmp_path / "pictures"), tmp_path / "vae"
     command = (
         f"train-tokenizer --data {data} --output {output} --recipe vae --resolution 32 --max-steps 2 --batch-size 4"
     )

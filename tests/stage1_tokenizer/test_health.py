@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_parts import write_pictures
+from small_parts import write_images
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import open_source
@@ -93,7 +93,7 @@ def test_reconstructions_are_compared_with_the_best_psnr_before_the_adversarial_
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("health") / "images")
+    return write_images(tmp_path_factory.mktemp("health") / "images")
 
 
 def train_and_read_log(output: Path, image_folder: Path, config: TokenizerTraining) -> list[dict]:

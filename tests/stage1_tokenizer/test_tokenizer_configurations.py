@@ -23,7 +23,7 @@ from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGAN, VQGANConfig, VQGANModel
 from training_harness.configuration import from_mapping
 from training_harness.errors import ConfigError
-from training_harness.pretrained import stored_config
+from training_harness.pretrained import strict_config
 
 SHAPE: dict[str, Any] = {"channels": (4, 8), "blocks": (0, 0), "latent_channels": 4}
 
@@ -81,13 +81,13 @@ FORMAT_1_SECTIONS: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize(("model", "expected"), FORMAT_1_SECTIONS.values(), ids=FORMAT_1_SECTIONS.keys())
 def test_a_format_1_section_becomes_its_variant(model: dict[str, Any], expected: Any) -> None:
-    values = TRAINING.present({"output": "run", "data": "x", "model": model})
+    values = TRAINING.migrate({"output": "run", "data": "x", "model": model})
     assert from_mapping(TokenizerTraining, values).model == expected
 
 
 def test_options_that_format_1_rejected_are_still_rejected() -> None:
     for quantizer in ({"name": "ema", "levels": [8, 8]}, {"name": "lfq", "normalize": True}):
-        values = TRAINING.present({"output": "run", "data": "x", "model": {"quantizer": quantizer}})
+        values = TRAINING.migrate({"output": "run", "data": "x", "model": {"quantizer": quantizer}})
         with pytest.raises(ConfigError, match="unknown field"):
             from_mapping(TokenizerTraining, values)
 
@@ -131,7 +131,7 @@ class LaterModel(VQGANModel):
     quantizer: LaterQuantizer = field(default_factory=LaterQuantizer)  # type: ignore[assignment]
 
 
-@stored_config
+@strict_config
 class LaterConfig(VQGANConfig):
     model_options: ClassVar[Any] = LaterModel
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_parts import one_line, some_pixels, write_pictures
+from small_parts import error_message, random_pixels, write_images
 from tiny_models import seeded, tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, AutoencoderKLModel
@@ -42,7 +42,7 @@ CONTINUOUS = ("kl", "identity")
 @pytest.mark.parametrize("kind", CONTINUOUS)
 @torch.no_grad()
 def test_decoded_latents_equal_the_reconstruction(kind):
-    tokenizer, x = create_tokenizer(kind), some_pixels()
+    tokenizer, x = create_tokenizer(kind), random_pixels()
     output = tokenizer(x)
     assert output.indices is None
     torch.testing.assert_close(tokenizer.decode_latents(tokenizer.encode_latents(x)), output.reconstruction)
@@ -56,13 +56,13 @@ def test_the_indices_methods_without_a_codebook_give_one_line(kind):
     tokenizer = create_tokenizer(kind)
     indices = torch.zeros(1, 4, 4, dtype=torch.int64)
     for call, values in (
-        ("encode_indices", some_pixels()),
+        ("encode_indices", random_pixels()),
         ("decode_indices", indices),
         ("indices_to_latents", indices),
     ):
         with pytest.raises(UserError) as caught:
             getattr(tokenizer, call)(values)
-        assert "no codebook" in one_line(caught)
+        assert "no codebook" in error_message(caught)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -70,7 +70,7 @@ def test_the_indices_methods_without_a_codebook_give_one_line(kind):
 def test_a_saved_tokenizer_of_every_type_reloads_with_identical_output(kind, tmp_path):
     tokenizer = tiny_tokenizer(image_channels=3) if kind == "vqgan" else create_tokenizer(kind)
     tokenizer.save_pretrained(tmp_path)
-    loaded, x = saved_tokenizer(tmp_path), some_pixels()
+    loaded, x = saved_tokenizer(tmp_path), random_pixels()
     assert type(loaded) is type(tokenizer) is TOKENIZERS[kind]
     assert torch.equal(loaded.encode_latents(x), tokenizer.encode_latents(x))
     assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
@@ -88,7 +88,7 @@ def test_a_folder_of_another_model_type_gives_one_line(tmp_path):
 @torch.no_grad()
 def test_the_identity_reconstructs_every_image_bitwise():
     tokenizer = create_tokenizer("identity", latent_mean=[0.0] * 3, latent_std=[1.0] * 3)
-    x = some_pixels(2, 3, 15, 9)
+    x = random_pixels(2, 3, 15, 9)
     assert len(x) == 2
     assert torch.equal(tokenizer.encode_latents(x), x)
     assert torch.equal(tokenizer(x).reconstruction, x)
@@ -96,7 +96,7 @@ def test_the_identity_reconstructs_every_image_bitwise():
 
 @torch.no_grad()
 def test_latents_are_sampled_with_a_generator_and_are_the_mean_without_one():
-    tokenizer, x = create_tokenizer("kl"), some_pixels()
+    tokenizer, x = create_tokenizer("kl"), random_pixels()
     tokenizer.encoder[-1].bias[4:] = -1.0  # log σ² far from 0
     mean, log_variance = tokenizer._posterior(x)
     raw_mean = (mean - 0.1) / 0.5
@@ -110,7 +110,7 @@ def test_latents_are_sampled_with_a_generator_and_are_the_mean_without_one():
 
 def test_the_kl_loss_is_in_nats_per_value_of_the_image():
     tokenizer = create_tokenizer("kl")
-    x = some_pixels()
+    x = random_pixels()
     mean, log_variance = tokenizer._posterior(x)
     divergence = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
@@ -150,7 +150,7 @@ def run_training(output: Path, data: Path, **fields: Any) -> tuple[Path, Tokeniz
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("kinds") / "images")
+    return write_images(tmp_path_factory.mktemp("kinds") / "images")
 
 
 def test_a_kl_run_logs_its_divergence_and_saves_latent_statistics(tmp_path, data):
@@ -214,7 +214,7 @@ def test_the_code_cache_of_a_tokenizer_without_a_codebook_has_latents(tmp_path):
 def test_inconsistent_fields_give_one_line_that_names_them(fields, expected_text):
     with pytest.raises(ConfigError) as caught:
         section(AnyTokenizerModel, fields, "model")
-    assert expected_text in one_line(caught)
+    assert expected_text in error_message(caught)
 
 
 def test_only_a_standard_normal_prior_samples_without_stage_two():
@@ -234,7 +234,7 @@ def test_factors_from_2_to_32_work_with_any_channels_and_unequal_sides(levels, c
         "latent_channels": 4,
     }
     tokenizer = tiny_tokenizer(image_channels=channels, image_size=(2 * factor, 3 * factor), content_size=None, **shape)
-    x = some_pixels(2, channels, 2 * factor, 3 * factor)
+    x = random_pixels(2, channels, 2 * factor, 3 * factor)
     indices = tokenizer.encode_indices(x)
     assert indices.shape == (2, 2, 3)
     torch.testing.assert_close(tokenizer.decode_indices(indices), tokenizer(x).reconstruction)

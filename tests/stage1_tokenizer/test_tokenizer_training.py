@@ -14,7 +14,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 
 from stage1_tokenizer import train as stage_one
 from stage1_tokenizer.autoencoder_kl import AutoencoderKL, AutoencoderKLModel
@@ -34,7 +34,7 @@ from training_harness.errors import ConfigError
 from training_harness.guard import NonFiniteLossError
 from training_harness.metric_log import read_metrics
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
-from training_harness.run_folder import check_folder
+from training_harness.run_folder import check_run_folder
 
 SHAPE: dict[str, Any] = {"channels": (8, 8, 16), "blocks": (0, 1, 1), "attention": (4,), "latent_channels": 4}
 MODEL = VQGANModel(**SHAPE, codebook_size=16)
@@ -43,7 +43,7 @@ ADVERSARIAL = AdversarialConfig(weight=0.5, start=2, warmup=2, ramp=4, channels=
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("source") / "images")
+    return write_images(tmp_path_factory.mktemp("source") / "images")
 
 
 def create_config(output: Path, image_folder: Path, **fields: Any) -> TokenizerTraining:
@@ -112,7 +112,7 @@ def test_a_run_writes_the_documented_files(finished_run, image_folder):
 
 
 def test_the_saved_configuration_repeats_the_run(finished_run, image_folder, tmp_path):
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished_run / "config.yaml")))
+    config = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(finished_run / "config.yaml")))
     assert (config.resolution, config.image_channels) == ("16x16", 3)
     repeated = run_training(replace(config, output=tmp_path / "repeated"))
     assert equal_weights(load_weights(repeated), load_weights(finished_run / "model"))
@@ -154,7 +154,7 @@ def test_the_model_has_the_ema_weights(finished_run):
 @torch.no_grad()
 def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_only(finished_run):
     tokenizer = VQGAN.from_pretrained(finished_run / "model")
-    config = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(finished_run / "config.yaml")))
+    config = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(finished_run / "config.yaml")))
     train, _ = load_images(config)
     processor = tokenizer.config.image_processor
     latents = tokenizer.encode_latents(processor.preprocess(train[range(len(train))])).double()
@@ -171,7 +171,7 @@ def test_latents_have_zero_mean_and_unit_variance_over_the_training_set_only(fin
 def test_a_few_images_are_memorized(tmp_path):
     config = create_config(
         tmp_path / "run",
-        write_pictures(tmp_path / "four", count=5),
+        write_images(tmp_path / "four", count=5),
         max_steps=80,
         sample_every=80,
         checkpoint_every=80,
@@ -241,7 +241,7 @@ def test_one_bad_step_is_skipped_and_successive_bad_steps_end_the_run_with_one_l
     assert all(value.isfinite().all() for value in state["discriminator"].values())
     with pytest.raises(NonFiniteLossError) as caught:
         run_training(create_config(tmp_path / "often", image_folder), nan_at(*range(4, 12)))
-    assert "perceptual = nan" in one_line(caught)
+    assert "perceptual = nan" in error_message(caught)
     assert not (tmp_path / "often" / "model").exists()
 
 
@@ -305,7 +305,7 @@ def test_a_nan_in_any_loss_term_is_named_and_reaches_no_weight(tmp_path, image_f
         break_term(patch, term, range(6, 100))
         with pytest.raises(NonFiniteLossError) as caught:
             run_training(config)
-    assert re.match(rf"step 10: .*\b{term} = nan", one_line(caught))
+    assert re.match(rf"step 10: .*\b{term} = nan", error_message(caught))
     rows = read_metrics(config.output / "skipped_steps.0.jsonl")
     assert [row["step"] for row in rows] == [6, 7, 8, 9, 10]
     assert all(row[term] == "nan" and len(row["source_ids"]) == config.batch_size for row in rows)
@@ -388,11 +388,11 @@ def test_a_finished_run_is_detected_and_more_steps_extend_it(tmp_path, image_fol
     statistics = dataset_statistics(open_source(image_folder).train)
     config = complete_config(create_config(tmp_path / "run", image_folder, max_steps=6), statistics)
     first = load_weights(run_training(config))
-    assert check_folder(config, "tokenizer") == 6
+    assert check_run_folder(config, "tokenizer") == 6
     longer = replace(config, max_steps=9)
-    assert check_folder(longer, "tokenizer") is None
+    assert check_run_folder(longer, "tokenizer") is None
     assert not equal_weights(load_weights(run_training(longer)), first)
-    assert check_folder(longer, "tokenizer") == 9
+    assert check_run_folder(longer, "tokenizer") == 9
     assert [row["step"] for row in read_rows(config.output) if "l1" in row] == list(range(1, 10))
     assert yaml.safe_load((config.output / "config.yaml").read_text())["max_steps"] == 9
 
@@ -412,11 +412,11 @@ def test_sizes_are_parsed_as_height_and_width():
     for wrong in ("", "64x", "x64", "64x96x3", "-64", "0", "big", "64.5"):
         with pytest.raises(ConfigError) as caught:
             parse_size(wrong)
-        assert wrong in one_line(caught)
+        assert wrong in error_message(caught)
 
 
 def build_config(tmp_path: Path, size: tuple[int, int], **fields: Any):
-    statistics = dataset_statistics(open_source(write_pictures(tmp_path / "images", count=3, size=size)).train)
+    statistics = dataset_statistics(open_source(write_images(tmp_path / "images", count=3, size=size)).train)
     config = complete_config(create_config(tmp_path / "run", tmp_path / "images", **fields), statistics)
     return build_model_config(config, statistics)
 
@@ -426,7 +426,7 @@ def test_sizes_that_are_no_multiple_of_f_are_padded_or_refused(tmp_path):
     assert (tuple(padded.image_size), tuple(padded.content_size)) == ((16, 20), (14, 18))
     with pytest.raises(ConfigError) as caught:
         build_config(tmp_path, (14, 18), padding="refuse")
-    assert "16x20" in one_line(caught)
+    assert "16x20" in error_message(caught)
 
 
 def test_a_slightly_larger_resolution_pads_and_a_much_larger_one_resamples(tmp_path):
@@ -438,7 +438,7 @@ def test_images_that_are_too_small_for_the_discriminator_are_refused_before_the_
     adversarial = AdversarialConfig(weight=1.0, layers=3)
     with pytest.raises(ConfigError) as caught:
         build_config(tmp_path, (16, 32), adversarial=adversarial)
-    assert "adversarial.layers" in one_line(caught)
+    assert "adversarial.layers" in error_message(caught)
     assert "at least 24 pixels" in str(caught.value)
     assert build_config(tmp_path, (16, 32), adversarial=replace(adversarial, weight=0.0))
 
@@ -458,4 +458,4 @@ def test_images_that_are_too_small_for_the_discriminator_are_refused_before_the_
 def test_an_invalid_model_gives_one_line_with_the_field(fields):
     with pytest.raises(ConfigError) as caught:
         replace(MODEL, **fields)
-    assert f"model.{next(iter(fields))}" in one_line(caught)
+    assert f"model.{next(iter(fields))}" in error_message(caught)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_parts import write_pictures
-from small_runs import finish, forked, take_place
+from small_parts import write_images
+from small_runs import set_launch_environment, start_processes, wait_for_exit
 from tiny_models import seeded
 
 from stage1_tokenizer import train as stage_one
@@ -80,7 +80,7 @@ def train_and_collect_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def run_process(rank: int, processes: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    take_place(rank, processes, port)
+    set_launch_environment(rank, processes, port)
     weights = train_and_collect_weights(folder)
     torch.save(quantize(rank) | {"weights": weights}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -89,8 +89,8 @@ def run_process(rank: int, processes: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    write_pictures(folder / "images")
-    assert finish(forked(run_process, 2, folder)) == [0, 0]
+    write_images(folder / "images")
+    assert wait_for_exit(start_processes(run_process, 2, folder)) == [0, 0]
     return folder
 
 

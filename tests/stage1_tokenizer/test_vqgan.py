@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_parts import one_line, some_pixels, whole_config, whole_tokenizer
+from small_parts import error_message, random_pixels, small_config, small_tokenizer
 from tiny_models import seeded
 
 from stage1_tokenizer.latent_spec import LatentSpec
@@ -19,7 +19,7 @@ from training_harness.errors import ConfigError, UserError
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VQGAN:
-    return whole_tokenizer()
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def denormalize(tokenizer: VQGAN, normalized: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(16, 16), (64, 96), (4, 20)])
 @torch.no_grad()
 def test_decoded_indices_equal_the_reconstruction_at_any_multiple_of_f(tokenizer, size):
-    x = some_pixels(2, 3, *size)
+    x = random_pixels(2, 3, *size)
     indices, output = tokenizer.encode_indices(x), tokenizer(x)
     assert indices.dtype == torch.int64
     assert indices.shape == (2, size[0] // 4, size[1] // 4)
@@ -63,8 +63,8 @@ def test_decoded_indices_equal_the_reconstruction_for_every_quantizer(name):
     size, channels = sizes.get(name, (16, 4))
     quantizer = {"name": name} | ({"levels": (4, 4)} if name == "fsq" else {})
     statistics = {"latent_mean": [0.5] * channels, "latent_std": [2.0] * channels}
-    tokenizer = whole_tokenizer(codebook_size=size, latent_channels=channels, quantizer=quantizer, **statistics)
-    x = some_pixels()
+    tokenizer = small_tokenizer(codebook_size=size, latent_channels=channels, quantizer=quantizer, **statistics)
+    x = random_pixels()
     output, indices = tokenizer(x), tokenizer.encode_indices(x)
     assert torch.equal(indices, output.indices)
     assert torch.allclose(tokenizer.decode_indices(indices), output.reconstruction, atol=1e-5)
@@ -83,14 +83,14 @@ def test_decoded_indices_equal_the_reconstruction_for_every_quantizer(name):
 
 @torch.no_grad()
 def test_latents_decode_as_their_nearest_codes(tokenizer):
-    x = some_pixels()
+    x = random_pixels()
     assert len(tokenizer.encode_indices(x).unique()) > 4
     assert torch.allclose(tokenizer.decode_latents(tokenizer.encode_latents(x)), tokenizer(x).reconstruction, atol=1e-5)
 
 
 @torch.no_grad()
 def test_latents_of_indices_are_the_codes_with_the_normalization_of_the_encoder_s_latents(tokenizer):
-    x = some_pixels()
+    x = random_pixels()
     indices, encoded = tokenizer.encode_indices(x), tokenizer.encode_latents(x)
     assert torch.allclose(denormalize(tokenizer, encoded), tokenizer.encoder(x), atol=1e-5)
     code_latents = tokenizer.indices_to_latents(indices)
@@ -100,8 +100,8 @@ def test_latents_of_indices_are_the_codes_with_the_normalization_of_the_encoder_
 
 @torch.no_grad()
 def test_latents_need_statistics_and_codes_do_not():
-    tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
-    x = some_pixels()
+    tokenizer = small_tokenizer(latent_mean=None, latent_std=None)
+    x = random_pixels()
     assert torch.allclose(tokenizer.decode_indices(tokenizer.encode_indices(x)), tokenizer(x).reconstruction, atol=1e-5)
     for call in (tokenizer.encode_latents, lambda x: tokenizer.indices_to_latents(tokenizer.encode_indices(x))):
         with pytest.raises(UserError) as caught:
@@ -111,15 +111,15 @@ def test_latents_need_statistics_and_codes_do_not():
 
 @torch.no_grad()
 def test_the_codes_of_an_image_do_not_depend_on_its_batch(tokenizer):
-    x = some_pixels(5)
+    x = random_pixels(5)
     indices = tokenizer.encode_indices(x)
     assert all(torch.equal(tokenizer.encode_indices(x[i : i + 1])[0], indices[i]) for i in range(5))
 
 
 def test_missing_latent_statistics_give_an_error_with_the_command():
-    tokenizer = whole_tokenizer(latent_mean=None, latent_std=None)
+    tokenizer = small_tokenizer(latent_mean=None, latent_std=None)
     with pytest.raises(UserError) as caught:
-        tokenizer.encode_latents(some_pixels())
+        tokenizer.encode_latents(random_pixels())
     assert "train-tokenizer" in str(caught.value)
 
 
@@ -127,8 +127,8 @@ def test_missing_latent_statistics_give_an_error_with_the_command():
 def test_a_size_that_is_no_multiple_of_f_gives_an_error_with_the_nearest_sizes(tokenizer, size, nearest):
     for call in (tokenizer, tokenizer.encode_indices, tokenizer.encode_latents):
         with pytest.raises(UserError) as caught:
-            call(some_pixels(1, 3, *size))
-        assert nearest in one_line(caught)
+            call(random_pixels(1, 3, *size))
+        assert nearest in error_message(caught)
 
 
 def test_the_spec_follows_from_the_image_size(tokenizer):
@@ -192,7 +192,7 @@ def test_groups_divide_the_channels_and_have_at_least_four_channels(channels, gr
 
 @torch.no_grad()
 def test_a_loaded_model_gives_bitwise_equal_outputs(tokenizer, saved_folder):
-    loaded, x = VQGAN.from_pretrained(saved_folder), some_pixels()
+    loaded, x = VQGAN.from_pretrained(saved_folder), random_pixels()
     assert not loaded.training
     assert torch.equal(loaded(x).reconstruction, tokenizer(x).reconstruction)
     assert torch.equal(loaded.encode_latents(x), tokenizer.encode_latents(x))
@@ -205,7 +205,7 @@ def test_the_folder_has_only_a_config_and_safetensors(saved_folder):
 
 
 def test_the_id_survives_saving_and_float16_and_changes_with_one_weight_or_field(tmp_path):
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     first = tokenizer.compute_id()
     tokenizer.config.tokenizer_id = first
     assert tokenizer.compute_id() == first
@@ -221,15 +221,15 @@ def test_the_id_survives_saving_and_float16_and_changes_with_one_weight_or_field
     with torch.no_grad():
         tokenizer.decoder.last_layer.view(-1)[0] += 1e-3
     assert tokenizer.compute_id() != first
-    assert whole_tokenizer(latent_mean=[0.0] * 4).compute_id() != first
-    assert whole_tokenizer().compute_id() == first
+    assert small_tokenizer(latent_mean=[0.0] * 4).compute_id() != first
+    assert small_tokenizer().compute_id() == first
 
 
 def test_an_unknown_key_gives_an_error_with_the_nearest_field(copied_folder):
     with pytest.raises(ConfigError) as caught:
-        whole_config(codebok_size=32)
+        small_config(codebok_size=32)
     assert "'codebok_size'" in str(caught.value)
-    assert "did you mean 'codebook_size'?" in one_line(caught)
+    assert "did you mean 'codebook_size'?" in error_message(caught)
     path = copied_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_chanels": 4}))
     with pytest.raises(UserError, match="did you mean 'latent_channels'"):
@@ -304,8 +304,8 @@ def test_a_folder_without_an_intact_model_gives_one_line(copied_folder, damage):
 )
 def test_contradictory_fields_give_one_line(fields):
     with pytest.raises(ConfigError) as caught:
-        whole_config(**fields)
-    one_line(caught)
+        small_config(**fields)
+    error_message(caught)
 
 
 @pytest.mark.parametrize("wrong", [-1, 16])

@@ -79,19 +79,19 @@ TIMES = {"logit_std": 1.2, "instant_share": 0.75, "spans_from": 0.5}
 )
 def test_a_full_configuration_of_format_1_becomes_a_variant(model: str, expected: Any) -> None:
     values = PATHS | {"prior": "diffusion", "model": yaml.safe_load(model), "times": TIMES}
-    config = parse_prior_training(TRAINING.present(values))
+    config = parse_prior_training(TRAINING.migrate(values))
     assert config.model == expected
     assert config.class_dropout == 0.2
     assert config.times.logit_std == 1.2
 
 
 def test_a_partial_configuration_of_format_1_has_the_same_meaning() -> None:
-    assert TRAINING.present({"model": {"mean_flow": True, "max_guidance": 3.0}}) == {
+    assert TRAINING.migrate({"model": {"mean_flow": True, "max_guidance": 3.0}}) == {
         "model": {"mean_flow": {"max_guidance": 3.0}}
     }
-    assert TRAINING.present({"model": {"mean_flow": False}}) == {"model": {"mean_flow": None}}
-    assert TRAINING.present({"times": {"spans_from": 0.5}}) == {
+    assert TRAINING.migrate({"model": {"mean_flow": False}}) == {"model": {"mean_flow": None}}
+    assert TRAINING.migrate({"times": {"spans_from": 0.5}}) == {
         "times": {},
         "model": {"mean_flow": {"spans_from": 0.5}},
     }
-    assert TRAINING.present({"model": {"class_dropout": 0.3}}) == {"model": {}, "class_dropout": 0.3}
+    assert TRAINING.migrate({"model": {"class_dropout": 0.3}}) == {"model": {}, "class_dropout": 0.3}

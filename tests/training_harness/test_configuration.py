@@ -1,4 +1,4 @@
-"""A configuration comes back from its own file unchanged, and each value that does not fit is one line with its place."""
+"""A configuration is equal after writing and reading, and each wrong value is a one-line error with its field."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_parts import one_line
+from small_parts import error_message
 
 from stage1_tokenizer.migration import TRAINING
 from stage1_tokenizer.quantizers import EMAVectorQuantizerConfig, SimVQConfig, VectorQuantizerConfig
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage1_tokenizer.vqgan import VQGANModel
-from training_harness.configuration import from_mapping, merged, nearest, read_yaml, write_yaml
+from training_harness.configuration import from_mapping, merge_mappings, read_yaml, suggest_nearest, write_yaml
 from training_harness.errors import ConfigError
 from training_harness.optimization import OptimizerConfig, ScheduleConfig
 
@@ -44,10 +44,10 @@ def outer(**values) -> Outer:
     return from_mapping(Outer, {"folder": "runs/a", **values})
 
 
-# Values that fit
+# Valid values
 
 
-def test_only_what_has_no_default_must_be_given():
+def test_only_fields_without_a_default_are_required():
     assert outer() == Outer(folder=Path("runs/a"))
 
 
@@ -69,24 +69,24 @@ def test_only_what_has_no_default_must_be_given():
         ("size: ~", "size", None),
     ],
 )
-def test_yaml_reads_as_the_field_s_type(text, name, value):
-    found = getattr(outer(**yaml.safe_load(text)), name)
-    assert found == value
-    assert type(found) is type(value)
+def test_a_yaml_value_gets_the_type_of_its_field(text, name, value):
+    actual = getattr(outer(**yaml.safe_load(text)), name)
+    assert actual == value
+    assert type(actual) is type(value)
 
 
-def test_a_step_and_a_share_stay_what_they_were_written_as():
+def test_ints_and_floats_keep_their_type_in_a_union():
     assert type(outer(amount=1).amount) is int
     assert type(outer(amount=1.0).amount) is float
     assert type(outer(share=1).share) is int
     assert type(outer(share=1.0).share) is float
 
 
-# Values that do not
+# Invalid values
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "fragments"),
     [
         ({"cuont": 1}, ["'cuont'", "did you mean 'count'?"]),
         ({"inner": {"rat": 1}}, ["'inner.rat'", "did you mean 'rate'?"]),
@@ -107,26 +107,26 @@ def test_a_step_and_a_share_stay_what_they_were_written_as():
         ({"size": 2.5}, ["size is 2.5", "int | str | none"]),
     ],
 )
-def test_what_does_not_fit_is_one_line_with_its_place_and_what_would(values, words):
+def test_a_wrong_value_is_one_line_with_the_field_and_the_expected_type(values, fragments):
     with pytest.raises(ConfigError) as caught:
         outer(**values)
-    for word in words:
-        assert word in one_line(caught)
+    for fragment in fragments:
+        assert fragment in error_message(caught)
 
 
-def test_a_missing_field_is_named():
+def test_the_error_names_a_missing_field():
     with pytest.raises(ConfigError) as caught:
         from_mapping(Outer, {})
-    assert "'folder'" in one_line(caught)
+    assert "'folder'" in error_message(caught)
 
 
-def test_the_nearest_of_many_is_suggested_and_without_a_near_one_all_are_listed():
-    assert nearest("learnign", ["learning", "yearning"]) == "did you mean 'learning'?"
-    assert nearest("xyz", ["a", "b"]) == "expected one of: a, b"
+def test_the_nearest_name_is_suggested_and_all_names_are_listed_if_none_is_similar():
+    assert suggest_nearest("learnign", ["learning", "yearning"]) == "did you mean 'learning'?"
+    assert suggest_nearest("xyz", ["a", "b"]) == "expected one of: a, b"
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "just words"])
-def test_a_file_that_holds_no_mapping_is_one_line_with_its_path(tmp_path, text):
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "plain text"])
+def test_a_file_without_a_mapping_is_one_line_with_its_path(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_yaml(tmp_path / "c.yaml")
@@ -134,24 +134,24 @@ def test_a_file_that_holds_no_mapping_is_one_line_with_its_path(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_file_has_no_fields_and_a_missing_one_is_an_error(tmp_path):
+def test_an_empty_file_is_an_empty_mapping_and_a_missing_file_is_an_error(tmp_path):
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "c.yaml") == {}
     with pytest.raises(ConfigError, match=r"no configuration file"):
         read_yaml(tmp_path / "d.yaml")
 
 
-# There and back
+# Writing and reading
 
 
-def test_an_overlay_replaces_values_section_by_section_and_leaves_its_base_alone():
+def test_an_overlay_replaces_values_section_by_section_without_changing_its_base():
     base = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert merged(base, {"b": {"d": 4}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
-    assert merged(base, {"b": 7}) == {"a": 1, "b": 7}
+    assert merge_mappings(base, {"b": {"d": 4}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
+    assert merge_mappings(base, {"b": 7}) == {"a": 1, "b": 7}
     assert base == {"a": 1, "b": {"c": 2, "d": 3}}
 
 
-shares = st.floats(0, 1)
+fractions = st.floats(0, 1)
 rates = st.floats(1e-9, 1e3)
 trainings = st.builds(
     TokenizerTraining,
@@ -169,31 +169,31 @@ trainings = st.builds(
             blocks=st.tuples(*[st.integers(0, 4)] * levels),
             attention=st.just((2 ** (levels - 1),)),
             quantizer=st.just(SimVQConfig())
-            | st.builds(VectorQuantizerConfig, restart_threshold=shares)
-            | st.builds(EMAVectorQuantizerConfig, usage_decay=shares.filter(lambda share: share < 1)),
+            | st.builds(VectorQuantizerConfig, restart_threshold=fractions)
+            | st.builds(EMAVectorQuantizerConfig, usage_decay=fractions.filter(lambda fraction: fraction < 1)),
         )
     ),
     optimizer=st.builds(
-        OptimizerConfig, name=st.sampled_from(["adamw", "muon"]), learning_rate=rates, weight_decay=shares
+        OptimizerConfig, name=st.sampled_from(["adamw", "muon"]), learning_rate=rates, weight_decay=fractions
     ),
-    schedule=st.builds(ScheduleConfig, warmup=shares | st.integers(0, 10**6), final=shares),
+    schedule=st.builds(ScheduleConfig, warmup=fractions | st.integers(0, 10**6), final=fractions),
 )
 
 
 @given(trainings)
 @settings(max_examples=60, deadline=None)
-def test_every_training_configuration_comes_back_from_its_yaml_unchanged(training):
+def test_every_training_configuration_is_equal_after_writing_and_reading(training):
     with TemporaryDirectory() as folder:
         write_yaml(Path(folder) / "config.yaml", training)
-        back = from_mapping(TokenizerTraining, TRAINING.present(read_yaml(Path(folder) / "config.yaml")))
-    assert back == training
-    assert type(back.schedule.warmup) is type(training.schedule.warmup)
-    assert type(back.resolution) is type(training.resolution)
+        loaded = from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(Path(folder) / "config.yaml")))
+    assert loaded == training
+    assert type(loaded.schedule.warmup) is type(training.schedule.warmup)
+    assert type(loaded.resolution) is type(training.resolution)
 
 
-def test_a_written_file_reads_back_and_a_changed_field_shows(tmp_path):
-    training = TokenizerTraining(output=tmp_path / "run", data="pictures")
+def test_a_written_configuration_reads_back_equal_and_a_changed_one_differs(tmp_path):
+    training = TokenizerTraining(output=tmp_path / "run", data="images")
     write_yaml(tmp_path / "config.yaml", training)
-    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) == training
+    assert from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(tmp_path / "config.yaml"))) == training
     write_yaml(tmp_path / "config.yaml", dataclasses.replace(training, seed=1))
-    assert from_mapping(TokenizerTraining, TRAINING.present(read_yaml(tmp_path / "config.yaml"))) != training
+    assert from_mapping(TokenizerTraining, TRAINING.migrate(read_yaml(tmp_path / "config.yaml"))) != training

@@ -1,12 +1,12 @@
-"""A section that holds one of several variants, chosen by its name."""
+"""A configuration section can hold one of several variants, selected by `name`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from small_parts import one_line
+from small_parts import error_message
 
-from training_harness.configuration import draft, from_mapping, merged, to_mapping, with_defaults
+from training_harness.configuration import build_unchecked, fill_defaults, from_mapping, merge_mappings, to_mapping
 from training_harness.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ class Drawing:
     shadow: Shadow | None = None
 
 
-def test_the_name_chooses_the_variant_and_without_one_it_is_the_first() -> None:
+def test_the_name_selects_the_variant_and_the_first_one_is_the_default() -> None:
     assert from_mapping(Drawing, {"shape": {"name": "polygon", "corners": 5}}).shape == Polygon(corners=5)
     assert from_mapping(Drawing, {"shape": {"side": 3}}).shape == Square(side=3)
     drawing = Drawing(shape=Polygon(corners=4), shadow=Shadow(depth=1))
@@ -53,43 +53,43 @@ def test_the_name_chooses_the_variant_and_without_one_it_is_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"name": "sqare"}, "shape.name is 'sqare'; did you mean 'square'?"),
         ({"name": ["square"]}, "shape.name is ['square']; did you mean 'square'?"),
         (
             {"corners": 4},
-            "unknown field 'shape.corners' for the shape square; expected it with polygon alone; leave it out",
+            "unknown field 'shape.corners' for the shape square; expected it only with polygon; remove it",
         ),
         ({"sides": 4}, "unknown field 'shape.sides' for the shape square; did you mean 'side'?"),
         ({"name": "polygon"}, "missing field 'shape.corners'; expected"),
         (4, "shape is 4; expected a section of fields"),
     ],
 )
-def test_what_is_no_variant_is_one_line(section: Any, said: str) -> None:
+def test_an_invalid_variant_is_one_line(section: Any, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         from_mapping(Drawing, {"shape": section})
-    assert said in one_line(error)
+    assert message in error_message(error)
 
 
-def test_another_variant_takes_the_place_of_the_options_that_it_does_not_have() -> None:
+def test_selecting_another_variant_drops_the_options_that_it_does_not_have() -> None:
     base = {"shape": {"side": 3, "round_corners": True}, "shadow": {"depth": 1}}
-    other = {"shape": {"name": "polygon", "corners": 6}}
-    assert merged(base, other, Drawing) == {"shape": {"side": 3, **other["shape"]}, "shadow": {"depth": 1}}
-    same = {"shape": {"name": "square", "side": 4}}
-    assert merged(base, same, Drawing)["shape"] == {"name": "square", "side": 4, "round_corners": True}
-    assert merged(base, {"shadow": None}, Drawing)["shadow"] is None
-    with pytest.raises(ConfigError, match="round_corners"):  # an overlay's own field is no other's to leave out
-        from_mapping(Drawing, merged(base, {"shape": other["shape"] | {"round_corners": True}}, Drawing))
+    overlay = {"shape": {"name": "polygon", "corners": 6}}
+    assert merge_mappings(base, overlay, Drawing) == {"shape": {"side": 3, **overlay["shape"]}, "shadow": {"depth": 1}}
+    same_variant = {"shape": {"name": "square", "side": 4}}
+    assert merge_mappings(base, same_variant, Drawing)["shape"] == {"name": "square", "side": 4, "round_corners": True}
+    assert merge_mappings(base, {"shadow": None}, Drawing)["shadow"] is None
+    with pytest.raises(ConfigError, match="round_corners"):  # fields of the overlay itself are not dropped
+        from_mapping(Drawing, merge_mappings(base, {"shape": overlay["shape"] | {"round_corners": True}}, Drawing))
 
 
-def test_a_draft_waits_for_required_values_and_for_those_that_go_together() -> None:
-    waiting = draft(Drawing, {"shape": {"name": "polygon"}}, "later")
-    assert (waiting.shape.name, waiting.shape.corners, waiting.shape.side) == ("polygon", "later", 1)
-    assert draft(Drawing, {"shape": {"name": "polygon", "corners": 2}}).shape.corners == 2
+def test_build_unchecked_accepts_missing_values_and_values_that_contradict_each_other() -> None:
+    unchecked = build_unchecked(Drawing, {"shape": {"name": "polygon"}}, "later")
+    assert (unchecked.shape.name, unchecked.shape.corners, unchecked.shape.side) == ("polygon", "later", 1)
+    assert build_unchecked(Drawing, {"shape": {"name": "polygon", "corners": 2}}).shape.corners == 2
     with pytest.raises(ConfigError, match="corners is 'two'; expected int"):
-        draft(Drawing, {"shape": {"name": "polygon", "corners": "two"}})
-    assert with_defaults(Drawing, {"shape": {"side": 3}}) == {
+        build_unchecked(Drawing, {"shape": {"name": "polygon", "corners": "two"}})
+    assert fill_defaults(Drawing, {"shape": {"side": 3}}) == {
         "shape": {"name": "square", "side": 3, "round_corners": False},
         "shadow": None,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import latentloom
-from small_parts import write_pictures
+from small_parts import write_images
 
 from latentloom.commands.arguments import training_values
 from latentloom.commands.variants import starting_point
@@ -109,7 +109,7 @@ def test_an_option_that_the_variant_does_not_have_is_one_line(
 ) -> None:
     verb, *rest = words.split()
     source = "--data" if verb == "train-tokenizer" else "--codes"
-    assert latentloom(verb, source, write_pictures(tmp_path / "images"), "--output", tmp_path / "run", *rest) == 2
+    assert latentloom(verb, source, write_images(tmp_path / "images"), "--output", tmp_path / "run", *rest) == 2
     line = capsys.readouterr().err
     assert said in line
     assert line.count("\n") == 1
@@ -160,7 +160,7 @@ def test_a_yaml_file_over_a_recipe_may_name_another_variant(tmp_path: Path) -> N
 
 
 def test_a_run_s_configuration_repeats_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, run, again = write_pictures(tmp_path / "images"), tmp_path / "run", tmp_path / "again"
+    images, run, again = write_images(tmp_path / "images"), tmp_path / "run", tmp_path / "again"
     given = ["--data", images, "--recipe", "vqgan-f4", *SMALL.split(), *FSQ.split()]
     assert latentloom("train-tokenizer", *given, "--output", run) == 0
     stored = yaml.safe_load((run / "config.yaml").read_text())

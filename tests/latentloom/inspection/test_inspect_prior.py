@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import latentloom
 from html_pages import Page
-from small_parts import write_pictures
+from small_parts import write_images
 from tiny_models import seeded, tiny_pipeline, tiny_prior
 from torch.testing import assert_close
 
@@ -91,7 +91,7 @@ def test_inspect_prior_writes_a_reproducible_page_with_the_prior_s_metrics(
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path / "pipeline")
     for split, count in (("train", 5), ("test", 4)):
-        write_pictures(tmp_path / "data" / split, count)
+        write_images(tmp_path / "data" / split, count)
     arguments = ["--pipeline", tmp_path / "pipeline", "--data", tmp_path / "data", "--num-samples", 6]
     for name in ("a", "b"):
         assert latentloom("inspect-prior", *arguments, "--output", tmp_path / f"{name}.html") == 0
@@ -117,7 +117,7 @@ def test_a_prior_without_likelihoods_is_refused(tmp_path: Path, capsys: pytest.C
     LatentGenerationPipeline(tokenizer, StandardNormalPrior.for_spec(tokenizer.latent_spec())).save_pretrained(
         tmp_path / "p"
     )
-    write_pictures(tmp_path / "data", 3)
+    write_images(tmp_path / "data", 3)
     arguments = ["--pipeline", tmp_path / "p", "--data", tmp_path / "data", "--output", tmp_path / "a.html"]
     assert latentloom("inspect-prior", *arguments) == 2
     assert "StandardNormalPrior gives codes no probability" in capsys.readouterr().err

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from command_line import latentloom
-from html_pages import Page, browse
+from html_pages import Page, open_in_browser
 from PIL import Image
-from small_parts import whole_tokenizer, write_pictures
+from small_parts import small_tokenizer, write_images
 from tiny_models import seeded, tiny_split
 from torch import Tensor
 
@@ -38,8 +38,8 @@ IMAGES = 30  # in the test split: 480 tokens on 4 × 4 grids, 30 for each of the
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "<b>images"
-    write_pictures(folder / "train", 2)
-    write_pictures(folder / "test", IMAGES)
+    write_images(folder / "train", 2)
+    write_images(folder / "test", IMAGES)
     return folder
 
 
@@ -56,7 +56,7 @@ def build_autoencoder_kl(**fields: int) -> AutoencoderKL:
 
 def tokenizer_with_dead_codes() -> Tokenizer:
     """Build a tokenizer with two codes far from all latents, of 16."""
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     with torch.no_grad():
         tokenizer.quantizer.codebook[14:] = 1e3
     return tokenizer
@@ -124,14 +124,14 @@ def test_a_page_of_fewer_images_says_that_they_were_selected_at_random(
 
 def collapsed_tokenizer() -> Tokenizer:
     """Build a tokenizer that uses one of its 16 codes."""
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     with torch.no_grad():
         tokenizer.quantizer.codebook[1:] = 1e3
     return tokenizer
 
 
 def test_a_codebook_with_one_used_code_is_called_collapsed_with_a_recommendation(image_folder: Path) -> None:
-    for tokenizer, levels in ((collapsed_tokenizer(), ["bad"]), (whole_tokenizer(), ["good"])):
+    for tokenizer, levels in ((collapsed_tokenizer(), ["bad"]), (small_tokenizer(), ["good"])):
         page = render_page(tokenizer, inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer)))
         assert [item["class"] for item in page.all("li") if item["class"] in ("good", "note", "bad")] == levels
         text = page_text(page)
@@ -157,7 +157,7 @@ def test_a_codebook_is_not_called_collapsed_after_too_few_images(image_folder: P
 def test_the_worst_best_and_random_examples_do_not_depend_on_the_batch_size(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     images = load_images(image_folder, tokenizer)
     inspection = inspect_tokenizer(tokenizer, images)
     order = inspection.psnr.argsort(stable=True).tolist()
@@ -182,7 +182,7 @@ def test_the_worst_best_and_random_examples_do_not_depend_on_the_batch_size(
 
 
 def test_the_page_labels_each_example_with_its_psnr_and_shows_three_images(image_folder: Path) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     inspection = inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer))
     page = render_page(tokenizer, inspection)
     assert f"Worst{inspection.psnr.min():.2f} dB" in page_text(page)
@@ -229,7 +229,7 @@ def test_colours_get_lighter_along_the_scale() -> None:
 
 
 def test_a_code_tile_is_the_middle_of_a_grid_with_one_code(image_folder: Path) -> None:
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     tiles = decode_code_tiles(tokenizer, torch.arange(16))
     for code in (0, 7, 15):
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_only_the_most_used_codes_are_shown_of_a_large_codebook(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentloom.inspection.sections.MAX_TILES", 5)
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     inspection = inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer))
     page = render_page(tokenizer, inspection)
     counts = [int(re.search(r": (\d+) time", span["title"])[1]) for span in page.all("span", "used")]  # type: ignore[index]
@@ -267,7 +267,7 @@ def test_a_residual_code_is_completed_with_its_most_frequent_companions() -> Non
 
 
 def test_residual_codes_are_counted_by_level(image_folder: Path) -> None:
-    tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 2})
+    tokenizer = small_tokenizer(quantizer={"name": "residual", "depth": 2})
     inspection = inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer))
     assert inspection.codes is not None
     first, second = usage_by_level(inspection.codes, 16)
@@ -438,7 +438,7 @@ def test_the_same_tokenizer_and_images_give_the_same_bytes(image_folder: Path, p
 
 
 def test_images_smaller_than_the_ssim_window_and_fewer_than_the_examples_have_a_page() -> None:
-    tokenizer = whole_tokenizer(image_size=(8, 8), image_channels=1)
+    tokenizer = small_tokenizer(image_size=(8, 8), image_channels=1)
     inspection = inspect_tokenizer(tokenizer, ImageLoader(tiny_split(2, size=(8, 8)), tokenizer.config.image_processor))
     text = page_text(render_page(tokenizer, inspection))
     assert "SSIM" not in text
@@ -466,7 +466,7 @@ def test_a_browser_shows_every_image_and_the_page_does_not_scroll_sideways(
     width: int, page_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(html_pages, "LAST", PROBE)
-    observed, console = browse(page_path, allow_scripts, width)
+    observed, console = open_in_browser(page_path, allow_scripts, width)
     assert console == []
     assert observed["wrong"] == []
     assert observed["images"] == [16] * 27 + [4] * 16

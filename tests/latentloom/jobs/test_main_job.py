@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import CHECKOUT, digests, in_new_process, latentloom
+from command_line import CHECKOUT, hash_files, latentloom, run_python
 from hub_stand_in import StandInHub
 from PIL import Image
 from safetensors.torch import load_file
-from small_parts import write_pictures
+from small_parts import write_images
 
 from latentloom.commands import quickstart
 from latentloom.jobs import main_job
@@ -80,7 +80,7 @@ def test_a_pipeline_samples_bitwise_equal_images_in_a_new_process(finished_job: 
     images = LatentGenerationPipeline.from_pretrained(folder)(
         ["class 3", 5], 2, generator=torch.Generator().manual_seed(7), output_type="np"
     ).images
-    process = in_new_process(
+    process = run_python(
         "-c",
         f"""
 import hashlib, torch
@@ -96,20 +96,20 @@ print(hashlib.sha256(images.tobytes()).hexdigest())""",
 def test_running_a_finished_job_again_prints_that_and_changes_no_file(
     finished_job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(finished_job)
+    before = hash_files(finished_job)
     assert latentloom(*train_command(real_images, finished_job, steps=STEPS)) == 0
     printed = capsys.readouterr().out
     assert "has finished its 4 steps of the tokenizer and 4 steps of the prior; pass a larger --max-steps" in printed
     assert "will take" not in printed  # a finished job is neither timed nor announced
     assert f"PSNR {read_job_metrics(finished_job)['psnr']:.2f} dB" in printed
-    assert digests(finished_job) == before
+    assert hash_files(finished_job) == before
 
 
 @pytest.mark.parametrize("verb", ["train-tokenizer", "tokenize", "train-prior"])
 def test_running_a_finished_stage_again_prints_that_and_changes_no_file(
     verb: str, finished_job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(finished_job)
+    before = hash_files(finished_job)
     arguments = {
         "train-tokenizer": ["--config", finished_job / "tokenizer" / "config.yaml"],
         "tokenize": [
@@ -124,13 +124,13 @@ def test_running_a_finished_stage_again_prints_that_and_changes_no_file(
     }[verb]
     assert latentloom(verb, *arguments) == 0
     assert re.search(r"has finished its 4 steps|holds these codes already", capsys.readouterr().out)
-    assert digests(finished_job) == before
+    assert hash_files(finished_job) == before
 
 
 def test_a_larger_max_steps_extends_a_job_and_trains_the_prior_again_on_the_new_codes(
     job: Path, real_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    earlier_prior = digests(job / "prior")
+    earlier_prior = hash_files(job / "prior")
     earlier_id = VQGAN.from_pretrained(job / "tokenizer" / "model").config.tokenizer_id
     assert latentloom(*train_command(real_images, job, steps=STEPS + 2)) == 0
     assert "the prior starts again" in capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_a_larger_max_steps_extends_a_job_and_trains_the_prior_again_on_the_new_
     pipeline = LatentGenerationPipeline.from_pretrained(job)
     assert pipeline.tokenizer.config.tokenizer_id == pipeline.prior.config.tokenizer_id != earlier_id
     assert list_names(job) == {*JOB_FILES, f"prior-{STEPS}-steps"}
-    assert digests(job / f"prior-{STEPS}-steps") == earlier_prior  # moved aside with its pipeline
+    assert hash_files(job / f"prior-{STEPS}-steps") == earlier_prior  # moved aside with its pipeline
 
 
 def test_a_job_interrupted_before_its_evaluation_does_not_train_again(
@@ -153,9 +153,9 @@ def test_a_job_interrupted_before_its_evaluation_does_not_train_again(
         patch.setattr(main_job, "write_results", interrupt)
         assert latentloom(*train_command(real_images, tmp_path / "job")) == 130
     assert "run the same command again" in capsys.readouterr().err
-    trained_prior = digests(tmp_path / "job" / "prior")
+    trained_prior = hash_files(tmp_path / "job" / "prior")
     assert latentloom(*train_command(real_images, tmp_path / "job")) == 0
-    assert digests(tmp_path / "job" / "prior") == trained_prior
+    assert hash_files(tmp_path / "job" / "prior") == trained_prior
     assert list_names(tmp_path / "job") == JOB_FILES
 
 
@@ -235,9 +235,9 @@ def test_every_command_works_on_real_images(
     }
     assert Image.open(out / "00000-class-7.png").size == (16, 16)
     assert latentloom("sample", *arguments, "--output", tmp_path / "again") == 0
-    assert digests(out) == digests(tmp_path / "again")
+    assert hash_files(out) == hash_files(tmp_path / "again")
     assert latentloom("sample", *arguments[:-1], 6, "--output", tmp_path / "another-seed") == 0
-    assert digests(out) != digests(tmp_path / "another-seed")
+    assert hash_files(out) != hash_files(tmp_path / "another-seed")
 
     reconstructed = tmp_path / "reconstructed"
     assert (
@@ -265,15 +265,15 @@ def test_a_pushed_pipeline_samples_from_its_repository_id(finished_job: Path, tm
     with StandInHub() as hub:
         environment = hub.environment(tmp_path / "home")
         arguments = ["push", "--pipeline", finished_job, "--repo-id", "stand-in/clothes"]
-        pushed = in_new_process("-m", "latentloom.cli", *arguments, **environment)
+        pushed = run_python("-m", "latentloom.cli", *arguments, **environment)
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.startswith("pushed: ")
         files = hub.repos["stand-in/clothes"].files
         arguments = ["sample", "--pipeline", "stand-in/clothes", *samples, tmp_path / "from-hub"]
-        sampled = in_new_process("-m", "latentloom.cli", *arguments, **environment)
+        sampled = run_python("-m", "latentloom.cli", *arguments, **environment)
         assert sampled.returncode == 0, sampled.stderr
     assert latentloom("sample", "--pipeline", finished_job, *samples, tmp_path / "from-folder") == 0
-    assert digests(tmp_path / "from-hub") == digests(tmp_path / "from-folder")
+    assert hash_files(tmp_path / "from-hub") == hash_files(tmp_path / "from-folder")
     weights = (finished_job / "pipeline" / "prior" / "model.safetensors").read_bytes()
     assert files["prior/model.safetensors"] == weights
     assert {"README.md", "samples.png", "metrics.json", "model_index.json", "tokenizer/config.json"} <= files.keys()
@@ -300,16 +300,16 @@ def test_quickstart_sets_its_steps_by_minutes_and_does_the_whole_job(
     steps = [read_job_metrics(output)["steps"][stage] for stage in ("tokenizer", "prior")]
     assert list(map(int, fitting_steps)) == steps
 
-    before = digests(output)
+    before = hash_files(output)
     assert (
         latentloom("quickstart", "--output", output, "--minutes", 99, "--num-images", 40) == 0
     )  # the steps are set once
     assert "has finished" in capsys.readouterr().out
-    assert digests(output) == before
+    assert hash_files(output) == before
 
 
 def test_train_takes_colour_images_that_are_not_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_pictures(tmp_path / "images", count=40, size=(64, 96))
+    data = write_images(tmp_path / "images", count=40, size=(64, 96))
     job = tmp_path / "job"
     assert (
         latentloom("train", "--data", data, "--output", job, "--max-steps", 1, "--batch-size", 8, "--num-images", 8)
@@ -465,7 +465,7 @@ def test_large_images_are_reduced_to_at_most_256_codes_with_nearly_the_same_aspe
 def run_launched(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1, "--cpu"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    return in_new_process(*launch, CHECKOUT / "scripts" / script, *arguments, timeout=240, PYTHONPATH=str(CHECKOUT))
+    return run_python(*launch, CHECKOUT / "scripts" / script, *arguments, timeout=240, PYTHONPATH=str(CHECKOUT))
 
 
 def test_two_processes_train_one_tokenizer(real_images: Path, tmp_path: Path) -> None:

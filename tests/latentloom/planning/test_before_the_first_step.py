@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import digests, latentloom
-from small_parts import write_pictures
-from small_runs import prepare
+from command_line import hash_files, latentloom
+from small_parts import write_images
+from small_runs import write_training_data
 
 from training_harness.metric_log import read_metrics
 
@@ -16,14 +16,14 @@ SMALL = ("--model.hidden-size", 32, "--model.num-layers", 1, "--model.num-heads"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("before")
-    prepare(folder)
+    write_training_data(folder)
     return folder
 
 
 def test_a_dry_run_of_a_prior_prints_its_cost_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = digests(folder)
+    before = hash_files(folder)
     arguments = (
         "--codes",
         folder / "codes",
@@ -43,11 +43,11 @@ def test_a_dry_run_of_a_prior_prints_its_cost_and_writes_nothing(
     assert "30 steps, 6.0 epochs" in lines["length"]
     counts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"])]
     assert counts[0] == sum(counts[1:])
-    assert digests(folder) == before
+    assert hash_files(folder) == before
 
 
 def test_a_dry_run_of_the_main_job_adds_up_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = write_pictures(tmp_path / "images")
+    images = write_images(tmp_path / "images")
     assert latentloom("train", "--data", images, "--output", tmp_path / "job", "--batch-size", 2, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert re.search(r"^tokenizer vqgan-f4$", printed, re.MULTILINE)
@@ -61,9 +61,7 @@ def test_one_batch_is_memorized_without_writing_the_run_folder(
     folder: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = (
-        ("--data", folder / "pictures", "--recipe", "vqgan-f4")
-        if stage == "tokenizer"
-        else ("--codes", folder / "codes")
+        ("--data", folder / "images", "--recipe", "vqgan-f4") if stage == "tokenizer" else ("--codes", folder / "codes")
     )
     arguments = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 60, "--overfit-batch")
     for _ in range(2):  # the second check replaces the first

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import in_new_process
-from small_runs import prepare
+from command_line import run_python
+from small_runs import write_training_data
 from tiny_models import tiny_tokenizer
 
 from latentloom.planning.memory_estimate import estimate_memory, explain_out_of_memory, recommend_memory_savings
@@ -169,12 +169,12 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory of a process, which needs Linux")
 def test_a_run_without_enough_memory_ends_in_one_line_and_its_recommendation_trains(tmp_path: Path) -> None:
-    prepare(tmp_path)
+    write_training_data(tmp_path)
     arguments = ["train-prior", "--codes", tmp_path / "codes", "--output", tmp_path / "run", "--max-steps", 1]
-    process = in_new_process("-c", LIMITED, *arguments, "--batch-size", 40_000)
+    process = run_python("-c", LIMITED, *arguments, "--batch-size", 40_000)
     assert process.returncode == 2, process.stderr[-2000:]
     line = process.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory on this machine with batches of 40000 images"), line
     assert "--batch-size 20000 --accumulation-steps 2" in line
-    process = in_new_process("-m", "latentloom", *arguments, "--batch-size", 4)
+    process = run_python("-m", "latentloom", *arguments, "--batch-size", 4)
     assert process.returncode == 0, process.stderr[-2000:]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import digests, in_new_process, latentloom
-from html_pages import Page, browse
+from command_line import hash_files, latentloom, run_python
+from html_pages import Page, open_in_browser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -205,7 +205,7 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     assert "step 75 of 1,000" in page.text
     assert "finished" not in page.text
     assert "no environment.json" in page.text
-    assert page.all("img") == []
+    assert page.find_all("img") == []
     assert "L1" in page.curves()
 
 
@@ -426,12 +426,12 @@ def test_the_codebook_size_is_read_from_a_model_of_any_format(saved: Row, tmp_pa
 
 
 def test_a_report_is_reproducible_and_changes_no_other_file(tokenizer_run: Path, tmp_path: Path) -> None:
-    before = digests(tokenizer_run)
+    before = hash_files(tokenizer_run)
     assert latentloom("report", tokenizer_run, "--output", tmp_path / "pages" / "a.html") == 0
-    assert digests(tokenizer_run) == before
+    assert hash_files(tokenizer_run) == before
     write_report(tokenizer_run)
     assert (tokenizer_run / "report.html").read_bytes() == (tmp_path / "pages" / "a.html").read_bytes()
-    assert digests(tokenizer_run) == before | {"report.html": digests(tokenizer_run)["report.html"]}
+    assert hash_files(tokenizer_run) == before | {"report.html": hash_files(tokenizer_run)["report.html"]}
 
 
 def test_without_an_argument_the_run_is_the_current_folder(
@@ -444,7 +444,7 @@ def test_without_an_argument_the_run_is_the_current_folder(
 
 def test_a_report_is_written_without_torch(tokenizer_run: Path) -> None:
     code = "import sys; from latentloom.commands.report import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = in_new_process("-c", code, tokenizer_run)
+    done = run_python("-c", code, tokenizer_run)
     assert done.stdout.splitlines() == [f"report: {tokenizer_run / 'report.html'}", "False"], done.stderr
 
 
@@ -483,14 +483,14 @@ def test_invalid_input_is_refused_in_one_line(
     write_image(tmp_path / "images" / "a.png", 0)
     (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    before = digests(tmp_path)
+    before = hash_files(tmp_path)
     assert latentloom("report", *arguments.split()) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
     assert line.count("\n") == 1
     assert problem in line
     assert advice in line
-    assert digests(tmp_path) == before
+    assert hash_files(tmp_path) == before
 
 
 def test_every_metric_of_the_real_training_loops_is_in_a_panel(finished_job: Path, tmp_path: Path) -> None:
@@ -503,7 +503,7 @@ def test_every_metric_of_the_real_training_loops_is_in_a_panel(finished_job: Pat
         assert [name for name in run.metrics if name not in panel_metrics and not is_marker(name)] == []
     assert latentloom("report", finished_job, "--output", tmp_path / "page.html") == 0
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert len(page.pictures()) == 4
+    assert len(page.images()) == 4
     assert "log K is 6" in page.text
 
 
@@ -534,7 +534,7 @@ def test_numbers_have_four_digits_and_thousands_separators(value: float, text: s
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_every_image_and_chart_and_plays_the_grids(width: int, job: Path) -> None:
     write_report(job)
-    observed, console = browse(job / "report.html", width=width)
+    observed, console = open_in_browser(job / "report.html", width=width)
     assert console == []
     assert observed["wrong"] == []
     assert observed["images"] == [120] * 6
@@ -556,13 +556,15 @@ def test_a_browser_shows_every_image_and_chart_and_plays_the_grids(width: int, j
 def test_the_browser_test_notices_a_broken_image_and_a_failing_script(job: Path) -> None:
     """Otherwise the browser test would pass on any page."""
     write_report(job)
-    observed, _ = browse(job / "report.html", lambda text: text.replace("base64,iVBOR", "base64,AAAAA", 1))
+    observed, _ = open_in_browser(job / "report.html", lambda text: text.replace("base64,iVBOR", "base64,AAAAA", 1))
     assert observed["images"][0] == 0
     assert len(observed["wrong"]) == 1
-    observed, console = browse(job / "report.html", lambda text: text.replace('"use strict";', "nothing.here();"))
+    observed, console = open_in_browser(
+        job / "report.html", lambda text: text.replace('"use strict";', "nothing.here();")
+    )
     assert observed["wrong"]
     assert "nothing is not defined" in console[0]
-    observed, console = browse(
+    observed, console = open_in_browser(
         job / "report.html",
         lambda text: text.replace("<main>", '<main><img alt="" src="https://example.org/a.png">'),
     )

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import digests, latentloom
+from command_line import hash_files, latentloom
 from hypothesis import given
 from hypothesis import strategies as st
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 from tiny_models import tiny_source, tiny_tokenizer
 
 from latentloom.recipes import recipe_names, recipe_values
@@ -150,7 +150,7 @@ INVALID_EXPRESSIONS = {
 def test_an_invalid_expression_is_refused_in_one_line(expression: str, problem: str, advice: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_space([expression], PRIOR)
-    line = one_line(error)
+    line = error_message(error)
     assert problem in line
     assert advice in line
 
@@ -389,7 +389,7 @@ def test_a_folder_with_another_search_or_with_other_files_is_not_changed(tmp_pat
     run_search(plan)
     (tmp_path / "other_files").mkdir()
     (tmp_path / "other_files" / "notes.txt").write_text("notes")
-    before = digests(tmp_path)
+    before = hash_files(tmp_path)
     other_plans = {
         f"search.{DROPOUT} was '0.0..0.5', now '0.0..0.1'": build_plan(
             plan.folder, (*EXPRESSIONS[::2], f"{DROPOUT}=0..0.1")
@@ -402,9 +402,9 @@ def test_a_folder_with_another_search_or_with_other_files_is_not_changed(tmp_pat
     for problem, other_plan in other_plans.items():
         with pytest.raises(UserError) as error:
             run_search(other_plan)
-        assert problem in one_line(error)
-        assert "choose another --output" in one_line(error)
-    assert digests(tmp_path) == before
+        assert problem in error_message(error)
+        assert "choose another --output" in error_message(error)
+    assert hash_files(tmp_path) == before
 
 
 # -- searches with real training ----------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     write_code_cache(tiny_tokenizer(), folder / "tokenizer", tiny_source(), folder / "codes")
-    write_pictures(folder / "images")
+    write_images(folder / "images")
     (folder / "prior.yaml").write_text(yaml.safe_dump(SMALL_PRIOR))
     model = {"channels": [8, 8], "blocks": [0, 1], "latent_channels": 4, "codebook_size": 16}
     training = {"batch_size": 4, "max_steps": 40, "resolution": 16, "adversarial": {"weight": 0.0}}
@@ -458,11 +458,11 @@ def test_a_search_writes_the_trial_with_the_lowest_validation_loss_as_a_recipe(
     best = min(losses_by_trial, key=lambda trial: min(losses_by_trial[trial]))
     assert f"trial {int(best)}, the best of 4, seed 3" in (output / "best.yaml").read_text().splitlines()[0]
 
-    recipe = AutoregressiveTraining.migration.present(read_yaml(output / "best.yaml"))
+    recipe = AutoregressiveTraining.migration.migrate(read_yaml(output / "best.yaml"))
     assert not {"output", "codes"} & set(recipe)
     config = parse_prior_training(recipe | {"output": "run", "codes": "codes"})
     trial = parse_prior_training(
-        AutoregressiveTraining.migration.present(read_yaml(output / "trials" / best / "config.yaml"))
+        AutoregressiveTraining.migration.migrate(read_yaml(output / "trials" / best / "config.yaml"))
     )
     assert (config.model, config.optimizer, config.seed) == (trial.model, trial.optimizer, trial.seed)
     assert (config.max_steps, trial.max_steps, trial.seed) == (40, 8, 3)
@@ -472,11 +472,11 @@ def test_a_search_writes_the_trial_with_the_lowest_validation_loss_as_a_recipe(
     assert not list(output.glob("trials/*/samples"))
     assert f"--config {output / 'best.yaml'}" in printed.splitlines()[-1]
 
-    before = digests(output)
+    before = hash_files(output)
     assert latentloom(*arguments) == 0
     assert "has finished its 4 trials" in capsys.readouterr().out
     del before["study.log"]
-    assert {file: digest for file, digest in digests(output).items() if file != "study.log"} == before
+    assert {file: digest for file, digest in hash_files(output).items() if file != "study.log"} == before
 
 
 def test_the_printed_command_repeats_the_best_trial(
@@ -537,7 +537,7 @@ def test_a_tokenizer_search_reads_each_image_once_and_maximizes_psnr(
             f"{int(row['trial']):03d}": float(row["validation_psnr"]) for row in csv.DictReader(file)
         } == psnr_by_trial
     recipe, trial = (
-        TokenizerTraining.migration.present(read_yaml(path))
+        TokenizerTraining.migration.migrate(read_yaml(path))
         for path in (output / "best.yaml", output / "trials" / best / "config.yaml")
     )
     config = from_mapping(TokenizerTraining, recipe | {"output": "run", "data": "images"})
@@ -589,14 +589,14 @@ def test_an_invalid_command_is_refused_in_one_line_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(inputs)
     (inputs / "heads.yaml").write_text("model: {num_heads: 5}")
-    before = digests(inputs)
+    before = hash_files(inputs)
     assert latentloom("sweep", "--output", "new", *arguments.split()) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
     assert line.count("\n") == 1
     assert problem in line
     assert advice in line
-    assert digests(inputs) == before
+    assert hash_files(inputs) == before
 
 
 def test_a_search_without_a_finished_trial_gives_the_reason(

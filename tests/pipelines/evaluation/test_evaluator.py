@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
+from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_split, tiny_tokenizer
 from torch import Tensor
 
 from pipelines.evaluation.evaluator import Evaluator, MeasuredImages, memorisation_metrics
@@ -271,12 +271,12 @@ def test_predictions_of_a_classifier_give_the_class_agreement_overall_and_by_cla
     with Evaluator(BY_FIRST_PIXEL, tmp_path) as evaluator:
         samples = evaluator.measure_stream(images.split(4), labels, "samples")
         real = measure_images(evaluator, reference, real_labels)
-        metrics = evaluator.sample_metrics(samples, real, real, NAMES)
+        metrics = evaluator.sample_metrics(samples, real, real, LABEL_NAMES)
         without_names = evaluator.sample_metrics(samples, real, real)
     assert metrics["class_agreement"] == pytest.approx(14 / 21)
     assert metrics["floor"]["class_agreement"] == 1
-    assert list(metrics["by_class"]) == list(NAMES)
-    for label, name in enumerate(NAMES):
+    assert list(metrics["by_class"]) == list(LABEL_NAMES)
+    for label, name in enumerate(LABEL_NAMES):
         row, in_class = metrics["by_class"][name], labels == label
         assert row["class_agreement"] == pytest.approx((predictions[in_class] == label).double().mean())
         assert row["num_images"] == in_class.sum()
@@ -302,11 +302,11 @@ def test_without_a_classifier_a_probe_trained_on_real_images_gives_the_class_agr
     wrong_labels = torch.tensor(labels)
     wrong_labels[:4] = (wrong_labels[:4] + 1) % 3
     samples = evaluator.measure_stream([images], wrong_labels, "samples")
-    metrics = evaluator.sample_metrics(samples, real, train, NAMES)
+    metrics = evaluator.sample_metrics(samples, real, train, LABEL_NAMES)
     assert metrics["class_agreement"] == pytest.approx(8 / 12)
     assert metrics["floor"]["class_agreement"] == 1
     unlabelled = measure_images(evaluator, images_by_brightness(30, 1)[0])
-    assert evaluator.sample_metrics(samples, real, unlabelled, NAMES)["class_agreement"] is None
+    assert evaluator.sample_metrics(samples, real, unlabelled, LABEL_NAMES)["class_agreement"] is None
 
 
 @pytest.mark.parametrize(("count", "reference"), [(5, 8), (8, 5)])
@@ -398,7 +398,7 @@ def test_pipeline_metrics_include_metrics_of_tokenizer_prior_and_samples(tmp_pat
     labels = balanced_labels(pipeline, 30)
     with Evaluator(POOLED_PIXELS, tmp_path) as evaluator:
         samples = evaluator.measure_stream(sample_batches(pipeline, labels, 0), labels, "sample")
-        metrics = pipeline_metrics(evaluator, pipeline, samples, held_out, train, NAMES)
+        metrics = pipeline_metrics(evaluator, pipeline, samples, held_out, train, LABEL_NAMES)
     assert {"psnr", "ssim", "perplexity", "bits_per_token", "frechet", "kid", "coverage", "floor"} <= metrics.keys()
     assert metrics["floor"]["frechet"] < metrics["frechet"]  # the models are untrained
     assert (metrics["num_images"], metrics["num_reference_images"], metrics["num_training_images"]) == (30, 23, 40)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, stored
-from small_parts import one_line
+from feature_sets import normal, stored_features
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def rows() -> Tensor:
 
 @pytest.fixture
 def file(rows: Tensor, tmp_path: Path) -> FeatureFile:
-    return stored(tmp_path / "set", rows)
+    return stored_features(tmp_path / "set", rows)
 
 
 def test_batches_of_any_size_are_read_as_one_set_of_rows(rows: Tensor, tmp_path: Path):
@@ -107,7 +107,7 @@ def test_concatenated_slices_are_all_rows_as_float64(rows: Tensor, file: Feature
 
 def test_no_slice_has_more_rows_than_the_limit(tmp_path: Path):
     many = torch.arange(2.0 * SLICE + 1)[:, None]
-    for source in (many, stored(tmp_path / "many", many)):
+    for source in (many, stored_features(tmp_path / "many", many)):
         assert [len(row_slice) for row_slice in iterate_slices(source)] == [SLICE, SLICE, 1]
         assert torch.equal(torch.cat(list(iterate_slices(source))), many.double())
 
@@ -138,7 +138,7 @@ def test_non_finite_rows_are_an_error_with_their_count_and_are_not_cached(tmp_pa
     with Evaluator(FeatureExtractor("broken", extract, weights="a"), tmp_path) as evaluator:
         with pytest.raises(UserError, match="2 of 10 rows") as error:
             evaluator.measure(UniformImages(40), "images")
-        one_line(error)
+        error_message(error)
         assert not list(tmp_path.glob("broken*"))
         assert len(evaluator.measure(UniformImages(20), "images").features) == 20  # the first twenty rows are finite
     assert len(list(tmp_path.glob("broken*"))) == 1
@@ -159,6 +159,6 @@ def test_a_pair_of_sets_is_checked_for_columns_rows_and_finite_numbers(rows: Ten
         check_pair(rows, file, min_rows=51, metric="a test")
     with pytest.raises(UserError, match=r"\(50, 6\) and \(50, 7\)") as error:
         check_pair(rows[:, 1:], file, min_rows=1, metric="a test")
-    one_line(error)
+    error_message(error)
     with pytest.raises(UserError, match="1 of 50 rows"):
         check_pair(file, rows.index_fill(0, torch.tensor([2]), math.nan), min_rows=1, metric="a test")

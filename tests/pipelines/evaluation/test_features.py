@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as library
@@ -85,7 +85,7 @@ def test_an_extractor_is_created_by_its_name_and_a_missing_classifier_is_an_erro
     assert feature_extractor("efficientnet-lite0").name == "efficientnet-lite0"
     with pytest.raises(UserError, match="no classifier") as error:
         feature_extractor("classifier")
-    one_line(error)
+    error_message(error)
 
 
 # -- EfficientNet -----------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_missing_weights_are_a_one_line_error_with_path_and_url(default_path: Pa
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError) as error:
         feature_extractor("inception")
-    message = one_line(error)
+    message = error_message(error)
     assert str(default_path) in message
     assert library.URL_INCEPTION_V3 in message
     assert not default_path.exists()
@@ -237,7 +237,7 @@ def test_code_in_a_weights_file_is_an_error_and_is_not_run(serialize, tmp_path: 
     weights.write_bytes(serialize({"fc.weight": Harmful(folder)}))
     with pytest.raises(UserError) as error:
         inception_features(weights=weights)
-    assert str(weights) in one_line(error)
+    assert str(weights) in error_message(error)
     assert not folder.exists()
     pickle.loads(pickle.dumps(Harmful(folder)))  # the object does run code if it is unpickled
     assert folder.exists()
@@ -258,7 +258,7 @@ def test_a_file_without_inception_weights_is_a_one_line_error_with_its_path(cont
     weights.write_bytes(content)
     with pytest.raises(UserError) as error:
         inception_features(weights=weights)
-    assert str(weights) in one_line(error)
+    assert str(weights) in error_message(error)
 
 
 def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):

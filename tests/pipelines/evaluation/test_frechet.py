@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, read_by, stored
+from feature_sets import normal, set_slice_size, stored_features
 from scipy.linalg import sqrtm
-from small_parts import one_line
+from small_parts import error_message
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -82,7 +82,7 @@ def test_the_distance_of_gaussians_with_different_axes_equals_the_closed_form_in
 @pytest.mark.parametrize("count", [2, 10, 500])  # fewer images than features, and more
 def test_the_distance_is_zero_between_equal_sets_and_positive_between_different_sets(count: int, tmp_path: Path):
     features = 100 * normal(count, 64).relu().float()
-    file, reversed_file = stored(tmp_path / "a", features), stored(tmp_path / "b", features.flip(0))
+    file, reversed_file = stored_features(tmp_path / "a", features), stored_features(tmp_path / "b", features.flip(0))
     assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(file, file) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(file, reversed_file) == pytest.approx(0, abs=1e-6)
@@ -118,8 +118,8 @@ def test_the_distance_of_fewer_images_than_features_is_the_distance_in_their_sub
 @pytest.mark.parametrize("rows", [1, 7, 44, 1000])
 def test_the_distance_does_not_depend_on_the_size_of_the_slices(rows: int, tmp_path: Path, monkeypatch):
     a, b = correlated_points(61, 12, 1).float(), (correlated_points(45, 12, 2) + 1).float()
-    files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
-    read_by(rows, frechet, monkeypatch)
+    files = stored_features(tmp_path / "a", a), stored_features(tmp_path / "b", b)
+    set_slice_size(rows, frechet, monkeypatch)
     expected = scipy_frechet(a.double(), b.double())
     assert frechet_distance(*files) == pytest.approx(expected, rel=1e-8)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
@@ -129,7 +129,7 @@ def test_a_file_of_more_than_two_slices_has_the_moments_of_all_rows(tmp_path: Pa
     features = (
         correlated_points(2 * SLICE + 37, 5, 1) + torch.arange(2 * SLICE + 37)[:, None] / 500
     ).float()  # drifting means
-    fitted, all_rows = fit_gaussian(stored(tmp_path / "a", features)), features.double()
+    fitted, all_rows = fit_gaussian(stored_features(tmp_path / "a", features)), features.double()
     torch.testing.assert_close(fitted.mean, all_rows.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(covariance_of(fitted), all_rows.T.cov(), rtol=1e-11, atol=1e-11)
     assert not torch.allclose(fitted.mean, all_rows[:SLICE].mean(0), rtol=0.1)  # the first slice has another mean
@@ -151,7 +151,7 @@ def test_a_weight_is_the_number_of_times_an_image_counts(rows: int, monkeypatch)
         correlated_points(12, 4, 1),
         torch.tensor([0, 0, 0, 2, 1, 0, 5, 1, 1, 0, 3, 1]),
     )  # one slice has only zero weights
-    read_by(rows, frechet, monkeypatch)
+    set_slice_size(rows, frechet, monkeypatch)
     weighted, repeated = fit_gaussian(features, weights), fit_gaussian(features.repeat_interleave(weights, 0))
     torch.testing.assert_close(weighted.mean, repeated.mean)
     torch.testing.assert_close(covariance_of(weighted), covariance_of(repeated))
@@ -189,7 +189,7 @@ NOT_FINITE = torch.tensor([1.0, math.nan, 0.0, 0.0])
 def test_invalid_moments_are_an_error_that_describes_them(mean: Tensor, covariance: Tensor, message: str):
     with pytest.raises(UserError) as error:
         gaussian_from_moments(mean, covariance)
-    assert message in one_line(error)
+    assert message in error_message(error)
 
 
 def test_an_eigenvalue_that_is_negative_by_rounding_counts_as_zero():
@@ -211,7 +211,7 @@ def test_the_interval_contains_the_distance_and_depends_on_the_seed(tmp_path: Pa
     a, b = correlated_points(80, 3, 1).float(), (correlated_points(70, 3, 2) + 1).float()
     low, high = bootstrap_interval(a, b, seed=4)
     assert 0 < low < frechet_distance(a, b) < high
-    files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
+    files = stored_features(tmp_path / "a", a), stored_features(tmp_path / "b", b)
     assert bootstrap_interval(*files, seed=4) == pytest.approx((low, high), rel=1e-9)
     assert bootstrap_interval(a, b, seed=5) != (low, high)
 
@@ -262,13 +262,13 @@ def test_the_error_for_non_finite_rows_has_their_count():
     for sets in ((non_finite, normal(10, 4)), (normal(10, 4), non_finite)):
         with pytest.raises(UserError, match="3 of 10 rows") as error:
             frechet_distance(*sets)
-        one_line(error)
+        error_message(error)
 
 
 def test_sets_with_different_features_are_an_error_with_both_shapes():
     with pytest.raises(UserError, match=r"\(5, 4\) and \(5, 3\)") as error:
         frechet_distance(normal(5, 4), normal(5, 3))
-    one_line(error)
+    error_message(error)
     with pytest.raises(UserError, match="reference has 3 features and the images 4") as error:
         distance_between(fit_gaussian(normal(5, 4)), fit_gaussian(normal(5, 3)))
-    one_line(error)
+    error_message(error)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from feature_sets import normal
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def test_a_failed_closed_too_short_or_too_long_stream_leaves_no_file(tmp_path: P
     for count in (7, 9):
         with pytest.raises(UserError, match=f"8 images.*{count}") as error:
             list(write_and_yield(path, random_images(8).split(4), count))
-        assert str(path) in one_line(error)
+        assert str(path) in error_message(error)
         assert not list(tmp_path.iterdir())
     list(write_and_yield(path, random_images(8).split(4), 8))
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
@@ -225,24 +225,24 @@ def test_a_file_without_images_or_with_damaged_images_is_a_one_line_error_with_i
     write(path)
     with pytest.raises(UserError) as error:
         list(ImageArray(path).batches(7))
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)
     with pytest.raises(UserError) as error:
         list(read_reference(path).images.batches(7))
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)
 
 
 def test_a_missing_file_is_a_one_line_error_with_its_path(tmp_path: Path):
     for read in (ImageArray, read_reference):
         with pytest.raises(UserError, match="No such file") as error:
             read(tmp_path / "none.npz")
-        assert "none.npz" in one_line(error)
+        assert "none.npz" in error_message(error)
 
 
 def test_the_error_for_a_file_without_images_and_moments_lists_its_contents(tmp_path: Path):
     np.savez(tmp_path / "other.npz", labels=np.arange(3), mu=np.zeros(3))
     with pytest.raises(UserError, match="holds labels, mu;") as error:
         read_reference(tmp_path / "other.npz")
-    assert "other.npz" in one_line(error)
+    assert "other.npz" in error_message(error)
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,4 @@ def test_invalid_moments_are_a_one_line_error_with_the_path(mu: np.ndarray, sigm
     np.savez(path, mu=mu, sigma=sigma)
     with pytest.raises(UserError) as error:
         read_reference(path)
-    assert str(path) in one_line(error)
+    assert str(path) in error_message(error)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, read_by, stored
+from feature_sets import normal, set_slice_size, stored_features
 from tiny_models import seeded
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
@@ -25,7 +25,7 @@ def test_the_score_equals_torch_fidelity_on_equal_parts(seed: int, tmp_path: Pat
     reference = isc_features_to_metric(logits[order], splits=10, shuffle=False)
     expected = {"inception_score": reference[KEY_METRIC_ISC_MEAN], "inception_score_std": reference[KEY_METRIC_ISC_STD]}
     assert inception_score(logits, seed) == pytest.approx(expected, rel=1e-10)
-    assert inception_score(stored(tmp_path / "logits", logits), seed) == pytest.approx(expected, rel=1e-10)
+    assert inception_score(stored_features(tmp_path / "logits", logits), seed) == pytest.approx(expected, rel=1e-10)
     assert expected["inception_score_std"] > 0
     assert inception_score(logits, seed + 1) != inception_score(logits, seed)
 
@@ -33,7 +33,7 @@ def test_the_score_equals_torch_fidelity_on_equal_parts(seed: int, tmp_path: Pat
 def test_the_score_does_not_depend_on_the_size_of_the_slices(monkeypatch):
     logits = normal(60, 5)
     expected = inception_score(logits)
-    read_by(4, module, monkeypatch)
+    set_slice_size(4, module, monkeypatch)
     assert inception_score(logits) == pytest.approx(expected, rel=1e-12)
 
 

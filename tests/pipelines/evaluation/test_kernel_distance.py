@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feature_sets import normal, stored
+from feature_sets import normal, stored_features
 from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kernel_mmd, kid_features_to_metric
 
@@ -78,7 +78,7 @@ def test_two_samples_of_one_distribution_have_mean_distance_zero_and_often_a_neg
 def test_the_distance_depends_on_the_seed_and_is_the_same_for_files(tmp_path: Path):
     a, b = normal(60, 4, seed=1).float(), normal(60, 4, seed=2).float()
     first = kernel_distance(a, b, subset_size=20, seed=1)
-    files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
+    files = stored_features(tmp_path / "a", a), stored_features(tmp_path / "b", b)
     assert kernel_distance(*files, subset_size=20, seed=1) == pytest.approx(first, rel=1e-12)
     assert kernel_distance(a, b, subset_size=20, seed=2) != first
 

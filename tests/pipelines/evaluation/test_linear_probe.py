@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, stored
+from feature_sets import normal, stored_features
 from tiny_models import seeded
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def test_it_is_fitted_to_a_random_selection_of_images_up_to_the_limit(tmp_path: 
     is_used = fit_probe(features, labels, CLASSES, seed=1).mean > 0  # each image has its own feature
     assert is_used.sum() == 15
     expected = fit_probe(features[is_used], labels[is_used], CLASSES)
-    from_file = fit_probe(stored(tmp_path / "a", features), labels, CLASSES, seed=1)
+    from_file = fit_probe(stored_features(tmp_path / "a", features), labels, CLASSES, seed=1)
     for actual_tensor, expected_tensor in zip(from_file, expected, strict=True):
         torch.testing.assert_close(actual_tensor, expected_tensor)
     assert not torch.equal(fit_probe(features, labels, CLASSES, seed=2).mean > 0, is_used)

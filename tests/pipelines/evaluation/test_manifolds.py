@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_sets import normal, read_by, stored
-from small_parts import one_line
+from feature_sets import normal, set_slice_size, stored_features
+from small_parts import error_message
 from torch import Tensor
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
@@ -67,7 +67,7 @@ def test_precision_and_recall_equal_torch_fidelity(width: int):
 
 def test_files_of_more_than_one_slice_have_the_precision_and_recall_of_torch_fidelity(tmp_path: Path):
     real, generated = normal(SLICE + 300, 4, seed=1).float(), (0.7 * normal(SLICE + 100, 4, seed=2) + 0.7).float()
-    files = stored(tmp_path / "real", real), stored(tmp_path / "generated", generated)
+    files = stored_features(tmp_path / "real", real), stored_features(tmp_path / "generated", generated)
     expected = torch_fidelity_precision_recall(real.double(), generated.double())
     assert precision_recall(*files) == pytest.approx(expected, abs=1e-6)
     assert max(expected) < 0.99
@@ -80,7 +80,7 @@ def test_no_metric_depends_on_the_size_of_the_slices_or_on_the_origin(metric, mo
     # Without centring, distances from a matrix product would have no correct digits here.
     assert metric(real + 1e8, generated + 1e8) == expected
     for rows in (1, 7, 57):
-        read_by(rows, manifolds, monkeypatch)
+        set_slice_size(rows, manifolds, monkeypatch)
         assert metric(real, generated) == expected
 
 
@@ -124,7 +124,7 @@ def test_five_neighbours_are_the_default_of_density_and_coverage():
 
 def test_files_of_more_than_one_slice_have_the_density_and_coverage_of_the_formulas(tmp_path: Path):
     real, generated = normal(SLICE + 80, 2, seed=1).float(), (0.5 * normal(SLICE + 50, 2, seed=2) + 1).float()
-    files = stored(tmp_path / "real", real), stored(tmp_path / "generated", generated)
+    files = stored_features(tmp_path / "real", real), stored_features(tmp_path / "generated", generated)
     assert density_coverage(*files) == pytest.approx(formula_density_coverage(real, generated, 5), rel=1e-12)
 
 
@@ -164,10 +164,10 @@ def test_only_copies_have_distance_zero(offset: float):
 def test_the_nearest_distance_is_the_smallest_distance(rows: int, offset: float, tmp_path: Path, monkeypatch):
     points, support = (normal(40, 10, seed=1) + offset).float(), (normal(70, 10, seed=2) + offset).float()
     expected = torch.cdist(points.double(), support.double(), compute_mode="donot_use_mm_for_euclid_dist").min(1).values
-    read_by(rows, manifolds, monkeypatch)
+    set_slice_size(rows, manifolds, monkeypatch)
     for distances in (
         nearest_distances(points, support),
-        nearest_distances(stored(tmp_path / "points", points), stored(tmp_path / "support", support)),
+        nearest_distances(stored_features(tmp_path / "points", points), stored_features(tmp_path / "support", support)),
     ):
         torch.testing.assert_close(distances, expected, rtol=1e-9, atol=0)
 
@@ -175,7 +175,9 @@ def test_the_nearest_distance_is_the_smallest_distance(rows: int, offset: float,
 def test_copies_are_found_in_any_slice_of_a_file(tmp_path: Path):
     support = normal(2 * SLICE + 5, 6, seed=1).float()
     order = torch.randperm(len(support), generator=torch.Generator().manual_seed(2))
-    distances = nearest_distances(stored(tmp_path / "points", support[order]), stored(tmp_path / "support", support))
+    distances = nearest_distances(
+        stored_features(tmp_path / "points", support[order]), stored_features(tmp_path / "support", support)
+    )
     assert distances.count_nonzero() == 0
     assert nearest_distances(support[-1:], support[:-1]) > 0
 
@@ -191,7 +193,7 @@ def test_too_few_images_for_k_are_an_error_with_the_number_needed(metric):
     assert metric(normal(4, 4), normal(4, 4), k=3)[1] == 1  # k + 1 images are enough
     with pytest.raises(UserError, match="k is 0") as error:
         metric(normal(9, 4), normal(9, 4), k=0)
-    one_line(error)
+    error_message(error)
 
 
 @pytest.mark.parametrize("metric", [precision_recall, density_coverage, nearest_distances])

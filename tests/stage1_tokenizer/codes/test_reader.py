@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny_models import NAMES, tiny_source, tiny_tokenizer
+from tiny_models import LABEL_NAMES, tiny_source, tiny_tokenizer
 
 from stage1_tokenizer.codes import writer
 from stage1_tokenizer.codes.reader import CodeCache
@@ -38,7 +38,7 @@ def test_the_written_rows_are_read_in_order(tmp_path: Path) -> None:
     tokenizer, source = tiny_tokenizer(), tiny_source()
     codes = CodeCache(write_codes(tmp_path, contents="both"))
     assert codes.spec == tokenizer.latent_spec()
-    assert codes.label_names == NAMES
+    assert codes.label_names == LABEL_NAMES
     for split, images in ((codes.train, source.train), (codes.validation, source.validation)):
         pixels = ImageLoader(images, tokenizer.config.image_processor)
         rows = np.arange(len(images))

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from small_parts import one_line, whole_tokenizer, write_pictures
+from small_parts import error_message, small_tokenizer, write_images
 
 from stage1_tokenizer.codes import manifest, writer
 from stage1_tokenizer.codes.manifest import codes_fingerprint
@@ -25,7 +25,7 @@ from training_harness.errors import UserError
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> ImageSource:
-    folder = write_pictures(tmp_path_factory.mktemp("source") / "pictures")
+    folder = write_images(tmp_path_factory.mktemp("source") / "pictures")
     (folder / "a" / "00.png").write_bytes(b"a letter")
     return open_source(folder)
 
@@ -33,7 +33,7 @@ def source(tmp_path_factory) -> ImageSource:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[VQGAN, Path]:
     folder = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = whole_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     tokenizer.save_pretrained(folder)
     return tokenizer, folder
@@ -66,7 +66,7 @@ def load_pixel_values(split, tokenizer: VQGAN) -> dict[str, torch.Tensor]:
 
 def test_a_cache_with_the_same_classes_in_another_order_is_reused(tmp_path, model, capsys):
     for name in ("1", "2", "10"):
-        write_pictures(tmp_path / "pictures" / name, count=4)
+        write_images(tmp_path / "pictures" / name, count=4)
     source = open_source(tmp_path / "pictures")
     assert source.label_names == ("1", "2", "10")
     reordered = source.with_label_order(["1", "10", "2"])  # the order of earlier versions
@@ -85,7 +85,7 @@ def test_a_cache_lists_the_classes_with_training_images(tmp_path, model, source)
 
 @torch.no_grad()
 def test_residual_codes_are_stored_by_level(tmp_path, source):
-    tokenizer = whole_tokenizer(quantizer={"name": "residual", "depth": 3})
+    tokenizer = small_tokenizer(quantizer={"name": "residual", "depth": 3})
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     tokenizer.save_pretrained(tmp_path / "model")
     cache = CodeCache(write_codes((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
@@ -131,7 +131,7 @@ def test_only_the_requested_columns_are_written(tmp_path, model, source, content
 
 
 def test_a_codebook_beyond_uint16_is_written_as_int32(tmp_path, source):
-    tokenizer = whole_tokenizer(codebook_size=2**16 + 1)
+    tokenizer = small_tokenizer(codebook_size=2**16 + 1)
     tokenizer.save_pretrained(tmp_path / "model")
     rows = load_rows(write_codes((tokenizer, tmp_path / "model"), source, tmp_path / "codes"))
     assert rows.features["indices"].feature.dtype == "int32"
@@ -209,13 +209,13 @@ def test_another_request_is_refused_with_the_differences_and_the_old_codes_stay(
     elif change == "views":
         options = {"views": ("flip",)}
     elif change == "spec":
-        tokenizer = whole_tokenizer()
+        tokenizer = small_tokenizer()
         tokenizer.config.tokenizer_id = "another"
         other_model = tokenizer, model[1]
     elif change == "images":
-        other_source = open_source(write_pictures(tmp_path / "pictures", count=30))
+        other_source = open_source(write_images(tmp_path / "pictures", count=30))
     else:  # files of the same names; one has other content
-        other_folder = write_pictures(tmp_path / "pictures")
+        other_folder = write_images(tmp_path / "pictures")
         (other_folder / "a" / "00.png").write_bytes(b"a letter")
         same = open_source(other_folder)
         assert same.train.fingerprint() == source.train.fingerprint()
@@ -223,7 +223,7 @@ def test_another_request_is_refused_with_the_differences_and_the_old_codes_stay(
         other_source = open_source(other_folder)
     with pytest.raises(UserError) as caught:
         write_codes(other_model, other_source, folder, **options)
-    assert f"another {change}" in one_line(caught)
+    assert f"another {change}" in error_message(caught)
     assert (folder / "manifest.json").read_bytes() == before
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_parts import one_line, write_pictures
+from small_parts import error_message, write_images
 
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.image_processor import ImageProcessor
@@ -18,13 +18,13 @@ PROCESSOR = ImageProcessor(channels=3, content_size=(16, 16), image_size=(16, 16
 
 @pytest.fixture
 def intact_folder(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures")
+    return write_images(tmp_path / "pictures")
 
 
 @pytest.fixture
 def broken_folder(tmp_path: Path) -> Path:
     """24 images; three files cannot be read: text, a cut file, an empty file."""
-    folder = write_pictures(tmp_path / "pictures")
+    folder = write_images(tmp_path / "pictures")
     intact = (folder / "a" / "04.png").read_bytes()
     for name, content in (("04.png", b"a letter"), ("10.png", intact[: len(intact) // 2]), ("16.png", b"")):
         (folder / "a" / name).write_bytes(content)
@@ -100,5 +100,5 @@ def test_the_error_for_a_split_without_readable_images_names_one(tmp_path, limit
     split = open_whole_folder(tmp_path)
     with pytest.raises(UserError) as caught:
         ImageLoader(split, PROCESSOR, limit)[[0]]
-    assert "none of 3 images" in one_line(caught)
+    assert "none of 3 images" in error_message(caught)
     assert ".png" in str(caught.value)

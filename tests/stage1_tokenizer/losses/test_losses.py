@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch.nn import functional as F
 
@@ -180,7 +180,7 @@ def test_an_invalid_value_gives_one_line_with_the_field_and_the_value(cls, field
     with pytest.raises(ConfigError) as caught:
         cls(**fields)
     name, value = next(iter(fields.items()))
-    assert name in one_line(caught)
+    assert name in error_message(caught)
     assert f"{value:g}" in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_parts import one_line, some_pixels, whole_config
+from small_parts import error_message, random_pixels, small_config
 from tiny_models import seeded
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ def randomize_weights(tokenizer: Autoencoder) -> Autoencoder:
 def create_vqgan(**fields) -> VQGAN:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize_weights(VQGAN(whole_config(**fields)))
+        return randomize_weights(VQGAN(small_config(**fields)))
 
 
 def create_kl(**fields) -> AutoencoderKL:
@@ -94,7 +94,7 @@ tile_sizes = pytest.mark.parametrize(("size", "tile_size"), [(SIZE, 40), ((56, 2
 @tile_sizes
 @torch.no_grad()
 def test_tiled_latents_equal_untiled_latents(tokenizer, size, tile_size):
-    x = some_pixels(2, 3, *size)
+    x = random_pixels(2, 3, *size)
     untiled = tokenizer.encode_latents(x)
     assert untiled.std() > 0.1
     assert max_deviation(call_tiled(tokenizer, tile_size, "encode_latents", x), untiled) < TOLERANCE
@@ -113,7 +113,7 @@ def test_tiled_pixels_equal_untiled_pixels(tokenizer, size, tile_size):
 @torch.no_grad()
 def test_tiled_codes_equal_untiled_codes_except_at_ties(fields):
     # Tie: the squared distances of the two nearest codes differ by less than 1e-3, about 100 times the rounding error.
-    tokenizer, x = create_vqgan(**fields), some_pixels(2, 3, *SIZE)
+    tokenizer, x = create_vqgan(**fields), random_pixels(2, 3, *SIZE)
     raw = tokenizer.encoder(x)
     tokenizer.quantizer.codebook.copy_(raw.flatten(2).mT.flatten(0, 1)[::7][:16])  # all codes are in use
     untiled = tokenizer.encode_indices(x)
@@ -135,7 +135,7 @@ def test_tiled_codes_equal_untiled_codes_except_at_ties(fields):
 )
 @torch.no_grad()
 def test_tiles_without_a_halo_or_global_norms_differ_from_the_untiled_result(vqgan, monkeypatch, part, replacement):
-    x, latents = some_pixels(2, 3, *SIZE), random_latents(vqgan)
+    x, latents = random_pixels(2, 3, *SIZE), random_latents(vqgan)
     encoded, decoded = vqgan.encode_latents(x), vqgan.decode_latents(latents)
     monkeypatch.setattr(tiling, part, replacement)
     assert max_deviation(call_tiled(vqgan, 32, "encode_latents", x), encoded) > 100 * TOLERANCE
@@ -202,7 +202,7 @@ def test_each_norm_needs_one_pass_up_to_it_and_the_output_needs_one_more():
 
     for module in call_counts:
         module.register_forward_hook(count)
-    call_tiled(tokenizer, 32, "encode_indices", some_pixels(1, 3, 64, 96))
+    call_tiled(tokenizer, 32, "encode_indices", random_pixels(1, 3, 64, 96))
     # 6 tiles; two norms in the block before the first downsampling, four in the two blocks before the second one.
     assert list(call_counts.values()) == [(2 + 4 + 1) * 6, (4 + 1) * 6, 6]
 
@@ -224,7 +224,7 @@ def largest_map_values(tokenizer: Autoencoder, tile_size: int | None, height: in
     handles = [convolution.register_forward_hook(record_size) for convolution in convolutions]
     if tile_size:
         tokenizer.enable_tiling(tile_size)
-    tokenizer.decode_indices(tokenizer.encode_indices(some_pixels(1, 3, height, width)))
+    tokenizer.decode_indices(tokenizer.encode_indices(random_pixels(1, 3, height, width)))
     tokenizer.disable_tiling()
     for handle in handles:
         handle.remove()
@@ -248,7 +248,7 @@ def test_no_feature_map_grows_with_the_image_under_tiling(vqgan):
 def test_a_tile_size_that_is_no_multiple_of_f_gives_one_line(vqgan, tile_size):
     with pytest.raises(ConfigError) as caught:
         vqgan.enable_tiling(tile_size)
-    message = one_line(caught)
+    message = error_message(caught)
     assert f"tile_size is {tile_size!r}" in message
     assert "multiple of the downsampling factor 4" in message
     assert vqgan.tile_size is None
@@ -256,7 +256,7 @@ def test_a_tile_size_that_is_no_multiple_of_f_gives_one_line(vqgan, tile_size):
 
 @torch.no_grad()
 def test_disabled_tiling_and_images_of_one_tile_give_bitwise_untiled_results(vqgan):
-    x, small = some_pixels(2, 3, *SIZE), some_pixels(2, 3, 32, 24)
+    x, small = random_pixels(2, 3, *SIZE), random_pixels(2, 3, 32, 24)
     before = [vqgan.encode_latents(x), vqgan.decode_indices(vqgan.encode_indices(x)), vqgan.encode_latents(small)]
     assert not torch.equal(call_tiled(vqgan, 32, "encode_latents", x), before[0])  # tiling is active
     after = [vqgan.encode_latents(x), vqgan.decode_indices(vqgan.encode_indices(x))]
@@ -265,11 +265,11 @@ def test_disabled_tiling_and_images_of_one_tile_give_bitwise_untiled_results(vqg
 
 
 def test_tiling_refuses_gradients_in_one_line_and_works_with_a_frozen_model(vqgan):
-    x, raw = some_pixels(1, 3, *SIZE), random_latents(vqgan)
+    x, raw = random_pixels(1, 3, *SIZE), random_latents(vqgan)
     for call, values in (("encode_indices", x), ("decode_latents", raw)):
         with pytest.raises(UserError) as caught:
             call_tiled(vqgan, 32, call, values)
-        assert "torch.no_grad()" in one_line(caught)
+        assert "torch.no_grad()" in error_message(caught)
     vqgan.requires_grad_(False)
     assert max_deviation(call_tiled(vqgan, 32, "encode_latents", x), vqgan.encode_latents(x)) < TOLERANCE
     with pytest.raises(UserError):

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_parts import one_line
+from small_parts import error_message
 from tiny_models import seeded
 from torch import Tensor
 
 from stage1_tokenizer.quantizers import QUANTIZERS, AnyQuantizerConfig, LFQConfig, Quantizer, VectorQuantizerConfig, ibq
 from stage1_tokenizer.quantizers.binary import code_probabilities
 from stage1_tokenizer.quantizers.vector_quantizer import kmeans, rotate_gradient
-from training_harness.configuration import section
+from training_harness.configuration import build_section
 from training_harness.errors import ConfigError
 
 # K, latent channels and options of each case
@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def build_quantizer(case: str, **fields: Any) -> Quantizer:
     size, channels, options = SIZES[case]
-    config = section(AnyQuantizerConfig, {"name": case} | options | fields, "model.quantizer")
+    config = build_section(AnyQuantizerConfig, {"name": case} | options | fields, "model.quantizer")
     config.check(size, channels)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -360,8 +360,8 @@ def test_inconsistent_options_give_one_line(
     fields: dict[str, Any], size: int, channels: int, expected_text: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
-    assert expected_text in one_line(caught)
+        build_section(AnyQuantizerConfig, fields, "model.quantizer").check(size, channels)
+    assert expected_text in error_message(caught)
 
 
 def test_the_codebook_size_that_the_message_recommends_is_valid() -> None:

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny_models import NAMES, PEER, seeded, tiny_diffusion, tiny_tokenizer
+from tiny_models import DIFFUSERS_REASON, LABEL_NAMES, seeded, tiny_diffusion, tiny_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -25,12 +25,12 @@ VARIANTS = TRANSFORMERS | {"U-Net": UNET}
 
 def make_batch(count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     latents = torch.randn(count, 4, 4, 4, generator=seeded(0))
-    return latents, torch.linspace(0.1, 0.9, count), torch.arange(count) % len(NAMES)
+    return latents, torch.linspace(0.1, 0.9, count), torch.arange(count) % len(LABEL_NAMES)
 
 
 def test_a_block_equals_the_block_of_diffusers_with_the_same_weights() -> None:
     model = DiTModel(hidden_size=32, num_heads=2, intermediate_size=128, num_layers=1)
-    their_attention = pytest.importorskip("diffusers.models.attention", reason=PEER)
+    their_attention = pytest.importorskip("diffusers.models.attention", reason=DIFFUSERS_REASON)
     ours = DiTBlock(model).eval()
     theirs = their_attention.BasicTransformerBlock(
         32,
@@ -123,7 +123,7 @@ def sample_latents(prior: DiffusionPrior, count: int, batch: int, **options: Any
     tokenizer = tiny_tokenizer()
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     generators = image_generators(seeded(4), count)
-    labels = torch.arange(count) % len(NAMES)
+    labels = torch.arange(count) % len(LABEL_NAMES)
     spec, sampling_options = tokenizer.latent_spec(), DiffusionOptions(**{"num_inference_steps": 5} | options)
     parts = [slice(i, i + batch) for i in range(0, count, batch)]
     return torch.cat([prior.sample(spec, labels[part], sampling_options, generators[part]) for part in parts])
@@ -169,7 +169,7 @@ def test_a_pipeline_samples_saves_and_loads_it(tmp_path: Any) -> None:
     tokenizer, prior = tiny_tokenizer(), tiny_diffusion()
     prior.config.tokenizer_id = tokenizer.config.tokenizer_id
     pipeline = LatentGenerationPipeline(
-        tokenizer, prior, NAMES, DiffusionOptions(num_inference_steps=3, sampler="heun")
+        tokenizer, prior, LABEL_NAMES, DiffusionOptions(num_inference_steps=3, sampler="heun")
     )
     pipeline.set_progress_bar_config(disable=True)
     batch_sizes = list[int]()
@@ -250,7 +250,7 @@ def test_a_pipeline_with_continuous_latents_samples_in_half_precision(dtype: tor
     tokenizer.config.tokenizer_id = tokenizer.compute_id()
     spec = tokenizer.latent_spec()
     prior = tiny_diffusion(height=spec.height, width=spec.width, tokenizer_id=spec.tokenizer_id)
-    pipeline = LatentGenerationPipeline(tokenizer, prior, NAMES).to(dtype=dtype)
+    pipeline = LatentGenerationPipeline(tokenizer, prior, LABEL_NAMES).to(dtype=dtype)
     assert pipeline("cat", 2, generator=seeded(0), num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from tiny_models import seeded, their
+from tiny_models import diffusers_scheduler, seeded
 from torch.testing import assert_close
 
 from stage2_prior.diffusion.process import (
@@ -25,9 +25,11 @@ DIFFUSERS_NAMES = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine
 BETAS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012), "cosine": (1e-4, 0.02)}
 
 
-def diffusers_scheduler(name: str, **fields: Any) -> Any:
+def make_ddim_scheduler(name: str, **fields: Any) -> Any:
     first, last = BETAS[name]
-    return their("DDIMScheduler", beta_start=first, beta_end=last, beta_schedule=DIFFUSERS_NAMES[name], **fields)
+    return diffusers_scheduler(
+        "DDIMScheduler", beta_start=first, beta_end=last, beta_schedule=DIFFUSERS_NAMES[name], **fields
+    )
 
 
 def make_batch(
@@ -82,7 +84,7 @@ def test_the_flow_is_the_velocity_of_the_straight_path() -> None:
 @pytest.mark.parametrize("name", LEVEL_SCHEDULES)
 @pytest.mark.parametrize("zero", [False, True])
 def test_schedules_equal_the_schedules_of_diffusers(name: Schedule, zero: bool) -> None:
-    theirs = diffusers_scheduler(name, rescale_betas_zero_snr=zero, prediction_type="v_prediction")
+    theirs = make_ddim_scheduler(name, rescale_betas_zero_snr=zero, prediction_type="v_prediction")
     actual = NoiseSchedule(name, zero).levels(torch.arange(1, NUM_LEVELS + 1, dtype=torch.float64) / NUM_LEVELS)
     assert_close(actual.alpha.float().square(), theirs.alphas_cumprod, rtol=1e-4, atol=2e-6)
 
@@ -107,7 +109,7 @@ def test_only_zero_terminal_snr_ends_with_pure_noise(name: Schedule) -> None:
 @pytest.mark.parametrize("spacing", get_args(Spacing))
 @pytest.mark.parametrize("steps", [1, 7, 50, 1000])
 def test_spacings_equal_the_spacings_of_diffusers(spacing: Spacing, steps: int) -> None:
-    theirs = diffusers_scheduler("linear", timestep_spacing=spacing)
+    theirs = make_ddim_scheduler("linear", timestep_spacing=spacing)
     theirs.set_timesteps(steps)
     actual = NoiseSchedule("linear").sampling_times(steps, spacing) * NUM_LEVELS
     assert actual[-1] == 0

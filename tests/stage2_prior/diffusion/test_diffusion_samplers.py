@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import seeded, their
+from tiny_models import diffusers_scheduler, seeded
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -171,7 +171,7 @@ SETTINGS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_steps_of_ddim_equal_the_steps_of_diffusers(kind: Prediction, eta: float) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = their("DDIMScheduler", **fields)
+    scheduler = diffusers_scheduler("DDIMScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = make_levels("scaled-linear", 10), torch.randn(2, 3, generator=seeded(0))
     actual = sampler_steps(partial(ddim, eta=eta), levels, kind, x)
@@ -184,7 +184,7 @@ def test_steps_of_ddim_equal_the_steps_of_diffusers(kind: Prediction, eta: float
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_ddpm_equal_the_steps_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": kind}
-    scheduler = their("DDPMScheduler", **fields)
+    scheduler = diffusers_scheduler("DDPMScheduler", **fields)
     scheduler.set_timesteps(20)
     levels, x = make_levels("scaled-linear", 20), torch.randn(2, 3, generator=seeded(0))
     ours, theirs = sampler_steps(ddpm, levels, kind, x), scheduler_steps(scheduler, [level.time for level in levels], x)
@@ -197,7 +197,7 @@ def test_steps_of_ddpm_equal_the_steps_of_diffusers(kind: Prediction) -> None:
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_steps_of_dpm_solver_equal_the_steps_of_diffusers(algorithm: str, kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "algorithm_type": algorithm}
-    scheduler = their("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
+    scheduler = diffusers_scheduler("DPMSolverMultistepScheduler", **fields, final_sigmas_type="zero")
     scheduler.set_timesteps(12)
     levels, x = make_levels("scaled-linear", 12), torch.randn(2, 3, generator=seeded(0))
     assert [round(level.time * NUM_LEVELS) - 1 for level in levels[:-1]] == scheduler.timesteps.tolist()
@@ -207,7 +207,7 @@ def test_steps_of_dpm_solver_equal_the_steps_of_diffusers(algorithm: str, kind: 
 
 
 def test_steps_of_euler_equal_the_steps_of_diffusers_for_a_flow() -> None:
-    scheduler = their("FlowMatchEulerDiscreteScheduler")
+    scheduler = diffusers_scheduler("FlowMatchEulerDiscreteScheduler")
     levels, x = make_levels("flow", 8), torch.randn(2, 3, generator=seeded(0))
     scheduler.set_timesteps(sigmas=[level.sigma for level in levels[:-1]])
     actual = sampler_steps(euler, levels, "flow", x)
@@ -218,7 +218,7 @@ def test_steps_of_euler_equal_the_steps_of_diffusers_for_a_flow() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_euler_equal_the_steps_of_diffusers_in_the_scale_of_diffusers(kind: Prediction) -> None:
     fields = SETTINGS | {"timestep_spacing": "trailing", "prediction_type": kind, "final_sigmas_type": "zero"}
-    scheduler = their("EulerDiscreteScheduler", **fields)
+    scheduler = diffusers_scheduler("EulerDiscreteScheduler", **fields)
     scheduler.set_timesteps(10)
     levels, x = make_levels("scaled-linear", 10), torch.randn(2, 3, dtype=torch.float64, generator=seeded(0))
     actual, scaled = sampler_steps(euler, levels, kind, x), x / levels[0].alpha
