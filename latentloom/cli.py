@@ -7,28 +7,28 @@ import sys
 from latentloom.environment import prepare_environment
 
 VERBS = {
-    "quickstart": "train both stages on embedded images and sample, in a few minutes",
-    "train": "train both stages on your images, then sample: one command",
-    "train-tokenizer": "stage one: train a tokenizer on images",
-    "tokenize": "turn a data set's images into codes with a tokenizer",
-    "train-prior": "stage two: train a prior on codes",
-    "sweep": "search for better settings of a stage, and write the best as a recipe",
+    "quickstart": "train both stages on the images of this package and generate samples, in a few minutes",
+    "train": "train both stages on your images, then generate samples, in one command",
+    "train-tokenizer": "train a tokenizer on images (stage one)",
+    "tokenize": "encode images to codes with a tokenizer",
+    "train-prior": "train a prior on codes (stage two)",
+    "sweep": "search for better settings of a stage and write the best ones as a recipe",
     "sample": "generate images with a pipeline",
-    "reconstruct": "pass images through a tokenizer and back, side by side",
-    "inspect-tokenizer": "draw one HTML page of a tokenizer: errors, codes, where they are used",
-    "inspect-prior": "draw one HTML page of a prior: what surprises it, what it repeats",
-    "evaluate": "measure a pipeline or a tokenizer against reference images",
-    "report": "draw one HTML page of a run: curves, samples, health, configuration",
+    "reconstruct": "encode and decode images with a tokenizer and show them side by side",
+    "inspect-tokenizer": "write an HTML report on a tokenizer: errors, codes and how they are used",
+    "inspect-prior": "write an HTML report on a prior: per-position likelihood and nearest training images",
+    "evaluate": "measure a pipeline, a tokenizer or a set of samples against reference images",
+    "report": "write an HTML report for a run: curves, samples, diagnostics and configuration",
     "push": "upload a pipeline to the Hugging Face Hub",
 }
 
 
 def usage() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, words in VERBS.items())
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     return (
         f"usage: latentloom VERB [options]\n\nTwo-stage latent image generation on your own images.\n\n{verbs}\n\n"
-        "latentloom VERB --help lists a verb's options; --debug shows the traceback of an error; --version the version."
+        "`latentloom VERB --help` lists the options of a verb. --debug shows the traceback of an error, --version the version."
     )
 
 

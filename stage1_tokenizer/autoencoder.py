@@ -23,11 +23,13 @@ class AutoencoderModel(TokenizerModel):
     """Widths and depths by level, from full resolution to the code grid; f = 2^(levels − 1)."""
 
     channels: tuple[int, ...] = (32, 64, 128)
+    """Channels of each level; each level after the first halves the resolution."""
     blocks: tuple[int, ...] = (0, 1, 2)
     """Residual blocks a level, in the encoder and in the decoder."""
     attention: tuple[int, ...] = ()
     """Downsampling factors of the levels whose blocks end in self-attention: 16 is where a 256×256 image is 16×16."""
     latent_channels: int = 16
+    """Channels of the latents."""
 
     def __post_init__(self) -> None:
         channels, blocks = self.channels, self.blocks

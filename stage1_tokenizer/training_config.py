@@ -36,9 +36,9 @@ class TokenizerTraining(RunConfig):
     data: str
     """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
     resolution: int | str | None = None
-    """Height and width of the images: 64, or 64x96; by default the commonest size in the data."""
+    """Height and width of the images: 64, or 64x96. (default: the most common size in the data, at most 256)"""
     image_channels: int | None = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, or those of NumPy files (.npy); by default what the data needs."""
+    """Channels: 1 is grey, 2 grey and alpha, 3 RGB, 4 RGBA; NumPy files (.npy) may have more. (default: from the images)"""
     padding: Literal["pad", "refuse"] = "pad"
     """What happens to a size that the downsampling factor does not divide."""
     perceptual: PerceptualName = "none"

@@ -27,6 +27,7 @@ from training_harness.pretrained import stored_config
 class VQGANModel(AutoencoderModel):
     name: Literal["vqgan"] = "vqgan"
     codebook_size: int = 512
+    """Number of codes."""
     quantizer: AnyQuantizerConfig = field(default_factory=EMAVectorQuantizerConfig)
 
     def __post_init__(self) -> None:

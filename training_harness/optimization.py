@@ -26,6 +26,7 @@ class OptimizerConfig:
     matrix_learning_rate: float = 0.02
     """Peak rate of Muon's matrices; unused by `adamw`."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moving averages."""
     weight_decay: float = 0.01
     """Decoupled; applied to matrices and convolution kernels, never to gains, biases and embeddings."""
     max_grad_norm: float = 1.0
@@ -47,6 +48,7 @@ class ScheduleConfig:
     warmup: int | float = 0.02
     """An int is a number of steps, a float a share of the run in [0, 1]."""
     decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
     final: float = 0.0
     """Where the decay ends, as a share of the peak."""
 

@@ -19,6 +19,7 @@ class RunConfig:
     output: Path
     """Run folder."""
     seed: int = 0
+    """Random seed."""
     max_steps: int = 2000
     """Optimiser steps; a larger number extends a finished run."""
     batch_size: int = 64
@@ -26,6 +27,7 @@ class RunConfig:
     accumulation_steps: int = 1
     """Batches whose gradients make up one optimiser step."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """`bf16` and `fp16` halve the memory of activations and make most steps faster, on GPUs that support them."""
     matmul_precision: Literal["highest", "high"] = "high"
     """Of products of float32 in training: `high` lets GPUs use TF32 and CPUs with AMX bfloat16 inside."""
     compile: bool = False
@@ -35,8 +37,11 @@ class RunConfig:
     report_to: tuple[TrackerName, ...] = ()
     """Trackers that get figures and samples too: tensorboard, wandb, trackio; needs `pip install "latentloom[track]"`."""
     log_every: int = 25
+    """Steps between two lines in the log."""
     sample_every: int = 500
+    """Steps between two validations with sample images."""
     checkpoint_every: int = 500
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the one of the best validation figure."""
     resume: str = "latest"

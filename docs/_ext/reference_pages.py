@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import command_help
-from command_help import Option
 from sphinx.application import Sphinx
 
 from latentloom.cli import VERBS
+from latentloom.commands.option_help import GENERAL, Option, OptionGroup
 from latentloom.recipes import recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -126,31 +126,36 @@ def summary(name: str, value: object) -> str:
 
 
 def commands() -> Iterator[str]:
-    for verb, words in VERBS.items():
-        yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{words[0].upper()}{words[1:]}."
-        for group in command_help.groups(verb):
-            if group.section in ("", "positional arguments"):
-                yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+    for verb, summary in VERBS.items():
+        yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{summary[0].upper()}{summary[1:]}."
+        for group in command_help.option_groups(verb):
+            if group is not GENERAL and not is_section(group):
+                yield f"**{group.title[0].upper()}{group.title[1:]}**"
+                yield "\n\n".join(entry(option) for option in group.options)
         if verb in TRAINING_VERBS:
             yield f"Every field of the configuration is an option as well: see [](configuration.md#fields-of-{verb})."
 
 
 def fields(level: str, *words: str) -> Iterator[str]:
-    for group in command_help.groups(*words):
-        title = f"`{group.section}`" if group.section else "At the top level"
-        yield f"{level} {title}"
-        yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+    for group in command_help.option_groups(*words):
+        if group is GENERAL:
+            continue
+        yield f"{level} `{group.title}`" if is_section(group) else f"{level} {group.title[0].upper()}{group.title[1:]}"
+        if group.description:
+            yield markdown(group.description)
+        yield "\n\n".join(entry(option) for option in group.options)
+
+
+def is_section(group: OptionGroup) -> bool:
+    """Whether a group is a section of the configuration, such as `model.quantizer`."""
+    return all(option.names[0].startswith(f"--{group.title}.") for option in group.options)
 
 
 def entry(option: Option) -> str:
-    """One option as an item of a definition list."""
-    values = re.sub(r"\{None\}\||(?<=\{)None,", "", option.values)
-    title = ", ".join(f"`{name}`" for name in option.names) + (f" `{values}`" if values else "")
-    default = "*Required.*" if option.default is None else ""
-    if option.default not in (None, "", "None"):
-        default = f"Default: `{option.default}`."
-    text = " ".join(filter(None, (markdown(option.help), default))) or "Optional."
-    return f"{title}\n: {text}"
+    """Format one option as an item of a definition list."""
+    title = ", ".join(f"`{name}`" for name in option.names) + (f" `{option.values}`" if option.values else "")
+    default = f" (default: {option.default})" if option.default else ""
+    return f"{title}\n: {markdown(option.help + default)}"
 
 
 def recipes() -> Iterator[str]:

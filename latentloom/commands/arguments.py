@@ -6,7 +6,8 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,99 +15,131 @@ import tyro
 
 import stage1_tokenizer.migration
 import stage2_prior.migration
+from latentloom.commands.option_help import Option, format_help, help_page
 from latentloom.recipes import overlaid, recipe_names, recipe_values
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError, UserError
 
 Arguments = TypeVar("Arguments")
 MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
+MAX_WIDTH = 120  # of a page of help
+TRAINING_GROUPS = {
+    "configuration": ("recipe", "config", "prior"),
+    "training": (
+        *(
+            "max_steps",
+            "minutes",
+            "batch_size",
+            "accumulation_steps",
+            "class_dropout",
+            "degradation",
+            "perceptual",
+            "seed",
+        ),
+        *("mixed_precision", "matmul_precision", "compile", "gradient_checkpointing"),
+    ),
+    "logging and checkpoints": (
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "resume",
+        "report_to",
+    ),
+    "checks before training": ("dry_run", "overfit_batch"),
+}
+"""Groups of options that both training verbs have. Each verb adds a group for its data."""
 ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # tyro would make a subcommand of each variant of a section
 
 
 Explain = Callable[[str], str | None]
-"""What is known of an option that is none, such as its present name."""
+"""Returns what is known of an option that does not exist, such as its present name."""
 
 
 def parse(
     cls: type[Arguments],
     verb: str,
-    arguments: Sequence[str],
+    words: Sequence[str],
+    groups: Mapping[str, tuple[str, ...]],
     default: Arguments | None = None,
     explain: Explain = lambda option: None,
+    note: str = "",
 ) -> Arguments:
-    """An instance of the dataclass `cls` from command-line words; raises UserError for words that do not fit.
+    """Parse command-line words into the dataclass `cls`.
 
-    Of a section with several variants, the one that `default` holds is parsed.
+    Args:
+        groups: Titles of the groups in `--help`, with the fields in each.
+        default: An instance with the defaults; it also decides the variant of each section that has several.
+        explain: Called with the name of an unknown option.
+        note: Which defaults `--help` shows.
+    Raises: UserError for words that do not fit.
     """
-    said, prog = io.StringIO(), f"latentloom {verb}"
-    start = tyro.MISSING_NONPROP if default is None else default
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(cls, args=["--help"], prog=prog, default=start, config=ONE_VARIANT)
+    page = help_page(verb, cls, default, groups, note)
+    if {"-h", "--help"} & set(words):
+        print(format_help(page, min(shutil.get_terminal_size().columns, MAX_WIDTH)))
+        raise SystemExit(0)
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             parsed, unknown = tyro.cli(
-                cls, args=list(arguments), prog=prog, default=start, return_unknown_args=True, config=ONE_VARIANT
+                cls,
+                args=list(words),
+                prog=f"latentloom {verb}",
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+                config=ONE_VARIANT,
             )
-    except SystemExit as refused:
-        reason = _own_error(refused) or _in_one_line(said.getvalue(), arguments, _options(cls, default), explain)
+    except SystemExit as error:
+        reason = _user_error(error) or _one_line(messages.getvalue(), words, page.options, explain)
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        raise UserError(f"{_unknown(unknown[0], _options(cls, default), explain)}; see latentloom {verb} --help")
-    return _with_home(parsed)
+        raise UserError(f"{_unknown_option(unknown[0], page.options, explain)}; see latentloom {verb} --help")
+    return _expand_home(parsed)
 
 
-def _with_home(value: Any) -> Any:
+def _expand_home(value: Any) -> Any:
     """The parsed options with `~` expanded in every path: a shell does it in `--output ~/runs`, and not in `--output=~/runs`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            object.__setattr__(value, field.name, _with_home(getattr(value, field.name)))
+            object.__setattr__(value, field.name, _expand_home(getattr(value, field.name)))
         return value
     if isinstance(value, Path):
         return value.expanduser()
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _options(cls: type, default: object) -> list[str]:
-    """The options that --help lists."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        start = tyro.MISSING_NONPROP if default is None else default
-        tyro.cli(cls, args=["--help"], prog="", default=start, config=ONE_VARIANT)
-    return re.findall(r"--[\w.-]+", said.getvalue())
-
-
-def _unknown(word: str, options: list[str], explain: Explain) -> str:
+def _unknown_option(word: str, options: Sequence[Option], explain: Explain) -> str:
     name = word.split("=")[0]
-    if (known := explain(name)) is not None:
-        return f"unknown option '{name}'; {known}"
-    close = difflib.get_close_matches(name, options, n=1)
+    if (explanation := explain(name)) is not None:
+        return f"unknown option '{name}'; {explanation}"
+    close = difflib.get_close_matches(name, [name for option in options for name in option.names], n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown {'option' if name.startswith('-') else 'argument'} '{name}'{hint}"
 
 
-def _own_error(error: BaseException) -> str:
-    """The message of the UserError that a dataclass's own check raised below `error`, or ""."""
-    below = error.__context__
-    while below is not None and not isinstance(below, UserError):
-        below = below.__context__
-    return "" if below is None else str(below)
+def _user_error(error: BaseException) -> str:
+    """Return the message of a UserError that a dataclass's own check raised below `error`, or ""."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    return "" if cause is None else str(cause)
 
 
-def _in_one_line(message: str, words: Sequence[str], options: list[str], explain: Explain) -> str:
-    """What tyro says in a framed box about `words`, as one line that names the option, the value and what was expected."""
+def _one_line(message: str, words: Sequence[str], options: Sequence[Option], explain: Explain) -> str:
+    """Turn tyro's framed message about `words` into one line with the option, the value and what was expected."""
     blocks = _blocks(message)
     text = " ".join(blocks[0])
     for block in blocks:
         if block[0].startswith("Unrecognized options") and len(block) > 1:
-            return _unknown(block[1].split()[0], options, explain)
+            return _unknown_option(block[1].split()[0], options, explain)
     if text.startswith("Missing from"):
         missing = [line.split()[0] for line in blocks[0][1:] if line.startswith("--")]
         return f"{' and '.join(missing)} missing; expected a value after {'it' if len(missing) == 1 else 'each'}"
-    if wrong := re.match(r"Error parsing (--[\w.-]+):", text):
-        name = wrong[1]
-        kinds = [line.removeprefix(name).strip() for block in blocks[1:] for line in block if line.startswith(name)]
-        if kinds and (given := peek(words, name)):
-            return f"{name} is {given[name]!r}; expected {kinds[0]}"
+    if match := re.match(r"Error parsing (--[\w.-]+):", text):
+        name = match[1]
+        expected = [option.values for option in options if name in option.names]
+        if expected and (values := peek(words, name)):
+            return f"{name} is {values[name]!r}; expected {expected[0]}"
     return text.rstrip(".")
 
 
@@ -129,7 +162,12 @@ def training_values(
     migration = MIGRATIONS[stage]
     values = migration.present(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
-        values = overlaid(stage, values, migration.present(read_yaml(config)))
+        config_values = read_yaml(config)
+        try:
+            config_values = migration.present(config_values)
+        except ConfigError as error:
+            raise ConfigError(f"{config}: {error}") from None
+        values = overlaid(stage, values, config_values)
     return overlaid(stage, values, given or {})
 
 
@@ -139,9 +177,15 @@ def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:
     return given.get("--recipe"), Path(given["--config"]) if "--config" in given else None
 
 
-def recipe_help(what: str, stage: str) -> Any:
-    """What an option that takes a recipe says in --help: the names there are."""
-    return tyro.conf.arg(help=f"{what}: {', '.join(recipe_names(stage))}.")
+def recipe_help(text: str, stage: str, default: str) -> dict[str, str]:
+    """Return the metadata of a field that takes a recipe: its help text, with the names of the recipes and the default."""
+    return {"help": f"{text}: {', '.join(recipe_names(stage))}. (default: {default})"}
+
+
+def defaults_note(recipe: str | None, config: Path | None) -> str:
+    """Say in a page of help where its defaults come from."""
+    origins = [f"the recipe {recipe}"] * (recipe is not None) + [str(config)] * (config is not None)
+    return f"The defaults below come from {' and '.join(origins)}; --recipe and --config change them."
 
 
 def peek(words: Sequence[str], *names: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentloom.checks import check_count, check_seed
 from latentloom.commands.arguments import parse
-from latentloom.commands.sampling_arguments import SamplingArguments
+from latentloom.commands.sampling_arguments import SAMPLING_GROUPS, SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import GRID_COLUMNS, GRID_ROWS, extractor_for, features_folder, settings_of, sheet
 from latentloom.jobs.evaluation_plots import plot_by_class
@@ -47,24 +47,26 @@ from training_harness.processes import accelerated_device, is_main_process, prin
 @dataclass(frozen=True, kw_only=True)
 class Arguments(SamplingArguments):
     reference: str
-    """Images to compare with: their test split where they have one, else the validation split; or an ADM .npz."""
+    """Images to compare with: the test split if there is one, else the validation split; or an .npz in the format of ADM."""
     pipeline: str | None = None
-    """Run folder, pipeline folder or Hub repository; or give --tokenizer or --samples."""
+    """Run folder, pipeline folder or Hub repository of a pipeline."""
     tokenizer: str | None = None
-    """Run folder, model folder or Hub repository: reconstruction alone."""
+    """Run folder, model folder or Hub repository of a tokenizer, to measure its reconstructions."""
     samples: str | None = None
-    """Images that something else generated: a folder, or an .npz with arr_0."""
+    """Images that another program generated: a folder, or an .npz with arr_0."""
     features: FeatureName | None = None
-    """What images are compared by; by default the embedded set's judge, else efficientnet-lite0 if installed, else pixels."""
+    """Features to compare images by. (default: classifier for fashion-mnist-mini, else efficientnet-lite0 if it is
+    installed, else pixels-8x8)"""
     num_images: int = 2000
-    """Samples drawn, as many of each class."""
+    """Samples to generate, the same number of each class."""
     max_training_images: int = 50_000
-    """Training images looked at, for the noise floor, the probe and the memorisation."""
+    """Training images to use for the noise floor, the linear probe and the memorisation check, at most."""
     seed: int = 0
+    """Random seed."""
     output: Path | None = None
-    """JSON file for the figures; a sheet of samples and the figures by class go beside it as pictures."""
+    """JSON file for the metrics; a grid of samples and a chart of the metrics by class are written beside it. (default: none)"""
     save_samples: Path | None = None
-    """Writes the samples as an .npz that published evaluators read."""
+    """File for the samples, an .npz in the format of ADM. (default: none)"""
 
     def __post_init__(self) -> None:
         if [self.pipeline, self.tokenizer, self.samples].count(None) != 2:
@@ -84,6 +86,14 @@ class Arguments(SamplingArguments):
         check_seed(self.seed)
 
 
+GROUPS = {
+    "required, one of": ("pipeline", "tokenizer", "samples"),
+    "metrics": ("features", "num_images", "max_training_images", "seed"),
+    **SAMPLING_GROUPS,
+    "output": ("output", "save_samples"),
+}
+
+
 class Samples(NamedTuple):
     """Images to be measured, as they come."""
 
@@ -96,7 +106,7 @@ class Samples(NamedTuple):
 
 
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "evaluate", words)
+    a = parse(Arguments, "evaluate", words, GROUPS)
     if not is_main_process():
         help_to_sample(a)
         return

@@ -22,15 +22,17 @@ class Arguments:
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     data: str
-    """The images it was trained on: their test split where they have one, else the validation split, is held out."""
+    """Images that the pipeline was trained on. The test split is held out if there is one, else the validation split."""
     num_images: int = 1000
-    """Held-out images, at most."""
+    """Held-out images to use, at most."""
     num_samples: int = 200
-    """Samples that are compared with training images, as many of each class."""
+    """Samples to compare with the training images, the same number of each class."""
     max_training_images: int = 50_000
+    """Training images to compare with, at most."""
     output: Path = Path("prior.html")
-    """HTML file."""
+    """HTML file to write."""
     seed: int = 0
+    """Random seed for the samples and the choice of images."""
 
     def __post_init__(self) -> None:
         for option, value in (
@@ -43,8 +45,14 @@ class Arguments:
         check_page(self.output, "prior.html")
 
 
+GROUPS = {
+    "data": ("pipeline", "data", "num_images", "num_samples", "max_training_images", "seed"),
+    "output": ("output",),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "inspect-prior", words)
+    a = parse(Arguments, "inspect-prior", words, GROUPS)
     with main_process_first():
         if is_main_process():
             draw(a)

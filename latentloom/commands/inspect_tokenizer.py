@@ -19,13 +19,13 @@ class Arguments:
     tokenizer: str
     """Run folder, model folder, pipeline folder or Hub repository."""
     data: str
-    """Images: their test split where they have one, else the validation split."""
+    """Images. The test split is used if there is one, else the validation split."""
     num_images: int = 1000
-    """Images drawn from the split, at most."""
+    """Images to use, at most; they are chosen at random."""
     output: Path = Path("inspection.html")
-    """HTML file."""
+    """HTML file to write."""
     seed: int = 0
-    """Of the images drawn, and of those shown at random."""
+    """Random seed for the choice of images."""
 
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
@@ -33,8 +33,11 @@ class Arguments:
         check_page(self.output, "inspection.html")
 
 
+GROUPS = {"data": ("tokenizer", "data", "num_images", "seed"), "output": ("output",)}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "inspect-tokenizer", words)
+    a = parse(Arguments, "inspect-tokenizer", words, GROUPS)
     with main_process_first():
         if is_main_process():
             draw(a)

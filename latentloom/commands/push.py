@@ -18,13 +18,18 @@ class Arguments:
     pipeline: str
     """Run folder or pipeline folder."""
     repo_id: str
-    """Such as me/my-generator; made when there is none."""
+    """Repository such as me/my-generator; it is created if it does not exist."""
     private: bool = False
+    """Create a private repository."""
     commit_message: str = "Upload latentloom pipeline"
+    """Message of the commit."""
+
+
+GROUPS = {"repository": ("pipeline", "repo_id", "private", "commit_message")}
 
 
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "push", words)
+    a = parse(Arguments, "push", words, GROUPS)
     with main_process_first():
         if is_main_process():
             push(a)

@@ -21,22 +21,31 @@ RECIPES = {"autoregressive": ("vqgan-f4", "ar-tiny"), "diffusion": ("kl-f8", "di
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     prior: Literal["autoregressive", "diffusion"] = "autoregressive"
+    """Kind of prior to train."""
     output: Path = Path("runs/quickstart")
+    """Folder for everything that is written."""
     minutes: float | None = None
-    """Scales the steps to what fits into this time on this machine; without it they are fixed, and a seed repeats."""
+    """Time limit: sets the number of steps once, at the start, to what fits on this machine. (default: no limit)"""
     max_steps: int | None = None
-    """Steps of each stage, in place of the recipes'."""
+    """Training steps of each stage. (default: the recipes')"""
     seed: int = 0
+    """Random seed. A seed repeats a run, unless --minutes sets the steps."""
     num_images: int = 2000
-    """Samples that the figures are measured on."""
+    """Samples to compute the metrics on."""
 
     def __post_init__(self) -> None:
         check_minutes(self.minutes)
         check_count("--num-images", self.num_images)
 
 
+GROUPS = {
+    "training": ("prior", "minutes", "max_steps", "seed"),
+    "output": ("output", "num_images"),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "quickstart", words)
+    a = parse(Arguments, "quickstart", words, GROUPS)
     given: dict[str, object] = {"seed": a.seed}
     if a.max_steps is not None:
         given["max_steps"] = a.max_steps

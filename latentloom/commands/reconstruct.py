@@ -23,18 +23,23 @@ class Arguments:
     tokenizer: str
     """Run folder, model folder, pipeline folder or Hub repository."""
     data: str
-    """Images: their test split where they have one, else the validation split."""
+    """Images. The test split is used if there is one, else the validation split."""
     num_images: int = 20
+    """Images to reconstruct, at most."""
     output: Path = Path("reconstructions")
+    """Folder for the reconstructions."""
     overwrite: bool = False
-    """Write into a folder that holds files already."""
+    """Write into a folder that already holds files."""
 
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
 
 
+GROUPS = {"data": ("tokenizer", "data", "num_images"), "output": ("output", "overwrite")}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "reconstruct", words)
+    a = parse(Arguments, "reconstruct", words, GROUPS)
     with main_process_first():
         if is_main_process():
             rebuild(a)

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -16,18 +15,21 @@ from training_harness.files import write_text
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = Path()
-    """Folder of a run, finished or not, or of a job of `train` or `quickstart`."""
+    run: tyro.conf.Positional[Path] = Path()
+    """Folder of a run, finished or not, or of a job of `train` or `quickstart`. (default: the current folder)"""
     output: Path | None = None
-    """HTML file; by default report.html in that folder."""
+    """HTML file to write. (default: report.html in that folder)"""
 
     def __post_init__(self) -> None:
         if self.output is not None:
             check_page(self.output, "report.html")
 
 
+GROUPS = {"run": ("run",), "output": ("output",)}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "report", words)
+    a = parse(Arguments, "report", words, GROUPS)
     if os.environ.get("RANK", "0") == "0":  # torch, which would say so, is not imported here
         output = a.output or a.run / "report.html"
         write_text(output, page(read_job(a.run)))

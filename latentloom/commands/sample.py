@@ -11,11 +11,11 @@ import torch
 
 from latentloom.checks import check_count, check_output, check_seed
 from latentloom.commands.arguments import parse
-from latentloom.commands.sampling_arguments import SamplingArguments
+from latentloom.commands.sampling_arguments import SAMPLING_GROUPS, SamplingArguments
 from latentloom.jobs.sample_folders import SAMPLE_LIST, sample_list
 from pipelines.across_processes import sample_across_processes
 from pipelines.editing import check_edit
-from pipelines.latent_generation import LatentGenerationPipeline, image_generators, to_uint8
+from pipelines.latent_generation import DEFAULT_BATCH_SIZE, LatentGenerationPipeline, image_generators, to_uint8
 from stage1_tokenizer.data.image_decoding import decoded
 from stage1_tokenizer.data.image_grids import image_grid, save_image, save_images
 from stage1_tokenizer.data.image_processor import ImageLike
@@ -32,32 +32,36 @@ class Arguments(SamplingArguments):
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     classes: tuple[str, ...] = ()
-    """Names or ids of classes; by default all that had training images, in turn."""
+    """Names or ids of classes. (default: all classes that have training images)"""
     num_images: int = 16
-    """Images in all, shared evenly among the classes."""
+    """Images in all; each class gets an equal share."""
     seed: int = 0
+    """Random seed."""
     output: Path = Path("samples")
+    """Folder for the images."""
     overwrite: bool = False
-    """Write into a folder that holds files already."""
+    """Write into a folder that already holds files."""
     num_candidates: int | None = None
-    """How many candidates for a hole an autoregressive prior of raster order weighs by what is known after it."""
+    """Candidates for a masked region; a prior of raster order weighs them by the known codes after the region.
+    (default: the pipeline's)"""
     image: Path | None = None
-    """Picture to go on from: under a mask it is inpainted, without one it is varied."""
+    """Image to edit: inpainted with a mask, varied without one. (default: none)"""
     mask_image: Path | None = None
-    """White where to draw, black where the picture stays exactly as it is."""
+    """Mask: white is generated anew, black stays exactly as it is. (default: none)"""
     strength: float | None = None
-    """Share of the codes that are drawn anew; by default all under a mask, and 0.8 without one."""
+    """Share of the codes to generate anew, in (0, 1]. (default: 1 with a mask, 0.8 without one)"""
     show_steps: bool = False
-    """Also write steps.png: a row for each of the first images, from the first step to the last."""
+    """Also write steps.png: a row of steps, from first to last, for each of the first images."""
     interpolate_to: int | None = None
-    """Another seed: the images of each class go from the noise of --seed to its; of a prior of latents."""
-    batch_size: int | None = None
+    """Second seed: the images of each class go from the noise of --seed to the noise of this seed, for a prior over latents.
+    (default: no interpolation)"""
+    batch_size: int = DEFAULT_BATCH_SIZE
+    """Images in a batch."""
 
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
         check_seed(self.seed)
-        if self.batch_size is not None:
-            check_count("--batch-size", self.batch_size)
+        check_count("--batch-size", self.batch_size)
         if self.interpolate_to is not None:
             check_seed(self.interpolate_to)
         if [self.image is not None, self.interpolate_to is not None, self.show_steps].count(True) > 1:
@@ -65,8 +69,16 @@ class Arguments(SamplingArguments):
         check_edit(self.image, self.mask_image, self.strength)
 
 
+GROUPS = {
+    "images": ("classes", "num_images", "seed", "batch_size"),
+    **SAMPLING_GROUPS,
+    "editing": ("image", "mask_image", "strength", "num_candidates", "interpolate_to"),
+    "output": ("output", "overwrite", "show_steps"),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "sample", words)
+    a = parse(Arguments, "sample", words, GROUPS)
     with output_lock(a.output):
         check_output(a.output, a.overwrite)
         write_samples(a)
@@ -125,7 +137,7 @@ def interpolated(
     seed: int,
     other_seed: int,
     labels: list[int],
-    batch_size: int | None,
+    batch_size: int,
     options: dict[str, Any],
 ) -> torch.Tensor:
     """uint8 (N, C, h, w) of labels in order, as many of each."""

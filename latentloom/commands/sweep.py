@@ -1,7 +1,7 @@
 """latentloom sweep: searches for better settings of a stage with short trials, and writes the best as a recipe."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -19,38 +19,45 @@ from latentloom.search.space import Training, default_words, parse_space
 from latentloom.search.study import Plan, require_optuna
 from latentloom.search.sweep import closing, prior_trainer, run_sweep, tokenizer_trainer
 from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import prior_training
 from training_harness.configuration import from_mapping
 from training_harness.errors import UserError
 from training_harness.processes import print_once
 
-RECIPES = "; ".join(f"a {stage}'s {', '.join(recipe_names(stage))}" for stage in METRICS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     codes: Path | None = None
-    """Searches a prior's settings, on this code cache."""
+    """Code cache: search for the settings of a prior."""
     data: str | None = None
-    """Searches a tokenizer's settings, on these images."""
+    """Images: search for the settings of a tokenizer."""
     output: Path
-    """Folder of the search; the same command again goes on with it."""
-    recipe: Annotated[str | None, tyro.conf.arg(help=f"Configuration to start from: {RECIPES}.")] = None
+    """Folder of the search. The same command continues a search."""
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Recipe to start from. Of a prior: {', '.join(recipe_names('prior'))}. "
+            f"Of a tokenizer: {', '.join(recipe_names('tokenizer'))}. "
+            f"(default: {train_prior.DEFAULT_RECIPE}; of a tokenizer: from the size of the images)"
+        },
+    )
     config: Path | None = None
-    """YAML file whose fields replace those of --recipe where given."""
+    """YAML file with values that replace those of the recipe. (default: none)"""
     search: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Words FIELD=LOW..HIGH or 'FIELD=ONE|TWO', such as optimizer.learning_rate=1e-4..1e-2 'model.num_layers=2|4|6'; by default
-    the rates, a factor of 4 either side, and some more."""
+    """Fields to search, as FIELD=LOW..HIGH or 'FIELD=ONE|TWO', such as optimizer.learning_rate=1e-4..1e-2 or
+    'model.num_layers=2|4|6'. (default: the learning rates, from a quarter to four times the recipe's, and some others)"""
     trials: int = 20
+    """Number of trials."""
     max_steps: int | None = None
-    """Steps of each trial, by default a quarter of the recipe's. Short trials favour high rates, large batches and small models."""
+    """Steps of each trial. Short trials favour high rates, large batches and small models. (default: a quarter of the recipe's)"""
     minutes: float | None = None
-    """Bounds the whole search; the trial that it ends is done again by the next run."""
+    """Time limit of the whole search; the next run repeats the trial that it ends. (default: no limit)"""
     seed: int | None = None
-    """Of what is drawn and of every trial, by default the recipe's."""
+    """Random seed of the search and of every trial. (default: the recipe's)"""
     resolution: int | str | None = None
-    """Of a tokenizer: height and width of the images, 64 or 64x96."""
+    """Height and width of the images, for a tokenizer: 64, or 64x96. (default: the most common size in the data, at most 256)"""
 
     def __post_init__(self) -> None:
         if (self.codes is None) == (self.data is None):
@@ -71,8 +78,15 @@ class Arguments:
             check_seed(self.seed)
 
 
+GROUPS = {
+    "required, one of": ("codes", "data"),
+    "configuration": ("recipe", "config", "resolution"),
+    "search": ("search", "trials", "max_steps", "minutes", "seed"),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "sweep", words)
+    a = parse(Arguments, "sweep", words, GROUPS)
     require_optuna()
     if a.codes is not None:
         sweep_prior(a, a.codes)
@@ -92,7 +106,8 @@ def sweep_prior(a: Arguments, folder: Path) -> None:
 def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
     values = training_values("tokenizer", a.recipe, a.config)
     if "resolution" not in values:
-        values = select_for_images(words, values, a.recipe, a.config)
+        source = load_source(data)
+        _, values = select_for_images(words, source, dataset_statistics(source.train), a.recipe, a.config)
     size = {} if a.resolution is None else {"resolution": a.resolution}
     base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
     plan = plan_of(a, base)

@@ -21,14 +21,13 @@ class Arguments:
     output: Path
     """Folder of the code cache."""
     contents: Contents | None = None
-    """Indices, which an autoregressive prior learns, latents, which a diffusion prior does, or both; by default all that the
-    tokenizer has."""
+    """`indices` for an autoregressive prior, `latents` for a diffusion prior. (default: all that the tokenizer has)"""
     flip: bool = False
-    """Also encode each training image's mirror image."""
+    """Also encode the mirror image of each training image."""
     degradation: Degradation = "none"
-    """Also encode a worse version of each image, for a prior that restores pictures."""
+    """Also encode a degraded version of each image, for a prior that restores images."""
     batch_size: int | None = None
-    """Images that are encoded at once; by default as many as take little memory."""
+    """Images in a batch. (default: as many as need little memory)"""
 
     def __post_init__(self) -> None:
         if not self.output.name:
@@ -38,8 +37,15 @@ class Arguments:
             check_count("--batch-size", self.batch_size)
 
 
+GROUPS = {
+    "data": ("tokenizer", "data"),
+    "encoding": ("contents", "flip", "degradation", "batch_size"),
+    "output": ("output",),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "tokenize", words)
+    a = parse(Arguments, "tokenize", words, GROUPS)
     source = load_source(a.data)
     views: tuple[View, ...] = ("original", "flip") if a.flip else ("original",)
     codes = run_tokenize(a.tokenizer, source, a.output, a.contents, views, a.degradation, a.batch_size)

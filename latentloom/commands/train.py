@@ -1,8 +1,8 @@
 """latentloom train: the main job on one's own images, in one command."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
 from latentloom.commands.arguments import parse, recipe_help, training_values
@@ -27,34 +27,41 @@ class Arguments:
     data: str
     """Folder of images or of class folders, Parquet, saved data set, Hub name, or fashion-mnist-mini."""
     output: Path
-    """Folder for everything: tokenizer, codes, prior, pipeline, pictures and figures."""
-    recipe: Annotated[str | None, recipe_help("The prior's recipe", "prior")] = None
-    tokenizer_recipe: Annotated[str | None, recipe_help("The tokenizer's recipe", "tokenizer")] = None
+    """Folder for everything that is written: tokenizer, codes, prior, pipeline, images and metrics."""
+    recipe: str | None = field(
+        default=None, metadata=recipe_help("Recipe of the prior", "prior", "from the images and the device")
+    )
+    tokenizer_recipe: str | None = field(
+        default=None, metadata=recipe_help("Recipe of the tokenizer", "tokenizer", "from the size of the images")
+    )
     resolution: int | str | None = None
-    """Height and width of the images: 64, or 64x96; by default the commonest size in the data, at most 256."""
+    """Height and width of the images: 64, or 64x96. (default: the most common size in the data, at most 256)"""
     image_channels: int | None = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data needs."""
+    """Channels: 1 is grey, 2 grey and alpha, 3 RGB, 4 RGBA. (default: from the images)"""
     minutes: float | None = None
-    """Bounds the whole time: sets both stages' steps once, at the start, to what fits on this machine."""
+    """Time limit: sets the steps of both stages once, at the start, to what fits on this machine. (default: no limit)"""
     max_steps: int | None = None
-    """Steps of each stage, in place of those chosen."""
+    """Training steps of each stage. (default: from the recipes and the number of images)"""
     batch_size: int | None = None
+    """Images in a batch, for each process. (default: the recipes')"""
     accumulation_steps: int | None = None
-    """Batches whose gradients one step adds up: less memory than a batch as large."""
+    """Batches whose gradients are added up in one step; needs less memory than one large batch. (default: the recipes')"""
     checkpoint_every: int | None = None
+    """Steps between two checkpoints. (default: the recipes')"""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """bf16 on GPUs that have it halves the memory of activations and quickens most steps."""
+    """`bf16` halves the memory of activations and makes most steps faster, on GPUs that support it. (default: the recipes')"""
     compile: bool = False
-    """Compiles the networks with torch.compile: some minutes once, then quicker steps on most GPUs."""
+    """Compile the networks with torch.compile: takes minutes once, then steps are faster on most GPUs."""
     gradient_checkpointing: bool = False
-    """Computes each block's activations again in the backward pass: much less memory, about a third more time."""
+    """Compute activations again in the backward pass: much less memory, about a third more time."""
     report_to: tuple[TrackerName, ...] = ()
-    """Trackers that get figures and samples too; needs `pip install "latentloom[track]"`."""
+    """Trackers that also receive metrics and samples; needs `pip install "latentloom[track]"`."""
     seed: int = 0
+    """Random seed."""
     num_images: int = 2000
-    """Samples that the figures are measured on."""
+    """Samples to compute the metrics on."""
     dry_run: bool = False
-    """Says what both stages would take, and writes nothing."""
+    """Print the time and the memory that both stages would take, and write nothing."""
 
     def __post_init__(self) -> None:
         check_minutes(self.minutes)
@@ -63,8 +70,19 @@ class Arguments:
         check_apart(self.output, self.data)
 
 
+GROUPS = {
+    "data": ("data", "resolution", "image_channels"),
+    "model": ("recipe", "tokenizer_recipe"),
+    "training": (
+        *("max_steps", "minutes", "batch_size", "accumulation_steps", "mixed_precision", "compile"),
+        *("gradient_checkpointing", "seed", "dry_run"),
+    ),
+    "output": ("output", "checkpoint_every", "report_to", "num_images"),
+}
+
+
 def main(words: list[str]) -> None:
-    a = parse(Arguments, "train", words)
+    a = parse(Arguments, "train", words, GROUPS)
     source = load_source(a.data)
     seen, images = dataset_statistics(source.train), len(source.train)
     size = None if a.resolution is None else parse_size(a.resolution)

@@ -35,6 +35,7 @@ class AdversarialConfig:
     weight: float = 0.0
     """w_a; 0 trains without a discriminator."""
     loss: Literal["hinge", "non_saturating", "vanilla"] = "hinge"
+    """Adversarial loss."""
     adaptive: bool = True
     """Whether λ balances the gradients at the decoder's last layer; if not it is 1, and `weight` is fixed."""
     start: int | float = 0.25
@@ -44,6 +45,7 @@ class AdversarialConfig:
     ramp: int | float = 0.1
     """How long the generator's term takes to reach its full weight: steps, or a share of the run."""
     learning_rate: float = 2e-4
+    """Learning rate of the discriminator."""
     channels: int = 64
     """Width of the discriminator's first layer."""
     layers: int = 3

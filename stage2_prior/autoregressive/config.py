@@ -15,16 +15,21 @@ class AutoregressiveModel:
     """The section `model`."""
 
     hidden_size: int = 192
+    """Width of the transformer."""
     num_layers: int = 4
+    """Number of transformer blocks."""
     depth_layers: int = 2
     """Layers that predict the levels of residual codes, position by position; other codes have none."""
     num_heads: int = 4
+    """Number of attention heads."""
     num_key_value_heads: int | None = None
-    """Fewer than the heads for grouped-query attention, which keeps a smaller cache; by default as many."""
+    """Fewer than the heads for grouped-query attention, which needs a smaller cache. (default: as many as the heads)"""
     intermediate_size: int = 512
     """Width of SwiGLU; about 8 / 3 of the hidden size."""
     dropout: float = 0.0
+    """Dropout rate in the blocks."""
     qk_norm: bool = True
+    """Normalise queries and keys before attention."""
     tie_embeddings: bool = False
     """Whether the head shares the code embedding's weights."""
     positions: Literal["none", "1d", "2d"] = "2d"
@@ -33,7 +38,9 @@ class AutoregressiveModel:
     """Adds a learnt vector of the position to be predicted, beside rotary positions, which makes early training quicker, or
     in their stead."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in each RMS norm."""
 
     def check(self) -> None:
         """Raises ConfigError for values that cannot be built."""

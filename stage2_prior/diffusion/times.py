@@ -21,9 +21,11 @@ BELOW_ONE = 1 - 2**-24  # beyond which the normal number would be infinite in fl
 @dataclass(frozen=True, kw_only=True)
 class TimesConfig:
     distribution: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of the times."""
     logit_mean: float = 0.0
     """Of logit-normal times: above 0 they are noisier."""
     logit_std: float = 1.0
+    """Standard deviation of the logits of logit-normal times."""
     min_snr_gamma: float = 0.0
     """Caps how much the times near the data count, 5 in the paper; at 0 the squared errors of predictions count alike."""
 

@@ -19,7 +19,7 @@ from training_harness.errors import UserError
 
 CLI = ("-m", "latentloom.cli")
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy", "tyro")
-SHARED = {"arguments", "sampling-arguments", "variants"}  # by several verbs
+SHARED = {"arguments", "option-help", "sampling-arguments", "variants"}  # by several verbs
 OPTIONS = {
     "quickstart": "--prior --output --minutes --max-steps --seed --num-images",
     "train": "--data --output --recipe --tokenizer-recipe --max-steps --checkpoint-every --seed --resolution "
