@@ -155,7 +155,10 @@ def entry(option: Option) -> str:
     """Format one option as an item of a definition list."""
     title = ", ".join(f"`{name}`" for name in option.names) + (f" `{option.values}`" if option.values else "")
     default = f" (default: {option.default})" if option.default else ""
-    return f"{title}\n: {markdown(option.help + default)}"
+    text = re.sub(
+        r"(?<![`\w])--\w[\w.-]*", r"`\g<0>`", option.help + default
+    )  # else typography makes a dash of the hyphens
+    return f"{title}\n: {markdown(text)}"
 
 
 def recipes() -> Iterator[str]:

@@ -14,6 +14,7 @@ PIECES = {
     "list.yaml": "[1, 2]",
     "mistyped.yaml": "max_steps: ten",
     "unknown.yaml": "max_stepz: 3",
+    "later.yaml": "format: 99",
 }
 PIECES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
 PIECES |= {"project/config.yaml": "name: mine", "project/metrics.jsonl": '{"mine": 1}'}
@@ -128,6 +129,11 @@ CASES = {
     "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
     "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
     "a value for a section": (f"{TOKENIZER} --config section.yaml", "model is 5", "expected a section"),
+    "a file of a later format": (
+        f"{TOKENIZER} --config later.yaml",
+        "later.yaml: format is 99",
+        "expected a whole number",
+    ),
     "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
     "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
     "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),

@@ -2,13 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 from command_line import latentloom
 from small_parts import write_pictures
 
 from latentloom.cli import VERBS
 from latentloom.recipes import recipe_names, recipe_values
+from stage1_tokenizer.data.sources import ImageSplit
+from stage1_tokenizer.data.statistics import DatasetStatistics, dataset_statistics
+from training_harness.errors import UserError
+
+PARSER = tyro.cli
 
 COMMANDS = [*VERBS, *(f"train-prior --recipe {name}" for name in ("diffusion-tiny", "diffusion-ddpm-pixels"))]
 COMMANDS += [*(f"train-tokenizer --recipe {name}" for name in ("kl", "residual", "lfq", "ibq", "simvq", "fsq"))]
@@ -33,6 +40,12 @@ def option_groups(text: str) -> dict[str, list[tuple[str, str]]]:
     return groups
 
 
+def names_at_the_left(text: str) -> set[str]:
+    """The options that begin a line of a page of help."""
+    heads = re.findall(r"^  (-.*?)(?:  |$)", text, re.MULTILINE)
+    return {name for head in heads for name in re.findall(r"(?<![\w-])--\w[\w.-]*", head)}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_group_a_type_a_help_text_and_a_default(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -50,6 +63,25 @@ def test_every_option_has_a_group_a_type_a_help_text_and_a_default(
             assert bool(default) == (not title.startswith("required") and title != "general"), names
             is_flag = ", --" in names or names == "--debug" or names.isupper()
             assert is_flag or re.fullmatch(r"--[\w.-]+ (INT|FLOAT|TEXT|PATH|\{\S+\}|none|[ |.])+", names), names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_options_that_the_parser_takes(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = names_at_the_left(help_text(capsys, monkeypatch, *command.split()))
+    parser_page = list[str]()
+
+    def read_parser_page(cls: Any, **options: Any) -> tuple[Any, list[str]]:
+        with pytest.raises(SystemExit):
+            PARSER(cls, **options | {"args": ["--help"]})
+        parser_page.append(capsys.readouterr().out)
+        raise UserError("the page is read")
+
+    monkeypatch.setattr("tyro.cli", read_parser_page)
+    assert latentloom(*command.split()) == 2
+    taken = names_at_the_left(re.sub(r"^[│|]", " ", parser_page[0], flags=re.MULTILINE))
+    assert listed - {"--debug", "--model.mean-flow"} == taken
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -83,6 +115,22 @@ def test_help_with_images_shows_their_size_and_the_recipe_that_fits_them(
     text = help_text(capsys, monkeypatch, "train-tokenizer", "--data", images)
     assert "The defaults below come from the recipe vqgan-f4;" in text
     assert re.search(r"--resolution TEXT .*\(default: \d+x\d+\)", " ".join(text.split()))
+
+
+def test_train_tokenizer_computes_the_statistics_of_its_images_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(split: ImageSplit) -> DatasetStatistics:
+        calls.append(split)
+        return dataset_statistics(split)
+
+    for module in ("latentloom.commands.train_tokenizer", "latentloom.planning.tokenizer_inputs"):
+        monkeypatch.setattr(f"{module}.dataset_statistics", counted)
+    words = ["--data", write_pictures(tmp_path / "images"), "--output", tmp_path / "run", "--dry-run"]
+    assert latentloom("train-tokenizer", *words, "--batch-size", 4) == 0
+    assert len(calls) == 1
 
 
 def test_the_help_of_sweep_lists_the_recipes_of_both_stages(
