@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,7 +192,7 @@ def defaults_note(recipe: str | None, config: Path | None) -> str:
 def peek(words: Sequence[str], *names: str) -> dict[str, str]:
     """Values of `--name value` or `--name=value` among the words: what decides the other options' defaults."""
     found: dict[str, str] = {}
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name in names:

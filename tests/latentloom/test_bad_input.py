@@ -104,6 +104,7 @@ CASES = {
     "an unknown nested option": (f"{TOKENIZER} --model.code-size 3", "--model.code-size", "'--model.codebook-size'"),
     "a word too many": (f"{TRAIN} extra", "unknown argument 'extra'", "latentloom train --help"),
     "a required option left out": ("train --data images", "--output missing", "expected a value"),
+    "no options at all": ("train-prior", "--output and --codes missing", "latentloom train-prior --help"),
     "two required options left out": ("train", "--data and --output missing", "latentloom train --help"),
     "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
     "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "did you mean 'fsq'"),
