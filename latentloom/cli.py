@@ -1,4 +1,4 @@
-"""The command `latentloom`: a table of verbs, each imported only when it is called."""
+"""The command `latentloom`: a table of verbs. Each verb is imported only when it runs."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ VERBS = {
 }
 
 
-def usage() -> str:
+def format_usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     return (
@@ -33,19 +33,22 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 2 after an error that the user can mend, 128 + n after signal n."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """Run one verb.
+
+    Returns: The exit status: 0, 2 after an error that the user can correct, or 128 + n after signal n.
+    """
+    argv = sys.argv[1:] if arguments is None else arguments
     prepare_environment()
-    debug, words = "--debug" in words, [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+    debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(format_usage())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         from latentloom import __version__
 
         print(f"latentloom {__version__}")
         return 0
-    verb, *rest = words
+    verb, *verb_argv = argv
     from training_harness.configuration import nearest
     from training_harness.errors import UserError
     from training_harness.signals import Interrupted
@@ -56,26 +59,26 @@ def main(arguments: list[str] | None = None) -> int:
         from training_harness.allocator import keep_freed_memory
 
         keep_freed_memory()
-        importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(rest)
+        importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(verb_argv)
     except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except OSError as error:  # a disk that is full, a folder that may not be written
+    except OSError as error:  # a full disk, or a folder without write permission
         if debug:
             raise
-        place, reason = error.filename or "the system", error.strerror or type(error).__name__
-        print(f"error: {place}: {reason}; expected to read or write there; --debug shows where", file=sys.stderr)
+        path, reason = error.filename or "the system", error.strerror or type(error).__name__
+        print(f"error: {path}: {reason}; expected to read or write it; --debug shows the traceback", file=sys.stderr)
         return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.number
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return 128 + interruption.number
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

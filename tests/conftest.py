@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from latentloom.environment import quiet_libraries
+from latentloom.environment import silence_libraries
 
 # On models this small two threads wait for one another longer than they compute: thirty times as long beside other work.
 torch.set_num_threads(1)
 os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # not the user's own
-quiet_libraries()  # before a test module imports them; the command does the same
+silence_libraries()  # before a test module imports them; the command does the same
 
 settings.register_profile("CI", derandomize=True)  # a run that decides anything draws the same examples every time
 if "CI" in os.environ:

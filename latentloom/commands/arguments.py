@@ -1,4 +1,4 @@
-"""Command-line arguments from typed dataclasses, with every mistake as one line."""
+"""Parses command-line arguments into typed dataclasses. Every error is one line."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ import tyro
 
 import stage1_tokenizer.migration
 import stage2_prior.migration
-from latentloom.commands.option_help import Option, format_help, help_page
+from latentloom.commands.option_help import Option, build_help_page, format_help
 from latentloom.recipes import overlaid, recipe_names, recipe_values
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError, UserError
@@ -50,33 +50,33 @@ TRAINING_GROUPS = {
     "checks before training": ("dry_run", "overfit_batch"),
 }
 """Groups of options that both training verbs have. Each verb adds a group for its data."""
-ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # tyro would make a subcommand of each variant of a section
+ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # otherwise tyro makes a subcommand of each variant of a section
 
 
 Explain = Callable[[str], str | None]
-"""Returns what is known of an option that does not exist, such as its present name."""
+"""Takes the name of an unknown option; returns a hint, such as its new name, or None."""
 
 
 def parse(
     cls: type[Arguments],
     verb: str,
-    words: Sequence[str],
+    argv: Sequence[str],
     groups: Mapping[str, tuple[str, ...]],
     default: Arguments | None = None,
     explain: Explain = lambda option: None,
     note: str = "",
 ) -> Arguments:
-    """Parse command-line words into the dataclass `cls`.
+    """Parse command-line arguments into an instance of the dataclass `cls`.
 
     Args:
         groups: Titles of the groups in `--help`, with the fields in each.
         default: An instance with the defaults; it also decides the variant of each section that has several.
-        explain: Called with the name of an unknown option.
-        note: Which defaults `--help` shows.
-    Raises: UserError for words that do not fit.
+        explain: Adds a hint to the error for an unknown option.
+        note: Sentence for `--help` on where the defaults come from.
+    Raises: UserError for arguments that do not fit.
     """
-    page = help_page(verb, cls, default, groups, note)
-    if {"-h", "--help"} & set(words):
+    page = build_help_page(verb, cls, default, groups, note)
+    if {"-h", "--help"} & set(argv):
         print(format_help(page, min(shutil.get_terminal_size().columns, MAX_WIDTH)))
         raise SystemExit(0)
     messages = io.StringIO()
@@ -84,22 +84,22 @@ def parse(
         with contextlib.redirect_stderr(messages):
             parsed, unknown = tyro.cli(
                 cls,
-                args=list(words),
+                args=list(argv),
                 prog=f"latentloom {verb}",
                 default=tyro.MISSING_NONPROP if default is None else default,
                 return_unknown_args=True,
                 config=ONE_VARIANT,
             )
     except SystemExit as error:
-        reason = _user_error(error) or _one_line(messages.getvalue(), words, page.options, explain)
+        reason = _find_user_error(error) or _summarize_parser_error(messages.getvalue(), argv, page.options, explain)
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        raise UserError(f"{_unknown_option(unknown[0], page.options, explain)}; see latentloom {verb} --help")
+        raise UserError(f"{_describe_unknown_option(unknown[0], page.options, explain)}; see latentloom {verb} --help")
     return _expand_home(parsed)
 
 
 def _expand_home(value: Any) -> Any:
-    """The parsed options with `~` expanded in every path: a shell does it in `--output ~/runs`, and not in `--output=~/runs`."""
+    """Expand `~` in every path of the parsed options. Shells expand it in `--output ~/runs` but not in `--output=~/runs`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             object.__setattr__(value, field.name, _expand_home(getattr(value, field.name)))
@@ -109,7 +109,7 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _unknown_option(word: str, options: Sequence[Option], explain: Explain) -> str:
+def _describe_unknown_option(word: str, options: Sequence[Option], explain: Explain) -> str:
     name = word.split("=")[0]
     if (explanation := explain(name)) is not None:
         return f"unknown option '{name}'; {explanation}"
@@ -118,7 +118,7 @@ def _unknown_option(word: str, options: Sequence[Option], explain: Explain) -> s
     return f"unknown {'option' if name.startswith('-') else 'argument'} '{name}'{hint}"
 
 
-def _user_error(error: BaseException) -> str:
+def _find_user_error(error: BaseException) -> str:
     """Return the message of a UserError that a dataclass's own check raised below `error`, or ""."""
     cause = error.__context__
     while cause is not None and not isinstance(cause, UserError):
@@ -126,28 +126,28 @@ def _user_error(error: BaseException) -> str:
     return "" if cause is None else str(cause)
 
 
-def _one_line(message: str, words: Sequence[str], options: Sequence[Option], explain: Explain) -> str:
-    """Turn tyro's framed message about `words` into one line with the option, the value and what was expected."""
-    blocks = _blocks(message)
+def _summarize_parser_error(message: str, argv: Sequence[str], options: Sequence[Option], explain: Explain) -> str:
+    """Turn tyro's message, which is in a box, into one line: the option, its value and what was expected."""
+    blocks = _split_box(message)
     text = " ".join(blocks[0])
     for block in blocks:
         if block[0].startswith("Unrecognized options") and len(block) > 1:
-            return _unknown_option(block[1].split()[0], options, explain)
+            return _describe_unknown_option(block[1].split()[0], options, explain)
     if text.startswith("Missing from"):
         missing = [line.split()[0] for line in blocks[0][1:] if line.startswith("--")]
         return f"{' and '.join(missing)} missing; expected a value after {'it' if len(missing) == 1 else 'each'}"
     if match := re.match(r"Error parsing (--[\w.-]+):", text):
         name = match[1]
         expected = [option.values for option in options if name in option.names]
-        if expected and (values := peek(words, name)):
+        if expected and (values := peek_options(argv, name)):
             return f"{name} is {values[name]!r}; expected {expected[0]}"
     return text.rstrip(".")
 
 
-def _blocks(message: str) -> list[list[str]]:
-    """The paragraphs between the rules of a box, drawn in Unicode or, where the output knows none, in ASCII."""
+def _split_box(message: str) -> list[list[str]]:
+    """Split a box into the paragraphs between its rules. Its characters are Unicode, or ASCII if the output allows no other."""
     blocks: list[list[str]] = [[]]
-    for line in message.splitlines()[1:]:  # the first is the title
+    for line in message.splitlines()[1:]:  # the first line is the title
         line = line.strip().strip("│|").strip()
         if set(line) <= set("─╰╯+-"):
             blocks.append([])
@@ -157,9 +157,9 @@ def _blocks(message: str) -> list[list[str]]:
 
 
 def training_values(
-    stage: str, recipe: str | None, config: Path | None, given: dict[str, object] | None = None
+    stage: str, recipe: str | None, config: Path | None, overrides: dict[str, object] | None = None
 ) -> dict[str, object]:
-    """A training configuration's values: those of the recipe, those of a YAML file over them, then `given`."""
+    """Compose the values of a training configuration: the recipe, then a YAML file, then `overrides`."""
     migration = MIGRATIONS[stage]
     values = migration.present(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
@@ -169,34 +169,37 @@ def training_values(
         except ConfigError as error:
             raise ConfigError(f"{config}: {error}") from None
         values = overlaid(stage, values, config_values)
-    return overlaid(stage, values, given or {})
+    return overlaid(stage, values, overrides or {})
 
 
-def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:
-    """What --recipe and --config name: they decide the defaults of the other options, so they are looked at first."""
-    given = peek(words, "--recipe", "--config")
-    return given.get("--recipe"), Path(given["--config"]) if "--config" in given else None
+def peek_recipe_and_config(argv: Sequence[str]) -> tuple[str | None, Path | None]:
+    """Read --recipe and --config before parsing, because they decide the defaults of the other options."""
+    values = peek_options(argv, "--recipe", "--config")
+    return values.get("--recipe"), Path(values["--config"]) if "--config" in values else None
 
 
-def recipe_help(text: str, stage: str, default: str) -> dict[str, str]:
-    """Return the metadata of a field that takes a recipe: its help text, with the names of the recipes and the default."""
+def describe_recipes(text: str, stage: str, default: str) -> dict[str, str]:
+    """Make the metadata of a field that takes a recipe: a help text with the names of the stage's recipes."""
     return {"help": f"{text}: {', '.join(recipe_names(stage))}. (default: {default})"}
 
 
-def defaults_note(recipe: str | None, config: Path | None) -> str:
-    """Say in a page of help where its defaults come from."""
+def describe_defaults(recipe: str | None, config: Path | None) -> str:
+    """Write the sentence for `--help` on where the defaults come from."""
     origins = [f"the recipe {recipe}"] * (recipe is not None) + [str(config)] * (config is not None)
     return f"The defaults below come from {' and '.join(origins)}; --recipe and --config change them."
 
 
-def peek(words: Sequence[str], *names: str) -> dict[str, str]:
-    """Values of `--name value` or `--name=value` among the words: what decides the other options' defaults."""
-    found: dict[str, str] = {}
-    for word, after in zip_longest(words, words[1:], fillvalue=""):
+def peek_options(argv: Sequence[str], *names: str) -> dict[str, str]:
+    """Read the values of some options, written `--name value` or `--name=value`, before parsing.
+
+    Raises: ConfigError for an option without a value.
+    """
+    values: dict[str, str] = {}
+    for word, next_word in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name in names:
-            found[name] = value if equals else after
-            if not found[name] or found[name].startswith("--"):
+            values[name] = value if equals else next_word
+            if not values[name] or values[name].startswith("--"):
                 raise ConfigError(f"{name} has no value; expected one after it")
-    return found
+    return values

@@ -1,9 +1,9 @@
-"""latentloom inspect-tokenizer: one HTML page of a tokenizer's errors, codes and where it uses them."""
+"""latentloom inspect-tokenizer: write an HTML report on a tokenizer: errors, codes and where they are used."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.checks import check_count, check_page, check_seed
+from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect
 from latentloom.inspection.page import Subject, page, summary
@@ -30,34 +30,34 @@ class Arguments:
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
         check_seed(self.seed)
-        check_page(self.output, "inspection.html")
+        check_html_output(self.output, "inspection.html")
 
 
 GROUPS = {"data": ("tokenizer", "data", "num_images", "seed"), "output": ("output",)}
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "inspect-tokenizer", words, GROUPS)
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "inspect-tokenizer", argv, GROUPS)
     with main_process_first():
         if is_main_process():
-            draw(a)
+            write_page(arguments)
 
 
-def draw(a: Arguments) -> None:
-    tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
-    source = load_source(a.data)
+def write_page(arguments: Arguments) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)[0].to(accelerated_device())
+    source = load_source(arguments.data)
     split = source.held_out
-    drawn = random_positions(len(split), a.num_images, a.seed).tolist()
-    pixels = ImageLoader(split.select(drawn), tokenizer.config.image_processor)
-    pixels.report_skipped()
-    found = inspect(tokenizer, pixels, a.seed)
+    indices = random_positions(len(split), arguments.num_images, arguments.seed).tolist()
+    images = ImageLoader(split.select(indices), tokenizer.config.image_processor)
+    images.report_skipped()
+    inspection = inspect(tokenizer, images, arguments.seed)
     subject = Subject(
         tokenizer=tokenizer,
-        name=a.tokenizer,
-        data=a.data,
+        name=arguments.tokenizer,
+        data=arguments.data,
         split="validation" if source.test is None else "test",
         available=len(split),
-        seed=a.seed,
+        seed=arguments.seed,
     )
-    write_text(a.output, page(subject, found))
-    print_once(f"{summary(tokenizer, found)}: {a.output}")
+    write_text(arguments.output, page(subject, inspection))
+    print_once(f"{summary(tokenizer, inspection)}: {arguments.output}")

@@ -67,7 +67,7 @@ GENERAL = OptionGroup(
 )
 
 
-def help_page(
+def build_help_page(
     verb: str, cls: Any, defaults: Any, group_fields: Mapping[str, tuple[str, ...]], note: str = ""
 ) -> HelpPage:
     """Describe the options of a verb, in groups.
@@ -78,7 +78,7 @@ def help_page(
         group_fields: Fields in each group, by the group's title. Sections need no entry.
         note: Which defaults the page shows.
     """
-    sections = list(_sections(cls, defaults))
+    sections = list(_collect_sections(cls, defaults))
     fields = {option.field: option for section in sections if not section.title for option in section.options}
     required = [option for section in sections for option in section.options if option.default is None]
     order = [*chain(*group_fields.values()), *(option.field for option in required)]
@@ -98,11 +98,11 @@ def format_help(page: HelpPage, width: int) -> str:
     arguments = [f"[{option.names[0]}]" for option in page.options if not option.names[0].startswith("-")]
     usage = " ".join(["usage: latentloom", page.verb, *arguments, *needed, "[options]"])
     summary = VERBS[page.verb]
-    lines = [usage, "", *_wrap(f"{summary[0].upper()}{summary[1:]}. {page.note}", width)]
+    lines = [usage, "", *_wrap_text(f"{summary[0].upper()}{summary[1:]}. {page.note}", width)]
     for group in page.groups:
         lines += ["", f"{group.title}:"]
         if group.description:
-            lines += [*_wrap(group.description, width, indent=2), ""]
+            lines += [*_wrap_text(group.description, width, indent=2), ""]
         for option in group.options:
             lines += _format_option(option, width)
     return "\n".join(lines)
@@ -111,13 +111,13 @@ def format_help(page: HelpPage, width: int) -> str:
 def _format_option(option: Option, width: int) -> list[str]:
     left = f"  {', '.join(option.names)} {option.values}".rstrip()
     text = f"{option.help} (default: {option.default})" if option.default else option.help
-    right = _wrap(text, width, HELP_COLUMN)
+    right = _wrap_text(text, width, HELP_COLUMN)
     if len(left) <= HELP_COLUMN - 2:
         return [left.ljust(HELP_COLUMN) + right[0].lstrip(), *right[1:]]
     return [left, *right]
 
 
-def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
+def _wrap_text(text: str, width: int, indent: int = 0) -> list[str]:
     space = " " * indent
     return textwrap.wrap(
         text,
@@ -129,7 +129,7 @@ def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
     )
 
 
-def _sections(
+def _collect_sections(
     cls: Any, values: Any, name: str = "", description: str = "", choices: tuple[str, ...] = ()
 ) -> Iterator[OptionGroup]:
     """Yield the options of a dataclass as one group, then a group for each section in it.
@@ -140,56 +140,56 @@ def _sections(
         choices: Names of the variants that the section may have.
     """
     cls = get_origin(cls) or cls
-    hints, texts = get_type_hints(cls, include_extras=True), _field_help(cls)
+    hints, texts = get_type_hints(cls, include_extras=True), _read_field_docstrings(cls)
     options, sections = list[Option](), list[OptionGroup]()
     for field in dataclasses.fields(cls):
-        default = _field_default(field) if values is None else getattr(values, field.name)
+        default = _get_field_default(field) if values is None else getattr(values, field.name)
         hint, markers = _split_annotated(hints[field.name])
         path = f"{name}.{field.name}".lstrip(".")
         text = field.metadata.get("help", texts.get(field.name, ""))
         if WITHOUT_PREFIX in markers:
-            sections += _sections(type(default), default)
+            sections += _collect_sections(type(default), default)
         elif dataclasses.is_dataclass(default):
-            sections += _sections(type(default), default, path, _split_default(text)[0], tuple(variants(hint)))
+            sections += _collect_sections(type(default), default, path, _split_default(text)[0], tuple(variants(hint)))
         elif field.name == "name" and choices:
-            options.append(_option(path, hint, markers, default, text)._replace(values=f"{{{','.join(choices)}}}"))
+            options.append(_make_option(path, hint, markers, default, text)._replace(values=f"{{{','.join(choices)}}}"))
         else:
-            options.append(_option(path, hint, markers, default, text))
+            options.append(_make_option(path, hint, markers, default, text))
     yield OptionGroup(name.replace("_", "-"), description, options)
     yield from sections
 
 
-def _option(field: str, hint: Any, markers: tuple[Any, ...], default: Any, text: str) -> Option:
+def _make_option(field: str, hint: Any, markers: tuple[Any, ...], default: Any, text: str) -> Option:
     text, default_help = _split_default(text)
     section, _, name = field.replace("_", "-").rpartition(".")
     prefix = f"--{section}." if section else "--"
     names: tuple[str, ...] = (prefix + name,)
     if tyro.conf.Positional in markers:
-        return Option(field, (name.upper(),), "", text, default_help or _default_text(default))
+        return Option(field, (name.upper(),), "", text, default_help or _format_default(default))
     if hint is bool:
         names = (prefix + name, f"{prefix}no-{name}")
-    values = "none" if optional_section(hint) else values_text(hint)
+    values = "none" if optional_section(hint) else format_values(hint)
     if default in (dataclasses.MISSING, tyro.MISSING):
         return Option(field, names, values, text, None)
     chosen_at_run_time = default is None or default == ()
-    return Option(field, names, values, text, (chosen_at_run_time and default_help) or _default_text(default))
+    return Option(field, names, values, text, (chosen_at_run_time and default_help) or _format_default(default))
 
 
-def values_text(hint: Any) -> str:
+def format_values(hint: Any) -> str:
     """Return what an option of a type takes, such as `INT`, `{pad,refuse}` or `FLOAT FLOAT`; empty for a flag."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        parts = [values_text(argument) for argument in arguments if argument is not type(None)]
+        parts = [format_values(argument) for argument in arguments if argument is not type(None)]
         return "TEXT" if "TEXT" in parts else "|".join(parts)
     if origin is Literal:
         return f"{{{','.join(map(str, arguments))}}}"
     if origin is tuple:
-        parts = [values_text(argument) for argument in arguments if argument is not Ellipsis]
+        parts = [format_values(argument) for argument in arguments if argument is not Ellipsis]
         return f"{parts[0].removesuffix(' ...')} ..." if Ellipsis in arguments else " ".join(parts)
     return TYPE_NAMES.get(hint, "")
 
 
-def _default_text(value: Any) -> str:
+def _format_default(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -199,7 +199,7 @@ def _default_text(value: Any) -> str:
     return str(value)
 
 
-def _field_default(field: dataclasses.Field[Any]) -> Any:
+def _get_field_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -214,7 +214,7 @@ def _split_default(text: str) -> tuple[str, str]:
 
 
 @cache
-def _field_help(cls: type) -> dict[str, str]:
+def _read_field_docstrings(cls: type) -> dict[str, str]:
     """Read the docstrings below the fields of a dataclass and of its bases."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -1,4 +1,4 @@
-"""latentloom quickstart: the main job on the embedded images."""
+"""latentloom quickstart: train both stages on the embedded images and generate samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +44,18 @@ GROUPS = {
 }
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "quickstart", words, GROUPS)
-    given: dict[str, object] = {"seed": a.seed}
-    if a.max_steps is not None:
-        given["max_steps"] = a.max_steps
-    of_images = {"data": FASHION_MNIST, "output": str(a.output / "tokenizer")}
-    of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    tokenizer_recipe, prior_recipe = RECIPES[a.prior]
-    tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, given | of_images))
-    prior = prior_training(training_values("prior", prior_recipe, None, given | of_codes))
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "quickstart", argv, GROUPS)
+    shared: dict[str, object] = {"seed": arguments.seed}
+    if arguments.max_steps is not None:
+        shared["max_steps"] = arguments.max_steps
+    tokenizer_paths = {"data": FASHION_MNIST, "output": str(arguments.output / "tokenizer")}
+    prior_paths = {"codes": str(arguments.output / "codes"), "output": str(arguments.output / "prior")}
+    tokenizer_recipe, prior_recipe = RECIPES[arguments.prior]
+    tokenizer = from_mapping(
+        TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, shared | tokenizer_paths)
+    )
+    prior = prior_training(training_values("prior", prior_recipe, None, shared | prior_paths))
     inputs = tokenizer_inputs(tokenizer, load_source(FASHION_MNIST))
-    metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
-    print_once(summary(a.output, metrics))
+    metrics = run_main_job(arguments.output, inputs, prior, minutes=arguments.minutes, num_images=arguments.num_images)
+    print_once(summary(arguments.output, metrics))

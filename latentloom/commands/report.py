@@ -1,4 +1,4 @@
-"""latentloom report: one HTML page of a run, which opens without a network."""
+"""latentloom report: write an HTML report for a run, which opens without a network."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from latentloom.checks import check_page
+from latentloom.checks import check_html_output
 from latentloom.commands.arguments import parse
 from latentloom.report.page import page
 from latentloom.report.reading import read_job
@@ -22,15 +22,15 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.output is not None:
-            check_page(self.output, "report.html")
+            check_html_output(self.output, "report.html")
 
 
 GROUPS = {"run": ("run",), "output": ("output",)}
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "report", words, GROUPS)
-    if os.environ.get("RANK", "0") == "0":  # torch, which would say so, is not imported here
-        output = a.output or a.run / "report.html"
-        write_text(output, page(read_job(a.run)))
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "report", argv, GROUPS)
+    if os.environ.get("RANK", "0") == "0":  # read directly, because this verb does not import torch
+        output = arguments.output or arguments.run / "report.html"
+        write_text(output, page(read_job(arguments.run)))
         print(f"report: {output}")

@@ -1,4 +1,4 @@
-"""The options of sampling on the command line: those of every kind of prior, each kind refusing what it does not take."""
+"""The sampling options of all kinds of priors on the command line. Each kind refuses the options of the others."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -40,7 +40,7 @@ class SamplingArguments:
     """Where the steps lie in a schedule of 1,000 noise levels. (default: the pipeline's)"""
 
     def sampling_options(self) -> dict[str, Any]:
-        """As a pipeline takes them; those that are none are not given."""
+        """Return the options as a pipeline takes them. None means that an option was not given."""
         return {field.name: getattr(self, field.name) for field in fields(SamplingArguments)}
 
 

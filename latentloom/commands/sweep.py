@@ -1,4 +1,4 @@
-"""latentloom sweep: searches for better settings of a stage with short trials, and writes the best as a recipe."""
+"""latentloom sweep: search for better settings of a stage with short trials, and write the best ones as a recipe."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import tyro
 from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import parse, training_values
-from latentloom.commands.train_tokenizer import select_for_images
+from latentloom.commands.train_tokenizer import select_values_for_images
 from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
@@ -61,14 +61,14 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if (self.codes is None) == (self.data is None):
-            found = "missing" if self.codes is None else "given"
+            state = "missing" if self.codes is None else "given"
             raise UserError(
-                f"--codes and --data are both {found}; expected --codes to search a prior's settings, or --data to search a "
+                f"--codes and --data are both {state}; expected --codes to search a prior's settings, or --data to search a "
                 "tokenizer's"
             )
         if self.codes is not None and self.resolution is not None:
             raise UserError(
-                f"--resolution is {self.resolution} and --codes given; expected it with --data; leave it out"
+                f"--resolution is {self.resolution} with --codes; expected it with --data only; leave it out"
             )
         check_count("--trials", self.trials)
         check_minutes(self.minutes)
@@ -85,55 +85,57 @@ GROUPS = {
 }
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "sweep", words, GROUPS)
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "sweep", argv, GROUPS)
     require_optuna()
-    if a.codes is not None:
-        sweep_prior(a, a.codes)
+    if arguments.codes is not None:
+        sweep_prior(arguments, arguments.codes)
     else:
-        sweep_tokenizer(a, str(a.data), words)
+        sweep_tokenizer(arguments, str(arguments.data), argv)
 
 
-def sweep_prior(a: Arguments, folder: Path) -> None:
-    recipe = a.recipe or (None if a.config else train_prior.DEFAULT_RECIPE)
-    values = training_values("prior", recipe, a.config, {"codes": str(folder)} | common(a))
+def sweep_prior(arguments: Arguments, folder: Path) -> None:
+    recipe = arguments.recipe or (None if arguments.config else train_prior.DEFAULT_RECIPE)
+    values = training_values("prior", recipe, arguments.config, {"codes": str(folder)} | common_values(arguments))
     base, codes = prior_training(values), CodeCache(folder)
-    plan = plan_of(a, base, codes.spec.tokenizer_id)
-    done = run_sweep(plan, lambda: prior_trainer(base, codes))
-    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
+    plan = make_plan(arguments, base, codes.spec.tokenizer_id)
+    results = run_sweep(plan, lambda: prior_trainer(base, codes))
+    print_once(f"{closing(plan, results)}\n{format_next_steps(arguments, f'train-prior --codes {folder}')}")
 
 
-def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
-    values = training_values("tokenizer", a.recipe, a.config)
+def sweep_tokenizer(arguments: Arguments, data: str, argv: list[str]) -> None:
+    values = training_values("tokenizer", arguments.recipe, arguments.config)
     if "resolution" not in values:
         source = load_source(data)
-        _, values = select_for_images(words, source, dataset_statistics(source.train), a.recipe, a.config)
-    size = {} if a.resolution is None else {"resolution": a.resolution}
-    base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
-    plan = plan_of(a, base)
-    done = run_sweep(plan, lambda: tokenizer_trainer(base, load_source(data)))
-    print_once(f"{closing(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
+        _, values = select_values_for_images(
+            argv, source, dataset_statistics(source.train), arguments.recipe, arguments.config
+        )
+    size = {} if arguments.resolution is None else {"resolution": arguments.resolution}
+    base = from_mapping(TokenizerTraining, values | {"data": data} | common_values(arguments) | size)
+    plan = make_plan(arguments, base)
+    results = run_sweep(plan, lambda: tokenizer_trainer(base, load_source(data)))
+    print_once(f"{closing(plan, results)}\n{format_next_steps(arguments, f'train-tokenizer --data {data}')}")
 
 
-def common(a: Arguments) -> dict[str, object]:
-    return {"output": str(a.output)} | ({} if a.seed is None else {"seed": a.seed})
+def common_values(arguments: Arguments) -> dict[str, object]:
+    return {"output": str(arguments.output)} | ({} if arguments.seed is None else {"seed": arguments.seed})
 
 
-def plan_of(a: Arguments, base: Training, trained_on: str = "") -> Plan:
+def make_plan(arguments: Arguments, base: Training, trained_on: str = "") -> Plan:
     stage = "tokenizer" if isinstance(base, TokenizerTraining) else base.prior
-    space = parse_space(list(chain(*a.search)) or default_words(base), base)
-    steps = a.max_steps or math.ceil(base.max_steps / 4)
+    space = parse_space(list(chain(*arguments.search)) or default_words(base), base)
+    steps = arguments.max_steps or math.ceil(base.max_steps / 4)
     return Plan(
         base=base,
         space=space,
         metric=METRICS[stage],
         steps=steps,
-        trials=a.trials,
-        minutes=a.minutes,
+        trials=arguments.trials,
+        minutes=arguments.minutes,
         trained_on=trained_on,
     )
 
 
-def next_step(a: Arguments, verb: str) -> str:
-    best = a.output / "best.yaml"
-    return f"recipe: {best}\nnext: latentloom {verb} --config {best} --output {a.output / 'best'}"
+def format_next_steps(arguments: Arguments, verb: str) -> str:
+    best = arguments.output / "best.yaml"
+    return f"recipe: {best}\nnext: latentloom {verb} --config {best} --output {arguments.output / 'best'}"

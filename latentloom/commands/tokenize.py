@@ -1,9 +1,9 @@
-"""latentloom tokenize: images to a code cache."""
+"""latentloom tokenize: encode images and write a code cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.checks import check_apart, check_count
+from latentloom.checks import check_count, check_output_outside_data
 from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, run_tokenize
 from stage1_tokenizer.codes.writer import Contents, View
@@ -31,8 +31,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if not self.output.name:
-            raise UserError(f"--output is {self.output}; expected a folder of its own, such as codes")
-        check_apart(self.output, self.data)
+            raise UserError(f"--output is {self.output}; expected a new folder, such as codes")
+        check_output_outside_data(self.output, self.data)
         if self.batch_size is not None:
             check_count("--batch-size", self.batch_size)
 
@@ -44,9 +44,17 @@ GROUPS = {
 }
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "tokenize", words, GROUPS)
-    source = load_source(a.data)
-    views: tuple[View, ...] = ("original", "flip") if a.flip else ("original",)
-    codes = run_tokenize(a.tokenizer, source, a.output, a.contents, views, a.degradation, a.batch_size)
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "tokenize", argv, GROUPS)
+    source = load_source(arguments.data)
+    views: tuple[View, ...] = ("original", "flip") if arguments.flip else ("original",)
+    codes = run_tokenize(
+        arguments.tokenizer,
+        source,
+        arguments.output,
+        arguments.contents,
+        views,
+        arguments.degradation,
+        arguments.batch_size,
+    )
     print_once(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")

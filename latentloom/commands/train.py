@@ -1,11 +1,11 @@
-"""latentloom train: the main job on one's own images, in one command."""
+"""latentloom train: train both stages on your images and generate samples, in one command."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from latentloom.checks import check_apart, check_count, check_dry_run, check_minutes
-from latentloom.commands.arguments import parse, recipe_help, training_values
+from latentloom.checks import check_count, check_dry_run, check_minutes, check_output_outside_data
+from latentloom.commands.arguments import describe_recipes, parse, training_values
 from latentloom.jobs.main_job import check_codes, run_main_job, summary
 from latentloom.jobs.stages import load_source, print_classes
 from latentloom.planning.dry_run import closing, dry_run
@@ -29,10 +29,10 @@ class Arguments:
     output: Path
     """Folder for everything that is written: tokenizer, codes, prior, pipeline, images and metrics."""
     recipe: str | None = field(
-        default=None, metadata=recipe_help("Recipe of the prior", "prior", "from the images and the device")
+        default=None, metadata=describe_recipes("Recipe of the prior", "prior", "from the images and the device")
     )
     tokenizer_recipe: str | None = field(
-        default=None, metadata=recipe_help("Recipe of the tokenizer", "tokenizer", "from the size of the images")
+        default=None, metadata=describe_recipes("Recipe of the tokenizer", "tokenizer", "from the size of the images")
     )
     resolution: int | str | None = None
     """Height and width of the images: 64, or 64x96. (default: the most common size in the data, at most 256)"""
@@ -67,7 +67,7 @@ class Arguments:
         check_minutes(self.minutes)
         check_count("--num-images", self.num_images)
         check_dry_run(self.dry_run, self.minutes)
-        check_apart(self.output, self.data)
+        check_output_outside_data(self.output, self.data)
 
 
 GROUPS = {
@@ -81,73 +81,75 @@ GROUPS = {
 }
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "train", words, GROUPS)
-    source = load_source(a.data)
-    seen, images = dataset_statistics(source.train), len(source.train)
-    size = None if a.resolution is None else parse_size(a.resolution)
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "train", argv, GROUPS)
+    source = load_source(arguments.data)
+    statistics, num_images = dataset_statistics(source.train), len(source.train)
+    size = None if arguments.resolution is None else parse_size(arguments.resolution)
     device = accelerated_device().type
-    choice = select_recipes(seen, images, device, size=size, tokenizer=a.tokenizer_recipe, prior=a.recipe)
-    given = {
+    selection = select_recipes(
+        statistics, num_images, device, size=size, tokenizer=arguments.tokenizer_recipe, prior=arguments.recipe
+    )
+    shared = {
         name: value
         for name in (
             *("max_steps", "batch_size", "accumulation_steps", "checkpoint_every", "seed"),
             *("mixed_precision", "compile", "gradient_checkpointing", "report_to"),
         )
-        if (value := getattr(a, name)) is not None
+        if (value := getattr(arguments, name)) is not None
     }
-    of_images = {
-        "data": a.data,
-        "output": str(a.output / "tokenizer"),
-        "resolution": f"{choice.size[0]}x{choice.size[1]}",
-        "image_channels": a.image_channels,
+    tokenizer_values = {
+        "data": arguments.data,
+        "output": str(arguments.output / "tokenizer"),
+        "resolution": f"{selection.size[0]}x{selection.size[1]}",
+        "image_channels": arguments.image_channels,
     }
-    values = training_values("tokenizer", choice.tokenizer, None, given | of_images)
+    values = training_values("tokenizer", selection.tokenizer, None, shared | tokenizer_values)
     tokenizer = from_mapping(TokenizerTraining, values)
-    of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    prior = prior_training(training_values("prior", choice.prior, None, given | of_codes))
+    prior_values = {"codes": str(arguments.output / "codes"), "output": str(arguments.output / "prior")}
+    prior = prior_training(training_values("prior", selection.prior, None, shared | prior_values))
     check_codes(tokenizer, prior)
-    if a.max_steps is None:
-        steps = steps_for(images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
+    if arguments.max_steps is None:
+        steps = steps_for(num_images, tokenizer.batch_size, TOKENIZER_EPOCHS, tokenizer.max_steps)
         tokenizer = replace(tokenizer, max_steps=steps)
-        prior = replace(prior, max_steps=steps_for(images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
-    inputs = tokenizer_inputs(tokenizer, source, seen)
-    for line in choice.reasons:
+        prior = replace(prior, max_steps=steps_for(num_images, prior.batch_size, PRIOR_EPOCHS, prior.max_steps))
+    inputs = tokenizer_inputs(tokenizer, source, statistics)
+    for line in selection.reasons:
         print_once(line)
     print_classes(source)
-    if a.dry_run:
-        print_once(shared_values(inputs, choice.tokenizer, prior, choice.prior))
+    if arguments.dry_run:
+        print_once(format_dry_run(inputs, selection.tokenizer, prior, selection.prior))
         return
-    if a.minutes is None and not a.output.exists():
-        announce(inputs, prior)
-    metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
-    print_once(summary(a.output, metrics))
+    if arguments.minutes is None and not arguments.output.exists():
+        print_time_estimate(inputs, prior)
+    metrics = run_main_job(arguments.output, inputs, prior, minutes=arguments.minutes, num_images=arguments.num_images)
+    print_once(summary(arguments.output, metrics))
 
 
-def shared_values(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
-    """What --dry-run prints."""
-    images, classes = len(inputs.source.train), len(inputs.source.label_names or ())
+def format_dry_run(inputs: TokenizerInputs, tokenizer_recipe: str, prior: PriorTraining, prior_recipe: str) -> str:
+    """Format what --dry-run prints."""
+    num_images, num_classes = len(inputs.source.train), len(inputs.source.label_names or ())
     spec = new_tokenizer(inputs.model).latent_spec()
     stages = list[tuple[str, float]]()
     if inputs.config.model.learns:
         title = f"tokenizer {tokenizer_recipe}"
-        stages.append(dry_run(title, inputs.config, images, lambda c: time_tokenizer_step(c, inputs.model)))
-    stages.append(dry_run(f"prior {prior_recipe}", prior, images, lambda c: time_prior_step(c, spec, classes)))
+        stages.append(dry_run(title, inputs.config, num_images, lambda c: time_tokenizer_step(c, inputs.model)))
+    stages.append(dry_run(f"prior {prior_recipe}", prior, num_images, lambda c: time_prior_step(c, spec, num_classes)))
     texts, seconds = zip(*stages, strict=True)
     return "\n".join([*texts, closing(seconds)])
 
 
-def announce(inputs: TokenizerInputs, prior: PriorTraining) -> None:
-    """Prints how long the training will take, from a few measured steps of each stage."""
-    tokenizer, classes = inputs.config, len(inputs.source.label_names or ())
+def print_time_estimate(inputs: TokenizerInputs, prior: PriorTraining) -> None:
+    """Print how long training will take, from a few measured steps of each stage."""
+    tokenizer, num_classes = inputs.config, len(inputs.source.label_names or ())
     spec = new_tokenizer(inputs.model).latent_spec()
     minutes = dict[str, float]()
     if tokenizer.model.learns:
         seconds = measured_seconds(tokenizer, lambda config: time_tokenizer_step(config, inputs.model))
         minutes[f"{tokenizer.max_steps} steps of the tokenizer"] = tokenizer.max_steps * seconds / 60
-    seconds = measured_seconds(prior, lambda config: time_prior_step(config, spec, classes))
+    seconds = measured_seconds(prior, lambda config: time_prior_step(config, spec, num_classes))
     minutes[f"{prior.max_steps} steps of the prior"] = prior.max_steps * seconds / 60
-    parts = ", ".join(f"{steps} ({own:.1f} min)" for steps, own in minutes.items())
+    parts = ", ".join(f"{steps} ({duration:.1f} min)" for steps, duration in minutes.items())
     print_once(
-        f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N bounds it"
+        f"training will take about {sum(minutes.values()):.0f} minutes on this machine: {parts}; --minutes N limits it"
     )

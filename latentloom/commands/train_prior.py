@@ -1,4 +1,4 @@
-"""latentloom train-prior: stage two."""
+"""latentloom train-prior: train a prior on codes (stage two)."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,14 +8,14 @@ from typing import Annotated, Generic, TypeVar, cast
 from latentloom.checks import check_dry_run
 from latentloom.commands.arguments import (
     TRAINING_GROUPS,
-    defaults_note,
+    describe_defaults,
+    describe_recipes,
     parse,
-    recipe_and_config,
-    recipe_help,
+    peek_recipe_and_config,
     training_values,
 )
 from latentloom.commands.option_help import WITHOUT_PREFIX
-from latentloom.commands.variants import explained, starting_point
+from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_prior
@@ -31,7 +31,9 @@ DEFAULT_RECIPE = "ar-tiny"
 @dataclass(frozen=True)
 class Arguments(Generic[Training]):
     training: Annotated[Training, WITHOUT_PREFIX]
-    recipe: str = field(default=DEFAULT_RECIPE, metadata=recipe_help("Recipe to start from", "prior", DEFAULT_RECIPE))
+    recipe: str = field(
+        default=DEFAULT_RECIPE, metadata=describe_recipes("Recipe to start from", "prior", DEFAULT_RECIPE)
+    )
     config: Path | None = None
     """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
     minutes: float | None = None
@@ -45,31 +47,31 @@ class Arguments(Generic[Training]):
 GROUPS = {"data": ("codes", "validation_images")} | TRAINING_GROUPS
 
 
-def main(words: list[str]) -> None:
-    recipe, config = recipe_and_config(words)
+def main(argv: list[str]) -> None:
+    recipe, config = peek_recipe_and_config(argv)
     recipe = recipe or (None if config else DEFAULT_RECIPE)
     values = training_values("prior", recipe, config)
     prior_class = training_class(values)
-    training, words = starting_point(prior_class, values, words)
+    training, argv = draft_training(prior_class, values, argv)
     arguments = parse(
         cast("type[Arguments[PriorTraining]]", Arguments[prior_class]),  # type: ignore[valid-type]
         "train-prior",
-        words,
+        argv,
         GROUPS,
         default=Arguments(training),
-        explain=partial(explained, training),
-        note=defaults_note(recipe, config),
+        explain=partial(explain_unknown_option, training),
+        note=describe_defaults(recipe, config),
     )
     check_dry_run(arguments.dry_run, arguments.minutes)
     if arguments.dry_run:
         codes = CodeCache(arguments.training.codes)
-        classes = len(codes.label_names or ())
+        num_classes = len(codes.label_names or ())
         title = f"prior {recipe or ''}".rstrip()
         text, seconds = dry_run(
             title,
             arguments.training,
             len(codes.train),
-            lambda changed: time_prior_step(changed, codes.spec, classes),
+            lambda config: time_prior_step(config, codes.spec, num_classes),
         )
         print_once(f"{text}\n{closing([seconds])}")
         return

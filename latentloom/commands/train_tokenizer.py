@@ -1,22 +1,22 @@
-"""latentloom train-tokenizer: stage one."""
+"""latentloom train-tokenizer: train a tokenizer on images (stage one)."""
 
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from latentloom.checks import check_apart, check_dry_run
+from latentloom.checks import check_dry_run, check_output_outside_data
 from latentloom.commands.arguments import (
     TRAINING_GROUPS,
-    defaults_note,
+    describe_defaults,
+    describe_recipes,
     parse,
-    peek,
-    recipe_and_config,
-    recipe_help,
+    peek_options,
+    peek_recipe_and_config,
     training_values,
 )
 from latentloom.commands.option_help import WITHOUT_PREFIX
-from latentloom.commands.variants import explained, starting_point
+from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import closing, dry_run
 from latentloom.planning.overfit_batch import overfit_tokenizer
@@ -36,7 +36,7 @@ HELP_RECIPE = "vqgan-f4"
 class Arguments:
     training: Annotated[TokenizerTraining, WITHOUT_PREFIX]
     recipe: str | None = field(
-        default=None, metadata=recipe_help("Recipe to start from", "tokenizer", "from the size of the images")
+        default=None, metadata=describe_recipes("Recipe to start from", "tokenizer", "from the size of the images")
     )
     config: Path | None = None
     """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
@@ -51,35 +51,35 @@ class Arguments:
 GROUPS = {"data": ("data", "resolution", "image_channels", "padding")} | TRAINING_GROUPS
 
 
-def main(words: list[str]) -> None:
-    recipe, config = recipe_and_config(words)
+def main(argv: list[str]) -> None:
+    recipe, config = peek_recipe_and_config(argv)
     values = training_values("tokenizer", recipe, config)
-    data: Any = peek(words, "--data").get("--data", values.get("data"))
+    data: Any = peek_options(argv, "--data").get("--data", values.get("data"))
     source = statistics = None
     if data is not None and "resolution" not in values:
         source = load_source(data)
         statistics = dataset_statistics(source.train)
-        recipe, values = select_for_images(words, source, statistics, recipe, config)
+        recipe, values = select_values_for_images(argv, source, statistics, recipe, config)
     elif data is None and recipe is None and config is None:  # --help, or an error that the parser reports
         recipe, values = HELP_RECIPE, training_values("tokenizer", HELP_RECIPE, None)
-    training, words = starting_point(TokenizerTraining, values, words)
+    training, argv = draft_training(TokenizerTraining, values, argv)
     arguments = parse(
         Arguments,
         "train-tokenizer",
-        words,
+        argv,
         GROUPS,
         default=Arguments(training),
-        explain=partial(explained, training),
-        note=defaults_note(recipe, config),
+        explain=partial(explain_unknown_option, training),
+        note=describe_defaults(recipe, config),
     )
     check_dry_run(arguments.dry_run, arguments.minutes)
-    check_apart(arguments.training.output, arguments.training.data)
+    check_output_outside_data(arguments.training.output, arguments.training.data)
     inputs = tokenizer_inputs(arguments.training, source or load_source(arguments.training.data), statistics)
     training = inputs.config
     print_classes(inputs.source)
     if arguments.dry_run:
-        title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
-        text, seconds = dry_run(title, training, images, lambda config: time_tokenizer_step(config, inputs.model))
+        title, num_images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
+        text, seconds = dry_run(title, training, num_images, lambda config: time_tokenizer_step(config, inputs.model))
         print_once(f"{text}\n{closing([seconds])}")
         return
     if arguments.overfit_batch:
@@ -91,19 +91,19 @@ def main(words: list[str]) -> None:
     )
 
 
-def select_for_images(
-    words: list[str], source: ImageSource, statistics: DatasetStatistics, recipe: str | None, config: Path | None
+def select_values_for_images(
+    argv: list[str], source: ImageSource, statistics: DatasetStatistics, recipe: str | None, config: Path | None
 ) -> tuple[str | None, dict[str, Any]]:
     """Select a size, and a recipe if neither --recipe nor --config is given, and print the reasons.
 
     Returns: The recipe, if there is one, and the values of the configuration.
     """
-    resolution = peek(words, "--resolution").get("--resolution")
+    resolution = peek_options(argv, "--resolution").get("--resolution")
     size = None if resolution is None else parse_size(resolution)
     device_type = accelerated_device().type
-    choice = select_recipes(statistics, len(source.train), device_type, size=size, tokenizer=recipe)
-    size_line, recipe_line, _ = choice.reasons
+    selection = select_recipes(statistics, len(source.train), device_type, size=size, tokenizer=recipe)
+    size_line, recipe_line, _ = selection.reasons
     print_once(f"{size_line}\n{recipe_line}" if config is None else size_line)
-    recipe = choice.tokenizer if config is None else recipe
-    height, width = choice.size
+    recipe = selection.tokenizer if config is None else recipe
+    height, width = selection.size
     return recipe, training_values("tokenizer", recipe, config, {"resolution": f"{height}x{width}"})

@@ -9,7 +9,7 @@ import pytest
 from command_line import CHECKOUT, latentloom
 from PIL import Image
 
-from latentloom.environment import ignore_incomplete_launcher
+from latentloom.environment import remove_incomplete_launcher_variables
 from latentloom.jobs.evaluation import features_folder
 from latentloom.jobs.evaluation_plots import plot_by_class
 
@@ -33,7 +33,7 @@ def test_launcher_variables_count_only_when_a_launcher_set_them_all(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    ignore_incomplete_launcher()
+    remove_incomplete_launcher_variables()
     assert {name for name in given if name in os.environ} == (set(given) if kept else set())
     printed = capsys.readouterr().err
     assert all(name in printed for name in given) != kept

@@ -9,7 +9,7 @@ from command_line import latentloom
 from small_parts import write_pictures
 
 from latentloom.commands.arguments import training_values
-from latentloom.commands.variants import starting_point
+from latentloom.commands.variants import draft_training
 from latentloom.recipes import recipe_names, recipe_values, training_type
 from stage1_tokenizer.quantizers import FSQConfig
 from stage1_tokenizer.registry import saved_tokenizer
@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "an old choice": (
         "train-prior --recipe diffusion-tiny-few-steps --model.mean-flow False",
-        "--model.mean-flow is given with 'False'; expected none, or options of its own in its place, such as "
+        "--model.mean-flow is given with 'False'; expected none, or an option of the section, such as "
         "--model.mean-flow.max-guidance",
     ),
 }
@@ -117,21 +117,21 @@ def test_an_option_that_the_variant_does_not_have_is_one_line(
 
 def test_the_words_choose_the_variant_whose_options_the_parser_takes() -> None:
     values = training_values("tokenizer", "vqgan-f4", None, {"data": "x", "output": "run"})
-    training, words = starting_point(TokenizerTraining, values, FSQ.split())
+    training, words = draft_training(TokenizerTraining, values, FSQ.split())
     assert words == FSQ.split()
     assert isinstance(training.model, VQGANModel)
     assert isinstance(training.model.quantizer, FSQConfig)
     assert training.model.channels == (16, 64, 128)  # the recipe's, where the variant has them too
     values = training_values("prior", "diffusion-tiny-few-steps", None, {"codes": "x", "output": "run"})
-    plain, words = starting_point(DiffusionTraining, values, ["--seed", "3", "--model.mean-flow", "none"])
+    plain, words = draft_training(DiffusionTraining, values, ["--seed", "3", "--model.mean-flow", "none"])
     assert words == ["--seed", "3"]
     assert isinstance(plain.model, DiTModel)
     assert plain.model.mean_flow is None
-    unet, _ = starting_point(DiffusionTraining, values, ["--model.name", "unet"])
+    unet, _ = draft_training(DiffusionTraining, values, ["--model.name", "unet"])
     assert isinstance(unet.model, UNetModel)
     assert unet.model.hidden_size == 192
     values = training_values("prior", "diffusion-tiny", None, {"codes": "x", "output": "run"})
-    flow, _ = starting_point(DiffusionTraining, values, ["--model.mean_flow.spans_from=0.5"])
+    flow, _ = draft_training(DiffusionTraining, values, ["--model.mean_flow.spans_from=0.5"])
     assert flow.model.mean_flow == MeanFlow()  # the value itself is the parser's to read
 
 
