@@ -1,6 +1,6 @@
 """The options of every verb, as `latentloom VERB --help` shows them.
 
-The reference pages and the tests both use this module, so that a page can only name options that exist.
+The reference pages and the tests both use this module, so that a page names only options that exist.
 """
 
 import contextlib
