@@ -1,4 +1,4 @@
-"""latentloom: train an image tokenizer and a prior over its codes on your own images, then sample."""
+"""latentloom: train an image tokenizer and a prior over its codes on your own images, then generate samples."""
 
 import importlib.util
 import sys
@@ -7,27 +7,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _own_packages_first() -> None:
-    """For `python -m latentloom`: Python looks into the current folder first, where a package may be named like one of ours."""
+def _put_own_packages_first() -> None:
+    """Search this project's folder before the current folder, for `python -m latentloom`.
+
+    Python searches the current folder first, and a package there may have the name of one of ours.
+    """
     if sys.argv[:1] == ["-m"] and Path(sys.path[0] or ".").resolve() == Path.cwd():
         sys.path[:] = [str(ROOT), *(entry for entry in sys.path[1:] if entry != str(ROOT)), sys.path[0]]
 
 
 def _check_packages() -> None:
-    """Raises ImportError when another package of the same name hides one of ours, as one in the current folder does."""
+    """Raise ImportError if Python finds another package with the name of one of ours."""
     for name in ("training_harness", "stage1_tokenizer", "stage2_prior", "pipelines"):
         loaded = sys.modules.get(name)
         spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        if not any(Path(place).resolve().parent == ROOT for place in places):
-            where = places[0] if places else (spec and spec.origin) or "nowhere"
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        if not any(Path(folder).resolve().parent == ROOT for folder in folders):
+            first = folders[0] if folders else (spec and spec.origin) or "no package"
             raise ImportError(
-                f"latentloom needs its own package {name} from {ROOT}, and Python finds {where} first; run from another folder, or "
-                "rename that one"
+                f"latentloom needs its own package {name} from {ROOT}, but Python finds {first} first; run from another folder, "
+                "or rename that package"
             )
 
 
-_own_packages_first()
+_put_own_packages_first()
 _check_packages()
 
 from training_harness.lazy import lazy_names  # noqa: E402

@@ -1,4 +1,4 @@
-"""`python -m latentloom VERB`, and `accelerate launch -m latentloom VERB` for several processes."""
+"""Run `python -m latentloom VERB`, or `accelerate launch -m latentloom VERB` for several processes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of option values that several commands share; each raises UserError with what was expected."""
+"""Checks of option values that several commands share. Each raises UserError with the value that was expected."""
 
 import math
 from pathlib import Path
@@ -15,16 +15,15 @@ def check_count(option: str, count: int) -> None:
 def check_dry_run(dry_run: bool, minutes: float | None) -> None:
     if dry_run and minutes is not None:
         raise UserError(
-            "--dry-run was given with --minutes, by which a run sets its steps when it begins; expected one of them; give "
+            "--dry-run was given with --minutes, which sets the steps only when a run begins; expected one of them; give "
             "--max-steps with --dry-run"
         )
 
 
-def check_apart(output: Path, data: str) -> None:
+def check_output_outside_data(output: Path, data: str) -> None:
     if Path(data).resolve() in output.resolve().parents:
         raise UserError(
-            f"--output is {output}, inside --data {data}, where what is written would be taken for images; expected a folder "
-            "elsewhere"
+            f"--output is {output}, inside --data {data}, so its files would be read as images; expected a folder elsewhere"
         )
 
 
@@ -33,15 +32,15 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed is {seed}; expected a whole number from 0 to 2^63 − 1")
 
 
-def check_page(path: Path, name: str) -> None:
-    """Refuses what cannot be an HTML file; `name` is that of the page in a folder."""
+def check_html_output(path: Path, default_name: str) -> None:
+    """Check that `path` can be an HTML file. The message suggests `default_name` in place of a folder."""
     if path.is_dir() or path.suffix != ".html":
-        such = path / name if path.is_dir() else path.with_suffix(".html")
-        raise UserError(f"--output is {path}; expected a .html file, such as {such}")
+        example = path / default_name if path.is_dir() else path.with_suffix(".html")
+        raise UserError(f"--output is {path}; expected a .html file, such as {example}")
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder with files in it, unless they may be written over."""
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Check that the folder is empty, unless its files may be overwritten."""
     if holds_files(folder) and not overwrite:
         raise UserError(f"{folder} holds files already; choose another --output, or give --overwrite")
 

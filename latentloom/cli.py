@@ -1,4 +1,4 @@
-"""The command `latentloom`: a table of verbs, each imported only when it is called."""
+"""The command `latentloom`: a table of verbs. Each verb is imported only when it runs."""
 
 import importlib
 import os
@@ -7,45 +7,48 @@ import sys
 from latentloom.environment import prepare_environment
 
 VERBS = {
-    "quickstart": "train both stages on embedded images and sample, in a few minutes",
-    "train": "train both stages on your images, then sample: one command",
-    "train-tokenizer": "stage one: train a tokenizer on images",
-    "tokenize": "turn a data set's images into codes with a tokenizer",
-    "train-prior": "stage two: train a prior on codes",
-    "sweep": "search for better settings of a stage, and write the best as a recipe",
+    "quickstart": "train both stages on the images of this package and generate samples, in a few minutes",
+    "train": "train both stages on your images, then generate samples, in one command",
+    "train-tokenizer": "train a tokenizer on images (stage one)",
+    "tokenize": "encode images to codes with a tokenizer",
+    "train-prior": "train a prior on codes (stage two)",
+    "sweep": "search for better settings of a stage and write the best ones as a recipe",
     "sample": "generate images with a pipeline",
-    "reconstruct": "pass images through a tokenizer and back, side by side",
-    "inspect-tokenizer": "draw one HTML page of a tokenizer: errors, codes, where they are used",
-    "inspect-prior": "draw one HTML page of a prior: what surprises it, what it repeats",
-    "evaluate": "measure a pipeline or a tokenizer against reference images",
-    "report": "draw one HTML page of a run: curves, samples, health, configuration",
+    "reconstruct": "encode and decode images with a tokenizer and show them side by side",
+    "inspect-tokenizer": "write an HTML report on a tokenizer: errors, codes and how they are used",
+    "inspect-prior": "write an HTML report on a prior: per-position likelihood and nearest training images",
+    "evaluate": "measure a pipeline, a tokenizer or a set of samples against reference images",
+    "report": "write an HTML report for a run: curves, samples, diagnostics and configuration",
     "push": "upload a pipeline to the Hugging Face Hub",
 }
 
 
-def usage() -> str:
+def format_usage() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {words}" for verb, words in VERBS.items())
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     return (
         f"usage: latentloom VERB [options]\n\nTwo-stage latent image generation on your own images.\n\n{verbs}\n\n"
-        "latentloom VERB --help lists a verb's options; --debug shows the traceback of an error; --version the version."
+        "`latentloom VERB --help` lists the options of a verb. --debug shows the traceback of an error, --version the version."
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 2 after an error that the user can mend, 128 + n after signal n."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """Run one verb.
+
+    Returns: The exit status: 0, 2 after an error that the user can correct, or 128 + n after signal n.
+    """
+    argv = sys.argv[1:] if arguments is None else arguments
     prepare_environment()
-    debug, words = "--debug" in words, [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+    debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(format_usage())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         from latentloom import __version__
 
         print(f"latentloom {__version__}")
         return 0
-    verb, *rest = words
+    verb, *verb_argv = argv
     from training_harness.configuration import suggest_nearest
     from training_harness.errors import UserError
     from training_harness.signals import Interrupted
@@ -56,26 +59,26 @@ def main(arguments: list[str] | None = None) -> int:
         from training_harness.allocator import keep_freed_memory
 
         keep_freed_memory()
-        importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(rest)
+        importlib.import_module(f"latentloom.commands.{verb.replace('-', '_')}").main(verb_argv)
     except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except OSError as error:  # a disk that is full, a folder that may not be written
+    except OSError as error:  # a full disk, or a folder without write permission
         if debug:
             raise
-        place, reason = error.filename or "the system", error.strerror or type(error).__name__
-        print(f"error: {place}: {reason}; expected to read or write there; --debug shows where", file=sys.stderr)
+        path, reason = error.filename or "the system", error.strerror or type(error).__name__
+        print(f"error: {path}: {reason}; expected to read or write it; --debug shows the traceback", file=sys.stderr)
         return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal_number
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return 128 + interruption.signal_number
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -36,9 +36,9 @@ class TokenizerTraining(RunConfig):
     data: str
     """Folder of images or class folders, Parquet file, saved dataset, Hub dataset, or fashion-mnist-mini."""
     resolution: int | str | None = None
-    """Height and width of the images in pixels: 64, or 64x96; by default the most common size in the data."""
+    """Height and width of the images in pixels: 64, or 64x96. (default: the most common size in the data, at most 256)"""
     image_channels: int | None = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, or the channels of NumPy files (.npy); by default from the data."""
+    """Channels: 1 is grey, 2 grey and alpha, 3 RGB, 4 RGBA; NumPy files (.npy) may have more. (default: from the images)"""
     padding: Literal["pad", "refuse"] = "pad"
     """Pad or refuse a resolution that is not a multiple of the downsampling factor."""
     perceptual: PerceptualName = "none"

@@ -50,6 +50,7 @@ class StageTwoTraining(RunConfig):
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveTraining(StageTwoTraining):
     prior: Literal["autoregressive"] = "autoregressive"
+    """Kind of prior; the recipe decides it."""
     model: AutoregressiveModel = field(default_factory=AutoregressiveModel)
     order: OrderConfig = field(default_factory=OrderConfig)
     """Orders in which codes are predicted during training."""
@@ -85,6 +86,7 @@ class AutoregressiveTraining(StageTwoTraining):
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTraining(StageTwoTraining):
     prior: Literal["diffusion"] = "diffusion"
+    """Kind of prior; the recipe decides it."""
     model: DiffusionModel = field(default_factory=DiTModel)
     degradation: Degradation = "none"
     """What the prior learns to undo, such as noise or a lower resolution; with `none` it generates new images."""

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from latentloom.environment import quiet_libraries
+from latentloom.environment import silence_libraries
 
 # With models this small, two threads wait for each other longer than they compute: up to thirty times as long on a busy machine.
 torch.set_num_threads(1)
 os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # instead of the user's cache
-quiet_libraries()  # before test modules import the libraries, as the command does
+silence_libraries()  # before test modules import the libraries, as the command does
 
 settings.register_profile("CI", derandomize=True)  # the same examples in every run
 if "CI" in os.environ:

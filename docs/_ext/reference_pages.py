@@ -1,12 +1,12 @@
-"""Writes the parts of the reference that follow from the code, before Sphinx reads its sources.
+"""Writes the generated parts of the reference before Sphinx reads its sources.
 
     reference/api/PACKAGE.FOLDER.rst        the modules of one folder
-    reference/_generated/names.md           what can be imported from the packages themselves
+    reference/_generated/names.md           the names that the packages export
     reference/_generated/commands.md        the options of each verb
     reference/_generated/fields-*.md        the fields of each training configuration
     reference/_generated/recipes.md         every recipe with its file
 
-A file is only written when its text has changed, so that Sphinx does not read it again for nothing.
+A file is written only if its text has changed, so that Sphinx does not read it again.
 """
 
 import ast
@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import command_help
-from command_help import Option
 from sphinx.application import Sphinx
 
 from latentloom.cli import VERBS
+from latentloom.commands.option_help import GENERAL, Option, OptionGroup
 from latentloom.recipes import recipe_names
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("latentloom", "pipelines", "stage2_prior", "stage1_tokenizer", "training_harness")
 COMMAND_LINE_ONLY = {"commands", "inspection", "report", "search"}
-"""Folders of `latentloom` that hold what a verb does and nothing to import."""
+"""Folders of `latentloom` that only the command line uses."""
 TRAINING_VERBS = ("train-tokenizer", "train-prior")
 CONFIGURATIONS = {
     "tokenizer": ("train-tokenizer",),
@@ -41,8 +41,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def write_pages(folder: Path) -> None:
-    pages = {f"_generated/{name}.md": text for name, text in generated()}
-    pages |= {f"api/{page}.rst": api_page(page, files) for page, files in folders().items()}
+    pages = {f"_generated/{name}.md": text for name, text in generate_pages()}
+    pages |= {f"api/{page}.rst": format_api_page(page, files) for page, files in list_folders().items()}
     for name, text in pages.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,58 +52,61 @@ def write_pages(folder: Path) -> None:
         stale.unlink()
 
 
-def generated() -> Iterator[tuple[str, str]]:
-    yield "names", names()
-    yield "commands", "\n\n".join(commands())
+def generate_pages() -> Iterator[tuple[str, str]]:
+    yield "names", format_name_tables()
+    yield "commands", "\n\n".join(format_commands())
     for name, words in CONFIGURATIONS.items():
-        yield f"fields-{name}", "\n\n".join(fields("###" if name == "tokenizer" else "####", *words))
-    yield "recipes", "\n\n".join(recipes())
+        yield f"fields-{name}", "\n\n".join(format_fields("###" if name == "tokenizer" else "####", *words))
+    yield "recipes", "\n\n".join(format_recipes())
 
 
 # -- the API ------------------------------------------------------------------------------------------------------
 
 
-def folders() -> dict[str, list[Path]]:
-    """The Python files of each folder, by its dotted name."""
-    found: dict[str, list[Path]] = {}
+def list_folders() -> dict[str, list[Path]]:
+    """List the Python files of each folder, by its dotted name."""
+    files: dict[str, list[Path]] = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             if path.name != "__main__.py" and not COMMAND_LINE_ONLY & set(path.relative_to(ROOT).parts):
-                found.setdefault(".".join(path.relative_to(ROOT).parent.parts), []).append(path)
-    return found
+                files.setdefault(".".join(path.relative_to(ROOT).parent.parts), []).append(path)
+    return files
 
 
-def api_page(folder: str, files: list[Path]) -> str:
-    lines = [heading(folder, "="), *first_docstring(files)]
+def format_api_page(folder: str, files: list[Path]) -> str:
+    lines = [format_heading(folder, "="), *read_package_docstring(files)]
     for path in files:
         if path.name != "__init__.py":
             module = f"{folder}.{path.stem}"
             options = ("members:", "undoc-members:", "show-inheritance:", "member-order: bysource")
-            lines += [heading(path.name, "-"), f".. automodule:: {module}\n" + "".join(f"   :{o}\n" for o in options)]
+            lines += [
+                format_heading(path.name, "-"),
+                f".. automodule:: {module}\n" + "".join(f"   :{o}\n" for o in options),
+            ]
     return "\n".join(lines)
 
 
-def first_docstring(files: list[Path]) -> list[str]:
+def read_package_docstring(files: list[Path]) -> list[str]:
     initial = next((path for path in files if path.name == "__init__.py"), None)
     text = ast.get_docstring(ast.parse(initial.read_text(encoding="utf-8"))) if initial else None
     return [text.partition("\n\n")[0].replace("`", "``") + "\n"] if text else []
 
 
-def heading(title: str, line: str) -> str:
+def format_heading(title: str, line: str) -> str:
     return f"{title}\n{line * len(title)}\n"
 
 
-def names() -> str:
-    """Tables of the names that the packages offer, with links to where they are described."""
+def format_name_tables() -> str:
+    """Format tables of the names that the packages export, with links to their descriptions."""
     parts = []
     for package in PACKAGES:
         module = importlib.import_module(package)
-        offered = dir(module) if hasattr(module, "__getattr__") else []
+        exported = dir(module) if hasattr(module, "__getattr__") else []
         rows = []
-        for name in sorted(name for name in offered if not name.startswith("_")):
+        for name in sorted(name for name in exported if not name.startswith("_")):
             value = getattr(module, name)
             target = f"{value.__module__}.{value.__qualname__}"
-            rows.append(f"| {{py:obj}}`{name} <{target}>` | {summary(name, value)} | `{value.__module__}` |")
+            rows.append(f"| {{py:obj}}`{name} <{target}>` | {summarize(name, value)} | `{value.__module__}` |")
         if rows:
             parts.append(
                 "\n".join([f"## From `{package}`", "", "| Name | What it is | Defined in |", "|---|---|---|", *rows])
@@ -111,56 +114,62 @@ def names() -> str:
     return "\n\n".join(parts)
 
 
-def summary(name: str, value: object) -> str:
-    """The first sentence of a docstring, or of the module's where a class has none."""
+def summarize(name: str, value: object) -> str:
+    """Return the first sentence of a docstring, or of the module's docstring for a class without one."""
     text = (value.__doc__ or "").strip()
     if isinstance(value, type) and (not text or text.startswith(f"{name}(")):
         if name.endswith("Config"):
             return f"Configuration of `{name.removesuffix('Config')}`."
         text = sys.modules[value.__module__].__doc__ or ""
     paragraph = " ".join(text.partition("\n\n")[0].split())
-    return markdown(re.split(r"(?<=[\w)`])\.\s", paragraph)[0].rstrip(".:") + ".")
+    return escape_markdown(re.split(r"(?<=[\w)`])\.\s", paragraph)[0].rstrip(".:") + ".")
 
 
 # -- the command line and the configuration ------------------------------------------------------------------------
 
 
-def commands() -> Iterator[str]:
-    for verb, words in VERBS.items():
-        yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{words[0].upper()}{words[1:]}."
-        for group in command_help.groups(verb):
-            if group.section in ("", "positional arguments"):
-                yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+def format_commands() -> Iterator[str]:
+    for verb, summary in VERBS.items():
+        yield f"(latentloom-{verb})=\n## `latentloom {verb}`\n\n{summary[0].upper()}{summary[1:]}."
+        for group in command_help.option_groups(verb):
+            if group is not GENERAL and not is_section(group):
+                yield f"**{group.title[0].upper()}{group.title[1:]}**"
+                yield "\n\n".join(format_option(option) for option in group.options)
         if verb in TRAINING_VERBS:
             yield f"Every field of the configuration is an option as well: see [](configuration.md#fields-of-{verb})."
 
 
-def fields(level: str, *words: str) -> Iterator[str]:
-    for group in command_help.groups(*words):
-        title = f"`{group.section}`" if group.section else "At the top level"
-        yield f"{level} {title}"
-        yield "\n\n".join(entry(option) for option in group.options if "--help" not in option.names)
+def format_fields(level: str, *words: str) -> Iterator[str]:
+    for group in command_help.option_groups(*words):
+        if group is GENERAL:
+            continue
+        yield f"{level} `{group.title}`" if is_section(group) else f"{level} {group.title[0].upper()}{group.title[1:]}"
+        if group.description:
+            yield escape_markdown(group.description)
+        yield "\n\n".join(format_option(option) for option in group.options)
 
 
-def entry(option: Option) -> str:
-    """One option as an item of a definition list."""
-    values = re.sub(r"\{None\}\||(?<=\{)None,", "", option.values)
-    title = ", ".join(f"`{name}`" for name in option.names) + (f" `{values}`" if values else "")
-    default = "*Required.*" if option.default is None else ""
-    if option.default not in (None, "", "None"):
-        default = f"Default: `{option.default}`."
-    text = " ".join(filter(None, (markdown(option.help), default))) or "Optional."
-    return f"{title}\n: {text}"
+def is_section(group: OptionGroup) -> bool:
+    """Whether a group is a section of the configuration, such as `model.quantizer`."""
+    return all(option.names[0].startswith(f"--{group.title}.") for option in group.options)
 
 
-def recipes() -> Iterator[str]:
+def format_option(option: Option) -> str:
+    """Format one option as an item of a definition list."""
+    title = ", ".join(f"`{name}`" for name in option.names) + (f" `{option.values}`" if option.values else "")
+    default = f" (default: {option.default})" if option.default else ""
+    text = re.sub(r"(?<![`\w])--\w[\w.-]*", r"`\g<0>`", option.help + default)  # otherwise Sphinx prints `--` as a dash
+    return f"{title}\n: {escape_markdown(text)}"
+
+
+def format_recipes() -> Iterator[str]:
     for stage, title in (("tokenizer", "Tokenizers"), ("prior", "Priors")):
         yield f"## {title}"
         for name in recipe_names(stage):
             yield f"### `{name}`\n\n```{{literalinclude}} ../../latentloom/recipes/{name}.yaml\n:language: yaml\n```"
 
 
-def markdown(text: str) -> str:
-    """Plain text as Markdown: what stands outside of backticks means itself."""
+def escape_markdown(text: str) -> str:
+    """Escape the Markdown characters in plain text, outside of backticks."""
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(part if i % 2 else re.sub(r"([*_\[\]<>|\\{}$])", r"\\\1", part) for i, part in enumerate(parts))

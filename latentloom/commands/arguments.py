@@ -1,4 +1,4 @@
-"""Command-line arguments from typed dataclasses, with every mistake as one line."""
+"""Parses command-line arguments into typed dataclasses. Every error is one line."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,9 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,106 +16,138 @@ import tyro
 
 import stage1_tokenizer.migration
 import stage2_prior.migration
+from latentloom.commands.option_help import Option, build_help_page, format_help
 from latentloom.recipes import override_values, recipe_names, recipe_values
 from training_harness.configuration import read_yaml
 from training_harness.errors import ConfigError, UserError
 
 Arguments = TypeVar("Arguments")
 MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
-ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # tyro would make a subcommand of each variant of a section
+MAX_WIDTH = 120  # of a page of help
+TRAINING_GROUPS = {
+    "configuration": ("recipe", "config", "prior"),
+    "training": (
+        *(
+            "max_steps",
+            "minutes",
+            "batch_size",
+            "accumulation_steps",
+            "class_dropout",
+            "degradation",
+            "perceptual",
+            "seed",
+        ),
+        *("mixed_precision", "matmul_precision", "compile", "gradient_checkpointing"),
+    ),
+    "logging and checkpoints": (
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "resume",
+        "report_to",
+    ),
+    "checks before training": ("dry_run", "overfit_batch"),
+}
+"""Groups of options that both training verbs have. Each verb adds a group for its data."""
+ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # otherwise tyro makes a subcommand of each variant of a section
 
 
 Explain = Callable[[str], str | None]
-"""What is known of an option that is none, such as its present name."""
+"""Takes the name of an unknown option; returns a hint, such as its new name, or None."""
 
 
 def parse(
     cls: type[Arguments],
     verb: str,
-    arguments: Sequence[str],
+    argv: Sequence[str],
+    groups: Mapping[str, tuple[str, ...]],
     default: Arguments | None = None,
     explain: Explain = lambda option: None,
+    note: str = "",
 ) -> Arguments:
-    """An instance of the dataclass `cls` from command-line words; raises UserError for words that do not fit.
+    """Parse command-line arguments into an instance of the dataclass `cls`.
 
-    Of a section with several variants, the one that `default` holds is parsed.
+    Args:
+        groups: Titles of the groups in `--help`, with the fields in each.
+        default: An instance with the defaults; it also decides the variant of each section that has several.
+        explain: Adds a hint to the error for an unknown option.
+        note: Sentence for `--help` on where the defaults come from.
+    Raises: UserError for arguments that do not fit.
     """
-    said, prog = io.StringIO(), f"latentloom {verb}"
-    start = tyro.MISSING_NONPROP if default is None else default
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(cls, args=["--help"], prog=prog, default=start, config=ONE_VARIANT)
+    page = build_help_page(verb, cls, default, groups, note)
+    if {"-h", "--help"} & set(argv):
+        print(format_help(page, min(shutil.get_terminal_size().columns, MAX_WIDTH)))
+        raise SystemExit(0)
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             parsed, unknown = tyro.cli(
-                cls, args=list(arguments), prog=prog, default=start, return_unknown_args=True, config=ONE_VARIANT
+                cls,
+                args=list(argv),
+                prog=f"latentloom {verb}",
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+                config=ONE_VARIANT,
             )
-    except SystemExit as refused:
-        reason = _own_error(refused) or _in_one_line(said.getvalue(), arguments, _options(cls, default), explain)
+    except SystemExit as error:
+        reason = _find_user_error(error) or _summarize_parser_error(messages.getvalue(), argv, page.options, explain)
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        raise UserError(f"{_unknown(unknown[0], _options(cls, default), explain)}; see latentloom {verb} --help")
-    return _with_home(parsed)
+        raise UserError(f"{_describe_unknown_option(unknown[0], page.options, explain)}; see latentloom {verb} --help")
+    return _expand_home(parsed)
 
 
-def _with_home(value: Any) -> Any:
-    """The parsed options with `~` expanded in every path: a shell does it in `--output ~/runs`, and not in `--output=~/runs`."""
+def _expand_home(value: Any) -> Any:
+    """Expand `~` in every path of the parsed options. Shells expand it in `--output ~/runs` but not in `--output=~/runs`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            object.__setattr__(value, field.name, _with_home(getattr(value, field.name)))
+            object.__setattr__(value, field.name, _expand_home(getattr(value, field.name)))
         return value
     if isinstance(value, Path):
         return value.expanduser()
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _options(cls: type, default: object) -> list[str]:
-    """The options that --help lists."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        start = tyro.MISSING_NONPROP if default is None else default
-        tyro.cli(cls, args=["--help"], prog="", default=start, config=ONE_VARIANT)
-    return re.findall(r"--[\w.-]+", said.getvalue())
-
-
-def _unknown(word: str, options: list[str], explain: Explain) -> str:
+def _describe_unknown_option(word: str, options: Sequence[Option], explain: Explain) -> str:
     name = word.split("=")[0]
-    if (known := explain(name)) is not None:
-        return f"unknown option '{name}'; {known}"
-    close = difflib.get_close_matches(name, options, n=1)
+    if (explanation := explain(name)) is not None:
+        return f"unknown option '{name}'; {explanation}"
+    close = difflib.get_close_matches(name, [name for option in options for name in option.names], n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown {'option' if name.startswith('-') else 'argument'} '{name}'{hint}"
 
 
-def _own_error(error: BaseException) -> str:
-    """The message of the UserError that a dataclass's own check raised below `error`, or ""."""
-    below = error.__context__
-    while below is not None and not isinstance(below, UserError):
-        below = below.__context__
-    return "" if below is None else str(below)
+def _find_user_error(error: BaseException) -> str:
+    """Return the message of a UserError that a dataclass's own check raised below `error`, or ""."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    return "" if cause is None else str(cause)
 
 
-def _in_one_line(message: str, words: Sequence[str], options: list[str], explain: Explain) -> str:
-    """What tyro says in a framed box about `words`, as one line that names the option, the value and what was expected."""
-    blocks = _blocks(message)
+def _summarize_parser_error(message: str, argv: Sequence[str], options: Sequence[Option], explain: Explain) -> str:
+    """Turn tyro's message, which is in a box, into one line: the option, its value and what was expected."""
+    blocks = _split_box(message)
     text = " ".join(blocks[0])
     for block in blocks:
         if block[0].startswith("Unrecognized options") and len(block) > 1:
-            return _unknown(block[1].split()[0], options, explain)
+            return _describe_unknown_option(block[1].split()[0], options, explain)
     if text.startswith("Missing from"):
         missing = [line.split()[0] for line in blocks[0][1:] if line.startswith("--")]
         return f"{' and '.join(missing)} missing; expected a value after {'it' if len(missing) == 1 else 'each'}"
-    if wrong := re.match(r"Error parsing (--[\w.-]+):", text):
-        name = wrong[1]
-        kinds = [line.removeprefix(name).strip() for block in blocks[1:] for line in block if line.startswith(name)]
-        if kinds and (given := peek(words, name)):
-            return f"{name} is {given[name]!r}; expected {kinds[0]}"
+    if match := re.match(r"Error parsing (--[\w.-]+):", text):
+        name = match[1]
+        expected = [option.values for option in options if name in option.names]
+        if expected and (values := peek_options(argv, name)):
+            return f"{name} is {values[name]!r}; expected {expected[0]}"
     return text.rstrip(".")
 
 
-def _blocks(message: str) -> list[list[str]]:
-    """The paragraphs between the rules of a box, drawn in Unicode or, where the output knows none, in ASCII."""
+def _split_box(message: str) -> list[list[str]]:
+    """Split a box into the paragraphs between its rules. Its characters are Unicode, or ASCII if the output allows no other."""
     blocks: list[list[str]] = [[]]
-    for line in message.splitlines()[1:]:  # the first is the title
+    for line in message.splitlines()[1:]:  # the first line is the title
         line = line.strip().strip("│|").strip()
         if set(line) <= set("─╰╯+-"):
             blocks.append([])
@@ -123,35 +157,49 @@ def _blocks(message: str) -> list[list[str]]:
 
 
 def training_values(
-    stage: str, recipe: str | None, config: Path | None, given: dict[str, object] | None = None
+    stage: str, recipe: str | None, config: Path | None, overrides: dict[str, object] | None = None
 ) -> dict[str, object]:
-    """A training configuration's values: those of the recipe, those of a YAML file over them, then `given`."""
+    """Compose the values of a training configuration: the recipe, then a YAML file, then `overrides`."""
     migration = MIGRATIONS[stage]
     values = migration.migrate(recipe_values(recipe, stage)) if recipe else {}
     if config is not None:
-        values = override_values(stage, values, migration.migrate(read_yaml(config)))
-    return override_values(stage, values, given or {})
+        config_values = read_yaml(config)
+        try:
+            config_values = migration.migrate(config_values)
+        except ConfigError as error:
+            raise ConfigError(f"{config}: {error}") from None
+        values = override_values(stage, values, config_values)
+    return override_values(stage, values, overrides or {})
 
 
-def recipe_and_config(words: Sequence[str]) -> tuple[str | None, Path | None]:
-    """What --recipe and --config name: they decide the defaults of the other options, so they are looked at first."""
-    given = peek(words, "--recipe", "--config")
-    return given.get("--recipe"), Path(given["--config"]) if "--config" in given else None
+def peek_recipe_and_config(argv: Sequence[str]) -> tuple[str | None, Path | None]:
+    """Read --recipe and --config before parsing, because they decide the defaults of the other options."""
+    values = peek_options(argv, "--recipe", "--config")
+    return values.get("--recipe"), Path(values["--config"]) if "--config" in values else None
 
 
-def recipe_help(what: str, stage: str) -> Any:
-    """What an option that takes a recipe says in --help: the names there are."""
-    return tyro.conf.arg(help=f"{what}: {', '.join(recipe_names(stage))}.")
+def describe_recipes(text: str, stage: str, default: str) -> dict[str, str]:
+    """Make the metadata of a field that takes a recipe: a help text with the names of the stage's recipes."""
+    return {"help": f"{text}: {', '.join(recipe_names(stage))}. (default: {default})"}
 
 
-def peek(words: Sequence[str], *names: str) -> dict[str, str]:
-    """Values of `--name value` or `--name=value` among the words: what decides the other options' defaults."""
-    found: dict[str, str] = {}
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+def describe_defaults(recipe: str | None, config: Path | None) -> str:
+    """Write the sentence for `--help` on where the defaults come from."""
+    origins = [f"the recipe {recipe}"] * (recipe is not None) + [str(config)] * (config is not None)
+    return f"The defaults below come from {' and '.join(origins)}; --recipe and --config change them."
+
+
+def peek_options(argv: Sequence[str], *names: str) -> dict[str, str]:
+    """Read the values of some options, written `--name value` or `--name=value`, before parsing.
+
+    Raises: ConfigError for an option without a value.
+    """
+    values: dict[str, str] = {}
+    for word, next_word in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name in names:
-            found[name] = value if equals else after
-            if not found[name] or found[name].startswith("--"):
+            values[name] = value if equals else next_word
+            if not values[name] or values[name].startswith("--"):
                 raise ConfigError(f"{name} has no value; expected one after it")
-    return found
+    return values

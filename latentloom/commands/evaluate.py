@@ -1,4 +1,4 @@
-"""latentloom evaluate: figures of a pipeline, of a tokenizer, or of images from elsewhere, on held-out images."""
+"""latentloom evaluate: measure a pipeline, a tokenizer or a set of samples against held-out images."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentloom.checks import check_count, check_seed
 from latentloom.commands.arguments import parse
-from latentloom.commands.sampling_arguments import SamplingArguments
+from latentloom.commands.sampling_arguments import SAMPLING_GROUPS, SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import (
     GRID_COLUMNS,
@@ -54,275 +54,289 @@ from training_harness.processes import accelerated_device, is_main_process, prin
 @dataclass(frozen=True, kw_only=True)
 class Arguments(SamplingArguments):
     reference: str
-    """Images to compare with: their test split where they have one, else the validation split; or an ADM .npz."""
+    """Images to compare with: the test split if there is one, else the validation split; or an .npz in the format of ADM."""
     pipeline: str | None = None
-    """Run folder, pipeline folder or Hub repository; or give --tokenizer or --samples."""
+    """Run folder, pipeline folder or Hub repository of a pipeline."""
     tokenizer: str | None = None
-    """Run folder, model folder or Hub repository: reconstruction alone."""
+    """Run folder, model folder or Hub repository of a tokenizer, to measure its reconstructions."""
     samples: str | None = None
-    """Images that something else generated: a folder, or an .npz with arr_0."""
+    """Images that another program generated: a folder, or an .npz with arr_0."""
     features: FeatureName | None = None
-    """What images are compared by; by default the embedded set's judge, else efficientnet-lite0 if installed, else pixels."""
+    """Features to compare images by. (default: classifier for fashion-mnist-mini, else efficientnet-lite0 if it is
+    installed, else pixels-8x8)"""
     num_images: int = 2000
-    """Samples drawn, as many of each class."""
+    """Samples to generate, the same number of each class."""
     max_training_images: int = 50_000
-    """Training images looked at, for the noise floor, the probe and the memorisation."""
+    """Training images to use for the noise floor, the linear probe and the memorisation check, at most."""
     seed: int = 0
+    """Random seed."""
     output: Path | None = None
-    """JSON file for the figures; a sheet of samples and the figures by class go beside it as pictures."""
+    """JSON file for the metrics; a grid of samples and a chart of the metrics by class are written beside it. (default: none)"""
     save_samples: Path | None = None
-    """Writes the samples as an .npz that published evaluators read."""
+    """File for the samples, an .npz in the format of ADM. (default: none)"""
 
     def __post_init__(self) -> None:
         if [self.pipeline, self.tokenizer, self.samples].count(None) != 2:
-            raise UserError("expected one of --pipeline, --tokenizer and --samples; give what is to be measured")
+            raise UserError("expected one of --pipeline, --tokenizer and --samples; give the one to measure")
         for option, path, ending in (("--output", self.output, ".json"), ("--save-samples", self.save_samples, ".npz")):
             if path is not None and (path.is_dir() or path.suffix != ending):
-                such = path.with_suffix(ending) if path.name else f"figures{ending}"
-                raise UserError(f"{option} is {path}; expected a {ending} file, such as {such}")
-        of_samples = [self.save_samples, *self.sampling_options().values()]
-        if self.tokenizer is not None and any(value is not None for value in of_samples):
+                example = path.with_suffix(ending) if path.name else f"metrics{ending}"
+                raise UserError(f"{option} is {path}; expected a {ending} file, such as {example}")
+        options_for_samples = [self.save_samples, *self.sampling_options().values()]
+        if self.tokenizer is not None and any(value is not None for value in options_for_samples):
             raise UserError(
-                "--tokenizer was given with --save-samples or an option of sampling; a tokenizer draws no samples; expected "
-                "--pipeline with those; leave them out"
+                "--tokenizer was given with --save-samples or a sampling option, but a tokenizer generates no samples; expected "
+                "--pipeline with these options; leave them out"
             )
         check_count("--num-images", self.num_images)
         check_count("--max-training-images", self.max_training_images)
         check_seed(self.seed)
 
 
+GROUPS = {
+    "required, one of": ("pipeline", "tokenizer", "samples"),
+    "metrics": ("features", "num_images", "max_training_images", "seed"),
+    **SAMPLING_GROUPS,
+    "output": ("output", "save_samples"),
+}
+
+
 class Samples(NamedTuple):
-    """Images to be measured, as they come."""
+    """Images to measure, batch by batch."""
 
     batches: Iterator[Tensor]
     labels: Tensor
     label_names: tuple[str, ...] | None
     processor: ImageProcessor
     restorations: Restorations | None = None
-    """Of a pipeline that restores held-out pictures."""
+    """For a pipeline that restores held-out images."""
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "evaluate", words)
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "evaluate", argv, GROUPS)
     if not is_main_process():
-        help_to_sample(a)
+        sample_with_main_process(arguments)
         return
-    if a.tokenizer is not None:
-        figures = measure_tokenizer(a)
-    elif a.reference.endswith(".npz"):
-        figures = measure_array_samples(a)
+    if arguments.tokenizer is not None:
+        metrics = measure_tokenizer(arguments)
+    elif arguments.reference.endswith(".npz"):
+        metrics = measure_array_samples(arguments)
     else:
-        figures = measure_image_samples(a)
-    if a.output is not None:
-        write_json(a.output, figures)
-        if figures.get("by_class"):
-            plot_metrics_by_class(figures, a.output.with_suffix(".by_class.png"))
-    print_once(json.dumps(figures, indent=2, ensure_ascii=False))
+        metrics = measure_image_samples(arguments)
+    if arguments.output is not None:
+        write_json(arguments.output, metrics)
+        if metrics.get("by_class"):
+            plot_metrics_by_class(metrics, arguments.output.with_suffix(".by_class.png"))
+    print_once(json.dumps(metrics, indent=2, ensure_ascii=False))
 
 
-def help_to_sample(a: Arguments) -> None:
-    """What other processes than the main one, which measures, have to do."""
-    if a.pipeline is not None:
-        for _ in load_samples(a)[1].batches:
+def sample_with_main_process(arguments: Arguments) -> None:
+    """Generate samples in a process other than the main process, which measures them."""
+    if arguments.pipeline is not None:
+        for _ in load_samples(arguments)[1].batches:
             pass
 
 
-def measure_tokenizer(a: Arguments) -> dict[str, Any]:
-    tokenizer = load_tokenizer(a.tokenizer or "")[0].to(accelerated_device())
+def measure_tokenizer(arguments: Arguments) -> dict[str, Any]:
+    tokenizer = load_tokenizer(arguments.tokenizer or "")[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
-    if a.reference.endswith(".npz"):
-        raise UserError(f"--reference is {a.reference}; a tokenizer is measured on images; expected a folder of them")
-    source = load_source(a.reference)
-    held_out = readable(source.held_out, processor)
-    extractor = choose_feature_extractor(a.reference, processor, a.features)
-    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+    if arguments.reference.endswith(".npz"):
+        raise UserError(f"--reference is {arguments.reference}; expected a folder of images to measure a tokenizer on")
+    source = load_source(arguments.reference)
+    held_out = make_loader(source.held_out, processor)
+    extractor = choose_feature_extractor(arguments.reference, processor, arguments.features)
+    with Evaluator(extractor, features_folder(), arguments.seed) as evaluator:
         real = evaluator.measure(held_out, "held-out images")
-        few = readable(some(source.train, min(len(real), a.max_training_images), a.seed), processor)
-        figures = tokenizer_metrics(evaluator, tokenizer, held_out, real, evaluator.measure(few, "training images"))
+        train = make_loader(
+            select_at_most(source.train, min(len(real), arguments.max_training_images), arguments.seed), processor
+        )
+        metrics = tokenizer_metrics(evaluator, tokenizer, held_out, real, evaluator.measure(train, "training images"))
     return (
-        figures
+        metrics
         | {"num_reference_images": len(real), "reference": source.name, "reference_hash": real.hash}
-        | collect_evaluation_settings(extractor, processor, None, a.seed)
+        | collect_evaluation_settings(extractor, processor, None, arguments.seed)
         | {"notes": sample_size_warnings(len(real), len(real))}
     )
 
 
-def measure_image_samples(a: Arguments) -> dict[str, Any]:
-    """Figures of samples on a source's held-out images, with its training images for what needs them."""
-    source = load_source(a.reference)
-    check_image_count(len(source.held_out), f"held-out images in {a.reference}")
-    pipeline, samples = load_samples(a)
+def measure_image_samples(arguments: Arguments) -> dict[str, Any]:
+    """Measure samples against held-out images. Some metrics also use the training images."""
+    source = load_source(arguments.reference)
+    check_image_count(len(source.held_out), f"held-out images in {arguments.reference}")
+    pipeline, samples = load_samples(arguments)
     if pipeline is None:
-        check_size(source, a.reference, samples.processor)
+        check_size(source, arguments.reference, samples.processor)
     source = source.with_label_order(samples.label_names)
     names = source.label_names if samples.label_names == source.label_names else None
     source = source.with_label_names(samples.label_names)
-    extractor = choose_feature_extractor(a.reference, samples.processor, a.features)
-    held_out = readable(source.held_out, samples.processor)
-    train = readable(some(source.train, a.max_training_images, a.seed), samples.processor)
-    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+    extractor = choose_feature_extractor(arguments.reference, samples.processor, arguments.features)
+    held_out = make_loader(source.held_out, samples.processor)
+    train = make_loader(select_at_most(source.train, arguments.max_training_images, arguments.seed), samples.processor)
+    with Evaluator(extractor, features_folder(), arguments.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
         if pipeline is not None:
-            figures = pipeline_metrics(evaluator, pipeline, measured, held_out, train, names or ())
-            figures |= {} if samples.restorations is None else samples.restorations.metrics()
+            metrics = pipeline_metrics(evaluator, pipeline, measured, held_out, train, names or ())
+            metrics |= {} if samples.restorations is None else samples.restorations.metrics()
         else:
-            real, trained = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
-            figures = evaluator.sample_metrics(measured, real, trained, names or ())
-            figures |= {"num_images": len(measured), "num_reference_images": len(real), "reference_hash": real.hash}
+            real, training = evaluator.measure(held_out, "held-out images"), evaluator.measure(train, "training images")
+            metrics = evaluator.sample_metrics(measured, real, training, names or ())
+            metrics |= {"num_images": len(measured), "num_reference_images": len(real), "reference_hash": real.hash}
     return (
-        figures
+        metrics
         | {"reference": source.name}
-        | collect_evaluation_settings(extractor, samples.processor, pipeline, a.seed)
-        | {"notes": sample_size_warnings(figures["num_images"], figures["num_reference_images"])}
+        | collect_evaluation_settings(extractor, samples.processor, pipeline, arguments.seed)
+        | {"notes": sample_size_warnings(metrics["num_images"], metrics["num_reference_images"])}
     )
 
 
-def measure_array_samples(a: Arguments) -> dict[str, Any]:
-    """Figures of samples against an `.npz` of images, or of moments of Inception's features."""
-    reference = read_reference(Path(a.reference))
-    pipeline, samples = load_samples(a)
+def measure_array_samples(arguments: Arguments) -> dict[str, Any]:
+    """Measure samples against an `.npz` of images or of moments of Inception's features."""
+    reference = read_reference(Path(arguments.reference))
+    pipeline, samples = load_samples(arguments)
     processor = samples.processor
     if reference.images is not None:
-        check_image_count(len(reference.images), f"images in {a.reference}")
+        check_image_count(len(reference.images), f"images in {arguments.reference}")
         if reference.images.image_shape[1:] != processor.content_size:
-            raise other_size(a.reference, reference.images.image_shape[1:], processor)
-    features = a.features or ("inception" if reference.moments else None)
-    extractor = in_rgb(choose_feature_extractor("", processor, features))
+            raise make_size_error(arguments.reference, reference.images.image_shape[1:], processor)
+    features = arguments.features or ("inception" if reference.moments else None)
+    extractor = convert_to_rgb_first(choose_feature_extractor("", processor, features))
     if reference.images is None:
-        check_inception(extractor)  # before samples are drawn
-    with Evaluator(extractor, features_folder(), a.seed) as evaluator:
+        check_inception(extractor)  # before samples are generated
+    with Evaluator(extractor, features_folder(), arguments.seed) as evaluator:
         measured = evaluator.measure_stream(samples.batches, samples.labels, "samples")
-        figures: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
-        figures["reference_hash"] = compute_sha256(Path(a.reference))[:16]
+        metrics: dict[str, Any] = {"num_images": len(measured), "num_reference_images": None}
+        metrics["reference_hash"] = compute_sha256(Path(arguments.reference))[:16]
         if reference.images is not None:
             real = evaluator.measure(reference.images, "reference images")
-            figures |= evaluator.sample_metrics(measured, real)
-            figures["num_reference_images"] = len(real)
+            metrics |= evaluator.sample_metrics(measured, real)
+            metrics["num_reference_images"] = len(real)
         if reference.moments and (extractor.name == "inception" or reference.images is None):
-            figures |= evaluator.moments_metrics(measured, reference.moments)
+            metrics |= evaluator.moments_metrics(measured, reference.moments)
     return (
-        figures
-        | {"reference": Path(a.reference).name}
-        | collect_evaluation_settings(extractor, processor, pipeline, a.seed)
-        | {"notes": sample_size_warnings(len(measured), figures["num_reference_images"] or len(measured))}
+        metrics
+        | {"reference": Path(arguments.reference).name}
+        | collect_evaluation_settings(extractor, processor, pipeline, arguments.seed)
+        | {"notes": sample_size_warnings(len(measured), metrics["num_reference_images"] or len(measured))}
     )
 
 
-def load_samples(a: Arguments) -> tuple[LatentGenerationPipeline | None, Samples]:
-    """The pipeline, if there is one, and its samples, or those that something else generated."""
+def load_samples(arguments: Arguments) -> tuple[LatentGenerationPipeline | None, Samples]:
+    """Load the pipeline, if there is one, and its samples, or the samples of another program."""
     pipeline = None
-    if a.pipeline is not None:
-        pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-        pipeline.sampling = pipeline.sampling_options(a.sampling_options())
-        pipeline.set_progress_bar_config(disable=True)  # the evaluator's counts images
+    if arguments.pipeline is not None:
+        pipeline = LatentGenerationPipeline.from_pretrained(arguments.pipeline).to(accelerated_device())
+        pipeline.sampling = pipeline.sampling_options(arguments.sampling_options())
+        pipeline.set_progress_bar_config(disable=True)  # the evaluator's bar counts images
         processor, names = pipeline.tokenizer.config.image_processor, pipeline.label_names
         if pipeline.prior.is_restoration:
-            if a.reference.endswith(".npz"):
+            if arguments.reference.endswith(".npz"):
                 raise UserError(
-                    f"--reference is {a.reference} for a pipeline that restores; expected a folder of images to restore"
+                    f"--reference is {arguments.reference}; expected a folder of images, because the pipeline restores images"
                 )
-            held_out = readable(load_source(a.reference).with_label_names(names).held_out, processor)
-            restorations = Restorations(pipeline, held_out, a.num_images, a.seed)
+            held_out = make_loader(load_source(arguments.reference).with_label_names(names).held_out, processor)
+            restorations = Restorations(pipeline, held_out, arguments.num_images, arguments.seed)
             batches = restorations.batches() if is_main_process() else iter(())
             samples = Samples(batches, restorations.labels, names, processor, restorations)
         else:
-            labels = balanced_labels(pipeline, a.num_images)
-            samples = Samples(sample_batches(pipeline, labels, a.seed), labels, names, processor)
+            labels = balanced_labels(pipeline, arguments.num_images)
+            samples = Samples(sample_batches(pipeline, labels, arguments.seed), labels, names, processor)
     else:
-        samples = read_samples(a.samples or "", a.reference)
+        samples = read_samples(arguments.samples or "", arguments.reference)
     check_image_count(len(samples.labels), "samples")
-    return pipeline, samples._replace(batches=passed_on(a, samples)) if is_main_process() else samples
+    return pipeline, samples._replace(
+        batches=save_while_streaming(arguments, samples)
+    ) if is_main_process() else samples
 
 
 def read_samples(path: str, reference: str) -> Samples:
-    """Samples from an `.npz` or a folder, all of one size; grey ones in colour where the reference has colours."""
+    """Read samples of one size from an `.npz` or a folder; grey samples become RGB if the reference has colours."""
     images: ImageSet
     names = None
     if path.endswith(".npz"):
         images = array = ImageArray(Path(path))
         _, first = next(array.batches(BATCH))
-        grey = bool((first == first[:, :1]).all())  # written as RGB, since published evaluators know nothing else
-        processor = processor_of(1 if grey else len(first[0]), array.image_shape[1:])
+        is_grey = bool((first == first[:, :1]).all())  # an .npz always holds RGB, for published evaluators
+        processor = make_processor(1 if is_grey else len(first[0]), array.image_shape[1:])
     else:
-        split, names = sample_split(path)
-        channels = max(dataset_statistics(split).channels, reference_channels(reference))
-        processor = processor_of(channels, one_size(split, path))
-        images = readable(split, processor)
+        split, names = open_samples(path)
+        channels = max(dataset_statistics(split).channels, count_reference_channels(reference))
+        processor = make_processor(channels, check_single_size(split, path))
+        images = make_loader(split, processor)
     labels = images.labels()
-    chosen = torch.tensor([-1] * len(images) if labels is None else labels)
+    label_ids = torch.tensor([-1] * len(images) if labels is None else labels)
     batches = (batch[:, : processor.channels] for _, batch in images.batches(BATCH))
-    return Samples(batches, chosen, names, processor)
+    return Samples(batches, label_ids, names, processor)
 
 
-def sample_split(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
-    """The images of a folder, and the names of their classes; of a folder that `sample` wrote its samples alone."""
+def open_samples(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
+    """Open the images of a folder and the names of their classes. In a folder from `sample`, skip the grids."""
     folder = Path(path).expanduser()
-    if (listed := read_sample_list(folder)) is None:
+    if (sample_files := read_sample_list(folder)) is None:
         source = open_source(data_path(path), hold_out=False)
         return source.train, source.label_names
-    files, classes = listed
+    files, classes = sample_files
     names = tuple(dict.fromkeys(name for name in classes if name is not None))
     labels = [names.index(name) for name in classes if name is not None]
     return ImageSplit(FileStore(folder, files), labels if names and None not in classes else None), names or None
 
 
-def reference_channels(reference: str) -> int:
-    """Channels of the images to compare with; an `.npz` is compared as RGB later."""
+def count_reference_channels(reference: str) -> int:
+    """Count the channels of the reference images. An `.npz` counts as grey, because it is compared as RGB later."""
     return 1 if reference.endswith(".npz") else dataset_statistics(load_source(reference).held_out).channels
 
 
-def passed_on(a: Arguments, samples: Samples) -> Iterator[Tensor]:
-    """The samples, written and drawn on their way as `--save-samples` and `--output` ask."""
+def save_while_streaming(arguments: Arguments, samples: Samples) -> Iterator[Tensor]:
+    """Yield the samples, and write them and a grid as `--save-samples` and `--output` ask."""
     batches = samples.batches
-    if a.save_samples is not None:
-        batches = write_and_yield(a.save_samples, batches, len(samples.labels))
-    if a.output is None:
+    if arguments.save_samples is not None:
+        batches = write_and_yield(arguments.save_samples, batches, len(samples.labels))
+    if arguments.output is None:
         yield from batches
         return
-    kept: dict[int, list[Tensor]] = {}
-    yield from collect_grid_images(batches, samples.labels, kept, GRID_ROWS, GRID_COLUMNS)
-    save_image(build_class_grid(kept, samples.label_names), a.output.with_suffix(".samples.png"))
+    grid_images: dict[int, list[Tensor]] = {}
+    yield from collect_grid_images(batches, samples.labels, grid_images, GRID_ROWS, GRID_COLUMNS)
+    save_image(build_class_grid(grid_images, samples.label_names), arguments.output.with_suffix(".samples.png"))
 
 
-def readable(split: ImageSplit, processor: ImageProcessor) -> ImageLoader:
-    """Pictures decoded each time they are asked for, so that a large set takes no memory."""
+def make_loader(split: ImageSplit, processor: ImageProcessor) -> ImageLoader:
+    """Make a loader that decodes images at each pass, so that a large set needs no memory."""
     return ImageLoader(split, processor, memory_limit=0)
 
 
-def some(split: ImageSplit, most: int, seed: int) -> ImageSplit:
-    """At most that many pictures of a split, drawn at random."""
-    return split.select(random_positions(len(split), most, seed).tolist())
+def select_at_most(split: ImageSplit, limit: int, seed: int) -> ImageSplit:
+    """Select at most `limit` images of a split at random."""
+    return split.select(random_positions(len(split), limit, seed).tolist())
 
 
-def processor_of(channels: int, size: tuple[int, int]) -> ImageProcessor:
+def make_processor(channels: int, size: tuple[int, int]) -> ImageProcessor:
     return ImageProcessor(channels=channels, content_size=size, image_size=size)
 
 
-def one_size(split: ImageSplit, path: str) -> tuple[int, int]:
-    """The (height, width) that all pictures of a split have."""
+def check_single_size(split: ImageSplit, path: str) -> tuple[int, int]:
+    """Return the (height, width) of all images of a split. Raises UserError if their sizes differ."""
     try:
         sizes = Counter(split.size(i) for i in range(len(split)))
     except UnreadableImage as error:
         raise UserError(
-            f"an image in {path} cannot be read: {error}; expected whole pictures; mend or remove it"
+            f"an image in {path} cannot be read: {error}; expected readable images; repair or remove it"
         ) from None
     if len(sizes) > 1:
-        (first, many), (second, _) = sizes.most_common(2)
+        (first, count), (second, _) = sizes.most_common(2)
         raise UserError(
-            f"{path} holds images of {len(sizes)} sizes, such as {first[0]}×{first[1]} ({many}) and {second[0]}×{second[1]}; "
-            "expected one; bring them to the size that was generated"
+            f"{path} holds images of {len(sizes)} sizes, such as {first[0]}×{first[1]} ({count}) and {second[0]}×{second[1]}; "
+            "expected one; resize them to the size of the generated images"
         )
     return next(iter(sizes))
 
 
 def check_size(source: ImageSource, name: str, processor: ImageProcessor) -> None:
-    """Raises UserError unless the source's held-out images have the samples' size: nothing says how to resize them."""
-    size = one_size(source.held_out, name)
+    """Raise UserError unless the held-out images have the size of the samples; no resizing is defined for them."""
+    size = check_single_size(source.held_out, name)
     if size != processor.content_size:
-        raise other_size(name, size, processor)
+        raise make_size_error(name, size, processor)
 
 
-def other_size(name: str, size: tuple[int, ...], processor: ImageProcessor) -> UserError:
+def make_size_error(name: str, size: tuple[int, ...], processor: ImageProcessor) -> UserError:
     height, width = processor.content_size
     return UserError(
         f"{name} holds images of {size[0]}×{size[1]} and the samples are {height}×{width}; expected one size; compare with "
@@ -330,6 +344,6 @@ def other_size(name: str, size: tuple[int, ...], processor: ImageProcessor) -> U
     )
 
 
-def in_rgb(extractor: FeatureExtractor) -> FeatureExtractor:
-    """For an `.npz`, which holds RGB alone: samples of other channels are compared as published evaluators would."""
+def convert_to_rgb_first(extractor: FeatureExtractor) -> FeatureExtractor:
+    """Make an extractor that converts images to RGB, because an `.npz` holds RGB only."""
     return extractor._replace(extract=lambda images: extractor.extract(as_rgb(images)))

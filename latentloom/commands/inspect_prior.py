@@ -1,9 +1,9 @@
-"""latentloom inspect-prior: one HTML page of what surprises a pipeline's prior, and whether it repeats its training images."""
+"""latentloom inspect-prior: write an HTML report on a prior: per-position likelihood and nearest training images."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.checks import check_count, check_page, check_seed
+from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
@@ -22,15 +22,17 @@ class Arguments:
     pipeline: str
     """Run folder, pipeline folder or Hub repository."""
     data: str
-    """The images it was trained on: their test split where they have one, else the validation split, is held out."""
+    """Images that the pipeline was trained on. The test split is held out if there is one, else the validation split."""
     num_images: int = 1000
-    """Held-out images, at most."""
+    """Held-out images to use, at most."""
     num_samples: int = 200
-    """Samples that are compared with training images, as many of each class."""
+    """Samples to compare with the training images, the same number of each class."""
     max_training_images: int = 50_000
+    """Training images to compare with, at most."""
     output: Path = Path("prior.html")
-    """HTML file."""
+    """HTML file to write."""
     seed: int = 0
+    """Random seed for the samples and the choice of images."""
 
     def __post_init__(self) -> None:
         for option, value in (
@@ -40,31 +42,40 @@ class Arguments:
         ):
             check_count(option, value)
         check_seed(self.seed)
-        check_page(self.output, "prior.html")
+        check_html_output(self.output, "prior.html")
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "inspect-prior", words)
+GROUPS = {
+    "data": ("pipeline", "data", "num_images", "num_samples", "max_training_images", "seed"),
+    "output": ("output",),
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "inspect-prior", argv, GROUPS)
     with main_process_first():
         if is_main_process():
-            draw(a)
+            write_page(arguments)
 
 
-def draw(a: Arguments) -> None:
-    pipeline = LatentGenerationPipeline.from_pretrained(a.pipeline).to(accelerated_device())
-    source = load_source(a.data).with_label_names(pipeline.label_names)
+def write_page(arguments: Arguments) -> None:
+    pipeline = LatentGenerationPipeline.from_pretrained(arguments.pipeline).to(accelerated_device())
+    source = load_source(arguments.data).with_label_names(pipeline.label_names)
 
-    def pixels(split: ImageSplit, most: int) -> ImageLoader:
-        drawn = random_positions(len(split), most, a.seed).tolist()
-        found = ImageLoader(split.select(drawn), pipeline.tokenizer.config.image_processor)
-        found.report_skipped()
-        return found
+    def load_images(split: ImageSplit, limit: int) -> ImageLoader:
+        indices = random_positions(len(split), limit, arguments.seed).tolist()
+        images = ImageLoader(split.select(indices), pipeline.tokenizer.config.image_processor)
+        images.report_skipped()
+        return images
 
-    held_out, train = pixels(source.held_out, a.num_images), pixels(source.train, a.max_training_images)
-    found = inspect_prior(pipeline, held_out, train, a.num_samples, a.seed)
-    write_text(a.output, prior_page(pipeline, found, a.pipeline, a.data))
-    shared = format_percent(float(found.neighbours.samples.median()))
+    held_out, train = (
+        load_images(source.held_out, arguments.num_images),
+        load_images(source.train, arguments.max_training_images),
+    )
+    inspection = inspect_prior(pipeline, held_out, train, arguments.num_samples, arguments.seed)
+    write_text(arguments.output, prior_page(pipeline, inspection, arguments.pipeline, arguments.data))
+    shared_codes = format_percent(float(inspection.neighbours.samples.median()))
     print_once(
-        f"{format_count(len(found.bits), 'image')}, {format_number(found.bits.mean().item())} bits a code, "
-        f"{shared} of a sample's codes shared with the nearest training image: {a.output}"
+        f"{format_count(len(inspection.bits), 'image')}, {format_number(inspection.bits.mean().item())} bits a code, "
+        f"{shared_codes} of a sample's codes shared with the nearest training image: {arguments.output}"
     )

@@ -1,12 +1,12 @@
-"""latentloom inspect-tokenizer: one HTML page of a tokenizer's errors, codes and where it uses them."""
+"""latentloom inspect-tokenizer: write an HTML report on a tokenizer: errors, codes and where they are used."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.checks import check_count, check_page, check_seed
+from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect_tokenizer
-from latentloom.inspection.page import InspectedTokenizer, summarize, tokenizer_page
+from latentloom.inspection.tokenizer_page import InspectedTokenizer, summarize, tokenizer_page
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.feature_files import random_positions
 from stage1_tokenizer.data.image_loader import ImageLoader
@@ -19,42 +19,45 @@ class Arguments:
     tokenizer: str
     """Run folder, model folder, pipeline folder or Hub repository."""
     data: str
-    """Images: their test split where they have one, else the validation split."""
+    """Images. The test split is used if there is one, else the validation split."""
     num_images: int = 1000
-    """Images drawn from the split, at most."""
+    """Images to use, at most; they are chosen at random."""
     output: Path = Path("inspection.html")
-    """HTML file."""
+    """HTML file to write."""
     seed: int = 0
-    """Of the images drawn, and of those shown at random."""
+    """Random seed for the choice of images."""
 
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
         check_seed(self.seed)
-        check_page(self.output, "inspection.html")
+        check_html_output(self.output, "inspection.html")
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "inspect-tokenizer", words)
+GROUPS = {"data": ("tokenizer", "data", "num_images", "seed"), "output": ("output",)}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "inspect-tokenizer", argv, GROUPS)
     with main_process_first():
         if is_main_process():
-            draw(a)
+            write_page(arguments)
 
 
-def draw(a: Arguments) -> None:
-    tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
-    source = load_source(a.data)
+def write_page(arguments: Arguments) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)[0].to(accelerated_device())
+    source = load_source(arguments.data)
     split = source.held_out
-    drawn = random_positions(len(split), a.num_images, a.seed).tolist()
-    pixels = ImageLoader(split.select(drawn), tokenizer.config.image_processor)
-    pixels.report_skipped()
-    found = inspect_tokenizer(tokenizer, pixels, a.seed)
+    indices = random_positions(len(split), arguments.num_images, arguments.seed).tolist()
+    images = ImageLoader(split.select(indices), tokenizer.config.image_processor)
+    images.report_skipped()
+    inspection = inspect_tokenizer(tokenizer, images, arguments.seed)
     subject = InspectedTokenizer(
         tokenizer=tokenizer,
-        name=a.tokenizer,
-        data=a.data,
+        name=arguments.tokenizer,
+        data=arguments.data,
         split="validation" if source.test is None else "test",
-        num_available=len(split),
-        seed=a.seed,
+        available=len(split),
+        seed=arguments.seed,
     )
-    write_text(a.output, tokenizer_page(subject, found))
-    print_once(f"{summarize(tokenizer, found)}: {a.output}")
+    write_text(arguments.output, tokenizer_page(subject, inspection))
+    print_once(f"{summarize(tokenizer, inspection)}: {arguments.output}")

@@ -1,4 +1,4 @@
-"""latentloom push: a pipeline to the Hugging Face Hub, with its card, sample grid and figures."""
+"""latentloom push: upload a pipeline to the Hugging Face Hub, with its model card, sample grid and metrics."""
 
 import json
 from dataclasses import dataclass
@@ -18,29 +18,39 @@ class Arguments:
     pipeline: str
     """Run folder or pipeline folder."""
     repo_id: str
-    """Such as me/my-generator; made when there is none."""
+    """Repository such as me/my-generator; it is created if it does not exist."""
     private: bool = False
+    """Create a private repository."""
     commit_message: str = "Upload latentloom pipeline"
+    """Message of the commit."""
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "push", words)
+GROUPS = {"repository": ("pipeline", "repo_id", "private", "commit_message")}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "push", argv, GROUPS)
     with main_process_first():
         if is_main_process():
-            push(a)
+            push(arguments)
 
 
-def push(a: Arguments) -> None:
-    folder = local_folder(a.pipeline, INDEX, "pipeline")
-    metrics, samples = folder / "metrics.json", folder / "samples.png"
+def push(arguments: Arguments) -> None:
+    folder = local_folder(arguments.pipeline, INDEX, "pipeline")
+    metrics_path, samples_path = folder / "metrics.json", folder / "samples.png"
     try:
-        figures = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
-        shown = Image.open(samples) if samples.exists() else None
-    except (ValueError, OSError) as error:  # no JSON, or no picture
+        metrics = json.loads(metrics_path.read_text(encoding="utf-8")) if metrics_path.exists() else None
+        samples = Image.open(samples_path) if samples_path.exists() else None
+    except (ValueError, OSError) as error:  # no JSON, or no image
         raise UserError(
-            f"metrics.json or samples.png in {folder} cannot be read ({error}); expected those of evaluation; mend or remove it"
+            f"metrics.json or samples.png in {folder} cannot be read ({error}); expected the files that a training run writes; "
+            "repair or remove it"
         ) from None
     address = LatentGenerationPipeline.from_pretrained(folder).push_to_hub(
-        a.repo_id, private=a.private or None, commit_message=a.commit_message, metrics=figures, samples=shown
+        arguments.repo_id,
+        private=arguments.private or None,
+        commit_message=arguments.commit_message,
+        metrics=metrics,
+        samples=samples,
     )
     print_once(f"pushed: {address}")

@@ -1,4 +1,4 @@
-"""latentloom quickstart: the main job on the embedded images."""
+"""latentloom quickstart: train both stages on the embedded images and generate samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +21,41 @@ RECIPES = {"autoregressive": ("vqgan-f4", "ar-tiny"), "diffusion": ("kl-f8", "di
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     prior: Literal["autoregressive", "diffusion"] = "autoregressive"
+    """Kind of prior to train."""
     output: Path = Path("runs/quickstart")
+    """Folder for everything that is written."""
     minutes: float | None = None
-    """Scales the steps to what fits into this time on this machine; without it they are fixed, and a seed repeats."""
+    """Time limit: sets the number of steps once, at the start, to what fits on this machine. (default: no limit)"""
     max_steps: int | None = None
-    """Steps of each stage, in place of the recipes'."""
+    """Training steps of each stage. (default: the recipes')"""
     seed: int = 0
+    """Random seed. A seed repeats a run, unless --minutes sets the steps."""
     num_images: int = 2000
-    """Samples that the figures are measured on."""
+    """Samples to compute the metrics on."""
 
     def __post_init__(self) -> None:
         check_minutes(self.minutes)
         check_count("--num-images", self.num_images)
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "quickstart", words)
-    given: dict[str, object] = {"seed": a.seed}
-    if a.max_steps is not None:
-        given["max_steps"] = a.max_steps
-    of_images = {"data": FASHION_MNIST, "output": str(a.output / "tokenizer")}
-    of_codes = {"codes": str(a.output / "codes"), "output": str(a.output / "prior")}
-    tokenizer_recipe, prior_recipe = RECIPES[a.prior]
-    tokenizer = from_mapping(TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, given | of_images))
-    prior = parse_prior_training(training_values("prior", prior_recipe, None, given | of_codes))
+GROUPS = {
+    "training": ("prior", "minutes", "max_steps", "seed"),
+    "output": ("output", "num_images"),
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "quickstart", argv, GROUPS)
+    shared: dict[str, object] = {"seed": arguments.seed}
+    if arguments.max_steps is not None:
+        shared["max_steps"] = arguments.max_steps
+    tokenizer_paths = {"data": FASHION_MNIST, "output": str(arguments.output / "tokenizer")}
+    prior_paths = {"codes": str(arguments.output / "codes"), "output": str(arguments.output / "prior")}
+    tokenizer_recipe, prior_recipe = RECIPES[arguments.prior]
+    tokenizer = from_mapping(
+        TokenizerTraining, training_values("tokenizer", tokenizer_recipe, None, shared | tokenizer_paths)
+    )
+    prior = parse_prior_training(training_values("prior", prior_recipe, None, shared | prior_paths))
     inputs = tokenizer_inputs(tokenizer, load_source(FASHION_MNIST))
-    metrics = run_main_job(a.output, inputs, prior, minutes=a.minutes, num_images=a.num_images)
-    print_once(format_summary(a.output, metrics))
+    metrics = run_main_job(arguments.output, inputs, prior, minutes=arguments.minutes, num_images=arguments.num_images)
+    print_once(format_summary(arguments.output, metrics))

@@ -1,11 +1,11 @@
-"""latentloom reconstruct: images through a tokenizer and back, as PNG files and one sheet of both."""
+"""latentloom reconstruct: encode and decode images with a tokenizer; write PNG files and a grid of both."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from latentloom.checks import check_count, check_output
+from latentloom.checks import check_count, check_output_folder
 from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH
@@ -23,42 +23,47 @@ class Arguments:
     tokenizer: str
     """Run folder, model folder, pipeline folder or Hub repository."""
     data: str
-    """Images: their test split where they have one, else the validation split."""
+    """Images. The test split is used if there is one, else the validation split."""
     num_images: int = 20
+    """Images to reconstruct, at most."""
     output: Path = Path("reconstructions")
+    """Folder for the reconstructions."""
     overwrite: bool = False
-    """Write into a folder that holds files already."""
+    """Write into a folder that already holds files."""
 
     def __post_init__(self) -> None:
         check_count("--num-images", self.num_images)
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "reconstruct", words)
+GROUPS = {"data": ("tokenizer", "data", "num_images"), "output": ("output", "overwrite")}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "reconstruct", argv, GROUPS)
     with main_process_first():
         if is_main_process():
-            rebuild(a)
+            with output_lock(arguments.output):
+                check_output_folder(arguments.output, arguments.overwrite)
+                write_reconstructions(arguments)
 
 
-def rebuild(a: Arguments) -> None:
-    with output_lock(a.output):
-        check_output(a.output, a.overwrite)
-        write_reconstructions(a)
-
-
-def write_reconstructions(a: Arguments) -> None:
-    tokenizer = load_tokenizer(a.tokenizer)[0].to(accelerated_device())
+def write_reconstructions(arguments: Arguments) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
-    split = load_source(a.data).held_out
-    pixels = ImageLoader(split.select(range(min(a.num_images, len(split)))), processor)
-    pixels.report_skipped()
-    images = torch.cat([batch for _, batch in pixels.batches(BATCH)])
-    rebuilt = torch.cat(
+    split = load_source(arguments.data).held_out
+    loader = ImageLoader(split.select(range(min(arguments.num_images, len(split)))), processor)
+    loader.report_skipped()
+    images = torch.cat([batch for _, batch in loader.batches(BATCH)])
+    reconstructions = torch.cat(
         [
             reconstruct(tokenizer, batch)[0]
             for batch in progress_bar(iterable=images.split(BATCH), desc="reconstruct", unit="batch")
         ]
     )
-    save_images(rebuilt, [a.output / f"{i:05d}.png" for i in range(len(rebuilt))])
-    save_image(reconstruction_grid(images, rebuilt, columns=min(10, len(images))), a.output / "grid.png")
-    print_once(f"{len(images)} images, PSNR {psnr(rebuilt, images).mean():.2f} dB: {a.output / 'grid.png'}")
+    save_images(reconstructions, [arguments.output / f"{i:05d}.png" for i in range(len(reconstructions))])
+    save_image(
+        reconstruction_grid(images, reconstructions, columns=min(10, len(images))), arguments.output / "grid.png"
+    )
+    print_once(
+        f"{len(images)} images, PSNR {psnr(reconstructions, images).mean():.2f} dB: {arguments.output / 'grid.png'}"
+    )

@@ -1,34 +1,36 @@
-"""latentloom report: one HTML page of a run, which opens without a network."""
+"""latentloom report: write an HTML report for a run, which opens without a network."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from latentloom.checks import check_page
+from latentloom.checks import check_html_output
 from latentloom.commands.arguments import parse
-from latentloom.report.page import report_page
 from latentloom.report.reading import read_job
+from latentloom.report.report_page import report_page
 from training_harness.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = Path()
-    """Folder of a run, finished or not, or of a job of `train` or `quickstart`."""
+    run: tyro.conf.Positional[Path] = Path()
+    """Folder of a run, finished or not, or of a job of `train` or `quickstart`. (default: the current folder)"""
     output: Path | None = None
-    """HTML file; by default report.html in that folder."""
+    """HTML file to write. (default: report.html in that folder)"""
 
     def __post_init__(self) -> None:
         if self.output is not None:
-            check_page(self.output, "report.html")
+            check_html_output(self.output, "report.html")
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "report", words)
-    if os.environ.get("RANK", "0") == "0":  # torch, which would say so, is not imported here
-        output = a.output or a.run / "report.html"
-        write_text(output, report_page(read_job(a.run)))
+GROUPS = {"run": ("run",), "output": ("output",)}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "report", argv, GROUPS)
+    if os.environ.get("RANK", "0") == "0":  # read directly, because this verb does not import torch
+        output = arguments.output or arguments.run / "report.html"
+        write_text(output, report_page(read_job(arguments.run)))
         print(f"report: {output}")

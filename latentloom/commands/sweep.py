@@ -1,7 +1,7 @@
-"""latentloom sweep: searches for better settings of a stage with short trials, and writes the best as a recipe."""
+"""latentloom sweep: search for better settings of a stage with short trials, and write the best ones as a recipe."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ import tyro
 from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import parse, training_values
-from latentloom.commands.train_tokenizer import select_for_images
+from latentloom.commands.train_tokenizer import select_values_for_images
 from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
 from latentloom.search.results import METRICS
@@ -19,49 +19,56 @@ from latentloom.search.space import Training, default_expressions, parse_space
 from latentloom.search.study import SearchPlan, require_optuna
 from latentloom.search.sweep import build_prior_trainer, build_tokenizer_trainer, format_results, run_sweep
 from stage1_tokenizer.codes.reader import CodeCache
+from stage1_tokenizer.data.statistics import dataset_statistics
 from stage1_tokenizer.training_config import TokenizerTraining
 from stage2_prior.training_config import parse_prior_training
 from training_harness.configuration import from_mapping
 from training_harness.errors import UserError
 from training_harness.processes import print_once
 
-RECIPES = "; ".join(f"a {stage}'s {', '.join(recipe_names(stage))}" for stage in METRICS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     codes: Path | None = None
-    """Searches a prior's settings, on this code cache."""
+    """Code cache: search for the settings of a prior."""
     data: str | None = None
-    """Searches a tokenizer's settings, on these images."""
+    """Images: search for the settings of a tokenizer."""
     output: Path
-    """Folder of the search; the same command again goes on with it."""
-    recipe: Annotated[str | None, tyro.conf.arg(help=f"Configuration to start from: {RECIPES}.")] = None
+    """Folder of the search. The same command continues a search."""
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Recipe to start from. Of a prior: {', '.join(recipe_names('prior'))}. "
+            f"Of a tokenizer: {', '.join(recipe_names('tokenizer'))}. "
+            f"(default: {train_prior.DEFAULT_RECIPE}; of a tokenizer: from the size of the images)"
+        },
+    )
     config: Path | None = None
-    """YAML file whose fields replace those of --recipe where given."""
+    """YAML file with values that replace those of the recipe. (default: none)"""
     search: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Words FIELD=LOW..HIGH or 'FIELD=ONE|TWO', such as optimizer.learning_rate=1e-4..1e-2 'model.num_layers=2|4|6'; by default
-    the rates, a factor of 4 either side, and some more."""
+    """Fields to search, as FIELD=LOW..HIGH or 'FIELD=ONE|TWO', such as optimizer.learning_rate=1e-4..1e-2 or
+    'model.num_layers=2|4|6'. (default: the learning rates, from a quarter to four times the recipe's, and some others)"""
     trials: int = 20
+    """Number of trials."""
     max_steps: int | None = None
-    """Steps of each trial, by default a quarter of the recipe's. Short trials favour high rates, large batches and small models."""
+    """Steps of each trial. Short trials favour high rates, large batches and small models. (default: a quarter of the recipe's)"""
     minutes: float | None = None
-    """Bounds the whole search; the trial that it ends is done again by the next run."""
+    """Time limit of the whole search; the next run repeats the trial that it ends. (default: no limit)"""
     seed: int | None = None
-    """Of what is drawn and of every trial, by default the recipe's."""
+    """Random seed of the search and of every trial. (default: the recipe's)"""
     resolution: int | str | None = None
-    """Of a tokenizer: height and width of the images, 64 or 64x96."""
+    """Height and width of the images, for a tokenizer: 64, or 64x96. (default: the most common size in the data, at most 256)"""
 
     def __post_init__(self) -> None:
         if (self.codes is None) == (self.data is None):
-            found = "missing" if self.codes is None else "given"
+            state = "missing" if self.codes is None else "given"
             raise UserError(
-                f"--codes and --data are both {found}; expected --codes to search a prior's settings, or --data to search a "
+                f"--codes and --data are both {state}; expected --codes to search a prior's settings, or --data to search a "
                 "tokenizer's"
             )
         if self.codes is not None and self.resolution is not None:
             raise UserError(
-                f"--resolution is {self.resolution} and --codes given; expected it with --data; leave it out"
+                f"--resolution is {self.resolution} with --codes; expected it with --data only; leave it out"
             )
         check_count("--trials", self.trials)
         check_minutes(self.minutes)
@@ -71,54 +78,64 @@ class Arguments:
             check_seed(self.seed)
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "sweep", words)
+GROUPS = {
+    "required, one of": ("codes", "data"),
+    "configuration": ("recipe", "config", "resolution"),
+    "search": ("search", "trials", "max_steps", "minutes", "seed"),
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "sweep", argv, GROUPS)
     require_optuna()
-    if a.codes is not None:
-        sweep_prior(a, a.codes)
+    if arguments.codes is not None:
+        sweep_prior(arguments, arguments.codes)
     else:
-        sweep_tokenizer(a, str(a.data), words)
+        sweep_tokenizer(arguments, str(arguments.data), argv)
 
 
-def sweep_prior(a: Arguments, folder: Path) -> None:
-    recipe = a.recipe or (None if a.config else train_prior.DEFAULT_RECIPE)
-    values = training_values("prior", recipe, a.config, {"codes": str(folder)} | common(a))
+def sweep_prior(arguments: Arguments, folder: Path) -> None:
+    recipe = arguments.recipe or (None if arguments.config else train_prior.DEFAULT_RECIPE)
+    values = training_values("prior", recipe, arguments.config, {"codes": str(folder)} | common_values(arguments))
     base, codes = parse_prior_training(values), CodeCache(folder)
-    plan = plan_of(a, base, codes.spec.tokenizer_id)
-    done = run_sweep(plan, lambda: build_prior_trainer(base, codes))
-    print_once(f"{format_results(plan, done)}\n{next_step(a, f'train-prior --codes {folder}')}")
+    plan = make_plan(arguments, base, codes.spec.tokenizer_id)
+    results = run_sweep(plan, lambda: build_prior_trainer(base, codes))
+    print_once(f"{format_results(plan, results)}\n{format_next_steps(arguments, f'train-prior --codes {folder}')}")
 
 
-def sweep_tokenizer(a: Arguments, data: str, words: list[str]) -> None:
-    values = training_values("tokenizer", a.recipe, a.config)
+def sweep_tokenizer(arguments: Arguments, data: str, argv: list[str]) -> None:
+    values = training_values("tokenizer", arguments.recipe, arguments.config)
     if "resolution" not in values:
-        values = select_for_images(words, values, a.recipe, a.config)
-    size = {} if a.resolution is None else {"resolution": a.resolution}
-    base = from_mapping(TokenizerTraining, values | {"data": data} | common(a) | size)
-    plan = plan_of(a, base)
-    done = run_sweep(plan, lambda: build_tokenizer_trainer(base, load_source(data)))
-    print_once(f"{format_results(plan, done)}\n{next_step(a, f'train-tokenizer --data {data}')}")
+        source = load_source(data)
+        _, values = select_values_for_images(
+            argv, source, dataset_statistics(source.train), arguments.recipe, arguments.config
+        )
+    size = {} if arguments.resolution is None else {"resolution": arguments.resolution}
+    base = from_mapping(TokenizerTraining, values | {"data": data} | common_values(arguments) | size)
+    plan = make_plan(arguments, base)
+    results = run_sweep(plan, lambda: build_tokenizer_trainer(base, load_source(data)))
+    print_once(f"{format_results(plan, results)}\n{format_next_steps(arguments, f'train-tokenizer --data {data}')}")
 
 
-def common(a: Arguments) -> dict[str, object]:
-    return {"output": str(a.output)} | ({} if a.seed is None else {"seed": a.seed})
+def common_values(arguments: Arguments) -> dict[str, object]:
+    return {"output": str(arguments.output)} | ({} if arguments.seed is None else {"seed": arguments.seed})
 
 
-def plan_of(a: Arguments, base: Training, trained_on: str = "") -> SearchPlan:
+def make_plan(arguments: Arguments, base: Training, trained_on: str = "") -> SearchPlan:
     stage = "tokenizer" if isinstance(base, TokenizerTraining) else base.prior
-    space = parse_space(list(chain(*a.search)) or default_expressions(base), base)
-    steps = a.max_steps or math.ceil(base.max_steps / 4)
+    space = parse_space(list(chain(*arguments.search)) or default_expressions(base), base)
+    steps = arguments.max_steps or math.ceil(base.max_steps / 4)
     return SearchPlan(
         base=base,
         space=space,
         metric=METRICS[stage],
         steps=steps,
-        trials=a.trials,
-        minutes=a.minutes,
+        trials=arguments.trials,
+        minutes=arguments.minutes,
         trained_on=trained_on,
     )
 
 
-def next_step(a: Arguments, verb: str) -> str:
-    best = a.output / "best.yaml"
-    return f"recipe: {best}\nnext: latentloom {verb} --config {best} --output {a.output / 'best'}"
+def format_next_steps(arguments: Arguments, verb: str) -> str:
+    best = arguments.output / "best.yaml"
+    return f"recipe: {best}\nnext: latentloom {verb} --config {best} --output {arguments.output / 'best'}"

@@ -1,9 +1,9 @@
-"""latentloom tokenize: images to a code cache."""
+"""latentloom tokenize: encode images and write a code cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentloom.checks import check_apart, check_count
+from latentloom.checks import check_count, check_output_outside_data
 from latentloom.commands.arguments import parse
 from latentloom.jobs.stages import load_source, run_tokenize
 from stage1_tokenizer.codes.writer import Contents, View
@@ -21,26 +21,40 @@ class Arguments:
     output: Path
     """Folder of the code cache."""
     contents: Contents | None = None
-    """Indices, which an autoregressive prior learns, latents, which a diffusion prior does, or both; by default all that the
-    tokenizer has."""
+    """`indices` for an autoregressive prior, `latents` for a diffusion prior. (default: all that the tokenizer has)"""
     flip: bool = False
-    """Also encode each training image's mirror image."""
+    """Also encode the mirror image of each training image."""
     degradation: Degradation = "none"
-    """Also encode a worse version of each image, for a prior that restores pictures."""
+    """Also encode a degraded version of each image, for a prior that restores images."""
     batch_size: int | None = None
-    """Images that are encoded at once; by default as many as take little memory."""
+    """Images in a batch. (default: as many as need little memory)"""
 
     def __post_init__(self) -> None:
         if not self.output.name:
-            raise UserError(f"--output is {self.output}; expected a folder of its own, such as codes")
-        check_apart(self.output, self.data)
+            raise UserError(f"--output is {self.output}; expected a new folder, such as codes")
+        check_output_outside_data(self.output, self.data)
         if self.batch_size is not None:
             check_count("--batch-size", self.batch_size)
 
 
-def main(words: list[str]) -> None:
-    a = parse(Arguments, "tokenize", words)
-    source = load_source(a.data)
-    views: tuple[View, ...] = ("original", "flip") if a.flip else ("original",)
-    codes = run_tokenize(a.tokenizer, source, a.output, a.contents, views, a.degradation, a.batch_size)
+GROUPS = {
+    "data": ("tokenizer", "data"),
+    "encoding": ("contents", "flip", "degradation", "batch_size"),
+    "output": ("output",),
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(Arguments, "tokenize", argv, GROUPS)
+    source = load_source(arguments.data)
+    views: tuple[View, ...] = ("original", "flip") if arguments.flip else ("original",)
+    codes = run_tokenize(
+        arguments.tokenizer,
+        source,
+        arguments.output,
+        arguments.contents,
+        views,
+        arguments.degradation,
+        arguments.batch_size,
+    )
     print_once(f"codes: {codes}\nnext: latentloom train-prior --codes {codes} --output runs/prior")

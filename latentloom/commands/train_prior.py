@@ -1,15 +1,21 @@
-"""latentloom train-prior: stage two."""
+"""latentloom train-prior: train a prior on codes (stage two)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar, cast
 
-import tyro
-
 from latentloom.checks import check_dry_run
-from latentloom.commands.arguments import parse, recipe_and_config, recipe_help, training_values
-from latentloom.commands.variants import explained, starting_point
+from latentloom.commands.arguments import (
+    TRAINING_GROUPS,
+    describe_defaults,
+    describe_recipes,
+    parse,
+    peek_recipe_and_config,
+    training_values,
+)
+from latentloom.commands.option_help import WITHOUT_PREFIX
+from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import dry_run, format_total_time
 from latentloom.planning.overfit_batch import overfit_prior
@@ -24,36 +30,48 @@ DEFAULT_RECIPE = "ar-tiny"
 
 @dataclass(frozen=True)
 class Arguments(Generic[Training]):
-    training: Annotated[Training, tyro.conf.arg(name="")]
-    recipe: Annotated[str, recipe_help("Configuration to start from", "prior")] = DEFAULT_RECIPE
+    training: Annotated[Training, WITHOUT_PREFIX]
+    recipe: str = field(
+        default=DEFAULT_RECIPE, metadata=describe_recipes("Recipe to start from", "prior", DEFAULT_RECIPE)
+    )
     config: Path | None = None
-    """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
+    """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
     minutes: float | None = None
-    """Sets --max-steps once, at the start, to what fits into this time on this machine."""
+    """Time limit: sets --max-steps once, at the start, to what fits on this machine. (default: no limit)"""
     dry_run: bool = False
-    """Says what the run would take, and writes nothing."""
+    """Print the time and the memory that the run would take, and write nothing."""
     overfit_batch: bool = False
-    """Checks the set-up: trains on one batch alone, in a folder beside --output, and says whether it was learnt."""
+    """Check the set-up: train on one batch alone, in a folder beside --output, and print whether the loss fell."""
 
 
-def main(words: list[str]) -> None:
-    recipe, config = recipe_and_config(words)
-    values = training_values("prior", recipe or (None if config else DEFAULT_RECIPE), config)
-    kind = select_training_class(values)
-    training, words = starting_point(kind, values, words)
-    shown = cast("type[Arguments[PriorTraining]]", Arguments[kind])  # type: ignore[valid-type]
-    explain = partial(explained, training)
-    arguments = parse(shown, "train-prior", words, Arguments(training), explain)
+GROUPS = {"data": ("codes", "validation_images")} | TRAINING_GROUPS
+
+
+def main(argv: list[str]) -> None:
+    recipe, config = peek_recipe_and_config(argv)
+    recipe = recipe or (None if config else DEFAULT_RECIPE)
+    values = training_values("prior", recipe, config)
+    prior_class = select_training_class(values)
+    training, argv = draft_training(prior_class, values, argv)
+    arguments = parse(
+        cast("type[Arguments[PriorTraining]]", Arguments[prior_class]),  # type: ignore[valid-type]
+        "train-prior",
+        argv,
+        GROUPS,
+        default=Arguments(training),
+        explain=partial(explain_unknown_option, training),
+        note=describe_defaults(recipe, config),
+    )
     check_dry_run(arguments.dry_run, arguments.minutes)
     if arguments.dry_run:
         codes = CodeCache(arguments.training.codes)
-        classes = len(codes.label_names or ())
-        title = f"prior {recipe or ('' if config else DEFAULT_RECIPE)}".rstrip()
+        num_classes = len(codes.label_names or ())
+        title = f"prior {recipe or ''}".rstrip()
         text, seconds = dry_run(
             title,
             arguments.training,
             len(codes.train),
-            lambda changed: time_prior_step(changed, codes.spec, classes),
+            lambda config: time_prior_step(config, codes.spec, num_classes),
         )
         print_once(f"{text}\n{format_total_time([seconds])}")
         return

@@ -1,64 +1,85 @@
-"""latentloom train-tokenizer: stage one."""
+"""latentloom train-tokenizer: train a tokenizer on images (stage one)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
-from latentloom.checks import check_apart, check_dry_run
+from latentloom.checks import check_dry_run, check_output_outside_data
 from latentloom.commands.arguments import (
+    TRAINING_GROUPS,
+    describe_defaults,
+    describe_recipes,
     parse,
-    peek,
-    recipe_and_config,
-    recipe_help,
+    peek_options,
+    peek_recipe_and_config,
     training_values,
 )
-from latentloom.commands.variants import explained, starting_point
+from latentloom.commands.option_help import WITHOUT_PREFIX
+from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import dry_run, format_total_time
 from latentloom.planning.overfit_batch import overfit_tokenizer
 from latentloom.planning.recipe_selection import select_recipes
 from latentloom.planning.step_timing import time_tokenizer_step
 from latentloom.planning.tokenizer_inputs import tokenizer_inputs
-from stage1_tokenizer.data.statistics import dataset_statistics
+from stage1_tokenizer.data.sources import ImageSource
+from stage1_tokenizer.data.statistics import DatasetStatistics, dataset_statistics
 from stage1_tokenizer.training_config import TokenizerTraining, parse_size
 from training_harness.processes import accelerated_device, print_once
+
+HELP_RECIPE = "vqgan-f4"
+"""Its values are the defaults in `--help` when there are no images to choose a recipe for."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    training: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
-    recipe: Annotated[
-        str | None, recipe_help("Configuration to start from, by default chosen from the images' size", "tokenizer")
-    ] = None
+    training: Annotated[TokenizerTraining, WITHOUT_PREFIX]
+    recipe: str | None = field(
+        default=None, metadata=describe_recipes("Recipe to start from", "tokenizer", "from the size of the images")
+    )
     config: Path | None = None
-    """YAML file whose fields replace those of --recipe where given; a run folder's config.yaml repeats that run."""
+    """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
     minutes: float | None = None
-    """Sets --max-steps once, at the start, to what fits into this time on this machine."""
+    """Time limit: sets --max-steps once, at the start, to what fits on this machine. (default: no limit)"""
     dry_run: bool = False
-    """Says what the run would take, and writes nothing."""
+    """Print the time and the memory that the run would take, and write nothing."""
     overfit_batch: bool = False
-    """Checks the set-up: trains on one batch alone, in a folder beside --output, and says whether it was learnt."""
+    """Check the set-up: train on one batch alone, in a folder beside --output, and print whether the loss fell."""
 
 
-def main(words: list[str]) -> None:
-    recipe, config = recipe_and_config(words)
+GROUPS = {"data": ("data", "resolution", "image_channels", "padding")} | TRAINING_GROUPS
+
+
+def main(argv: list[str]) -> None:
+    recipe, config = peek_recipe_and_config(argv)
     values = training_values("tokenizer", recipe, config)
-    if "resolution" not in values:
-        values = select_for_images(words, values, recipe, config)
-    training, words = starting_point(TokenizerTraining, values, words)
-    explain = partial(explained, training)
-    arguments = parse(Arguments, "train-tokenizer", words, Arguments(training), explain)
+    data: Any = peek_options(argv, "--data").get("--data", values.get("data"))
+    source = statistics = None
+    if data is not None and "resolution" not in values:
+        source = load_source(data)
+        statistics = dataset_statistics(source.train)
+        recipe, values = select_values_for_images(argv, source, statistics, recipe, config)
+    elif data is None and recipe is None and config is None:  # --help, or an error that the parser reports
+        recipe, values = HELP_RECIPE, training_values("tokenizer", HELP_RECIPE, None)
+    training, argv = draft_training(TokenizerTraining, values, argv)
+    arguments = parse(
+        Arguments,
+        "train-tokenizer",
+        argv,
+        GROUPS,
+        default=Arguments(training),
+        explain=partial(explain_unknown_option, training),
+        note=describe_defaults(recipe, config),
+    )
     check_dry_run(arguments.dry_run, arguments.minutes)
-    check_apart(arguments.training.output, arguments.training.data)
-    inputs = tokenizer_inputs(arguments.training, load_source(arguments.training.data))
+    check_output_outside_data(arguments.training.output, arguments.training.data)
+    inputs = tokenizer_inputs(arguments.training, source or load_source(arguments.training.data), statistics)
     training = inputs.config
     print_classes(inputs.source)
     if arguments.dry_run:
-        title, images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
-        text, seconds = dry_run(title, training, images, lambda config: time_tokenizer_step(config, inputs.model))
+        title, num_images = f"tokenizer {recipe or ''}".rstrip(), len(inputs.source.train)
+        text, seconds = dry_run(title, training, num_images, lambda config: time_tokenizer_step(config, inputs.model))
         print_once(f"{text}\n{format_total_time([seconds])}")
         return
     if arguments.overfit_batch:
@@ -70,21 +91,19 @@ def main(words: list[str]) -> None:
     )
 
 
-def select_for_images(
-    words: list[str], values: dict[str, Any], recipe: str | None, config: Path | None
-) -> dict[str, Any]:
-    """`values` with a size, and a recipe where none was given, that suit the images of --data."""
-    given = peek(words, "--data", "--resolution")
-    data = given.get("--data", values.get("data"))
-    if data is None:  # --help, or an error that the parser words better
-        return values
-    source = load_source(data)
-    size = parse_size(given["--resolution"]) if "--resolution" in given else None
-    choice = select_recipes(
-        dataset_statistics(source.train), len(source.train), accelerated_device().type, size=size, tokenizer=recipe
-    )
-    if recipe is None and config is None:
-        values = training_values("tokenizer", choice.tokenizer, None)
-    size_line, recipe_line, _ = choice.reasons
+def select_values_for_images(
+    argv: list[str], source: ImageSource, statistics: DatasetStatistics, recipe: str | None, config: Path | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Select a size, and a recipe if neither --recipe nor --config is given, and print the reasons.
+
+    Returns: The recipe, if there is one, and the values of the configuration.
+    """
+    resolution = peek_options(argv, "--resolution").get("--resolution")
+    size = None if resolution is None else parse_size(resolution)
+    device_type = accelerated_device().type
+    selection = select_recipes(statistics, len(source.train), device_type, size=size, tokenizer=recipe)
+    size_line, recipe_line, _ = selection.reasons
     print_once(f"{size_line}\n{recipe_line}" if config is None else size_line)
-    return values | {"resolution": f"{choice.size[0]}x{choice.size[1]}"}
+    recipe = selection.tokenizer if config is None else recipe
+    height, width = selection.size
+    return recipe, training_values("tokenizer", recipe, config, {"resolution": f"{height}x{width}"})

@@ -1,1 +1,1 @@
-"""What the package carries: a real data set and its classifier."""
+"""A data set of real images, and a classifier for its metrics."""

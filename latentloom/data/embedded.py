@@ -1,4 +1,4 @@
-"""What the package carries: a real data set and its judge."""
+"""The data set and the classifier that the package carries."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,14 +7,14 @@ FASHION_MNIST = "fashion-mnist-mini"
 
 
 def data_path(name: str) -> str:
-    """The path of an embedded data set, or the name as it is."""
-    return str(_folder(FASHION_MNIST)) if name == FASHION_MNIST else name
+    """Return the path of an embedded data set, or any other name unchanged."""
+    return str(_data_folder(FASHION_MNIST)) if name == FASHION_MNIST else name
 
 
 def classifier_path() -> Path:
-    """Weights of a classifier trained on all of Fashion-MNIST, for figures alone."""
-    return _folder("fashion-mnist-classifier")
+    """Return the folder of a classifier that was trained on all of Fashion-MNIST. Only metrics use it."""
+    return _data_folder("fashion-mnist-classifier")
 
 
-def _folder(name: str) -> Path:
+def _data_folder(name: str) -> Path:
     return Path(str(files("latentloom") / "data" / name))

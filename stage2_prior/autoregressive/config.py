@@ -15,16 +15,21 @@ class AutoregressiveModel:
     """The section `model` of a training configuration and of config.json."""
 
     hidden_size: int = 192
+    """Width of the transformer."""
     num_layers: int = 4
+    """Number of transformer blocks."""
     depth_layers: int = 2
     """Layers that predict the levels of a position one after another. Only residual codes use them."""
     num_heads: int = 4
+    """Number of attention heads."""
     num_key_value_heads: int | None = None
-    """Key and value heads. Fewer than num_heads means grouped-query attention with a smaller cache; default: num_heads."""
+    """Fewer than the heads for grouped-query attention, which needs a smaller cache. (default: as many as the heads)"""
     intermediate_size: int = 512
     """Width of SwiGLU, usually about 8 / 3 of the hidden size."""
     dropout: float = 0.0
+    """Dropout rate in the blocks."""
     qk_norm: bool = True
+    """Normalise queries and keys before attention."""
     tie_embeddings: bool = False
     """Whether the head shares the code embedding's weights."""
     positions: Literal["none", "1d", "2d"] = "2d"
@@ -32,7 +37,9 @@ class AutoregressiveModel:
     learned_positions: bool = False
     """Adds a learned vector for the position to predict, with or without rotary positions. It speeds up early training."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in each RMS norm."""
 
     def check(self) -> None:
         """Raise ConfigError for values that do not give a valid network."""

@@ -28,6 +28,7 @@ class SamplingOptions:
     guidance_schedule: GuidanceSchedule = "constant"
     """How the scale grows from 1 to `guidance_scale` during sampling; `constant` uses `guidance_scale` for all codes."""
     temperature: float = 1.0
+    """Divides the logits: below 1 samples are more typical, above 1 more diverse."""
     top_k: int = 0
     """Keeps the k most probable codes; 0 keeps all."""
     top_p: float = 1.0

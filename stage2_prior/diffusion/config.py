@@ -22,7 +22,9 @@ class DenoiserModel:
     name: str
     """Denoiser: dit is a transformer over patches; unet is a convolutional U-Net for small images and pixels."""
     hidden_size: int = 384
+    """Width of the denoiser; channels at the first resolution for a U-Net."""
     num_layers: int = 12
+    """Number of transformer blocks; blocks at each resolution for a U-Net."""
     schedule: Schedule = "flow"
     """Noise schedule: `flow` follows straight lines; linear, scaled-linear and cosine have 1,000 levels as in DDPM."""
     prediction: Prediction = "flow"
@@ -51,15 +53,21 @@ class DiTModel(DenoiserModel):
     patch_size: int = 1
     """Height and width of a patch, in latents. Each patch is one token."""
     num_heads: int = 6
+    """Number of attention heads."""
     intermediate_size: int = 1536
+    """Width of the feed-forward layers."""
     feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of the feed-forward layers."""
     norm: Literal["layer", "rms"] = "layer"
+    """Kind of the norms: layer norm or RMS norm."""
     qk_norm: bool = False
+    """Normalise queries and keys before attention."""
     positions: Literal["sincos", "2d"] = "sincos"
     """`sincos` adds sines and cosines to the tokens; `2d` uses rotary positions along rows and columns."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     mean_flow: MeanFlow | None = None
-    """Options of a mean flow, which samples in a few steps. Without them the prior is no mean flow."""
+    """Mean flow, for sampling in a few steps. Set one of its options, such as max_guidance, to use it. (default: none)"""
 
     def check(self, height: int, width: int) -> None:
         check_sizes(self, ("patch_size", "num_heads", "intermediate_size"))

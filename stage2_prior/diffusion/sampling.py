@@ -32,6 +32,7 @@ class DiffusionOptions:
     num_inference_steps: int = 25
     """Steps from noise to latents. Each takes one evaluation of the network; `heun` takes two, except in the last step."""
     sampler: SamplerName = "euler"
+    """Sampler that computes each step."""
     guidance_scale: float = 1.0
     """1 is the conditional model; above 1, samples are more typical of their class and less diverse."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

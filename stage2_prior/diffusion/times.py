@@ -21,9 +21,11 @@ BELOW_ONE = 1 - 2**-24  # above it, the inverse error function is infinite in fl
 @dataclass(frozen=True, kw_only=True)
 class TimesConfig:
     distribution: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of the times."""
     logit_mean: float = 0.0
     """Mean of logit-normal times; above 0 they are noisier."""
     logit_std: float = 1.0
+    """Standard deviation of the logits of logit-normal times."""
     min_snr_gamma: float = 0.0
     """Largest loss weight γ for times near the data, 5 in the paper; 0 gives all predictions the same weight."""
 

@@ -1,4 +1,4 @@
-"""A small set of real images, and the main job done on it once, for the tests of this folder to look at."""
+"""A small set of real images, and one run of the main job on it, for the tests of this folder."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from stage1_tokenizer.data.sources import open_source
 
 @pytest.fixture(scope="session", autouse=True)
 def rough_timing() -> Iterator[None]:
-    """How long a step takes is measured on one step in place of four."""
+    """Measure the time of a step on one step instead of four."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_timing, "WARM_UP_STEPS", 0)
         patch.setattr(step_timing, "MEASURED_STEPS", 1)
@@ -22,7 +22,7 @@ def rough_timing() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 of the embedded images as PNG files in a folder for each of the ten classes."""
+    """Write 200 of the embedded images as PNG files, in a folder for each of the ten classes."""
     folder = tmp_path_factory.mktemp("images") / "clothes"
     split = open_source(CHECKOUT / "latentloom" / "data" / "fashion-mnist-mini").train
     for i in range(200):
@@ -34,7 +34,7 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_job(rough_timing: None, real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `latentloom train` leaves of the real images reduced to 16×16; tests may look and never change it."""
+    """Run `latentloom train` on the real images at 16×16. Tests must not change the folder."""
     output = tmp_path_factory.mktemp("jobs") / "clothes"
     small = ["--resolution", 16, "--batch-size", 8, "--max-steps", 4, "--num-images", 20]
     assert latentloom("train", "--data", real_images, "--output", output, *small) == 0
@@ -43,5 +43,5 @@ def finished_job(rough_timing: None, real_images: Path, tmp_path_factory: pytest
 
 @pytest.fixture
 def job(finished_job: Path, tmp_path: Path) -> Path:
-    """A copy of the finished job that a test may change."""
+    """Copy the finished job, for a test that changes it."""
     return shutil.copytree(finished_job, tmp_path / "job")

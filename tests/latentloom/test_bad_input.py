@@ -1,4 +1,4 @@
-"""Bad input: one line that names the value and what to do, exit status 2, and nothing that was there is touched."""
+"""Bad input ends in one line with the value and what to do, exit status 2, and no changed file."""
 
 import shutil
 from pathlib import Path
@@ -8,16 +8,17 @@ import pytest
 from command_line import hash_files, latentloom, without_root_access
 from PIL import Image
 
-PIECES = {
+FILES = {
     "text.npz": "no archive",
     "invalid.yaml": "a: [",
     "list.yaml": "[1, 2]",
     "mistyped.yaml": "max_steps: ten",
     "unknown.yaml": "max_stepz: 3",
+    "later.yaml": "format: 99",
 }
-PIECES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
-PIECES |= {"project/config.yaml": "name: mine", "project/metrics.jsonl": '{"mine": 1}'}
-PIECES |= {"corrupt/a.png": "no picture", "corrupt/b.png": "nor this", "full/notes.txt": "mine", "notes.txt": "a file"}
+FILES |= {"codebook.yaml": "model: {codebook_size: 0}", "section.yaml": "model: 5", "noimage/notes.txt": "no picture"}
+FILES |= {"project/config.yaml": "name: mine", "project/metrics.jsonl": '{"mine": 1}'}
+FILES |= {"corrupt/a.png": "no picture", "corrupt/b.png": "nor this", "full/notes.txt": "mine", "notes.txt": "a file"}
 
 ARRAYS = {
     "floats.npz": {"arr_0": np.zeros((8, 16, 16, 3), np.float32)},
@@ -29,9 +30,9 @@ ARRAYS = {
 }
 
 
-def furnish(folder: Path, job: Path, images: Path) -> Path:
-    """What users have lying about: images, a job, and folders and files that are none."""
-    for name, text in PIECES.items():
+def write_user_files(folder: Path, job: Path, images: Path) -> Path:
+    """Write files that users may have: images, a job, and files and folders that are neither."""
+    for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
@@ -50,39 +51,39 @@ def furnish(folder: Path, job: Path, images: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared_place(finished_job: Path, real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return furnish(tmp_path_factory.mktemp("place"), finished_job, real_images)
+def user_files(finished_job: Path, real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_user_files(tmp_path_factory.mktemp("files"), finished_job, real_images)
 
 
 @pytest.fixture
-def furnished(shared_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, for commands that are refused and so leave it as it is."""
-    monkeypatch.chdir(shared_place)
-    return shared_place
+def shared_folder(user_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter a shared folder, for commands that are refused and so change nothing."""
+    monkeypatch.chdir(user_files)
+    return user_files
 
 
 @pytest.fixture
-def place(finished_job: Path, real_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, for a test that damages something."""
+def folder(finished_job: Path, real_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter a new folder, for a test that damages files."""
     monkeypatch.chdir(tmp_path)
-    return furnish(tmp_path, finished_job, real_images)
+    return write_user_files(tmp_path, finished_job, real_images)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], command: str) -> str:
-    """The line that a command is refused with, once all that a refusal promises was seen to hold."""
+    """Run a command that must be refused, check all that a refusal promises, and return its error line."""
     before = hash_files(Path.cwd())
     capsys.readouterr()
     status = latentloom(*command.split())
-    said = capsys.readouterr()
-    assert status == 2, said
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    assert said.err.endswith("\n")
+    printed = capsys.readouterr()
+    assert status == 2, printed
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.endswith("\n")
     assert hash_files(Path.cwd()) == before
-    return said.err.removeprefix("error: ")
+    return printed.err.removeprefix("error: ")
 
 
-# what is wrong → the command, and words that its line must hold: the value that was found, and what to do
+# What is wrong → the command, and two texts of its error line: the problem and the advice.
 TOKENIZER = "train-tokenizer --output new --data images"
 PRIOR = "train-prior --output new --codes job/codes --recipe ar-tiny"
 TRAIN = "train --output new --data images"
@@ -103,6 +104,7 @@ CASES = {
     "an unknown nested option": (f"{TOKENIZER} --model.code-size 3", "--model.code-size", "'--model.codebook-size'"),
     "a word too many": (f"{TRAIN} extra", "unknown argument 'extra'", "latentloom train --help"),
     "a required option left out": ("train --data images", "--output missing", "expected a value"),
+    "no options at all": ("train-prior", "--output and --codes missing", "latentloom train-prior --help"),
     "two required options left out": ("train", "--data and --output missing", "latentloom train --help"),
     "an option without its value": (f"{TOKENIZER} --config", "--config has no value", "expected one"),
     "a choice that is none": (f"{TOKENIZER} --model.quantizer.name fs", "'fs'", "did you mean 'fsq'"),
@@ -128,7 +130,12 @@ CASES = {
     "a mistyped value": (f"{TOKENIZER} --config mistyped.yaml", "max_steps is 'ten'", "expected int"),
     "a mistyped option": (f"{TOKENIZER} --max-steps ten", "--max-steps is 'ten'", "expected INT"),
     "a value for a section": (f"{TOKENIZER} --config section.yaml", "model is 5", "expected a section"),
-    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "correct the file"),
+    "a file of a later format": (
+        f"{TOKENIZER} --config later.yaml",
+        "later.yaml: format is 99",
+        "expected a whole number",
+    ),
+    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
     "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
     "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),
     "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
@@ -139,9 +146,9 @@ CASES = {
     ),
     "an empty codebook": (f"{TOKENIZER} --model.codebook-size 0", "model.codebook_size is 0", "expected at least 1"),
     "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
-    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one entry per level"),
-    "channels that no picture has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
-    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "attention contains 64", "1, 2, 4"),
+    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one a level"),
+    "channels that no image has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
+    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "model.attention names 64", "1, 2, 4"),
     "levels that do not multiply to K": (
         f"{TOKENIZER} --recipe fsq --model.codebook-size 500",
         "model.codebook_size is 500",
@@ -169,7 +176,7 @@ CASES = {
         "model.num_key_value_heads is 3 for 4 heads",
         "divides the heads",
     ),
-    "a mask without a picture": (
+    "a mask without an image": (
         "sample --pipeline job --mask-image mask.png",
         "mask_image was given without image",
         "give image=",
@@ -179,10 +186,10 @@ CASES = {
         "strength is 1.5",
         "expected a share",
     ),
-    "a picture to edit that is none": (
+    "an image to edit that is none": (
         "sample --pipeline job --image job/metrics.json",
         "metrics.json could not be read",
-        "expected a picture",
+        "expected an image",
     ),
     "nothing to inspect of a prior": (
         "inspect-prior --pipeline job --data images --num-samples 0",
@@ -245,19 +252,23 @@ CASES = {
         "config.json",
     ),
     "images to inspect that are missing": ("inspect-tokenizer --tokenizer job --data ./gone", "./gone", "expected"),
-    "nothing to evaluate": ("evaluate --reference images", "--pipeline, --tokenizer and --samples", "give what is"),
+    "nothing to evaluate": (
+        "evaluate --reference images",
+        "--pipeline, --tokenizer and --samples",
+        "give the one to measure",
+    ),
     "two things to evaluate": ("evaluate --reference images --pipeline job --tokenizer job", "expected one of", "give"),
     "a folder for a file": ("evaluate --reference images --pipeline job --output full", "--output is full", ".json"),
-    "another ending for the figures": (f"{EVALUATE} --output figures.txt", "--output is figures.txt", "figures.json"),
+    "another ending for the metrics": (f"{EVALUATE} --output metrics.txt", "--output is metrics.txt", "metrics.json"),
     "another ending for the samples": (f"{EVALUATE} --save-samples a.png", "--save-samples is a.png", "a.npz"),
     "features that are none": (f"{EVALUATE} --features vgg", "'vgg'", "efficientnet-lite0"),
-    "a judge for other images": (
+    "a classifier for other images": (
         f"{EVALUATE} --features classifier",
         "no classifier for these images",
         "efficientnet-lite0",
     ),
-    "fewer samples than figures need": ("evaluate --samples few.npz --reference images", "samples: 5", "at least 6"),
-    "fewer reference images than figures need": ("evaluate --pipeline job --reference mixed", "mixed: 1", "at least 6"),
+    "fewer samples than metrics need": ("evaluate --samples few.npz --reference images", "samples: 5", "at least 6"),
+    "fewer reference images than metrics need": ("evaluate --pipeline job --reference mixed", "mixed: 1", "at least 6"),
     "samples of mixed sizes": ("evaluate --samples mixed --reference images", "2 sizes", "expected one"),
     "samples of another size": ("evaluate --samples large.npz --reference images", "28×28", "32×32"),
     "samples that are no images": ("evaluate --samples other.npz --reference images", "other.npz", "arr_0"),
@@ -324,16 +335,20 @@ CASES = {
     "a run among its own images": ("train --data images --output images/run", "inside --data images", "elsewhere"),
     "a run of one stage among its images": (f"{TOKENIZER} --output images/run", "inside --data images", "elsewhere"),
     "codes in the current folder": ("tokenize --tokenizer job --data images --output .", "--output is .", "codes"),
-    "figures in the current folder": (f"{EVALUATE} --output .", "--output is .", "such as figures.json"),
+    "metrics in the current folder": (f"{EVALUATE} --output .", "--output is .", "such as metrics.json"),
     "a dry run of so many minutes": (f"{TRAIN} --dry-run --minutes 3", "--dry-run was given with --minutes", "one of"),
     "a size of other digits": (f"{TRAIN} --resolution ²", "--resolution is ²", "such as 64"),
     "a learning rate that ends below zero": (f"{PRIOR} --schedule.final -3", "schedule.final is -3", "in [0, 1]"),
     "samples of a tokenizer": (
         "evaluate --tokenizer job --reference images --save-samples a.npz",
-        "a tokenizer draws no samples",
+        "a tokenizer generates no samples",
         "leave them out",
     ),
-    "samples of which one is broken": ("evaluate --samples torn --reference images", "torn cannot be read", "mend or"),
+    "samples of which one is broken": (
+        "evaluate --samples torn --reference images",
+        "torn cannot be read",
+        "repair or",
+    ),
     "a prior's run for a tokenizer": (
         "tokenize --tokenizer job/prior --data images --output new",
         "the model type in job/prior/model is 'latentloom-autoregressive'",
@@ -347,16 +362,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("command", "found", "remedy"), CASES.values(), ids=CASES.keys())
-def test_bad_input_is_refused_in_one_line_and_leaves_everything_as_it_was(
-    command: str, found: str, remedy: str, furnished: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "problem", "advice"), CASES.values(), ids=CASES.keys())
+def test_bad_input_is_refused_in_one_line_and_changes_no_file(
+    command: str, problem: str, advice: str, shared_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal(capsys, command)
-    assert found in line
-    assert remedy in line
+    assert problem in line
+    assert advice in line
 
 
-def test_a_class_name_that_is_nearly_right_is_suggested(furnished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_for_a_misspelt_class_suggests_the_nearest_one(
+    shared_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert latentloom("sample", "--pipeline", "job", "--output", "new", "--classes", "clas 3") == 2
     assert "no class 'clas 3'; did you mean 'class 3'?" in capsys.readouterr().err
 
@@ -372,10 +389,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("how", ["missing", "cut short", "empty"])
 @pytest.mark.parametrize("file", DAMAGED)
-def test_a_pipeline_with_a_file_missing_or_cut_short_is_refused(
-    file: str, how: str, place: Path, capsys: pytest.CaptureFixture[str]
+def test_a_pipeline_with_a_missing_or_truncated_file_is_refused(
+    file: str, how: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = place / "job" / "pipeline" / file
+    path = folder / "job" / "pipeline" / file
     content = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -389,8 +406,10 @@ def test_a_pipeline_with_a_file_missing_or_cut_short_is_refused(
 
 
 @pytest.mark.parametrize("how", ["missing", "cut short", "altered"])
-def test_a_torn_shard_of_codes_is_refused_by_name(how: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = place / "job" / "codes" / "train-00000.arrow"
+def test_the_error_for_a_damaged_shard_of_codes_names_the_shard(
+    how: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = folder / "job" / "codes" / "train-00000.arrow"
     content = shard.read_bytes()
     if how == "missing":
         shard.unlink()
@@ -403,46 +422,46 @@ def test_a_torn_shard_of_codes_is_refused_by_name(how: str, place: Path, capsys:
     assert "latentloom tokenize" in line
 
 
-def test_codes_of_another_tokenizer_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both ways round: a cache that another tokenizer wrote is not overwritten, and a mixed pipeline does not load."""
+def test_codes_of_another_tokenizer_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache of another tokenizer is not overwritten, and a pipeline with another tokenizer does not load."""
     config = "job/tokenizer/config.yaml"
     assert latentloom("train-tokenizer", "--config", config, "--output", "other", "--seed", 1) == 0
     line = refusal(capsys, "tokenize --tokenizer other --data images --output job/codes")
     assert "job/codes holds a code cache with another spec" in line
     assert "choose another --output" in line
-    shutil.rmtree(place / "job" / "pipeline" / "tokenizer")
-    shutil.copytree(place / "other" / "model", place / "job" / "pipeline" / "tokenizer")
+    shutil.rmtree(folder / "job" / "pipeline" / "tokenizer")
+    shutil.copytree(folder / "other" / "model", folder / "job" / "pipeline" / "tokenizer")
     line = refusal(capsys, "sample --pipeline job/pipeline --output new")
     assert "tokenizer_id" in line
     assert "train a prior on these codes" in line
 
 
-def test_a_prior_does_not_go_on_with_the_codes_of_another_tokenizer(
-    place: Path, capsys: pytest.CaptureFixture[str]
+def test_a_prior_run_does_not_continue_with_the_codes_of_another_tokenizer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder of codes is the same by name, and so is the configuration."""
+    """The folder of codes has the same name, and the configuration is the same."""
     assert latentloom(*PRIOR.split(), "--max-steps", 1) == 0
     assert latentloom("train-tokenizer", "--config", "job/tokenizer/config.yaml", "--output", "other", "--seed", 1) == 0
-    shutil.rmtree(place / "job" / "codes")
+    shutil.rmtree(folder / "job" / "codes")
     assert latentloom("tokenize", "--tokenizer", "other", "--data", "images", "--output", "job/codes") == 0
     capsys.readouterr()
-    before = hash_files(place / "new" / "model")
+    before = hash_files(folder / "new" / "model")
     assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
-    assert "contains a run on other codes (of another tokenizer or other images)" in capsys.readouterr().err
-    assert hash_files(place / "new" / "model") == before
+    assert "holds a run on other codes: of another tokenizer or other images" in capsys.readouterr().err
+    assert hash_files(folder / "new" / "model") == before
 
 
-def test_a_refused_configuration_does_not_take_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else the mended command would be told that the folder holds another configuration."""
+def test_a_refused_configuration_does_not_take_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the corrected command would fail, because the folder held another configuration."""
     refusal(capsys, f"{PRIOR} --model.hidden-size 30")
     assert latentloom(*PRIOR.split(), "--max-steps", 1) == 0
 
 
 @pytest.mark.parametrize("command", [TOKENIZER, PRIOR, "tokenize --tokenizer job --data images --output new"])
-def test_a_place_that_may_not_be_written_is_named(
-    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+def test_the_error_for_a_folder_without_write_permission_names_it(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "locked").mkdir(mode=0o500)
+    (folder / "locked").mkdir(mode=0o500)
     with without_root_access():
         line = refusal(capsys, f"{command} --output locked/new")
     assert "locked" in line
@@ -450,27 +469,27 @@ def test_a_place_that_may_not_be_written_is_named(
 
 
 @pytest.mark.parametrize("stage", ["train-tokenizer --data images", "train-prior --codes job/codes"])
-def test_checkpoints_that_may_no_longer_be_written_end_the_run_in_one_line_and_those_there_stay_whole(
-    stage: str, place: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failed_checkpoint_ends_the_run_in_one_line_and_keeps_the_earlier_checkpoints(
+    stage: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"{stage} --output new --batch-size 4 --checkpoint-every 2 --sample-every 2"
     assert latentloom(*command.split(), "--max-steps", 2) == 0
-    folder = place / "new" / "checkpoints"
-    before = hash_files(folder)
-    folder.chmod(0o500)
+    checkpoints = folder / "new" / "checkpoints"
+    before = hash_files(checkpoints)
+    checkpoints.chmod(0o500)
     with without_root_access():
         assert latentloom(*command.split(), "--max-steps", 4) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the checkpoint of step 4 could not be saved" in line
     assert "Permission denied" in line
-    assert "the newest complete one is of step 2" in line
-    assert hash_files(folder) == before
-    folder.chmod(0o700)
+    assert "the newest whole one is of step 2" in line
+    assert hash_files(checkpoints) == before
+    checkpoints.chmod(0o700)
     assert latentloom(*command.split(), "--max-steps", 4) == 0
 
 
-def test_a_disk_that_is_full_is_one_line_too(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_an_error_of_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

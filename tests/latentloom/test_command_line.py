@@ -1,4 +1,4 @@
-"""The command line: what it answers quickly, lists, prints once, and keeps to itself."""
+"""The command line: help, imports, errors and output."""
 
 import importlib
 import re
@@ -19,7 +19,7 @@ from training_harness.errors import UserError
 
 CLI = ("-m", "latentloom.cli")
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy", "tyro")
-SHARED = {"arguments", "sampling-arguments", "variants"}  # by several verbs
+SHARED = {"arguments", "option-help", "sampling-arguments", "variants"}  # used by several verbs
 OPTIONS = {
     "quickstart": "--prior --output --minutes --max-steps --seed --num-images",
     "train": "--data --output --recipe --tokenizer-recipe --max-steps --checkpoint-every --seed --resolution "
@@ -46,7 +46,7 @@ def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
         f"print(status, sorted(set({HEAVY}) & set(sys.modules)))"
     )
     seconds = []
-    for _ in range(3):  # the fastest of three: the claim is about the command, not about what else runs here
+    for _ in range(3):  # the fastest of three, because other programs may run at the same time
         begin = time.perf_counter()
         done = run_python("-c", program)
         seconds.append(time.perf_counter() - begin)
@@ -69,7 +69,7 @@ def test_no_verb_imports_datasets_or_matplotlib_before_it_needs_them() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_table_of_verbs_is_that_of_the_modules() -> None:
+def test_every_verb_has_a_module_and_every_module_a_verb() -> None:
     folder = CHECKOUT / "latentloom" / "commands"
     modules = {path.stem.replace("_", "-") for path in folder.glob("*.py")} - {"--init--", *SHARED}
     assert modules == set(VERBS) == set(OPTIONS)
@@ -107,32 +107,32 @@ def test_help_shows_the_defaults_of_the_recipe_that_was_named(capsys: pytest.Cap
         assert f"extends a finished run. (default: {recipe_values(name, 'prior')['max_steps']})" in listed
 
 
-def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_equals_the_version_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
     assert latentloom("--version") == 0
     assert capsys.readouterr().out == f"latentloom {__version__}\n"
     assert tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"] == __version__
 
 
-def test_debug_shows_where_an_error_comes_from() -> None:
-    """That nothing else does is part of every claim in test_bad_input."""
+def test_debug_shows_the_traceback_of_an_error() -> None:
+    """test_bad_input checks that errors have no traceback without --debug."""
     with pytest.raises(UserError, match=r"no pipeline at \./nowhere"):
         latentloom("sample", "--pipeline", "./nowhere", "--output", "./nowhere-either", "--debug")
     with pytest.raises(UserError, match="unknown verb 'smaple'"):
         latentloom("--debug", "smaple")
 
 
-def test_of_many_processes_one_speaks(
+def test_only_the_main_process_prints(
     finished_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--config", str(finished_job / "prior" / "config.yaml")]
-    for rank, said in (("0", True), ("1", False)):
+    for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         train_prior.main(words)
-        assert bool(capsys.readouterr().out) == said
+        assert bool(capsys.readouterr().out) == prints
 
 
-def test_long_work_is_quiet_where_no_one_watches(real_images: Path, tmp_path: Path) -> None:
-    """Without a terminal neither our bars nor those, warnings and advice of the libraries below fill a log."""
+def test_training_prints_no_progress_bars_without_a_terminal(real_images: Path, tmp_path: Path) -> None:
+    """Progress bars, warnings and advice of libraries do not fill a log either."""
     words = ["train", "--data", real_images, "--output", tmp_path / "job", "--resolution", 16, "--batch-size", 8]
     done = run_python(*CLI, *words, "--max-steps", 1, "--num-images", 20)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,9 @@ def test_long_work_is_quiet_where_no_one_watches(real_images: Path, tmp_path: Pa
     assert "\r" not in done.stdout
 
 
-def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_explains_how_to_continue(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
@@ -149,9 +151,9 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err.startswith("interrupted; run the same command again")
 
 
-def test_the_script_is_the_module() -> None:
+def test_the_script_equals_the_module() -> None:
     script = Path(sys.executable).with_name("latentloom")
     if not script.exists():
         pytest.skip("latentloom is not installed beside this Python")
-    said = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert said == run_python(*CLI, "--help").stdout
+    printed = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert printed == run_python(*CLI, "--help").stdout

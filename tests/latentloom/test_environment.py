@@ -1,4 +1,4 @@
-"""Commands work in the surroundings that users have: launchers, terminals, other packages, read-only folders."""
+"""Commands work in the environments of users: launchers, terminals, other packages, read-only folders."""
 
 import os
 import subprocess
@@ -9,34 +9,34 @@ import pytest
 from command_line import CHECKOUT, latentloom
 from PIL import Image
 
-from latentloom.environment import ignore_incomplete_launcher
+from latentloom.environment import remove_incomplete_launcher_variables
 from latentloom.jobs.evaluation import features_folder
 from latentloom.jobs.evaluation_plots import plot_metrics_by_class
 
-WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ALL_VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("variables", "is_complete"),
     [
         ({"RANK": "1"}, False),
         ({"LOCAL_RANK": "0"}, False),
         ({"WORLD_SIZE": "4", "RANK": "0"}, False),
-        (WHOLE | {"RANK": "2"}, False),
-        (WHOLE | {"LOCAL_RANK": "1"}, True),
+        (ALL_VARIABLES | {"RANK": "2"}, False),
+        (ALL_VARIABLES | {"LOCAL_RANK": "1"}, True),
     ],
 )
-def test_launcher_variables_count_only_when_a_launcher_set_them_all(
-    given: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_launcher_variables_are_removed_unless_all_are_set(
+    variables: dict[str, str], is_complete: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (*WHOLE, "LOCAL_RANK"):
+    for name in (*ALL_VARIABLES, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    ignore_incomplete_launcher()
-    assert {name for name in given if name in os.environ} == (set(given) if kept else set())
+    remove_incomplete_launcher_variables()
+    assert {name for name in variables if name in os.environ} == (set(variables) if is_complete else set())
     printed = capsys.readouterr().err
-    assert all(name in printed for name in given) != kept
+    assert all(name in printed for name in variables) != is_complete
 
 
 def python(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def python(folder: Path, *words: str, **environment: str) -> subprocess.Complete
     )
 
 
-def test_a_package_of_the_user_named_like_one_of_ours_hides_neither(tmp_path: Path) -> None:
+def test_a_package_in_the_current_folder_with_the_name_of_one_of_ours_works_beside_it(tmp_path: Path) -> None:
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines" / "__init__.py").write_text("mine = True")
     done = python(tmp_path, "-m", "latentloom", "sample", "--pipeline", "./none")
@@ -64,13 +64,13 @@ def test_a_package_of_the_user_named_like_one_of_ours_hides_neither(tmp_path: Pa
     assert python(tmp_path, "-c", "import pipelines; print(pipelines.mine)").stdout == "True\n"
 
 
-def test_characters_that_the_terminal_does_not_know_are_shown_as_escapes(tmp_path: Path) -> None:
+def test_characters_outside_the_encoding_of_the_terminal_are_printed_as_escapes(tmp_path: Path) -> None:
     done = python(tmp_path, "-m", "latentloom", "sample", "--pipeline", "./ключ", PYTHONIOENCODING="ascii")
     assert done.returncode == 2
     assert "no pipeline at ./\\u043a" in done.stderr
 
 
-def test_a_cache_folder_that_cannot_be_used_is_replaced(
+def test_an_unusable_cache_folder_is_replaced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -80,7 +80,7 @@ def test_a_cache_folder_that_cannot_be_used_is_replaced(
     assert str(folder) in capsys.readouterr().out
 
 
-def test_class_names_of_any_characters_stand_in_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_accept_class_names_of_any_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://of_another_machine")
     names = ["$x^{", "_private", "two\nlines", "猫", "caf\udce9", "$a$", ""]
     metrics = {"frechet": 1.0, "floor": None, "by_class": {name: {"frechet": i + 1.0} for i, name in enumerate(names)}}
@@ -88,7 +88,7 @@ def test_class_names_of_any_characters_stand_in_plots(tmp_path: Path, monkeypatc
     assert Image.open(tmp_path / "plot.png").size[1] > 100
 
 
-def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     assert latentloom("sample", "--pipeline=~/none", "--output=~/out") == 2

@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands there, the long ones with fewer steps."""
+"""Every command of the README runs unchanged; the long ones run with fewer steps."""
 
 import re
 import shlex
@@ -38,11 +38,11 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
 ) -> None:
     shutil.copytree(real_images, tmp_path / "my_images")
     monkeypatch.chdir(tmp_path)
-    ran = []
+    verbs = []
     with StandInHub() as hub:
         for _, verb, *words in (command for command in commands() if command[0] == "latentloom"):
-            ran.append(verb)
-            if verb == "push":  # the Hub's address is read when its client is imported
+            verbs.append(verb)
+            if verb == "push":  # its client reads the address of the Hub when it is imported
                 words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
                 environment = hub.environment(tmp_path / "home")
                 done = run_python("-m", "latentloom.cli", verb, *words, **environment)
@@ -50,7 +50,7 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
             else:
                 assert latentloom(verb, *words, *SHORTER.get(verb, [])) == 0, verb
         assert set(hub.repos) == {"me/my-generator"}
-    assert set(ran) == {
+    assert set(verbs) == {
         "train", "train-tokenizer", "tokenize", "train-prior", "sample", "reconstruct", "evaluate", "push",
         "report", "inspect-tokenizer", "inspect-prior", "sweep",
     }  # fmt: skip
@@ -59,23 +59,23 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
 def test_the_readmes_python_runs(finished_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    for written, here in (
+    for text, replacement in (
         ("runs/quickstart/pipeline", str(finished_job / "pipeline")),
         ("Sneaker", "class 7"),
         ("Dress", "class 3"),
     ):
-        assert written in code
-        code = code.replace(written, here)
+        assert text in code
+        code = code.replace(text, replacement)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "sneaker.png").is_file()
 
 
-def test_the_readmes_make_targets_exist_and_no_other_command_is_left_untested() -> None:
+def test_the_readmes_make_targets_exist_and_every_other_command_is_tested() -> None:
     targets = {command[1] for command in commands() if command[0] == "make"}
     assert targets == {"quickstart", "test"}
     assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE) for target in targets)
     others = [command for command in commands() if command[0] not in ("make", "latentloom")]
-    assert others == [["pip", "install", "."]]  # test_wheel.py builds and uses what this installs
+    assert others == [["pip", "install", "."]]  # test_wheel.py tests the installed package
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The wheel: the five packages with recipes, embedded data and judge, at work far from the checkout."""
+"""The wheel: the five packages with recipes, data and classifier work outside the checkout."""
 
 import os
 import subprocess
@@ -33,8 +33,8 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def away(unpacked: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in another folder, with the unpacked wheel in front of an installed checkout."""
+def run_python(unpacked: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in another folder, with the unpacked wheel before an installed checkout."""
     environment = os.environ | {"PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
@@ -52,11 +52,11 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(unpacked: Path) -> N
     )
     if tracked.returncode:
         pytest.skip("no git checkout to compare the wheel with")
-    held = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
-    assert {path for path in held if ".dist-info/" not in path} == set(tracked.stdout.split())
+    wheel_files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    assert {path for path in wheel_files if ".dist-info/" not in path} == set(tracked.stdout.split())
 
 
-def test_the_wheel_holds_recipes_data_judge_and_licences(unpacked: Path) -> None:
+def test_the_wheel_holds_recipes_data_classifier_and_licences(unpacked: Path) -> None:
     data = unpacked / "latentloom" / "data"
     assert {path.name for path in (data / "fashion-mnist-mini").iterdir()} >= {
         "train.parquet",
@@ -74,8 +74,8 @@ def test_the_wheel_holds_recipes_data_judge_and_licences(unpacked: Path) -> None
     assert "latentloom = latentloom.cli:main" in (information / "entry_points.txt").read_text()
 
 
-def test_the_wheel_is_small_enough_to_download_without_a_thought(wheel: Path) -> None:
-    assert wheel.stat().st_size < 10e6  # 8 MB of images, 2 MB of judge at most
+def test_the_wheel_is_smaller_than_10_megabytes(wheel: Path) -> None:
+    assert wheel.stat().st_size < 10e6  # at most 8 MB of images and 2 MB of classifier
 
 
 def test_the_wheel_finds_its_own_data_from_another_folder(unpacked: Path, tmp_path: Path) -> None:
@@ -86,22 +86,22 @@ from latentloom import open_source
 from latentloom.cli import main
 from pipelines import ReferenceClassifier
 source = open_source(data_path("fashion-mnist-mini"))
-judge = ReferenceClassifier.from_pretrained(classifier_path())
-print(latentloom.__file__, len(source.train) + len(source.validation), len(source.held_out), judge.config.num_labels, sep="\\n")
+labels = ReferenceClassifier.from_pretrained(classifier_path()).config.num_labels
+print(latentloom.__file__, len(source.train) + len(source.validation), len(source.held_out), labels, sep="\\n")
 main(["quickstart", "--help"])
 """
-    done = away(unpacked, tmp_path, "-c", program)
+    done = run_python(unpacked, tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
-    where, *counts, helped = done.stdout.split("\n", 4)
-    assert Path(where) == unpacked / "latentloom" / "__init__.py"
+    file, *counts, help_text = done.stdout.split("\n", 4)
+    assert Path(file) == unpacked / "latentloom" / "__init__.py"
     assert list(map(int, counts)) == [10_000, 2_000, 10]  # training images, test images, classes
-    assert "runs/quickstart" in helped
+    assert "runs/quickstart" in help_text
 
 
 @pytest.mark.slow
 def test_quickstart_runs_from_the_wheel_in_another_folder(unpacked: Path, tmp_path: Path) -> None:
     words = ["quickstart", "--max-steps", "2", "--num-images", "20", "--output", "quick"]
-    done = away(unpacked, tmp_path, "-m", "latentloom.cli", *words)
+    done = run_python(unpacked, tmp_path, "-m", "latentloom.cli", *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "quick" / "metrics.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"quick"}
