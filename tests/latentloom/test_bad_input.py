@@ -168,7 +168,7 @@ CASES = {
     "random orders without learnt positions": (
         f"{PRIOR} --order.random 0.5 --model.no-learned-positions",
         "model.learned_positions is false",
-        "expected model.learned_positions to be true",
+        "expected learned positions. Pass `--model.learned-positions`",
     ),
     "a share of orders beyond 1": (f"{PRIOR} --order.random 1.5", "order.random is 1.5", "expected a share"),
     "heads that do not share keys evenly": (

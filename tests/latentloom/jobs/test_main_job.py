@@ -374,7 +374,7 @@ def test_train_writes_a_pipeline_that_restores_images(
     assert latentloom(*evaluate, "--output", tmp_path / "metrics.json") == 0
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["restored_psnr"] > 0
     assert latentloom(*sample, "--output", tmp_path / "none") == 2
-    assert "was given none; expected image= or --image" in capsys.readouterr().err
+    assert "no image was passed; expected one. Pass `image=` or `--image`" in capsys.readouterr().err
 
 
 def test_train_takes_a_flat_folder_without_labels(real_images: Path, tmp_path: Path) -> None:
