@@ -125,7 +125,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {OURS: our_network, PEER: their_net
 
 def as_written() -> Any:
     """Within it our upsamplings are convolutions of enlarged maps, as VQModel's are and as they are where products are rounded."""
-    return patch("stage1_tokenizer.networks.blocks.convolution_in_bf16", return_value=True)
+    return patch("stage1_tokenizer.networks.blocks.uses_bf16_convolution", return_value=True)
 
 
 def flop_a_step(network: Network) -> int:

@@ -97,7 +97,7 @@ def _run_trials(plan: Plan, prepare: Callable[[], Train]) -> list[TrialResult]:
         again = "run the same command again to go on" if best_of(done) else "give more --minutes or fewer --max-steps"
         print_once(f"{plan.minutes:g} minutes were over after {len(done)} of {plan.trials} trials; {again}")
     except (Interrupted, KeyboardInterrupt) as stopped:
-        number = getattr(stopped, "number", signal.SIGINT)
+        number = getattr(stopped, "signal_number", signal.SIGINT)
         held = f"; the best so far is in {plan.folder / 'best.yaml'}" if best_of(done) else ""
         raise Interrupted(
             number,
