@@ -98,9 +98,8 @@ class Run(RunLogging, RunCheckpointing):
                 self.step = step
                 bar.update(images_per_step)
                 self._stop_if_requested(stop_request)
-            if (
-                self.step and newest_step(self.folder) > self.step
-            ):  # resumed from the last step: delete later checkpoints
+            # After resuming from the last step, this deletes later checkpoints.
+            if self.step and newest_step(self.folder) > self.step:
                 self.checkpoint(self.step)
             for tracker in self.accelerator.trackers:
                 tracker.finish()
