@@ -31,7 +31,7 @@ WEIGHT_DECAY = 5e-4
 MAX_SHIFT = 2
 
 README = """\
-# The judge of the embedded Fashion-MNIST set
+# The reference classifier of the embedded Fashion-MNIST set
 
 A convolutional classifier ({parameters:,} parameters) of 28×28 grey images, classes in the original order. It gives the
 class agreement of generated images; their Fréchet distance (which is not FID) and recall are measured in its {width}
