@@ -129,7 +129,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {OURS: build_our_network, PEER: bui
 
 def upsample_by_convolution() -> Any:
     """Make our blocks upsample by a convolution of enlarged maps, as VQModel does and as ours do with reduced precision."""
-    return patch("stage1_tokenizer.networks.blocks.convolution_in_bf16", return_value=True)
+    return patch("stage1_tokenizer.networks.blocks.uses_bf16_convolution", return_value=True)
 
 
 def count_step_flop(network: Network) -> int:

@@ -26,4 +26,4 @@ def stored_features(folder: Path, features: Tensor) -> FeatureFile:
 
 def set_slice_size(rows: int, module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Make `module` read `rows` rows at a time."""
-    patch.setattr(module, "slices", partial(iterate_slices, size=rows))
+    patch.setattr(module, "iterate_slices", partial(iterate_slices, size=rows))

@@ -6,7 +6,7 @@ from pathlib import Path
 from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect_tokenizer
-from latentloom.inspection.tokenizer_page import InspectedTokenizer, summarize, tokenizer_page
+from latentloom.inspection.page import InspectedTokenizer, summarize, tokenizer_page
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.feature_files import random_positions
 from stage1_tokenizer.data.image_loader import ImageLoader

@@ -8,8 +8,8 @@ import tyro
 
 from latentloom.checks import check_html_output
 from latentloom.commands.arguments import parse
+from latentloom.report.page import report_page
 from latentloom.report.reading import read_job
-from latentloom.report.report_page import report_page
 from training_harness.files import write_text
 
 

@@ -112,7 +112,7 @@ def _run_trials(plan: SearchPlan, prepare: Callable[[], TrainTrial]) -> list[Tri
         )
         print_once(f"{plan.minutes:g} minutes were over after {len(results)} of {plan.trials} trials; {advice}")
     except (Interrupted, KeyboardInterrupt) as interruption:
-        number = getattr(interruption, "number", signal.SIGINT)
+        number = getattr(interruption, "signal_number", signal.SIGINT)
         best = f"; the best so far is in {plan.folder / 'best.yaml'}" if find_best_trial(results) else ""
         raise Interrupted(
             number,

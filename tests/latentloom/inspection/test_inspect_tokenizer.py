@@ -465,7 +465,7 @@ def allow_scripts(text: str) -> str:
 def test_a_browser_shows_every_image_and_the_page_does_not_scroll_sideways(
     width: int, page_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(html_pages, "LAST", PROBE)
+    monkeypatch.setattr(html_pages, "PROBE_SCRIPT", PROBE)
     observed, console = open_in_browser(page_path, allow_scripts, width)
     assert console == []
     assert observed["wrong"] == []

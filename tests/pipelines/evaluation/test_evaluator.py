@@ -186,7 +186,7 @@ def test_lpips_and_ssim_are_none_for_images_that_are_too_small(
         requested_devices.append(device)
         return lambda images, references: torch.full((len(images),), 0.25)
 
-    monkeypatch.setattr("pipelines.evaluation.tokenizer_metrics.lpips_distance", constant_lpips)
+    monkeypatch.setattr("pipelines.evaluation.tokenizer_metrics.load_lpips_distance", constant_lpips)
 
     def compute_metrics(side: int) -> dict[str, Any]:
         tokenizer = tiny_tokenizer(image_size=(side, side), content_size=(side, side))
