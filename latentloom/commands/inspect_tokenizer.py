@@ -56,7 +56,7 @@ def write_page(arguments: Arguments) -> None:
         name=arguments.tokenizer,
         data=arguments.data,
         split="validation" if source.test is None else "test",
-        available=len(split),
+        num_available=len(split),
         seed=arguments.seed,
     )
     write_text(arguments.output, tokenizer_page(subject, inspection))
