@@ -203,10 +203,10 @@ def test_the_code_cache_of_a_tokenizer_without_a_codebook_has_latents(tmp_path):
         ({"blocks": (0, -1, 1)}, "0 or more blocks at each level"),
         ({"latent_channels": 0}, "model.latent_channels is 0"),
         ({"codebook_size": 0}, "model.codebook_size is 0"),
-        ({"prior": "standard_normal"}, "unknown field 'model.prior' for the model vqgan; expected it with kl alone"),
+        ({"prior": "standard_normal"}, "unknown field 'model.prior' for the model vqgan; expected it only with kl"),
         (
             {"name": "kl", "codebook_size": 8},
-            "unknown field 'model.codebook_size' for the model kl; expected it with vqgan alone",
+            "unknown field 'model.codebook_size' for the model kl; expected it only with vqgan",
         ),
         ({"name": "vae"}, "model.name is 'vae'; expected one of: vqgan, kl, identity"),
     ],

@@ -335,7 +335,7 @@ def test_a_kmeans_codebook_is_closer_to_the_first_batch() -> None:
             {"name": "vq", "levels": (8, 5)},
             40,
             2,
-            "'model.quantizer.levels' for the quantizer vq; expected it with fsq alone",
+            "'model.quantizer.levels' for the quantizer vq; expected it only with fsq",
         ),
         (
             {"name": "vq", "level": 3},
@@ -347,7 +347,7 @@ def test_a_kmeans_codebook_is_closer_to_the_first_batch() -> None:
         ({"name": "fsq", "levels": (8, 1)}, 8, 2, "two or more values"),
         ({"name": "lfq"}, 500, 9, "expected 2^channels codes"),
         ({"name": "bsq"}, 512, 8, "Use 512 and 9"),
-        ({"name": "lfq", "normalize": True}, 512, 9, "for the quantizer lfq; expected it with ema, vq, residual alone"),
+        ({"name": "lfq", "normalize": True}, 512, 9, "for the quantizer lfq; expected it only with ema, vq, residual"),
         ({"name": "simvq", "gradient": "rotation"}, 512, 9, "'model.quantizer.gradient' for the quantizer simvq"),
         ({"usage_decay": 1.5}, 512, 9, "model.quantizer.usage_decay is 1.5"),
         ({"restart_threshold": -0.1}, 512, 9, "restart_threshold is -0.1"),

@@ -186,7 +186,7 @@ def test_spans_end_at_the_earlier_time_and_a_share_of_them_has_length_0() -> Non
     [
         (
             {"denoiser": "unet", "channel_multipliers": (1, 2)},
-            "'model.mean_flow' for the model unet; expected it with dit alone",
+            "'model.mean_flow' for the model unet; expected it only with dit",
         ),
         ({"prediction": "v_prediction"}, "expected flow and flow"),
         ({"max_guidance": 0.5}, "max_guidance is 0.5"),
