@@ -32,8 +32,12 @@ def step_count(recipe: str) -> int:
     return STEPS_OF_LARGE_RECIPES.get(recipe, 10)
 
 
-def compute_losses(stage: str, recipe: str, folder: Path) -> list[dict[str, float]]:
-    """Train the first steps of a recipe; return the loss terms of each step by name."""
+class EnoughSteps(Exception):  # noqa: N818 - ends a run; not an error
+    pass
+
+
+def compute_losses(stage: str, recipe: str, folder: Path, stop_after: int | None = None) -> list[dict[str, float]]:
+    """Train the first steps of a recipe, all or `stop_after`; return the loss terms of each step by name."""
     steps = step_count(recipe)
     size = min(
         64, 4 * 2 ** (len(recipe_values(recipe, stage)["model"].get("channels", [1, 1])) - 1)
@@ -47,6 +51,8 @@ def compute_losses(stage: str, recipe: str, folder: Path) -> list[dict[str, floa
         step_losses.append(
             {name: torch.as_tensor(value).item() for name, value in values.items() if name != "learning_rate"}
         )
+        if step == stop_after:
+            raise EnoughSteps
         original_log(run, step, values)
 
     torch.set_num_threads(1)
@@ -68,6 +74,8 @@ def compute_losses(stage: str, recipe: str, folder: Path) -> list[dict[str, floa
                 degradation=values.get("degradation", "none"),
             )
             run_prior(parse_prior_training(values))
+    except EnoughSteps:
+        pass
     finally:
         Run.log = original_log  # type: ignore[method-assign]
         torch.set_num_threads(threads)

@@ -18,6 +18,8 @@ from urllib.request import Request as HTTPRequest
 import pytest
 from hub_stand_in import TOKEN, StandInHub
 
+pytestmark = pytest.mark.slow  # of the stand-in only: what the project does with a Hub is tested in test_hub
+
 REPO = "stand-in/tiny"
 FILES = {
     "README.md": "---\nlicense: apache-2.0\n---\n# ein Häuschen\n".encode(),

@@ -53,23 +53,27 @@ SLOW = pytest.mark.slow  # each stage and each number of processes has a fast te
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes"),
-    [("tokenizer", 1), ("prior", 2), pytest.param("tokenizer", 2, marks=SLOW), pytest.param("prior", 1, marks=SLOW)],
+    ("stage", "processes", "kills"),
+    [
+        ("tokenizer", 1, 4),
+        ("prior", 2, 4),
+        *(pytest.param(stage, processes, 10, marks=SLOW) for stage in STAGES for processes in (1, 2)),
+    ],
 )
-def test_a_run_killed_ten_times_ends_like_an_uninterrupted_run(
-    folder: Path, tmp_path: Path, stage: str, processes: int
+def test_a_run_killed_many_times_ends_like_an_uninterrupted_run(
+    folder: Path, tmp_path: Path, stage: str, processes: int, kills: int
 ) -> None:
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     assert wait_for_exit(start_run(stage, folder, uninterrupted, processes)) == [0] * processes
     assert resumed_steps(uninterrupted) == []
 
     rng = random.Random(f"{stage}{processes}")
-    for kill in range(10):
+    for kill in range(kills):
         newest, before = newest_step(killed), resumed_steps(killed)
         if not newest:  # without a checkpoint, old rows would be mistaken for new ones
             (killed / "metrics.jsonl").unlink(missing_ok=True)
         running = start_run(stage, folder, killed, processes)
-        if kill in (0, 5):  # at any time, also before the first step
+        if kill % 5 == 0:  # at any time, also before the first step
             time.sleep(rng.uniform(0, 0.5))
             assert set(stop_processes(running, signal.SIGKILL)) == {-signal.SIGKILL}
             continue

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import CHECKOUT, latentloom, run_python
+from command_line import CHECKOUT, latentloom
 from hub_stand_in import StandInHub
+from new_process import run_forked
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def test_the_readmes_latentloom_commands_run_one_after_another(
             if verb == "push":  # its client reads the address of the Hub when it is imported
                 words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
                 environment = hub.environment(tmp_path / "home")
-                done = run_python("-m", "latentloom.cli", verb, *words, **environment)
+                done = run_forked("-m", "latentloom", verb, *words, **environment)
                 assert done.returncode == 0, done.stderr
             else:
                 assert latentloom(verb, *words, *SHORTER.get(verb, [])) == 0, verb

@@ -1,8 +1,6 @@
 """Push a pipeline to the stand-in Hub and load it by its name, each in a new process."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hub_stand_in import TOKEN, StandInHub
+from new_process import run_forked
 from small_parts import error_message
 from tiny_models import seeded, tiny_pipeline
 
@@ -21,7 +20,6 @@ import json, sys, torch
 from PIL import Image
 from pipelines import LatentGenerationPipeline
 from training_harness.errors import UserError
-torch.set_num_threads(1)
 
 def error_message(call):
     try:
@@ -84,8 +82,7 @@ class HubSession:
 
     def run(self, program: str, *arguments: str) -> dict[str, Any]:
         environment = self.hub.environment(self.folder / "home")
-        command = [sys.executable, "-c", BEGIN + program, *arguments]
-        process = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=180)
+        process = run_forked("-c", BEGIN + program, *arguments, folder=self.folder, **environment)
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout.splitlines()[-1])
 

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import yaml
 from command_line import CHECKOUT, latentloom
+from new_process import run_forked
 from PIL import Image
 from small_parts import error_message
 from tiny_models import LABEL_NAMES, seeded, tiny_pipeline, tiny_prior, tiny_tokenizer
@@ -86,12 +85,11 @@ def test_a_new_process_samples_the_same_images_bit_by_bit(folder: Path, tmp_path
     program = f"""
 import torch
 from pipelines import LatentGenerationPipeline
-torch.set_num_threads(1)
 pipeline = LatentGenerationPipeline.from_pretrained({str(folder)!r})
 generator = torch.Generator().manual_seed(0)
 torch.save(pipeline(["dog", 0], 2, generator=generator, output_type="pt").images, {str(tmp_path / "images.pt")!r})
 """
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    process = run_forked("-c", program)
     assert process.returncode == 0, process.stderr
     loaded_images = torch.load(tmp_path / "images.pt", weights_only=True)
     assert torch.equal(loaded_images, sample_images(tiny_pipeline()))

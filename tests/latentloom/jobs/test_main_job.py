@@ -1,6 +1,5 @@
 """From a folder of images to a pipeline on the Hub: each command by itself, and both stages in one command."""
 
-import hashlib
 import json
 import re
 import subprocess
@@ -13,6 +12,7 @@ import torch
 import yaml
 from command_line import CHECKOUT, hash_files, latentloom, run_python
 from hub_stand_in import StandInHub
+from new_process import run_forked
 from PIL import Image
 from safetensors.torch import load_file
 from small_parts import write_images
@@ -73,24 +73,6 @@ def test_train_writes_the_folders_images_and_metrics_of_the_design(finished_job:
     for name in ("samples.png", "reconstructions.png", "curves.png"):
         pixels = np.asarray(Image.open(finished_job / name).convert("L"))
         assert len(np.unique(pixels)) > 20, f"{name} is almost empty"
-
-
-def test_a_pipeline_samples_bitwise_equal_images_in_a_new_process(finished_job: Path) -> None:
-    folder = finished_job / "pipeline"
-    images = LatentGenerationPipeline.from_pretrained(folder)(
-        ["class 3", 5], 2, generator=torch.Generator().manual_seed(7), output_type="np"
-    ).images
-    process = run_python(
-        "-c",
-        f"""
-import hashlib, torch
-from pipelines import LatentGenerationPipeline
-pipeline = LatentGenerationPipeline.from_pretrained({str(folder)!r})
-images = pipeline(["class 3", 5], 2, generator=torch.Generator().manual_seed(7), output_type="np").images
-print(hashlib.sha256(images.tobytes()).hexdigest())""",
-    )
-    assert process.stdout.strip() == hashlib.sha256(images.tobytes()).hexdigest(), process.stderr
-    assert len({image.tobytes() for image in images}) == 4  # otherwise a pipeline that ignores its seed would pass
 
 
 def test_running_a_finished_job_again_prints_that_and_changes_no_file(
@@ -265,12 +247,12 @@ def test_a_pushed_pipeline_samples_from_its_repository_id(finished_job: Path, tm
     with StandInHub() as hub:
         environment = hub.environment(tmp_path / "home")
         arguments = ["push", "--pipeline", finished_job, "--repo-id", "stand-in/clothes"]
-        pushed = run_python("-m", "latentloom.cli", *arguments, **environment)
+        pushed = run_forked("-m", "latentloom", *arguments, **environment)
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.startswith("pushed: ")
         files = hub.repos["stand-in/clothes"].files
         arguments = ["sample", "--pipeline", "stand-in/clothes", *samples, tmp_path / "from-hub"]
-        sampled = run_python("-m", "latentloom.cli", *arguments, **environment)
+        sampled = run_forked("-m", "latentloom", *arguments, **environment)
         assert sampled.returncode == 0, sampled.stderr
     assert latentloom("sample", "--pipeline", finished_job, *samples, tmp_path / "from-folder") == 0
     assert hash_files(tmp_path / "from-hub") == hash_files(tmp_path / "from-folder")
@@ -468,6 +450,7 @@ def run_launched(script: str, *arguments: object) -> subprocess.CompletedProcess
     return run_python(*launch, CHECKOUT / "scripts" / script, *arguments, timeout=240, PYTHONPATH=str(CHECKOUT))
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_tokenizer(real_images: Path, tmp_path: Path) -> None:
     arguments = ["--data", real_images, "--output", tmp_path / "run", "--resolution", 16, "--batch-size", 8]
     process = run_launched("train_tokenizer.py", *arguments, "--max-steps", 3, "--log-every", 1)

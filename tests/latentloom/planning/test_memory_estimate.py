@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run_python
+from new_process import run_forked
 from small_runs import write_training_data
 from tiny_models import tiny_tokenizer
 
@@ -171,10 +171,10 @@ sys.exit(main(sys.argv[1:]))
 def test_a_run_without_enough_memory_ends_in_one_line_and_its_recommendation_trains(tmp_path: Path) -> None:
     write_training_data(tmp_path)
     arguments = ["train-prior", "--codes", tmp_path / "codes", "--output", tmp_path / "run", "--max-steps", 1]
-    process = run_python("-c", LIMITED, *arguments, "--batch-size", 40_000)
+    process = run_forked("-c", LIMITED, *arguments, "--batch-size", 40_000)
     assert process.returncode == 2, process.stderr[-2000:]
     line = process.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory on this machine with batches of 40000 images"), line
     assert "--batch-size 20000 --accumulation-steps 2" in line
-    process = run_python("-m", "latentloom", *arguments, "--batch-size", 4)
+    process = run_forked("-m", "latentloom", *arguments, "--batch-size", 4)
     assert process.returncode == 0, process.stderr[-2000:]
