@@ -84,4 +84,4 @@ def test_the_command_writes_a_row_of_each_class(tmp_path: Path, capsys: pytest.C
         "samples.json",
     ]
     assert latentloom(*given, "--overwrite", "--classes", "cat", "dog", "--num-images", "5") == 2
-    assert "expected as many of each" in capsys.readouterr().err
+    assert "expected the same number of each" in capsys.readouterr().err
