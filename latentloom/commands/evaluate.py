@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentloom.checks import check_count, check_seed
 from latentloom.commands.arguments import parse
+from latentloom.commands.option_help import ONE_REQUIRED
 from latentloom.commands.sampling_arguments import SAMPLING_GROUPS, SamplingArguments
 from latentloom.data.embedded import data_path
 from latentloom.jobs.evaluation import (
@@ -94,7 +95,7 @@ class Arguments(SamplingArguments):
 
 
 GROUPS = {
-    "required, one of": ("pipeline", "tokenizer", "samples"),
+    ONE_REQUIRED: ("pipeline", "tokenizer", "samples"),
     "metrics": ("features", "num_images", "max_training_images", "seed"),
     **SAMPLING_GROUPS,
     "output": ("output", "save_samples"),

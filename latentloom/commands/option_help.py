@@ -22,6 +22,8 @@ import tyro
 from latentloom.cli import VERBS
 from training_harness.configuration import optional_section_type, variants_by_name
 
+ONE_REQUIRED = "required, one of"
+"""Title of a group of options of which exactly one is required."""
 HELP_COLUMN = 30  # where help texts begin
 TYPE_NAMES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 WITHOUT_PREFIX = tyro.conf.arg(name="")
@@ -96,9 +98,12 @@ def format_help(page: HelpPage, width: int) -> str:
     """Format a page of help for a terminal of `width` columns."""
     needed = [" ".join((option.names[0], option.values)) for option in page.options if option.default is None]
     arguments = [f"[{option.names[0]}]" for option in page.options if not option.names[0].startswith("-")]
+    for group in page.groups:
+        if group.title == ONE_REQUIRED:
+            needed.append(f"({' | '.join(f'{option.names[0]} {option.values}' for option in group.options)})")
     usage = " ".join(["usage: latentloom", page.verb, *arguments, *needed, "[options]"])
     summary = VERBS[page.verb]
-    lines = [usage, "", *_wrap_text(f"{summary[0].upper()}{summary[1:]}. {page.note}", width)]
+    lines = [*_wrap_text(usage, width), "", *_wrap_text(f"{summary[0].upper()}{summary[1:]}. {page.note}", width)]
     for group in page.groups:
         lines += ["", f"{group.title}:"]
         if group.description:

@@ -11,6 +11,7 @@ import tyro
 from latentloom.checks import check_count, check_minutes, check_seed
 from latentloom.commands import train_prior
 from latentloom.commands.arguments import parse, training_values
+from latentloom.commands.option_help import ONE_REQUIRED
 from latentloom.commands.train_tokenizer import select_values_for_images
 from latentloom.jobs.stages import load_source
 from latentloom.recipes import recipe_names
@@ -79,7 +80,7 @@ class Arguments:
 
 
 GROUPS = {
-    "required, one of": ("codes", "data"),
+    ONE_REQUIRED: ("codes", "data"),
     "configuration": ("recipe", "config", "resolution"),
     "search": ("search", "trials", "max_steps", "minutes", "seed"),
 }

@@ -21,7 +21,7 @@ class Arguments:
     output: Path
     """Folder of the code cache."""
     contents: Contents | None = None
-    """`indices` for an autoregressive prior, `latents` for a diffusion prior. (default: all that the tokenizer has)"""
+    """`indices` for an autoregressive prior, `latents` for a diffusion prior, or `both`. (default: all that the tokenizer has)"""
     flip: bool = False
     """Also encode the mirror image of each training image."""
     degradation: Degradation = "none"
