@@ -52,7 +52,7 @@ def test_the_main_job_on_two_processes_writes_each_file_once_and_samples_as_one_
     images = write_images(tmp_path / "images")
     steps = ["--max-steps", 4, "--batch-size", 4, "--num-images", 12]
     output = run_on_two_processes("train", "--data", images, "--output", tmp_path / "job", *steps, log=tmp_path / "log")
-    assert output.count("pictures  ") == 1, "each process printed it"
+    assert output.count("images  ") == 1, "each process printed it"
     environment = json.loads((tmp_path / "job" / "tokenizer" / "environment.json").read_text(encoding="utf-8"))
     assert (environment["processes"], environment["distributed_type"]) == (2, "MULTI_CPU")
     metrics = json.loads((tmp_path / "job" / "metrics.json").read_text(encoding="utf-8"))

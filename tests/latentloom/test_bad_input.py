@@ -135,7 +135,7 @@ CASES = {
         "later.yaml: format is 99",
         "expected a whole number",
     ),
-    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "mend the file"),
+    "invalid YAML": (f"{TOKENIZER} --config invalid.yaml", "invalid.yaml is not valid YAML", "correct the file"),
     "a list for a configuration": (f"{TOKENIZER} --config list.yaml", "list.yaml holds a list", "expected a mapping"),
     "a configuration that is missing": (f"{TOKENIZER} --config no.yaml", "no.yaml", "expected a YAML file"),
     "a folder for a configuration": (f"{TOKENIZER} --config empty", "empty", "expected"),
@@ -146,9 +146,13 @@ CASES = {
     ),
     "an empty codebook": (f"{TOKENIZER} --model.codebook-size 0", "model.codebook_size is 0", "expected at least 1"),
     "an empty codebook in YAML": (f"{TOKENIZER} --config codebook.yaml", "model.codebook_size is 0", "at least 1"),
-    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one a level"),
+    "levels that do not agree": (f"{TOKENIZER} --model.channels 8 8", "model.channels", "expected one entry per level"),
     "channels that no image has": (f"{TOKENIZER} --image-channels 7", "7", "1 (grey)"),
-    "attention where there is no level": (f"{TOKENIZER} --model.attention 64", "model.attention names 64", "1, 2, 4"),
+    "attention where there is no level": (
+        f"{TOKENIZER} --model.attention 64",
+        "model.attention contains 64",
+        "1, 2, 4",
+    ),
     "levels that do not multiply to K": (
         f"{TOKENIZER} --recipe fsq --model.codebook-size 500",
         "model.codebook_size is 500",
@@ -447,7 +451,7 @@ def test_a_prior_run_does_not_continue_with_the_codes_of_another_tokenizer(
     capsys.readouterr()
     before = hash_files(folder / "new" / "model")
     assert latentloom(*PRIOR.split(), "--max-steps", 2) == 2
-    assert "holds a run on other codes: of another tokenizer or other images" in capsys.readouterr().err
+    assert "contains a run on other codes (of another tokenizer or other images)" in capsys.readouterr().err
     assert hash_files(folder / "new" / "model") == before
 
 
@@ -482,7 +486,7 @@ def test_a_failed_checkpoint_ends_the_run_in_one_line_and_keeps_the_earlier_chec
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the checkpoint of step 4 could not be saved" in line
     assert "Permission denied" in line
-    assert "the newest whole one is of step 2" in line
+    assert "the newest complete one is of step 2" in line
     assert hash_files(checkpoints) == before
     checkpoints.chmod(0o700)
     assert latentloom(*command.split(), "--max-steps", 4) == 0

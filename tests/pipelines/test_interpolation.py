@@ -55,7 +55,7 @@ def test_latents_of_another_shape_are_an_error() -> None:
 
 
 def test_interpolation_with_a_prior_of_codes_is_an_error() -> None:
-    with pytest.raises(UserError, match="begin with given noise"):
+    with pytest.raises(UserError, match="does not start from noise"):
         tiny_pipeline().interpolate(0, 1)
 
 
@@ -83,4 +83,4 @@ def test_the_command_writes_a_row_of_images_for_each_class(tmp_path: Path, capsy
         "samples.json",
     ]
     assert latentloom(*arguments, "--overwrite", "--classes", "cat", "dog", "--num-images", "5") == 2
-    assert "expected as many of each" in capsys.readouterr().err
+    assert "expected the same number of each" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def array_folder(tmp_path_factory) -> Path:
 def test_an_array_of_the_content_size_is_read_unchanged(array_folder):
     source = open_source(str(array_folder))
     statistics = dataset_statistics(source.train)
-    assert (statistics.channels, statistics.most_common_size, statistics.unreadable) == (CHANNELS, (16, 24), 0)
+    assert (statistics.channels, statistics.most_common_size, statistics.unreadable_images) == (CHANNELS, (16, 24), 0)
     pixels = ImageLoader(source.train, ImageProcessor(channels=CHANNELS, content_size=(16, 24), image_size=(16, 24)))
     for i in range(3):
         expected = np.load(array_folder / source.train.source_id(i))

@@ -19,7 +19,7 @@ from stage1_tokenizer.registry import TOKENIZERS, new_tokenizer, saved_tokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.train import measure_latent_statistics, train_tokenizer
 from stage1_tokenizer.training_config import AnyTokenizerModel, TokenizerTraining, build_model_config, complete_config
-from training_harness.configuration import section
+from training_harness.configuration import build_section
 from training_harness.errors import ConfigError, UserError
 from training_harness.metric_log import read_metrics
 
@@ -137,7 +137,7 @@ def test_sampled_latents_have_zero_mean_and_unit_variance():
 def run_training(output: Path, data: Path, **fields: Any) -> tuple[Path, TokenizerTraining]:
     source = open_source(str(data))
     kl_options = {"channels": (8, 8), "blocks": (0, 1), "latent_channels": 4}
-    model = section(AnyTokenizerModel, kl_options | fields if fields["name"] == "kl" else fields, "model")
+    model = build_section(AnyTokenizerModel, kl_options | fields if fields["name"] == "kl" else fields, "model")
     config = TokenizerTraining(
         output=output, data=str(data), model=model, max_steps=6, batch_size=4, sample_every=3, log_every=1
     )
@@ -213,7 +213,7 @@ def test_the_code_cache_of_a_tokenizer_without_a_codebook_has_latents(tmp_path):
 )
 def test_inconsistent_fields_give_one_line_that_names_them(fields, expected_text):
     with pytest.raises(ConfigError) as caught:
-        section(AnyTokenizerModel, fields, "model")
+        build_section(AnyTokenizerModel, fields, "model")
     assert expected_text in error_message(caught)
 
 

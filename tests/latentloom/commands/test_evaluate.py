@@ -77,7 +77,7 @@ def test_classes_are_matched_by_name_and_unknown_ones_count_as_no_class(clothes:
     metrics = evaluate(tmp_path / "a.json", "--pipeline", tmp_path / "pipeline", *words)
     assert set(metrics["bits_per_token_by_class"]) == {"kind 1", "kind 8"}
     assert metrics["by_class"] == {}
-    source = open_source(clothes).relabelled(pipeline.label_names)
+    source = open_source(clothes).with_label_names(pipeline.label_names)
     assert [source.test.labels.count(label) for label in (-1, 0, 1, 2)] == [6, 6, 6, 0]
     expected = bits_per_token(pipeline, ImageLoader(source.test, pipeline.tokenizer.config.image_processor))
     assert metrics["bits_per_token"] == pytest.approx(expected["bits_per_token"])

@@ -133,11 +133,11 @@ def collapsed_tokenizer() -> Tokenizer:
 def test_a_codebook_with_one_used_code_is_called_collapsed_with_a_recommendation(image_folder: Path) -> None:
     for tokenizer, levels in ((collapsed_tokenizer(), ["bad"]), (small_tokenizer(), ["good"])):
         page = render_page(tokenizer, inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer)))
-        assert [item["class"] for item in page.all("li") if item["class"] in ("good", "note", "bad")] == levels
+        assert [item["class"] for item in page.find_all("li") if item["class"] in ("good", "note", "bad")] == levels
         text = page_text(page)
         assert ("The codebook has collapsed1 of 16 codes are used" in text) == (levels == ["bad"])
         assert ("--model.quantizer.restart-threshold" in text) == (levels == ["bad"])
-        assert len(page.all("span", "dead")) == int(re.search(r"Dead codes(\d+)in", text)[1])  # type: ignore[index]
+        assert len(page.find_all("span", "dead")) == int(re.search(r"Dead codes(\d+)in", text)[1])  # type: ignore[index]
 
 
 def test_a_codebook_is_not_called_collapsed_after_too_few_images(image_folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_the_page_labels_each_example_with_its_psnr_and_shows_three_images(image
     page = render_page(tokenizer, inspection)
     assert f"Worst{inspection.psnr.min():.2f} dB" in page_text(page)
     assert f"Best{inspection.psnr.max():.2f} dB" in page_text(page)
-    original, reconstruction, error = page.pictures()[:3]
+    original, reconstruction, error = page.images()[:3]
     worst = inspection.examples.worst[0]
     assert torch.equal(image_pixels(original), worst.original)
     assert torch.equal(image_pixels(reconstruction), worst.reconstruction)
@@ -240,10 +240,10 @@ def test_a_code_tile_is_the_middle_of_a_grid_with_one_code(image_folder: Path) -
     assert inspection.codes is not None
     (level,) = usage_by_level(inspection.codes, 16)
     page = render_page(tokenizer, inspection)
-    titles = [span["title"] for span in page.all("span") if "--share" in span.get("style", "")]
+    titles = [span["title"] for span in page.find_all("span") if "--share" in span.get("style", "")]
     assert titles[0].startswith(f"code {level.counts.argmax()}: {level.counts.max()} times")
     assert len(titles) == 16
-    assert torch.equal(image_pixels(page.pictures()[27]), tiles[level.counts.argmax()])  # after 9 examples × 3 images
+    assert torch.equal(image_pixels(page.images()[27]), tiles[level.counts.argmax()])  # after 9 examples × 3 images
 
 
 def test_only_the_most_used_codes_are_shown_of_a_large_codebook(
@@ -253,7 +253,7 @@ def test_only_the_most_used_codes_are_shown_of_a_large_codebook(
     tokenizer = small_tokenizer()
     inspection = inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer))
     page = render_page(tokenizer, inspection)
-    counts = [int(re.search(r": (\d+) time", span["title"])[1]) for span in page.all("span", "used")]  # type: ignore[index]
+    counts = [int(re.search(r": (\d+) time", span["title"])[1]) for span in page.find_all("span", "used")]  # type: ignore[index]
     assert inspection.codes is not None
     assert counts == torch.bincount(inspection.codes.flatten()).sort(descending=True).values[:5].tolist()
     assert "The 5 most used codes, of 16" in page_text(page)
@@ -277,9 +277,9 @@ def test_residual_codes_are_counted_by_level(image_folder: Path) -> None:
     used = [level.usage.codes_used for level in (first, second)]
     assert f"Codes used{sum(used)} of 32" in text
     assert "Bits an image12832 codes of 4 bits" in text
-    assert len(page.all("svg", "heat")) == 4
-    assert len(page.all("g", "curve")) == 2
-    assert len([span for span in page.all("span") if "--share" in span.get("style", "")]) == 32
+    assert len(page.find_all("svg", "heat")) == 4
+    assert len(page.find_all("g", "curve")) == 2
+    assert len([span for span in page.find_all("span") if "--share" in span.get("style", "")]) == 32
 
 
 def test_a_position_with_one_code_has_perplexity_one_and_others_have_more() -> None:
@@ -315,18 +315,18 @@ def test_the_heat_maps_contain_the_perplexity_and_top_share_of_each_position(
 
 def test_low_values_of_a_heat_map_are_dark_and_high_values_are_light() -> None:
     page = Page(heat_map("Perplexity", "codes", torch.tensor([[1.0, 5.5], [10.0, 1.0]]), (1, 10)))
-    fills = [cell["fill"] for cell in page.all("rect")]
+    fills = [cell["fill"] for cell in page.find_all("rect")]
     assert (fills[0], fills[2], fills[3]) == (SCALE[0], SCALE[-1], SCALE[0])
     assert fills[1] not in SCALE
-    assert [text["class"] for text in page.all("text")] == ["pale", "pale", "dark", "pale"]
+    assert [text["class"] for text in page.find_all("text")] == ["pale", "pale", "dark", "pale"]
 
 
 def test_the_code_usage_curve_falls_and_ends_at_the_last_used_code() -> None:
     counts = torch.tensor([0, 50, 5, 30, 15])
     page = Page(code_usage_chart([("codes", counts), ("uniform", torch.full((5,), 20))], "a note"))
-    (level,) = (path["d"] for path in page.all("path", "level"))
+    (level,) = (path["d"] for path in page.find_all("path", "level"))
     falling, flat = (
-        [tuple(map(float, pair.split(","))) for pair in line["points"].split()] for line in page.all("polyline")
+        [tuple(map(float, pair.split(","))) for pair in line["points"].split()] for line in page.find_all("polyline")
     )
     assert [x for x, _ in falling] == sorted({x for x, _ in falling})
     assert [y for _, y in falling] == sorted({y for _, y in falling})  # y points down the page
@@ -345,11 +345,11 @@ def test_the_page_of_a_tokenizer_without_a_codebook_shows_its_latents(
     tokenizer = kind()
     inspection = inspect_tokenizer(tokenizer, load_images(image_folder, tokenizer))
     page = render_page(tokenizer, inspection)
-    assert [section["id"] for section in page.all("section")] == ["reconstructions", "latents"]
+    assert [section["id"] for section in page.find_all("section")] == ["reconstructions", "latents"]
     text = page_text(page)
     assert f"The tokenizer ({type(tokenizer).__name__}) has no codebook" in text
     assert "Perplexity" not in text
-    assert len(page.all("svg", "bars")) == tokenizer.latent_channels
+    assert len(page.find_all("svg", "bars")) == tokenizer.latent_channels
     assert ("all reconstructions are exact" in text) == isinstance(tokenizer, IdentityTokenizer)
 
 
@@ -423,10 +423,10 @@ def test_the_page_is_one_file_without_urls_or_scripts(page_path: Path) -> None:
             assert (attributes.get(name) or "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]!r}>"
     text = re.sub(r'"data:image[^"]*"', "", page_path.read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|<script", text)
-    assert len(page.pictures()) == 3 * 9 + 16
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(chart["aria-label"] for chart in page.all("svg"))
-    assert page.all("b") == []  # the image folder is called <b>images
+    assert len(page.images()) == 3 * 9 + 16
+    assert all(image["alt"] for image in page.find_all("img"))
+    assert all(chart["aria-label"] for chart in page.find_all("svg"))
+    assert page.find_all("b") == []  # the image folder is called <b>images
     assert "<b>images" in page.text
 
 

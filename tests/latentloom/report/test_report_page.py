@@ -148,9 +148,9 @@ def test_a_page_contains_its_images_and_loads_nothing(
             assert (attributes.get(name) or "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]!r}>"
     text = re.sub(r'"data:image[^"]*"', "", (folder / "report.html").read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|(src|href)\s*=\s*[\"']?//", text)
-    assert len(page.pictures()) == num_images
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(chart["aria-label"] for chart in page.all("svg"))
+    assert len(page.images()) == num_images
+    assert all(image["alt"] for image in page.find_all("img"))
+    assert all(chart["aria-label"] for chart in page.find_all("svg"))
 
 
 @pytest.mark.parametrize("kind", ["tokenizer_run", "prior_run"])
@@ -165,7 +165,7 @@ def test_every_logged_metric_is_a_curve_with_all_its_values(kind: str, request: 
 
 def test_the_page_of_a_job_has_both_stages_and_the_final_metrics(job: Path) -> None:
     page = write_report(job)
-    assert [section["id"] for section in page.all("section")] == ["results", "tokenizer", "prior"]
+    assert [section["id"] for section in page.find_all("section")] == ["results", "tokenizer", "prior"]
     for expected in (
         "24.5",
         "0.4567",
@@ -183,7 +183,7 @@ def test_the_page_of_a_job_without_a_prior_has_only_the_tokenizer(job: Path) -> 
     shutil.rmtree(job / "prior")
     for name in ("metrics.json", "samples.png", "reconstructions.png"):
         (job / name).unlink()
-    assert [section["id"] for section in write_report(job).all("section")] == ["tokenizer"]
+    assert [section["id"] for section in write_report(job).find_all("section")] == ["tokenizer"]
 
 
 def test_the_page_shows_progress_machine_and_configuration(tokenizer_run: Path) -> None:
@@ -227,8 +227,8 @@ def test_every_chart_of_a_resumed_run_marks_the_step(tmp_path: Path) -> None:
     resumed = write_report(
         write_run(tmp_path / "resumed", TOKENIZER, [*rows[:split], {"step": 500, "resumed_from": 500}, *rows[split:]])
     )
-    assert uninterrupted.all("g", "resumed") == []
-    assert len(resumed.all("g", "resumed")) == len(resumed.all("svg"))
+    assert uninterrupted.find_all("g", "resumed") == []
+    assert len(resumed.find_all("g", "resumed")) == len(resumed.find_all("svg"))
     assert "From step 500" in resumed.text
     assert resumed.curves() == uninterrupted.curves()
 
@@ -241,7 +241,7 @@ def test_spikes_are_marked_and_skipped_steps_are_listed(tokenizer_run: Path) -> 
         row = {"step": 333, "process": process, "source_ids": ["a<b>.png", "c", "d", "e"], "l1": "nan"}
         write_json(tokenizer_run / f"skipped_steps.{process}.jsonl", row)
     page = write_report(tokenizer_run)
-    assert len(page.all("path", "mark")) == 2
+    assert len(page.find_all("path", "mark")) == 2
     assert "the largest is 77.7 at step 610" in page.text
     assert "1 gradient spike of the discriminator" in page.text
     assert "1 step skipped" in page.text
@@ -255,7 +255,7 @@ def test_non_finite_values_are_counted_and_not_plotted(tmp_path: Path) -> None:
     page = write_report(write_run(tmp_path / "nan", TOKENIZER, rows))
     assert len(page.curves()["L1"]) == 38
     assert "2 non-finite values left out" in page.text
-    assert "nan" not in " ".join(f"{line}" for line in page.all("polyline"))
+    assert "nan" not in " ".join(f"{line}" for line in page.find_all("polyline"))
 
 
 def test_a_metric_without_a_panel_gets_its_own_chart(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def test_nothing_in_a_file_becomes_markup(job: Path) -> None:
     write_json(job / "metrics.json", {"psnr": 20.0, "by_class": {HOSTILE: {}}, "features": HOSTILE, "num_images": 1})
     folder = job.rename(job.with_name("<script>1"))
     page = write_report(folder)
-    assert len(page.all("script")) == len(harmless.all("script")) == 1
-    assert len(page.all("img")) == len(harmless.all("img"))
+    assert len(page.find_all("script")) == len(harmless.find_all("script")) == 1
+    assert len(page.find_all("img")) == len(harmless.find_all("img"))
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count('document.title="taken"') >= 6
     assert HOSTILE.replace("_", " ") in page.curves()
@@ -336,15 +336,15 @@ def test_selected_grids_are_evenly_spaced_and_include_the_first_and_the_last(
 
 def test_only_the_last_grid_is_visible_before_a_script_runs(tokenizer_run: Path) -> None:
     page = write_report(tokenizer_run)
-    assert ["hidden" in image for image in page.all("img")] == [True, True, True, False]
-    assert page.all("img")[-1]["alt"].endswith("at step 1,000")
-    assert "hidden" in page.all("div", "controls")[0]
+    assert ["hidden" in image for image in page.find_all("img")] == [True, True, True, False]
+    assert page.find_all("img")[-1]["alt"].endswith("at step 1,000")
+    assert "hidden" in page.find_all("div", "controls")[0]
 
 
 def test_the_page_says_how_many_of_the_grids_it_shows(tokenizer_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_GRIDS", 3)
     page = write_report(tokenizer_run)
-    assert len(page.all("img")) == 3
+    assert len(page.find_all("img")) == 3
     assert "3 grids of 4, evenly spaced" in page.text
 
 
@@ -353,7 +353,7 @@ def test_a_broken_image_is_left_out(tokenizer_run: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:60])
     (tokenizer_run / "samples" / "step_001000.png").write_text("<svg onload=alert(1)>")
     (tokenizer_run / "samples" / "mine.png").write_bytes(b"")
-    assert len(write_report(tokenizer_run).pictures()) == 2
+    assert len(write_report(tokenizer_run).images()) == 2
 
 
 # -- diagnostics --------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_batches_from_memory_equal_batches_from_disk(intact_folder):
     for first in (0, 5):
         streams = [pixels.random_batches(order, first) for pixels in (in_memory, on_disk)]
         for number in range(first, first + 6):
-            expected = in_memory[order.batch(number)]
+            expected = in_memory[order.batch_indices(number)]
             assert all(torch.equal(next(stream), expected) for stream in streams)
     assert not torch.equal(in_memory[np.array([0])], in_memory[np.array([1])])
 

@@ -78,7 +78,7 @@ def test_the_share_of_random_orders_changes_from_random_to_final() -> None:
 
 
 def test_random_orders_have_the_given_share_and_are_permutations() -> None:
-    uniform = torch.from_numpy(BatchOrder(4000, 4000, seed=0).draws(0, 17))
+    uniform = torch.from_numpy(BatchOrder(4000, 4000, seed=0).random_numbers(0, 17))
     orders = random_orders(uniform, 0.3)
     assert orders is not None
     assert torch.equal(orders.sort(1).values, torch.arange(16).expand(4000, -1))

@@ -22,7 +22,7 @@ def test_a_missing_label_is_the_null_class_with_the_id_num_classes() -> None:
 
 def test_labels_are_dropped_at_the_given_rate() -> None:
     labels = torch.arange(3).repeat(10_000)
-    uniform = torch.from_numpy(BatchOrder(10, len(labels), seed=0).draws(0))[:, 0]
+    uniform = torch.from_numpy(BatchOrder(10, len(labels), seed=0).random_numbers(0))[:, 0]
     dropped = drop_classes(labels, uniform, 0.2) == -1
     # For 30,000 labels six standard deviations are 0.014. Chance exceeds this for one seed in 5 · 10⁸.
     assert float(dropped.float().mean()) == pytest.approx(0.2, abs=0.014)

@@ -66,7 +66,7 @@ def test_a_block_equals_the_block_of_diffusers_with_the_same_weights() -> None:
 
 @pytest.mark.parametrize("variant", TRANSFORMERS)
 def test_every_block_starts_as_the_identity_and_the_network_predicts_0(variant: str) -> None:
-    prior = tiny_diffusion(trained=False, **VARIANTS[variant])
+    prior = tiny_diffusion(randomize_zeros=False, **VARIANTS[variant])
     latents, times, labels = make_batch()
     x, condition = torch.randn(3, 16, 32, generator=seeded(1)), torch.randn(3, 32, generator=seeded(2))
     assert torch.equal(prior.denoiser.blocks[0](x, condition, None), x)
@@ -75,7 +75,7 @@ def test_every_block_starts_as_the_identity_and_the_network_predicts_0(variant: 
 
 def test_a_unet_starts_by_predicting_0_and_every_output_depends_on_every_input() -> None:
     latents, times, labels = make_batch()
-    assert not tiny_diffusion(trained=False, **UNET).denoiser(latents, times, labels).any()
+    assert not tiny_diffusion(randomize_zeros=False, **UNET).denoiser(latents, times, labels).any()
     denoiser = tiny_diffusion(**UNET).denoiser
     altered = latents.clone()
     altered[:, :, 0, 0] += 1
