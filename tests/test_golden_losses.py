@@ -4,14 +4,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from golden_runs import GOLDEN_FOLDER, RECIPES, compute_losses, step_count, stored_losses
+from golden_runs import GOLDEN_FOLDER, RECIPES, STEPS_OF_LARGE_RECIPES, compute_losses, step_count, stored_losses
 
 # The order of summation depends on the machine and the version of torch. The difference is 1e-7 at the first step and grows in
 # training. In a tokenizer a vector between two codes may then select the other one, which changes losses by percents. Later steps
 # are therefore compared by their means.
 EARLY, LATE = 1e-4, {"tokenizer": 0.1, "prior": 1e-3}
 EXACT_STEPS = {"tokenizer": 2, "prior": 5}
-FIRST_STEPS = 3  # include two updates of the weights, their average and the codebook
+FIRST_STEPS = 3  # with two updates of the weights, of their average and of the codebook
 
 
 @pytest.mark.parametrize("stop_after", [FIRST_STEPS, pytest.param(None, marks=pytest.mark.slow)], ids=["first", "all"])
@@ -23,6 +23,8 @@ def test_the_steps_of_a_recipe_have_the_golden_losses(
     assert len(golden) == step_count(recipe)
     term = next(iter(golden[0]))
     assert golden[0][term] != pytest.approx(golden[1][term], rel=EARLY), "the test would not detect a missing step"
+    if stop_after and recipe in STEPS_OF_LARGE_RECIPES:
+        stop_after = 2
     expected, actual = golden[:stop_after], compute_losses(stage, recipe, tmp_path, stop_after)
     assert len(actual) == len(expected)
     exact = EXACT_STEPS[stage]

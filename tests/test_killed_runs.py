@@ -94,8 +94,7 @@ def test_a_run_killed_many_times_ends_like_an_uninterrupted_run(
     assert not list((killed / "checkpoints").glob(".*")), "a partial checkpoint remains"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_and_stops_the_run_and_it_resumes_from_there(
     folder: Path, tmp_path: Path, number: signal.Signals, processes: int
 ) -> None:

@@ -30,7 +30,8 @@ def defined_names(source: str) -> set[str]:
 
 
 def test_no_file_defines_a_name_that_was_renamed_in_it() -> None:
-    defined = {file: defined_names((ROOT / file).read_text(encoding="utf-8")) for _, file in FORMER_NAMES}
+    files = {file for _, file in FORMER_NAMES}
+    defined = {file: defined_names((ROOT / file).read_text(encoding="utf-8")) for file in files}
     assert [(name, file) for name, file in FORMER_NAMES if name in defined[file]] == []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import CHECKOUT, latentloom
+from new_process import run_forked
 from PIL import Image
 
 from latentloom.environment import remove_incomplete_launcher_variables
@@ -65,7 +66,8 @@ def test_a_package_in_the_current_folder_with_the_name_of_one_of_ours_works_besi
 
 
 def test_characters_outside_the_encoding_of_the_terminal_are_printed_as_escapes(tmp_path: Path) -> None:
-    done = python(tmp_path, "-m", "latentloom", "sample", "--pipeline", "./ключ", PYTHONIOENCODING="ascii")
+    program = "import sys; sys.stderr.reconfigure(encoding='ascii'); from latentloom.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run_forked("-c", program, "sample", "--pipeline", "./ключ", folder=tmp_path)
     assert done.returncode == 2
     assert "no pipeline at ./\\u043a" in done.stderr
 

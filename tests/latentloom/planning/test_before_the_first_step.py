@@ -63,7 +63,7 @@ def test_one_batch_is_memorized_without_writing_the_run_folder(
     source = (
         ("--data", folder / "images", "--recipe", "vqgan-f4") if stage == "tokenizer" else ("--codes", folder / "codes")
     )
-    arguments = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 60, "--overfit-batch")
+    arguments = (*source, "--output", tmp_path / "run", "--batch-size", 4, "--max-steps", 30, "--overfit-batch")
     for _ in range(2):  # the second check replaces the first
         assert latentloom(f"train-{stage}", *arguments) == 0
         assert "the set-up can learn" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_one_batch_is_memorized_without_writing_the_run_folder(
     steps = [
         row["step"] for row in read_metrics(tmp_path / "run-overfit-batch" / "metrics.jsonl") if "learning_rate" in row
     ]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
 
 
 def test_a_learning_rate_that_is_too_small_is_reported(
