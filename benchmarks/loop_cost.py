@@ -105,7 +105,7 @@ def run(quick: bool) -> Report:
             order = BatchOrder(len(pixels), tokenizer_config.batch_size, 0)
 
             def compute_loss(step: int) -> torch.Tensor:
-                batch = processor.preprocess(pixels[order.batch(step - 1)]).contiguous(
+                batch = processor.preprocess(pixels[order.batch_indices(step - 1)]).contiguous(
                     memory_format=torch.channels_last
                 )
                 output = model(batch)
@@ -124,7 +124,7 @@ def run(quick: bool) -> Report:
             order = BatchOrder(len(codes.train), prior_config.batch_size, 0)
 
             def compute_loss(step: int) -> torch.Tensor:
-                batch = order.batch(step - 1)
+                batch = order.batch_indices(step - 1)
                 return model(codes.train.indices(batch), codes.train.labels(batch)).total
 
             return run_bare_loop(model, prior_config, compute_loss, steps)

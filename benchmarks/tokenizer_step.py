@@ -170,7 +170,7 @@ def build_plain_loop(network: Network, setting: Setting, pixel_values: Tensor) -
         ends = []
         with reduced_matmul_precision(device, setting.reduced_precision):
             for _ in range(steps):
-                batch = pixel_values[order.batch(next(step_numbers))].to(device)
+                batch = pixel_values[order.batch_indices(next(step_numbers))].to(device)
                 compute_loss(batch.contiguous(memory_format=setting.layout)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
                 optimizer.step()
