@@ -115,15 +115,16 @@ class Samples(NamedTuple):
 
 def main(argv: list[str]) -> None:
     arguments = parse(Arguments, "evaluate", argv, GROUPS)
+    source = None if arguments.reference.endswith(".npz") else load_source(arguments.reference)
     if not is_main_process():
-        sample_with_main_process(arguments)
+        sample_with_main_process(arguments, source)
         return
     if arguments.tokenizer is not None:
-        metrics = measure_tokenizer(arguments)
-    elif arguments.reference.endswith(".npz"):
+        metrics = measure_tokenizer(arguments, source)
+    elif source is None:
         metrics = measure_array_samples(arguments)
     else:
-        metrics = measure_image_samples(arguments)
+        metrics = measure_image_samples(arguments, source)
     if arguments.output is not None:
         write_json(arguments.output, metrics)
         if metrics.get("by_class"):
@@ -131,19 +132,18 @@ def main(argv: list[str]) -> None:
     print_once(json.dumps(metrics, indent=2, ensure_ascii=False))
 
 
-def sample_with_main_process(arguments: Arguments) -> None:
+def sample_with_main_process(arguments: Arguments, source: ImageSource | None) -> None:
     """Generate samples in a process other than the main process, which measures them."""
     if arguments.pipeline is not None:
-        for _ in load_samples(arguments)[1].batches:
+        for _ in load_samples(arguments, source)[1].batches:
             pass
 
 
-def measure_tokenizer(arguments: Arguments) -> dict[str, Any]:
+def measure_tokenizer(arguments: Arguments, source: ImageSource | None) -> dict[str, Any]:
     tokenizer = load_tokenizer(arguments.tokenizer or "")[0].to(accelerated_device())
     processor = tokenizer.config.image_processor
-    if arguments.reference.endswith(".npz"):
+    if source is None:
         raise UserError(f"--reference is {arguments.reference}; expected a folder of images to measure a tokenizer on")
-    source = load_source(arguments.reference)
     held_out = make_loader(source.held_out, processor)
     extractor = choose_feature_extractor(arguments.reference, processor, arguments.features)
     with Evaluator(extractor, features_folder(), arguments.seed) as evaluator:
@@ -160,11 +160,10 @@ def measure_tokenizer(arguments: Arguments) -> dict[str, Any]:
     )
 
 
-def measure_image_samples(arguments: Arguments) -> dict[str, Any]:
+def measure_image_samples(arguments: Arguments, source: ImageSource) -> dict[str, Any]:
     """Measure samples against held-out images. Some metrics also use the training images."""
-    source = load_source(arguments.reference)
     check_image_count(len(source.held_out), f"held-out images in {arguments.reference}")
-    pipeline, samples = load_samples(arguments)
+    pipeline, samples = load_samples(arguments, source)
     if pipeline is None:
         check_size(source, arguments.reference, samples.processor)
     source = source.with_label_order(samples.label_names)
@@ -193,7 +192,7 @@ def measure_image_samples(arguments: Arguments) -> dict[str, Any]:
 def measure_array_samples(arguments: Arguments) -> dict[str, Any]:
     """Measure samples against an `.npz` of images or of moments of Inception's features."""
     reference = read_reference(Path(arguments.reference))
-    pipeline, samples = load_samples(arguments)
+    pipeline, samples = load_samples(arguments, None)
     processor = samples.processor
     if reference.images is not None:
         check_image_count(len(reference.images), f"images in {arguments.reference}")
@@ -221,8 +220,12 @@ def measure_array_samples(arguments: Arguments) -> dict[str, Any]:
     )
 
 
-def load_samples(arguments: Arguments) -> tuple[LatentGenerationPipeline | None, Samples]:
-    """Load the pipeline, if there is one, and its samples, or the samples of another program."""
+def load_samples(arguments: Arguments, source: ImageSource | None) -> tuple[LatentGenerationPipeline | None, Samples]:
+    """Load the pipeline, if there is one, and its samples, or the samples of another program.
+
+    Args:
+        source: The reference images; None for an `.npz`.
+    """
     pipeline = None
     if arguments.pipeline is not None:
         pipeline = LatentGenerationPipeline.from_pretrained(arguments.pipeline).to(accelerated_device())
@@ -230,11 +233,11 @@ def load_samples(arguments: Arguments) -> tuple[LatentGenerationPipeline | None,
         pipeline.set_progress_bar_config(disable=True)  # the evaluator's bar counts images
         processor, names = pipeline.tokenizer.config.image_processor, pipeline.label_names
         if pipeline.prior.is_restoration:
-            if arguments.reference.endswith(".npz"):
+            if source is None:
                 raise UserError(
                     f"--reference is {arguments.reference}; expected a folder of images, because the pipeline restores images"
                 )
-            held_out = make_loader(load_source(arguments.reference).with_label_names(names).held_out, processor)
+            held_out = make_loader(source.with_label_names(names).held_out, processor)
             restorations = Restorations(pipeline, held_out, arguments.num_images, arguments.seed)
             batches = restorations.batches() if is_main_process() else iter(())
             samples = Samples(batches, restorations.labels, names, processor, restorations)
@@ -242,14 +245,16 @@ def load_samples(arguments: Arguments) -> tuple[LatentGenerationPipeline | None,
             labels = balanced_labels(pipeline, arguments.num_images)
             samples = Samples(sample_batches(pipeline, labels, arguments.seed), labels, names, processor)
     else:
-        samples = read_samples(arguments.samples or "", arguments.reference)
+        # An .npz counts as grey, because it is compared as RGB later.
+        reference_channels = 1 if source is None else dataset_statistics(source.held_out).channels
+        samples = read_samples(arguments.samples or "", reference_channels)
     check_image_count(len(samples.labels), "samples")
     return pipeline, samples._replace(
         batches=save_while_streaming(arguments, samples)
     ) if is_main_process() else samples
 
 
-def read_samples(path: str, reference: str) -> Samples:
+def read_samples(path: str, reference_channels: int) -> Samples:
     """Read samples of one size from an `.npz` or a folder; grey samples become RGB if the reference has colours."""
     images: ImageSet
     names = None
@@ -260,7 +265,7 @@ def read_samples(path: str, reference: str) -> Samples:
         processor = make_processor(1 if is_grey else len(first[0]), array.image_shape[1:])
     else:
         split, names = open_samples(path)
-        channels = max(dataset_statistics(split).channels, count_reference_channels(reference))
+        channels = max(dataset_statistics(split).channels, reference_channels)
         processor = make_processor(channels, check_single_size(split, path))
         images = make_loader(split, processor)
     labels = images.labels()
@@ -279,11 +284,6 @@ def open_samples(path: str) -> tuple[ImageSplit, tuple[str, ...] | None]:
     names = tuple(dict.fromkeys(name for name in classes if name is not None))
     labels = [names.index(name) for name in classes if name is not None]
     return ImageSplit(FileStore(folder, files), labels if names and None not in classes else None), names or None
-
-
-def count_reference_channels(reference: str) -> int:
-    """Count the channels of the reference images. An `.npz` counts as grey, because it is compared as RGB later."""
-    return 1 if reference.endswith(".npz") else dataset_statistics(load_source(reference).held_out).channels
 
 
 def save_while_streaming(arguments: Arguments, samples: Samples) -> Iterator[Tensor]:

@@ -1,12 +1,12 @@
 """Write plots as PNG files, without a display and with any characters in the labels."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from training_harness.files import atomic_file
 
@@ -23,19 +23,28 @@ def open_plot(
 
     Args:
         width, height: size of the whole figure in inches.
-        options: passed to `pyplot.subplots`.
+        options: passed to `Figure.subplots`.
     """
-    with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # an inherited backend may not exist on this machine
-        from matplotlib import pyplot
+    import_matplotlib()
+    from matplotlib.figure import Figure
 
-    pyplot.switch_backend("agg")
-    figure, [axes] = pyplot.subplots(
-        1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
-    )
-    try:
-        yield figure, axes
-        with atomic_file(path) as temporary_path, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a font shows a box for a character that it lacks
-            figure.savefig(temporary_path, format="png", dpi=100)
-    finally:
-        pyplot.close(figure)
+    # Without pyplot: the caller's backend and open figures stay as they are, as in a notebook.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    [axes] = figure.subplots(1, columns, squeeze=False, **options)
+    yield figure, axes
+    with atomic_file(path) as temporary_path, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a font shows a box for a character that it lacks
+        figure.savefig(temporary_path, format="png", dpi=100)
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib, also where MPLBACKEND names a backend that it does not know."""
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):  # unknown; the plots of this module need no backend
+            matplotlib.rcParams["backend"] = backend

@@ -127,7 +127,7 @@ def test_no_verb_imports_datasets_or_matplotlib_early_and_training_prints_no_bar
         "from latentloom.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     words = ["train", "--data", real_images, "--output", tmp_path / "job", "--resolution", 16, "--batch-size", 8]
-    done = run_python("-c", program, *words, "--max-steps", 1, "--num-images", 20)
+    done = run_python("-c", program, *words, "--max-steps", 1, "--num-images", 20, MPLBACKEND="unknown")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\r" not in done.stdout
