@@ -16,6 +16,7 @@ from latentloom.cli import VERBS
 from latentloom.commands import train_prior
 from latentloom.recipes import recipe_names, recipe_values
 from training_harness.errors import UserError
+from training_harness.signals import Interrupted
 
 CLI = ("-m", "latentloom.cli")
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy", "tyro")
@@ -133,15 +134,40 @@ def test_no_verb_imports_datasets_or_matplotlib_early_and_training_prints_no_bar
     assert "\r" not in done.stdout
 
 
-def test_an_interruption_explains_how_to_continue(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
+        (Interrupted(15, "saved step 7"), 143, "saved step 7"),
+        (OSError(28, "No space left on device", "run/model"), 2, "error: run/model: No space left on device; expected"),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "full disk"],
+)
+def test_what_ends_a_command_is_one_line_and_an_exit_status(
+    raised: BaseException,
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
+    def end(_: object) -> None:
+        raise raised
 
-    monkeypatch.setattr("latentloom.commands.sample.main", interrupted)
-    assert latentloom("sample") == 130
-    assert capsys.readouterr().err.startswith("interrupted; run the same command again")
+    monkeypatch.setattr("latentloom.commands.sample.main", end)
+    assert latentloom("sample") == status
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+    if isinstance(raised, OSError):
+        with pytest.raises(OSError, match="No space"):
+            latentloom("sample", "--debug")
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("help",)], ids=str)
+def test_the_usage_lists_every_verb(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert latentloom(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^  (\S+)  +\S", printed, flags=re.MULTILINE) == list(VERBS)
 
 
 def test_the_script_equals_the_module() -> None:

@@ -383,6 +383,38 @@ def test_poor_codebook_usage_is_reported_with_a_recommendation(
     assert recommendation in text
 
 
+def test_a_run_at_an_early_step_is_told_that_usage_often_rises_later(tmp_path: Path) -> None:
+    config = TOKENIZER | {"max_steps": 10_000}
+    text = read_diagnostics(write_run(tmp_path / "run", config, tokenizer_rows(1000, 51, 30)))[
+        "The codebook has collapsed"
+    ]
+    assert "The run is at an early step" in text
+    assert "--model.codebook-size 128" in text
+
+
+def test_psnr_that_fell_is_a_note_with_a_discriminator_and_bad_without(tmp_path: Path) -> None:
+    rows = [{"step": step, "l1": 0.1} | {"validation_psnr": psnr} for step, psnr in ((250, 24.0), (500, 22.0))]
+    texts = []
+    for name, terms in (("without", {}), ("with", {"discriminator": 1.9})):
+        folder = write_run(tmp_path / name, TOKENIZER, [row | terms for row in rows])
+        texts.append(read_diagnostics(folder)["PSNR has fallen since its best"])
+    assert texts[0].startswith("bad: PSNR was best at step 250 with 24 dB and is 22 dB now.")
+    assert "--optimizer.learning-rate" in texts[0]
+    assert texts[1].startswith("note: ")
+    assert "sharper images" in texts[1]
+
+
+def test_a_logged_warning_is_repeated_unless_it_is_diagnosed_here(tmp_path: Path) -> None:
+    rows = [
+        {"step": 25, "warning": "the discriminator wins", "about": "discriminator"},
+        {"step": 50, "warning": "the codebook has collapsed", "about": "codebook"},
+    ]
+    found = read_diagnostics(write_run(tmp_path / "run", TOKENIZER, [*tokenizer_rows(), *rows]))
+    warned = {title: text for title, text in found.items() if title.startswith("A warning")}
+    assert list(warned) == ["A warning at step 25"]
+    assert warned["A warning at step 25"].startswith("bad: The discriminator wins. ")
+
+
 def test_a_prior_overfits_if_validation_rises_while_training_falls(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", PRIOR, prior_rows([4.0, 3.6, 3.7, 3.9]))
     (folder / "checkpoints" / "step_000500").mkdir(parents=True)
