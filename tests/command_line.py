@@ -20,11 +20,11 @@ def latentloom(*arguments: object) -> int:
 
 
 def run_python(*arguments: object, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in the checkout; it uses one thread as in conftest, because tests compare results bit by bit."""
+    """Run Python in the checkout, with one thread as conftest sets it: tests compare results bit by bit."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=CHECKOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -11,6 +11,7 @@ from latentloom.environment import silence_libraries
 
 # With models this small, two threads wait for each other longer than they compute: up to thirty times as long on a busy machine.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["LATENTLOOM_CACHE"] = tempfile.mkdtemp(prefix="latentloom-tests-")  # instead of the user's cache
 silence_libraries()  # before test modules import the libraries, as the command does
 
@@ -20,6 +21,7 @@ if "CI" in os.environ:
 
 # These files run first, so that no core waits for a long file at the end.
 LONG_TEST_FILES = (
+    "test_examples.py",
     "test_main_job.py",
     "test_killed_runs.py",
     "test_golden_losses.py",

@@ -144,7 +144,6 @@ def run_process(
 ) -> None:
     """Train in this process, which is process `rank` of `processes`."""
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
         set_launch_environment(rank, processes, port)
     if sharded:

@@ -35,7 +35,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_python(unpacked: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python in another folder, with the unpacked wheel before an installed checkout."""
-    environment = os.environ | {"PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
     return subprocess.run(
         [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
