@@ -55,8 +55,8 @@ SLOW = pytest.mark.slow  # each stage and each number of processes has a fast te
 @pytest.mark.parametrize(
     ("stage", "processes", "kills"),
     [
-        ("tokenizer", 1, 3),
-        ("prior", 2, 3),
+        ("tokenizer", 1, 4),
+        ("prior", 2, 4),
         *(pytest.param(stage, processes, 10, marks=SLOW) for stage in STAGES for processes in (1, 2)),
     ],
 )
