@@ -7,7 +7,7 @@ without sections. Format 2 has one dataclass per quantizer and per tokenizer.
 from collections.abc import Mapping
 from typing import Any
 
-from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values, nest_in_model
 
 SHAPE_OPTIONS = ("channels", "blocks", "attention", "latent_channels")
 CODEBOOK_OPTIONS = ("usage_decay", "restart_threshold", "kmeans_iterations", "normalize", "gradient")
@@ -77,12 +77,12 @@ def nest_model_options(values: Values) -> Values:
     """Move the model options of a format 1 config.json from the top level to the section `model`."""
     if "model" in values:
         return values
-    options = (*SHAPE_OPTIONS, "codebook_size", "quantizer")
-    model = {name: values.pop(name) for name in options if name in values}
+    values = nest_in_model(values, (*SHAPE_OPTIONS, "codebook_size", "quantizer"))
+    model = values.get("model", {})
     if isinstance(quantizer := model.get("quantizer"), dict):
         values["id_quantizer"] = quantizer
         model["quantizer"] = drop_unused_options(quantizer, str(quantizer.get("name", "ema")))
-    return values | {"model": model} if model else values
+    return values
 
 
 TRAINING = Migration("tokenizer configuration", (MigrationStep(convert=drop_other_variants),))

@@ -4,7 +4,7 @@ Format 1 had one section for all denoisers, `class_dropout` in the section `mode
 Its config.json had no sections. Format 2 has a dataclass for each denoiser and one for the mean flow.
 """
 
-from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values
+from training_harness.migration import MODEL_FORMAT_KEY, Migration, MigrationStep, Values, nest_in_model
 
 TRANSFORMER_FIELDS = (
     "hidden_size",
@@ -60,23 +60,16 @@ def split_denoiser_variants(values: Values) -> Values:
 
 def nest_autoregressive_options(values: Values) -> Values:
     """Move the network's options of a format 1 config.json to the section `model`."""
-    return _nest_model_options(values, AUTOREGRESSIVE_FIELDS)
+    return nest_in_model(values, AUTOREGRESSIVE_FIELDS)
 
 
 def nest_diffusion_options(values: Values) -> Values:
     """Move the denoiser's options of a format 1 config.json to the section `model`."""
-    values = _nest_model_options(values, DIFFUSION_FIELDS)
+    values = nest_in_model(values, DIFFUSION_FIELDS)
     if isinstance(model := values.get("model"), dict) and "name" not in model:
         defaults = {"denoiser": "dit", "mean_flow": False}
         values = split_denoiser_variants(values | {"model": defaults | model})
     return values
-
-
-def _nest_model_options(values: Values, options: tuple[str, ...]) -> Values:
-    if "model" in values:
-        return values
-    model = {name: values.pop(name) for name in options if name in values}
-    return values | {"model": model} if model else values
 
 
 TRAINING = Migration(

@@ -5,7 +5,7 @@ number has the first format or was written by hand. A step therefore converts on
 A new field needs no step: it gets its default when a mapping is read (`configuration.fill_defaults`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,14 @@ class Migration:
     def add_format_number(self, values: Mapping[str, Any]) -> Values:
         """Return `values` with the format number, as a file stores them; the first format has no number."""
         return {self.key: self.format, **values} if self.format > 1 else dict(values)
+
+
+def nest_in_model(values: Values, options: Sequence[str]) -> Values:
+    """Move options from the top level to the section `model`, unless there is one already."""
+    if "model" in values:
+        return values
+    model = {name: values.pop(name) for name in options if name in values}
+    return values | {"model": model} if model else values
 
 
 def _copy_nested(values: Mapping[str, Any]) -> Values:

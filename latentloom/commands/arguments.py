@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,9 +76,9 @@ def parse(
         note: Sentence for `--help` on where the defaults come from.
     Raises: UserError for arguments that do not fit.
     """
-    page = build_help_page(verb, cls, default, groups, note)
+    build_page = partial(build_help_page, verb, cls, default, groups, note)  # needed for help and for errors only
     if {"-h", "--help"} & set(argv):
-        print(format_help(page, min(shutil.get_terminal_size().columns, MAX_WIDTH)))
+        print(format_help(build_page(), min(shutil.get_terminal_size().columns, MAX_WIDTH)))
         raise SystemExit(0)
     messages = io.StringIO()
     try:
@@ -91,10 +92,14 @@ def parse(
                 config=ONE_VARIANT,
             )
     except SystemExit as error:
-        reason = _find_user_error(error) or _summarize_parser_error(messages.getvalue(), argv, page.options, explain)
+        reason = _find_user_error(error) or _summarize_parser_error(
+            messages.getvalue(), argv, build_page().options, explain
+        )
         raise UserError(f"{reason}; see latentloom {verb} --help") from None
     if unknown:
-        raise UserError(f"{_describe_unknown_option(unknown[0], page.options, explain)}; see latentloom {verb} --help")
+        raise UserError(
+            f"{_describe_unknown_option(unknown[0], build_page().options, explain)}; see latentloom {verb} --help"
+        )
     return _expand_home(parsed)
 
 
