@@ -22,12 +22,12 @@ from latentloom.jobs.evaluation import (
     choose_feature_extractor,
     collect_evaluation_settings,
     features_folder,
+    select_at_most,
 )
 from latentloom.jobs.evaluation_plots import plot_metrics_by_class
 from latentloom.jobs.sample_folders import read_sample_list
 from latentloom.jobs.stages import load_source, load_tokenizer
 from pipelines.evaluation.evaluator import BATCH, Evaluator, ImageSet, check_inception
-from pipelines.evaluation.feature_files import random_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName
 from pipelines.evaluation.image_arrays import ImageArray, read_reference, write_and_yield
 from pipelines.evaluation.pipeline_metrics import (
@@ -302,11 +302,6 @@ def save_while_streaming(arguments: Arguments, samples: Samples) -> Iterator[Ten
 def make_loader(split: ImageSplit, processor: ImageProcessor) -> ImageLoader:
     """Make a loader that decodes images at each pass, so that a large set needs no memory."""
     return ImageLoader(split, processor, memory_limit=0)
-
-
-def select_at_most(split: ImageSplit, limit: int, seed: int) -> ImageSplit:
-    """Select at most `limit` images of a split at random."""
-    return split.select(random_positions(len(split), limit, seed).tolist())
 
 
 def make_processor(channels: int, size: tuple[int, int]) -> ImageProcessor:

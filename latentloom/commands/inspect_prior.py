@@ -7,9 +7,9 @@ from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.prior_measure import inspect_prior
 from latentloom.inspection.prior_page import prior_page
+from latentloom.jobs.evaluation import select_at_most
 from latentloom.jobs.stages import load_source
 from latentloom.report.numbers import format_count, format_number, format_percent
-from pipelines.evaluation.feature_files import random_positions
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_loader import ImageLoader
 from stage1_tokenizer.data.sources import ImageSplit
@@ -63,8 +63,7 @@ def write_page(arguments: Arguments) -> None:
     source = load_source(arguments.data).with_label_names(pipeline.label_names)
 
     def load_images(split: ImageSplit, limit: int) -> ImageLoader:
-        indices = random_positions(len(split), limit, arguments.seed).tolist()
-        images = ImageLoader(split.select(indices), pipeline.tokenizer.config.image_processor)
+        images = ImageLoader(select_at_most(split, limit, arguments.seed), pipeline.tokenizer.config.image_processor)
         images.report_skipped()
         return images
 

@@ -7,8 +7,8 @@ from latentloom.checks import check_count, check_html_output, check_seed
 from latentloom.commands.arguments import parse
 from latentloom.inspection.measure import inspect_tokenizer
 from latentloom.inspection.page import InspectedTokenizer, summarize, tokenizer_page
+from latentloom.jobs.evaluation import select_at_most
 from latentloom.jobs.stages import load_source, load_tokenizer
-from pipelines.evaluation.feature_files import random_positions
 from stage1_tokenizer.data.image_loader import ImageLoader
 from training_harness.files import write_text
 from training_harness.processes import accelerated_device, is_main_process, main_process_first, print_once
@@ -47,8 +47,7 @@ def write_page(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)[0].to(accelerated_device())
     source = load_source(arguments.data)
     split = source.held_out
-    indices = random_positions(len(split), arguments.num_images, arguments.seed).tolist()
-    images = ImageLoader(split.select(indices), tokenizer.config.image_processor)
+    images = ImageLoader(select_at_most(split, arguments.num_images, arguments.seed), tokenizer.config.image_processor)
     images.report_skipped()
     inspection = inspect_tokenizer(tokenizer, images, arguments.seed)
     subject = InspectedTokenizer(

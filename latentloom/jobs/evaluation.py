@@ -1,4 +1,4 @@
-"""Parts that `evaluate` and the main job share: feature extractor, cache folder, image grid and recorded settings."""
+"""Parts that the evaluating commands and the main job share: selected images, features, their cache, image grid and settings."""
 
 import getpass
 import os
@@ -11,10 +11,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from latentloom.data.embedded import FASHION_MNIST, classifier_path
+from pipelines.evaluation.feature_files import random_positions
 from pipelines.evaluation.features import FeatureExtractor, FeatureName, feature_extractor, has_efficientnet
 from pipelines.latent_generation import LatentGenerationPipeline
 from stage1_tokenizer.data.image_grids import image_grid
 from stage1_tokenizer.data.image_processor import ImageProcessor
+from stage1_tokenizer.data.sources import ImageSplit
 from training_harness.processes import accelerated_device, print_once
 from training_harness.provenance import describe_machine, library_versions
 
@@ -38,6 +40,11 @@ def choose_feature_extractor(
         fallback: FeatureName = "efficientnet-lite0" if has_efficientnet() and not quick else "pixels-8x8"
         features = "classifier" if fits_classifier else fallback
     return feature_extractor(features, accelerated_device(), classifier)
+
+
+def select_at_most(split: ImageSplit, limit: int, seed: int) -> ImageSplit:
+    """Select at most `limit` images of a split at random."""
+    return split.select(random_positions(len(split), limit, seed).tolist())
 
 
 def features_folder() -> Path:
