@@ -1,17 +1,15 @@
 """Trackers receive the metrics of metrics.jsonl and the samples; a resumed run continues its tracker run."""
 
 import json
-import os
 import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_runs import start_processes, wait_for_exit, write_training_data
+from new_process import run_forked
+from small_runs import write_training_data
 
-from latentloom.cli import main
 from training_harness.errors import UserError
 from training_harness.metric_log import read_metrics
 from training_harness.trackers import check_trackers
@@ -40,16 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = ("train-prior", "--codes", folder / "codes", "--output", folder / "mine", "--max-steps", steps)
         tracker_options = ("--report-to", "tensorboard", "wandb", "trackio")
         environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
-        arguments = [str(argument) for argument in (*command, *RUN_OPTIONS, *MODEL_OPTIONS, *tracker_options)]
-        assert wait_for_exit(start_processes(run_command, 1, arguments, environment)) == [0]
+        arguments = (*command, *RUN_OPTIONS, *MODEL_OPTIONS, *tracker_options)
+        # A new process: trackers read the environment on import and keep threads.
+        process = run_forked("-m", "latentloom", *arguments, **environment)
+        assert process.returncode == 0, process.stderr
     return folder
-
-
-def run_command(rank: int, processes: int, port: int, arguments: list[str], environment: dict[str, str]) -> None:
-    """Run a command in a new process: trackers read the environment on import and keep threads."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.exit(main(arguments))
 
 
 def logged_values(folder: Path, name: str) -> dict[int, Any]:
