@@ -25,32 +25,6 @@ from training_harness.errors import ConfigError, UserError
 Arguments = TypeVar("Arguments")
 MIGRATIONS = {"tokenizer": stage1_tokenizer.migration.TRAINING, "prior": stage2_prior.migration.TRAINING}
 MAX_WIDTH = 120  # of a page of help
-TRAINING_GROUPS = {
-    "configuration": ("recipe", "config", "prior"),
-    "training": (
-        *(
-            "max_steps",
-            "minutes",
-            "batch_size",
-            "accumulation_steps",
-            "class_dropout",
-            "degradation",
-            "perceptual",
-            "seed",
-        ),
-        *("mixed_precision", "matmul_precision", "compile", "gradient_checkpointing"),
-    ),
-    "logging and checkpoints": (
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "resume",
-        "report_to",
-    ),
-    "checks before training": ("dry_run", "overfit_batch"),
-}
-"""Groups of options that both training verbs have. Each verb adds a group for its data."""
 ONE_VARIANT = (tyro.conf.AvoidSubcommands,)  # otherwise tyro makes a subcommand of each variant of a section
 
 

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Generic, TypeVar, cast
 
 from latentloom.checks import check_dry_run
 from latentloom.commands.arguments import (
-    TRAINING_GROUPS,
     describe_defaults,
     describe_recipes,
     parse,
@@ -15,6 +13,7 @@ from latentloom.commands.arguments import (
     training_values,
 )
 from latentloom.commands.option_help import WITHOUT_PREFIX
+from latentloom.commands.training_arguments import TRAINING_GROUPS, TrainingArguments
 from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import run_prior
 from latentloom.planning.dry_run import dry_run, format_total_time
@@ -28,20 +27,12 @@ Training = TypeVar("Training", bound=PriorTraining)
 DEFAULT_RECIPE = "ar-tiny"
 
 
-@dataclass(frozen=True)
-class Arguments(Generic[Training]):
+@dataclass(frozen=True, kw_only=True)
+class Arguments(TrainingArguments, Generic[Training]):
     training: Annotated[Training, WITHOUT_PREFIX]
     recipe: str = field(
         default=DEFAULT_RECIPE, metadata=describe_recipes("Recipe to start from", "prior", DEFAULT_RECIPE)
     )
-    config: Path | None = None
-    """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
-    minutes: float | None = None
-    """Time limit: sets --max-steps once, at the start, to what fits on this machine. (default: no limit)"""
-    dry_run: bool = False
-    """Print the time and the memory that the run would take, and write nothing."""
-    overfit_batch: bool = False
-    """Check the set-up: train on one batch alone, in a folder beside --output, and print whether the loss fell."""
 
 
 GROUPS = {"data": ("codes", "validation_images")} | TRAINING_GROUPS
@@ -58,7 +49,7 @@ def main(argv: list[str]) -> None:
         "train-prior",
         argv,
         GROUPS,
-        default=Arguments(training),
+        default=Arguments(training=training),
         explain=partial(explain_unknown_option, training),
         note=describe_defaults(recipe, config),
     )

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from latentloom.checks import check_dry_run, check_output_outside_data
 from latentloom.commands.arguments import (
-    TRAINING_GROUPS,
     describe_defaults,
     describe_recipes,
     parse,
@@ -16,6 +15,7 @@ from latentloom.commands.arguments import (
     training_values,
 )
 from latentloom.commands.option_help import WITHOUT_PREFIX
+from latentloom.commands.training_arguments import TRAINING_GROUPS, TrainingArguments
 from latentloom.commands.variants import draft_training, explain_unknown_option
 from latentloom.jobs.stages import load_source, print_classes, run_tokenizer
 from latentloom.planning.dry_run import dry_run, format_total_time
@@ -32,20 +32,12 @@ HELP_RECIPE = "vqgan-f4"
 """Its values are the defaults in `--help` when there are no images to choose a recipe for."""
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(TrainingArguments):
     training: Annotated[TokenizerTraining, WITHOUT_PREFIX]
     recipe: str | None = field(
         default=None, metadata=describe_recipes("Recipe to start from", "tokenizer", "from the size of the images")
     )
-    config: Path | None = None
-    """YAML file with values that replace those of the recipe; the config.yaml of a run repeats that run. (default: none)"""
-    minutes: float | None = None
-    """Time limit: sets --max-steps once, at the start, to what fits on this machine. (default: no limit)"""
-    dry_run: bool = False
-    """Print the time and the memory that the run would take, and write nothing."""
-    overfit_batch: bool = False
-    """Check the set-up: train on one batch alone, in a folder beside --output, and print whether the loss fell."""
 
 
 GROUPS = {"data": ("data", "resolution", "image_channels", "padding")} | TRAINING_GROUPS
@@ -68,7 +60,7 @@ def main(argv: list[str]) -> None:
         "train-tokenizer",
         argv,
         GROUPS,
-        default=Arguments(training),
+        default=Arguments(training=training),
         explain=partial(explain_unknown_option, training),
         note=describe_defaults(recipe, config),
     )

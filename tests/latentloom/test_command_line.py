@@ -20,7 +20,7 @@ from training_harness.signals import Interrupted
 
 CLI = ("-m", "latentloom.cli")
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib", "numpy", "tyro")
-SHARED = {"arguments", "option-help", "sampling-arguments", "variants"}  # used by several verbs
+SHARED = {"arguments", "option-help", "sampling-arguments", "training-arguments", "variants"}  # used by several verbs
 OPTIONS = {
     "quickstart": "--prior --output --minutes --max-steps --seed --num-images",
     "train": "--data --output --recipe --tokenizer-recipe --max-steps --checkpoint-every --seed --resolution "
