@@ -10,6 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -122,7 +123,9 @@ class Run(RunLogging, RunCheckpointing):
             return
         if self.step < self.config.max_steps and newest_step(self.folder) != self.step:
             self.checkpoint(self.step)
-        self.accelerator.wait_for_everyone()
+        # No process leaves before all have saved. One that is through here may have closed its connection already.
+        with suppress(RuntimeError):
+            self.accelerator.wait_for_everyone()
         how = (
             "run the same command again" if self.config.resume == "latest" else "run the command again without --resume"
         )

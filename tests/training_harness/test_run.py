@@ -23,6 +23,7 @@ from training_harness.metric_log import read_metrics
 from training_harness.run import Run, step_seed
 from training_harness.run_config import RunConfig
 from training_harness.run_folder import check_run_folder
+from training_harness.signals import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +303,22 @@ def test_the_checkpoint_of_the_best_metric_is_kept(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files, which needs POSIX")
+def test_a_stopped_run_is_interrupted_even_if_another_process_has_left_already(tmp_path, monkeypatch):
+    run, _, _ = start_run(training_config(tmp_path))
+
+    barriers = itertools.count()
+
+    def leave_at_the_second_barrier() -> None:  # the first one ends the checkpoint
+        if newest_step(tmp_path / "run") and next(barriers) == 1:
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", leave_at_the_second_barrier)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 1"):
+        [os.kill(os.getpid(), signal.SIGTERM) for _ in run.steps(2, "test")]
+    assert newest_step(tmp_path / "run") == 1
+    assert next(barriers) == 2
+
+
 def test_a_full_disk_is_one_line_and_complete_checkpoints_are_kept(tmp_path):
     config = training_config(tmp_path)
     write_checkpoints(config, 1)
